@@ -1,0 +1,26 @@
+"""Gemma-style RMS normalisation, shared by the decoder layers, the per-head QK-norm and the indexer."""
+
+import torch
+from torch import nn
+
+
+class MiniMaxM3VLRMSNorm(nn.Module):
+    """`x / rms(x) * (1 + weight)` in float32, returned in the dtype of `x`.
+
+    Args:
+        dim (`int`): Size of the last axis, over which the mean square is taken.
+        eps (`float`): Added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normalized = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, eps=self.eps)
+        # The product is rounded once, after the weight: (x * w).to(dtype), not x.to(dtype) * w.
+        return (normalized * (1.0 + self.weight.float())).type_as(hidden_states)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
