@@ -1,0 +1,57 @@
+# `make demo` and `make test` do all of their own set-up: a virtual environment in .venv with the versions of
+# requirements/constraints.txt. The set-up runs again only when pyproject.toml or the constraints change.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+CONSTRAINTS := requirements/constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
+INSTALLED := $(VENV)/.installed
+CXX_SOURCES = $(shell find modeling_minimax_m3 -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
+
+# nothing here reads from a model hub
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo test lint format benchmark clean
+
+help:
+	@echo "make demo       build a tiny MiniMax-M3 and chat with a photograph, a video and a long text"
+	@echo "make test       run the tests (PYTEST_ARGS='-k name' to choose)"
+	@echo "make lint       check style"
+	@echo "make format     apply style"
+	@echo "make benchmark  time and measure ours beside stock Transformers"
+	@echo "make clean      remove the environment and what was built"
+
+setup: $(INSTALLED)
+
+# torch goes first and by itself, so that nothing else decides which build of it is taken
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Transformers 5.23 needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another with PYTHON=...")'
+	@echo "Setting up $(VENV): a few minutes the first time, most of them for torch"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch torchvision
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python scripts/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+
+benchmark: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info

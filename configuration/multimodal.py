@@ -1,0 +1,90 @@
+"""Configuration of the whole model: language model, vision tower, and what joins them."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .checks import require_at_least
+from .text import MiniMaxM3VLTextConfig
+from .vision import MiniMaxM3VLVisionConfig
+
+
+@strict
+class MiniMaxM3VLConfig(PreTrainedConfig):
+    """
+    Configuration of MiniMax-M3 with its vision tower.
+
+    Args:
+        text_config (`dict` or `MiniMaxM3VLTextConfig`, *optional*):
+            Configuration of the language model.
+        vision_config (`dict` or `MiniMaxM3VLVisionConfig`, *optional*):
+            Configuration of the vision tower.
+        image_token_index (`int`, *optional*, defaults to 200025):
+            Token that stands for one merged patch of an image; also readable as `image_token_id`.
+        video_token_index (`int`, *optional*, defaults to 200026):
+            Token that stands for one merged patch of a video; also readable as `video_token_id`.
+        projector_hidden_size (`int`, *optional*, defaults to 6144):
+            Width of the hidden layers of the two projector MLPs.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the input and output embeddings share one weight; follows the language model's switch.
+
+    `merged_hidden_size`, the width of one group of projected patches before it is merged, follows from the two
+    parts.
+
+    Raises:
+        TypeError: a part is a configuration of another model.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or the fields do not fit together.
+    """
+
+    model_type = "minimax_m3_vl"
+    sub_configs_defaults = {
+        "text_config": MiniMaxM3VLTextConfig,
+        "vision_config": MiniMaxM3VLVisionConfig,
+    }
+    attribute_map = {
+        "image_token_id": "image_token_index",
+        "video_token_id": "video_token_index",
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_index: int = 200025
+    video_token_index: int = 200026
+    projector_hidden_size: int = 6144
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._adopt_stock_sub_configs()
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        self.merged_hidden_size = self.text_config.hidden_size * self.vision_config.spatial_merge_size**2
+
+    def _adopt_stock_sub_configs(self) -> None:
+        """Parts that were built with stock Transformers' classes become ours, so that they have our fields."""
+        for name, spec in self.sub_configs_defaults.items():
+            value = getattr(self, name)
+            if not isinstance(value, PreTrainedConfig) or isinstance(value, spec.config_class):
+                continue
+            if value.model_type != spec.model_type:
+                raise TypeError(
+                    f"`{name}` must be a dict or a configuration of type {spec.model_type!r}, got a "
+                    f"{type(value).__name__} of type {value.model_type!r}."
+                )
+            setattr(self, name, spec.config_class(**value.to_dict()))
+
+    def validate_architecture(self) -> None:
+        """Checks what joins the two parts; the parts check themselves."""
+        require_at_least(self, 1, ("projector_hidden_size",))
+
+    def validate_placeholder_tokens(self) -> None:
+        """Checks that the image and video placeholders are two tokens of the vocabulary."""
+        vocab_size = self.text_config.vocab_size
+        for name in ("image_token_index", "video_token_index"):
+            value = getattr(self, name)
+            if not 0 <= value < vocab_size:
+                raise ValueError(f"`{name}` must be between 0 and vocab_size - 1 = {vocab_size - 1}, got {value}.")
+        if self.image_token_index == self.video_token_index:
+            raise ValueError(
+                f"`image_token_index` and `video_token_index` must differ, got {self.image_token_index} for both."
+            )

@@ -1,0 +1,87 @@
+"""Ready-made configurations: the released geometry, and a tiny one for tests and demonstrations."""
+
+from typing import Any
+
+from .multimodal import MiniMaxM3VLConfig
+
+# The released vocabulary ends with 64 slots for special tokens; these are positions among them.
+SPECIAL_TOKEN_SLOTS = 64
+_PAD_SLOT, _EOS_SLOT, _IMAGE_SLOT, _VIDEO_SLOT, _BOS_SLOT = 0, 20, 25, 26, 34
+
+
+def released_config() -> MiniMaxM3VLConfig:
+    """The geometry of the released model: about 428B parameters, of which a token uses about 23B."""
+    num_layers, num_dense = 60, 3
+    num_sparse = num_layers - num_dense
+    return MiniMaxM3VLConfig(
+        text_config={
+            "num_hidden_layers": num_layers,
+            "max_position_embeddings": 1048576,
+            "layer_types": ["full_attention"] * num_dense + ["minimax_m3_sparse"] * num_sparse,
+            "mlp_layer_types": ["dense"] * num_dense + ["sparse"] * num_sparse,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
+        },
+    )
+
+
+def tiny_config(
+    *, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **overrides: Any
+) -> MiniMaxM3VLConfig:
+    """
+    A model with every kind of part, small enough that a hundred tokens take milliseconds on a CPU.
+
+    The first half of the layers has dense attention and the rest sparse attention; the first layer has a dense MLP
+    (unless it is the only one) and the rest a mixture of experts. The special tokens take the last 64 ids of the
+    vocabulary, in the released order.
+
+    Args:
+        text (`dict`, *optional*): Fields of the language model to change; the per-layer lists and special tokens
+            follow `num_hidden_layers` and `vocab_size` unless they are given.
+        vision (`dict`, *optional*): Fields of the vision tower to change.
+        **overrides: Fields of the whole model to change.
+    """
+    text, vision = text or {}, vision or {}
+    num_layers = text.get("num_hidden_layers", 4)
+    num_dense_attention, num_dense_mlp = num_layers // 2, min(1, num_layers - 1)
+    first_special_id = text.get("vocab_size", 512) - SPECIAL_TOKEN_SLOTS
+
+    text_config = {
+        "vocab_size": first_special_id + SPECIAL_TOKEN_SLOTS,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "dense_intermediate_size": 128,
+        "shared_intermediate_size": 32,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 131072,
+        "layer_types": ["full_attention"] * num_dense_attention
+        + ["minimax_m3_sparse"] * (num_layers - num_dense_attention),
+        "mlp_layer_types": ["dense"] * num_dense_mlp + ["sparse"] * (num_layers - num_dense_mlp),
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
+        "rotary_dim": 16,
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "index_block_size": 16,
+        "index_topk_blocks": 4,
+        "pad_token_id": first_special_id + _PAD_SLOT,
+        "bos_token_id": first_special_id + _BOS_SLOT,
+        "eos_token_id": first_special_id + _EOS_SLOT,
+    }
+    vision_config = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    composite = {
+        "image_token_index": first_special_id + _IMAGE_SLOT,
+        "video_token_index": first_special_id + _VIDEO_SLOT,
+        "projector_hidden_size": 64,
+    }
+    return MiniMaxM3VLConfig(
+        text_config=text_config | text, vision_config=vision_config | vision, **(composite | overrides)
+    )

@@ -1,0 +1,371 @@
+"""Configuration of the language model: dense and sparse attention layers, dense and mixture-of-experts MLPs."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import logging
+
+from .checks import require_at_least, require_divisible, require_one_of
+
+logger = logging.get_logger(__name__)
+
+ATTENTION_LAYER_TYPES = ("full_attention", "minimax_m3_sparse")
+MLP_LAYER_TYPES = ("dense", "sparse")
+MSA_BACKENDS = ("auto", "reference", "torch", "cuda")
+
+# Keys of the released file's `sparse_attention_config` that rename one of our fields.
+_LEGACY_SPARSE_FIELDS = {
+    "sparse_num_index_heads": "index_n_heads",
+    "sparse_index_dim": "index_head_dim",
+    "sparse_block_size": "index_block_size",
+    "sparse_topk_blocks": "index_topk_blocks",
+    "sparse_init_block": "index_init_blocks",
+    "sparse_local_block": "index_local_blocks",
+}
+_LEGACY_SPARSE_SWITCHES = (
+    "use_sparse_attention",
+    "sparse_attention_freq",
+    "sparse_score_type",
+    "sparse_disable_index_value",
+)
+
+# Keys of the released file that describe what the architecture always does. They are carried; another value would
+# describe another model.
+_FIXED_FEATURES = {
+    "use_qk_norm": True,
+    "qk_norm_type": "per_head",
+    "use_gemma_norm": True,
+    "attention_output_gate": False,
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "n_shared_experts": 1,
+}
+
+
+@strict
+class MiniMaxM3VLTextConfig(PreTrainedConfig):
+    """
+    Configuration of the MiniMax-M3 language model. The defaults are those of Transformers: every layer has dense
+    attention and a mixture of experts. See `configuration_minimax_m3.released_config` for the released geometry.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 200064):
+            Number of tokens.
+        hidden_size (`int`, *optional*, defaults to 6144):
+            Width of the residual stream.
+        intermediate_size (`int`, *optional*, defaults to 3072):
+            Width of one routed expert.
+        dense_intermediate_size (`int`, *optional*, defaults to 12288):
+            Width of the MLP of layers whose `mlp_layer_types` entry is `"dense"`.
+        shared_intermediate_size (`int`, *optional*, defaults to 3072):
+            Width of the shared expert.
+        num_hidden_layers (`int`, *optional*, defaults to 60):
+            Number of layers.
+        num_attention_heads (`int`, *optional*, defaults to 64):
+            Number of query heads.
+        num_key_value_heads (`int`, *optional*, defaults to 4):
+            Number of key-value heads; must divide `num_attention_heads`.
+        head_dim (`int`, *optional*, defaults to 128):
+            Channels of one attention head.
+        hidden_act (`str`, *optional*, defaults to `"silu"`):
+            `"silu"` or the released file's `"swigluoai"`; both mean the clamped gate that `swiglu_alpha` and
+            `swiglu_limit` describe, and the field reads `"silu"` afterwards.
+        max_position_embeddings (`int`, *optional*, defaults to 524288):
+            Context length in tokens.
+        layer_types (`list[str]`, *optional*):
+            Attention of each layer: `"full_attention"` or `"minimax_m3_sparse"`. All dense by default.
+        mlp_layer_types (`list[str]`, *optional*):
+            MLP of each layer: `"dense"`, or `"sparse"` for a mixture of experts. All `"sparse"` by default.
+        num_local_experts (`int`, *optional*, defaults to 128):
+            Number of routed experts.
+        num_experts_per_tok (`int`, *optional*, defaults to 4):
+            Routed experts that each token uses.
+        routed_scaling_factor (`float`, *optional*, defaults to 2.0):
+            Factor on the normalised weights of the routed experts.
+        output_router_logits (`bool`, *optional*, defaults to `False`):
+            Whether to return the router logits and to add the load-balancing loss.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.001):
+            Weight of the load-balancing loss.
+        router_jitter_noise (`float`, *optional*, defaults to 0.0):
+            Relative noise on the router's input while training.
+        swiglu_alpha (`float`, *optional*, defaults to 1.702):
+            Slope of the gate's sigmoid.
+        swiglu_limit (`float`, *optional*, defaults to 7.0):
+            Bound at which the gate and the up projection are clamped.
+        rope_parameters (`dict`, *optional*):
+            Rotary parameters, one set for all layers. `rope_theta` defaults to 5e6; `partial_rotary_factor` is the
+            share of `head_dim` that rotates, all of it when absent.
+        rotary_dim (`int`, *optional*, defaults to 64):
+            Carried for other readers of the file; the rotary width comes from `rope_parameters` alone.
+        index_n_heads (`int`, *optional*, defaults to 4):
+            Query heads of the indexer of a sparse layer, one per key-value head.
+        index_head_dim (`int`, *optional*, defaults to 128):
+            Channels of an indexer head; at least the rotary width.
+        index_block_size (`int`, *optional*, defaults to 128):
+            Keys in one block.
+        index_topk_blocks (`int`, *optional*, defaults to 16):
+            Blocks that each query attends to, the forced ones included.
+        index_local_blocks (`int`, *optional*, defaults to 1):
+            Blocks, counted back from the query's own, that are always attended to.
+        index_init_blocks (`int`, *optional*, defaults to 0):
+            Blocks at the start of the sequence that are always attended to. Written to the file only when it is not
+            0, because stock Transformers does not know it.
+        msa_backend (`str`, *optional*, defaults to `"auto"`):
+            Backend of the sparse layers: `"auto"`, `"reference"`, `"torch"` or `"cuda"`. Written to the file only
+            when it is not `"auto"`.
+        rms_norm_eps (`float`, *optional*, defaults to 1e-06):
+            Epsilon of the RMS norms.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention probabilities while training.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of freshly initialised weights.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether `forward` builds a key-value cache when none is passed.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the input and output embeddings share one weight.
+        pad_token_id (`int`, *optional*), bos_token_id (`int`, *optional*, defaults to 200034),
+        eos_token_id (`int` or `list[int]`, *optional*, defaults to 200020):
+            Special tokens.
+
+    The released file's older keys are read too: `moe_layer_freq` (1 where the MLP is a mixture of experts) and
+    `sparse_attention_config` with `use_sparse_attention`, `sparse_attention_freq` (1 where attention is sparse),
+    `sparse_num_index_heads`, `sparse_index_dim`, `sparse_block_size`, `sparse_topk_blocks`, `sparse_init_block`,
+    `sparse_local_block`, `sparse_score_type` (only `"max"` exists) and `sparse_disable_index_value` (1 on every
+    sparse layer: an indexer has no value path).
+
+    Raises:
+        ValueError: a legacy key asks for something that this architecture does not have.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or the fields do not fit together.
+    """
+
+    model_type = "minimax_m3_vl_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_experts": "num_local_experts"}
+    default_theta = 5000000.0
+
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise_gather_output",
+        "layers.*.self_attn.k_proj": "colwise_gather_output",
+        "layers.*.self_attn.v_proj": "colwise_gather_output",
+        "layers.*.self_attn.o_proj": "rowwise_split_input",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    # Fields that stock Transformers does not have; left out of the file while they are at their default.
+    fields_beyond_stock = ("index_init_blocks", "msa_backend")
+
+    vocab_size: int = 200064
+    hidden_size: int = 6144
+    intermediate_size: int = 3072
+    dense_intermediate_size: int = 12288
+    shared_intermediate_size: int = 3072
+    num_hidden_layers: int = 60
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 4
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 524288
+    layer_types: list[str] | None = None
+    mlp_layer_types: list[str] | None = None
+    num_local_experts: int = 128
+    num_experts_per_tok: int = 4
+    routed_scaling_factor: float | int = 2.0
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.001
+    router_jitter_noise: float | int = 0.0
+    swiglu_alpha: float | int = 1.702
+    swiglu_limit: float | int = 7.0
+    rope_parameters: RopeParameters | dict | None = None
+    rotary_dim: int = 64
+    index_n_heads: int = 4
+    index_head_dim: int = 128
+    index_block_size: int = 128
+    index_topk_blocks: int = 16
+    index_local_blocks: int = 1
+    index_init_blocks: int = 0
+    msa_backend: str = "auto"
+    rms_norm_eps: float | int = 1e-06
+    attention_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 200034
+    eos_token_id: int | list[int] | None = 200020
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        sparse_attention_config = kwargs.pop("sparse_attention_config", None) or {}
+        moe_layer_freq = kwargs.pop("moe_layer_freq", None)
+        for name, only_value in _FIXED_FEATURES.items():
+            require_one_of(name, kwargs.get(name, only_value), (only_value,))
+
+        super().__post_init__(**kwargs)
+
+        # The gate is computed from swiglu_alpha and swiglu_limit; the field has to name a plain activation.
+        require_one_of("hidden_act", self.hidden_act, ("silu", "swigluoai"))
+        self.hidden_act = "silu"
+
+        self._read_legacy_sparse_attention(sparse_attention_config)
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if self.mlp_layer_types is None and moe_layer_freq is not None:
+            self.mlp_layer_types = ["sparse" if is_moe else "dense" for is_moe in moe_layer_freq]
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
+
+    def _read_legacy_sparse_attention(self, legacy: dict[str, Any]) -> None:
+        unknown = sorted(set(legacy) - set(_LEGACY_SPARSE_FIELDS) - set(_LEGACY_SPARSE_SWITCHES))
+        if unknown:
+            logger.warning_once(f"`sparse_attention_config` has keys that are not known and not used: {unknown}.")
+
+        for legacy_name, name in _LEGACY_SPARSE_FIELDS.items():
+            if legacy_name in legacy:
+                setattr(self, name, legacy[legacy_name])
+        require_one_of(
+            "sparse_attention_config['sparse_score_type']", legacy.get("sparse_score_type", "max"), ("max",)
+        )
+
+        frequency = legacy.get("sparse_attention_freq")
+        if not legacy.get("use_sparse_attention", True):
+            frequency = None
+        if self.layer_types is None and frequency is not None:
+            self.layer_types = ["minimax_m3_sparse" if is_sparse else "full_attention" for is_sparse in frequency]
+        if "sparse_disable_index_value" in legacy:
+            self._check_index_value_is_disabled(legacy["sparse_disable_index_value"])
+
+    def _check_index_value_is_disabled(self, disabled: bool | int | list[int]) -> None:
+        """An indexer has no value path, so no sparse layer may ask for one; entries of dense layers do not count."""
+        layer_types = self.layer_types or []
+        if not isinstance(disabled, (list, tuple)):
+            disabled = [disabled] * len(layer_types)
+        asking = [
+            layer_idx
+            for layer_idx, (layer_type, flag) in enumerate(zip(layer_types, disabled))
+            if layer_type == "minimax_m3_sparse" and not flag
+        ]
+        if asking:
+            raise ValueError(
+                "`sparse_attention_config['sparse_disable_index_value']` must be 1 on every sparse layer, because an "
+                f"indexer has no value path, got 0 on layers {asking}."
+            )
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that rotate, counted from the first. Rotation takes pairs, so an odd count rounds up."""
+        width = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+        return width + width % 2
+
+    def validate_architecture(self) -> None:
+        """Checks that a model can be built from the fields; runs after construction and before saving."""
+        if self.is_heterogeneous:
+            for layer_config in self.per_layer_config:
+                layer_config.validate_architecture()
+            return
+
+        require_at_least(
+            self,
+            1,
+            (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "dense_intermediate_size",
+                "shared_intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "max_position_embeddings",
+                "num_local_experts",
+                "num_experts_per_tok",
+                "index_n_heads",
+                "index_head_dim",
+                "index_block_size",
+                "index_topk_blocks",
+            ),
+        )
+        require_at_least(self, 0, ("index_local_blocks", "index_init_blocks"))
+        require_divisible(self, "num_attention_heads", "num_key_value_heads")
+        require_one_of("msa_backend", self.msa_backend, MSA_BACKENDS)
+        if self.swiglu_limit <= 0:
+            raise ValueError(f"`swiglu_limit` must be > 0, got {self.swiglu_limit}.")
+
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must be below `vocab_size`, got pad_token_id={self.pad_token_id} and "
+                f"vocab_size={self.vocab_size}."
+            )
+        self._validate_rotary()
+        if "sparse" in self.mlp_layer_types and self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                "`num_experts_per_tok` must not exceed `num_local_experts`, got "
+                f"num_experts_per_tok={self.num_experts_per_tok} and num_local_experts={self.num_local_experts}."
+            )
+        if "minimax_m3_sparse" in self.layer_types:
+            self._validate_sparse_attention()
+
+    def _validate_rotary(self) -> None:
+        if nested := self.nested_rope_parameter_keys(self.rope_parameters):
+            raise ValueError(
+                f"`rope_parameters` must be one set of parameters for all layers, got one per layer type: {nested}."
+            )
+        factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
+        if not 0.0 <= factor <= 1.0:
+            raise ValueError(
+                f"`rope_parameters['partial_rotary_factor']` must be between 0 and 1, the share of `head_dim` that "
+                f"rotates, got {factor}."
+            )
+
+    def _validate_sparse_attention(self) -> None:
+        if self.index_n_heads != self.num_key_value_heads:
+            raise ValueError(
+                "`index_n_heads` must equal `num_key_value_heads`, because each index head selects for one key-value "
+                f"head, got index_n_heads={self.index_n_heads} and num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.index_init_blocks + self.index_local_blocks > self.index_topk_blocks:
+            raise ValueError(
+                "`index_init_blocks` + `index_local_blocks` must not exceed `index_topk_blocks`, got "
+                f"{self.index_init_blocks} + {self.index_local_blocks} > {self.index_topk_blocks}."
+            )
+        if self.index_head_dim < self.rotary_width:
+            raise ValueError(
+                f"`index_head_dim` must be at least the rotary width {self.rotary_width} (`head_dim` = {self.head_dim} "
+                "times `rope_parameters['partial_rotary_factor']` = "
+                f"{self.rope_parameters.get('partial_rotary_factor', 1.0)}), or the indexer's scores stop depending on "
+                f"distance alone, got {self.index_head_dim}."
+            )
+
+    def validate_layer_type(self) -> None:
+        """Checks the two per-layer lists: their length and the names in them."""
+        for name, allowed in (("layer_types", ATTENTION_LAYER_TYPES), ("mlp_layer_types", MLP_LAYER_TYPES)):
+            layers = getattr(self, name)
+            if len(layers) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` must have one entry per layer, got {len(layers)} entries for "
+                    f"num_hidden_layers={self.num_hidden_layers}."
+                )
+            for layer_idx, layer_type in enumerate(layers):
+                require_one_of(f"{name}[{layer_idx}]", layer_type, allowed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, without the fields of ours that are at their default, so that stock reads the rest."""
+        output = super().to_dict()
+        for name in self.fields_beyond_stock:
+            if output.get(name) == type(self).__dataclass_fields__[name].default:
+                output.pop(name, None)
+        return output

@@ -1,0 +1,109 @@
+"""Configuration of the vision tower."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from .checks import require_at_least, require_divisible, require_one_of
+
+# time, height and width each rotate at least one pair of channels
+MINIMUM_HEAD_DIM = 6
+
+
+@strict
+class MiniMaxM3VLVisionConfig(PreTrainedConfig):
+    """
+    Configuration of the MiniMax-M3 vision tower. The defaults are the released geometry.
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 1280):
+            Width of the tower.
+        intermediate_size (`int`, *optional*, defaults to 5120):
+            Width of the MLPs.
+        num_hidden_layers (`int`, *optional*, defaults to 32):
+            Number of layers.
+        num_attention_heads (`int`, *optional*, defaults to 16):
+            Number of attention heads; must divide `hidden_size` into heads of 6 channels or more, so that each of
+            the three rotary axes has a pair of channels.
+        num_channels (`int`, *optional*, defaults to 3):
+            Colour channels of the input.
+        image_size (`int`, *optional*, defaults to 2016):
+            Largest image side in pixels that the tower was trained with. Carried, not enforced.
+        patch_size (`int`, *optional*, defaults to 14):
+            Side of a square patch in pixels.
+        temporal_patch_size (`int`, *optional*, defaults to 2):
+            Frames that one patch spans; a still image is repeated to fill it.
+        spatial_merge_size (`int`, *optional*, defaults to 2):
+            Side of the square of patches that becomes one token of the language model.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLPs and of the projector.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-05):
+            Epsilon of the layer norms.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention probabilities while training.
+        rope_parameters (`dict`, *optional*):
+            Rotary parameters. `rope_type` can only be `"axial"` (three axes: time, height, width); `rope_theta`
+            defaults to 10000.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of freshly initialised weights.
+
+    The released file's `img_token_compression_config` is read as well: its `temporal_patch_size` and
+    `spatial_merge_size` count where it has them.
+    """
+
+    model_type = "minimax_m3_vl_vision"
+    base_config_key = "vision_config"
+    default_rope_type = "axial"
+    default_theta = 10000.0
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 2016
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float | int = 1e-05
+    attention_dropout: float | int = 0.0
+    rope_parameters: RopeParameters | dict | None = None
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # The key stays on the config, because serving engines read it there.
+        compression = kwargs.get("img_token_compression_config") or {}
+        for name in ("temporal_patch_size", "spatial_merge_size"):
+            if name in compression:
+                setattr(self, name, compression[name])
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Checks that the tower can be built; runs after construction and before saving."""
+        require_at_least(
+            self,
+            1,
+            (
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_channels",
+                "image_size",
+                "patch_size",
+                "temporal_patch_size",
+                "spatial_merge_size",
+            ),
+        )
+        require_divisible(self, "hidden_size", "num_attention_heads")
+        head_dim = self.hidden_size // self.num_attention_heads
+        if head_dim < MINIMUM_HEAD_DIM:
+            raise ValueError(
+                f"`hidden_size` / `num_attention_heads` of the vision tower must be >= {MINIMUM_HEAD_DIM}, so that each "
+                f"of the 3 rotary axes has a pair of channels, got {self.hidden_size} / {self.num_attention_heads} = "
+                f"{head_dim}."
+            )
+        require_one_of("rope_parameters['rope_type']", self.rope_parameters["rope_type"], ("axial",))

@@ -1,0 +1,262 @@
+"""Cache layers: keys and values stored token-major, index keys beside them.
+
+Transformers shows a layer's keys and values as (B, H, S, D). Here they are views of buffers stored (B, S, H, D), so
+that one token's heads are contiguous and the attention operators read the cache in place.
+
+The dynamic layers reserve room ahead: a full buffer is replaced by one of twice its size, so a token costs constant
+time on average, and memory is at most twice what is in use. For the longest contexts take `StaticCache`, which
+reserves exactly what it is told.
+"""
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.utils import is_torchdynamo_compiling
+
+SPARSE_LAYER_TYPE = "minimax_m3_sparse"
+
+
+class _GrowingBuffer:
+    """Tokens along dim 1 of a (B, capacity, ...) tensor, of which the first `length` are in use."""
+
+    def __init__(self) -> None:
+        self.data: torch.Tensor | None = None
+        self.length = 0
+
+    @property
+    def used(self) -> torch.Tensor:
+        return self.data[:, : self.length]
+
+    def append(self, states: torch.Tensor) -> torch.Tensor:
+        """Adds `states` (B, T, ...) and returns all tokens (B, S, ...)."""
+        if self.data is None:
+            self.data = states[:, :0]
+        # Writing in place would change tensors that autograd has saved.
+        if torch.is_grad_enabled() and (states.requires_grad or self.data.requires_grad):
+            self.data = torch.cat((self.used, states), dim=1)
+            self.length = self.data.shape[1]
+            return self.data
+        needed = self.length + states.shape[1]
+        if needed > self.data.shape[1]:
+            capacity = max(needed, 2 * self.data.shape[1])
+            data = states.new_empty((states.shape[0], capacity, *states.shape[2:]))
+            data[:, : self.length] = self.used
+            self.data = data
+        self.data[:, self.length : needed] = states
+        self.length = needed
+        return self.used
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last `tokens` tokens."""
+        self.length = max(0, self.length - tokens)
+
+    def map_rows(self, function) -> None:
+        """Replaces the buffer by `function` of it, which may move, select or repeat rows, spare room included."""
+        if self.data is not None:
+            self.data = function(self.data)
+
+
+class MiniMaxM3VLDynamicLayer(DynamicLayer):
+    """Growing cache layer of dense attention."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self._buffers = self._new_buffers()
+
+    def _new_buffers(self) -> dict[str, _GrowingBuffer]:
+        return {"keys": _GrowingBuffer(), "values": _GrowingBuffer()}
+
+    def _refresh(self) -> None:
+        """Points the views that Transformers reads at the buffers."""
+        self.keys = self._buffers["keys"].used.transpose(1, 2)
+        self.values = self._buffers["values"].used.transpose(1, 2)
+
+    def _map_rows(self, function) -> None:
+        if self.is_initialized:
+            for buffer in self._buffers.values():
+                buffer.map_rows(function)
+            self._refresh()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._buffers["keys"].append(key_states[..., :0, :].transpose(1, 2))
+        self._buffers["values"].append(value_states[..., :0, :].transpose(1, 2))
+        self.is_initialized = True
+        self._refresh()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds (B, H, T, D) states and returns all of them (B, H, S, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._buffers["keys"].append(key_states.transpose(1, 2))
+        self._buffers["values"].append(value_states.transpose(1, 2))
+        self._refresh()
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self._buffers["keys"].length
+
+    def reset(self) -> None:
+        self._buffers = self._new_buffers()
+        super().reset()
+
+    def offload(self) -> None:
+        self._map_rows(lambda data: data.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized and self.keys.device != self.device:
+            self._map_rows(lambda data: data.to(self.device, non_blocking=True))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens; the argument is negative or 0, as everywhere in Transformers."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`tokens_to_remove` must be 0 or negative (-n removes the last n tokens), got {tokens_to_remove}"
+            )
+        if self.is_initialized:
+            for buffer in self._buffers.values():
+                buffer.crop(-tokens_to_remove)
+            self._refresh()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map_rows(lambda data: data.index_select(0, beam_idx.to(data.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda data: data.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_rows(lambda data: data[indices])
+
+
+class MiniMaxM3VLSparseDynamicLayer(MiniMaxM3VLDynamicLayer):
+    """Growing cache layer of sparse attention, with the index keys of every token.
+
+    Offloading keeps the index keys on the device: every step scores all of them, and they are a small part
+    (256 of 2304 bytes per token in the released geometry).
+    """
+
+    _layer_type = SPARSE_LAYER_TYPE
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._index_buffer = _GrowingBuffer()
+
+    def update_index(self, index_key: torch.Tensor) -> torch.Tensor:
+        """Adds (B, 1, T, D_idx) index keys and returns all of them (B, 1, S, D_idx)."""
+        return self._index_buffer.append(index_key.transpose(1, 2)).transpose(1, 2)
+
+    def _map_index_rows(self, function) -> None:
+        self._index_buffer.map_rows(function)
+
+    def reset(self) -> None:
+        super().reset()
+        self._index_buffer = _GrowingBuffer()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self._index_buffer.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_index_rows(lambda data: data.index_select(0, beam_idx.to(data.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_index_rows(lambda data: data.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_index_rows(lambda data: data[indices])
+
+
+class MiniMaxM3VLStaticLayer(StaticLayer):
+    """Preallocated cache layer of dense attention, written in place so that CUDA graphs can replay it."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        self.keys, self.values = (
+            states.new_zeros((self.batch_size, self.max_cache_len, self.num_heads, states.shape[-1])).transpose(1, 2)
+            for states in (key_states, value_states)
+        )
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        _mark_static(self.keys, self.values, self.cumulative_length)
+        self.is_initialized = True
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        # In place: a captured graph goes on reading the same memory.
+        if self.is_initialized:
+            for states in (self.keys, self.values):
+                states.copy_(states.index_select(0, beam_idx.to(states.device)))
+
+
+class MiniMaxM3VLSparseStaticLayer(MiniMaxM3VLStaticLayer):
+    """Preallocated cache layer of sparse attention, with the index keys of every token."""
+
+    _layer_type = SPARSE_LAYER_TYPE
+
+    def __init__(self, max_cache_len: int, **kwargs):
+        super().__init__(max_cache_len, **kwargs)
+        self.index_keys: torch.Tensor | None = None
+
+    def update_index(self, index_key: torch.Tensor) -> torch.Tensor:
+        """Writes (B, 1, T, D_idx) index keys of the tokens that `update` wrote last, and returns the whole buffer."""
+        batch, _, num_new, index_dim = index_key.shape
+        if self.index_keys is None:
+            self.index_keys = index_key.new_zeros((batch, 1, self.max_cache_len, index_dim))
+            _mark_static(self.index_keys)
+        slots = self.cumulative_length - num_new + torch.arange(num_new, device=index_key.device)
+        self.index_keys.index_copy_(2, slots, index_key)
+        return self.index_keys
+
+    def reset(self) -> None:
+        super().reset()
+        if self.index_keys is not None:
+            self.index_keys.zero_()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.index_keys is not None:
+            self.index_keys.copy_(self.index_keys.index_select(0, beam_idx.to(self.index_keys.device)))
+
+
+def _mark_static(*tensors: torch.Tensor) -> None:
+    """Tells the compiler that these tensors keep their address, without which CUDA graphs would copy them."""
+    if not is_torchdynamo_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
+
+
+def adopt_cache(cache: Cache, layer_types: list[str]) -> None:
+    """Replaces the empty layers of a cache that Transformers built by ours, in place.
+
+    `DynamicCache(config=...)` and `StaticCache(config=...)` look their layer classes up in a table that stock
+    Transformers' own M3 module writes to as well, and dense layers get the general class, which concatenates per
+    token. Layers that already hold tokens, or are of other classes (quantized ones, say), stay as they are.
+
+    Raises:
+        ValueError: A sparse layer's cache layer holds tokens or cannot be replaced, and has no room for index keys.
+    """
+    if cache.layer_class_to_replicate is DynamicLayer and not cache.layers:
+        cache.layers = [DynamicLayer() for _ in layer_types]  # a cache made without a config
+    for index, (layer, layer_type) in enumerate(zip(cache.layers, layer_types)):
+        is_sparse = layer_type == SPARSE_LAYER_TYPE
+        is_replaceable = type(layer) in (DynamicLayer, StaticLayer) or (
+            is_sparse and isinstance(layer, (DynamicLayer, StaticLayer)) and hasattr(layer, "update_index")
+        )
+        ours = (MiniMaxM3VLDynamicLayer, MiniMaxM3VLStaticLayer)
+        if is_replaceable and not isinstance(layer, ours) and not layer.is_initialized:
+            if isinstance(layer, StaticLayer):
+                layer_class = MiniMaxM3VLSparseStaticLayer if is_sparse else MiniMaxM3VLStaticLayer
+                cache.layers[index] = layer = layer_class(max_cache_len=layer.max_cache_len)
+            else:
+                layer_class = MiniMaxM3VLSparseDynamicLayer if is_sparse else MiniMaxM3VLDynamicLayer
+                cache.layers[index] = layer = layer_class()
+        if is_sparse and not hasattr(layer, "update_index"):
+            raise ValueError(
+                f"`past_key_values` has a {type(layer).__name__} for layer {index}, which keeps no index keys, but "
+                f"that layer's type is {layer_type!r}. Make the cache with `DynamicCache(config=model.config)` or "
+                "`StaticCache(config=model.config, ...)`."
+            )

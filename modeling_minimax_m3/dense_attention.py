@@ -1,0 +1,236 @@
+"""Dense causal attention of the full-attention layers on a sequence layout, without a query x key mask.
+
+`attn_implementation` chooses as everywhere in Transformers. Under "sdpa" each sequence runs with `is_causal`; a flash
+implementation gets the offsets of the sequences; "eager", and implementations that only take a mask, get one.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.utils import is_torchdynamo_compiling
+
+from .sequence_layout import SequenceLayout
+
+# Elements of the largest mask or score tile that exists at a time where a kernel cannot express the layout itself.
+_TILE = 2**24
+
+
+def dense_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: SequenceLayout,
+    implementation: str,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attends to all keys before and at each query.
+
+    Args:
+        module: The calling layer, as Transformers' attention functions want it.
+        query (B, T, H_q, D), key and value (B, S, H_kv, D): States of the new tokens, and of all tokens with a cache.
+        layout: Where the sequences lie.
+        implementation: Name of the attention implementation.
+        scaling: Factor of the scores.
+        dropout: Probability of dropping an attention weight.
+
+    Returns:
+        (B, T, H_q, D), and the attention weights (B, H_q, T, S) where the implementation returns them.
+    """
+    if implementation == "sdpa" and layout.allowed is None:
+        return _sdpa(query, key, value, layout, scaling, dropout), None
+    # Flash implementations know nothing of the unused slots of a static cache.
+    if "flash" in implementation and layout.allowed is None:
+        if layout.is_cached and layout.num_keys is None:
+            return _sdpa(query, key, value, layout, scaling, dropout), None
+        mask = layout.padding_mask
+        if not layout.is_cached and layout.query_order is None:
+            mask, offsets = None, layout.cu_seqlens
+            kwargs |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+            kwargs |= {"max_length_q": layout.max_seqlen, "max_length_k": layout.max_seqlen}
+        states = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        flash_attention = ALL_ATTENTION_FUNCTIONS[implementation]
+        return flash_attention(module, *states, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+    attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    query, key, value = layout.order_queries(query), layout.order_keys(key), layout.order_keys(value)
+    visible, _ = layout.visibility(key.shape[1])
+    mask = visible if implementation == "sdpa" else _additive(visible, query.dtype)
+    states = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    out, weights = attention_function(module, *states, mask, dropout=dropout, scaling=scaling, **kwargs)
+    return layout.restore_order(out), None if weights is None else layout.restore_weights(weights)
+
+
+def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, torch.finfo(dtype).min
+    )
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: SequenceLayout,
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor:
+    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[2] != key.shape[2]}
+    query, key, value = layout.order_queries(query), layout.order_keys(key), layout.order_keys(value)
+    if layout.is_cached:
+        return layout.restore_order(_cached_sdpa(query, key, value, layout, options))
+    if layout.is_uniform or layout.query_order is not None:
+        # Padding that was moved behind the real tokens is in their future.
+        states = (states.transpose(1, 2) for states in (query, key, value))
+        out = scaled_dot_product_attention(*states, is_causal=True, **options).transpose(1, 2)
+        return layout.restore_order(out)
+    flat = [states.flatten(0, 1) for states in (query, key, value)]
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        out = torch.ops.aten._flash_attention_forward(
+            *flat, layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen, dropout, True, False,
+            scale=scaling,
+        )[0]  # fmt: skip
+    elif is_torchdynamo_compiling():
+        if dropout > 0:
+            raise NotImplementedError(
+                f"`attention_dropout` must be 0.0 to compile a forward of packed sequences here, got {dropout}"
+            )
+        out, _ = torch.ops.minimax_m3.packed_causal_attention(*flat, layout.cu_seqlens, scaling)
+    else:
+        bounds = layout.sequence_bounds
+        pieces = [
+            scaled_dot_product_attention(
+                *(states[start:end].transpose(0, 1) for states in flat), is_causal=True, **options
+            ).transpose(0, 1)
+            for start, end in pairwise(bounds)
+            if end > start
+        ]
+        out = torch.cat(pieces)
+    return out.unflatten(0, query.shape[:2])
+
+
+def _cached_sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SequenceLayout, options: dict
+) -> torch.Tensor:
+    num_new, num_keys = query.shape[1], key.shape[1]
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    position = layout.cached_positions()
+    rank = layout.cached_ranks(num_keys)
+    pieces = []
+    step = max(1, _TILE // max(1, len(query) * num_keys))
+    for start in range(0, num_new, step):
+        # Rows of padding see their first slot, as a softmax over nothing is NaN.
+        limit = position[:, start : start + step, None].clamp(min=0)
+        visible = (rank[:, None] >= 0) & (rank[:, None] <= limit)
+        rows = query[:, :, start : start + step]
+        pieces.append(scaled_dot_product_attention(rows, key, value, attn_mask=visible.unsqueeze(1), **options))
+    return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+# The loop over sequences above reads their lengths on the host, which a compiled graph cannot. This operator hides it.
+
+
+@torch.library.custom_op("minimax_m3::packed_causal_attention", mutates_args=())
+def _packed_causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention within each sequence of (N, H, D) states: out, and lse (H_kv, G, N) in float32 or float64."""
+    output_dtype = query.dtype
+    query, key, value, dtype = _grouped(query, key, value)
+    out = torch.zeros((*query.shape[:3], value.shape[-1]), dtype=dtype, device=query.device)
+    lse = torch.zeros(query.shape[:3], dtype=dtype, device=query.device)
+    for rows, keys in _causal_tiles(cu_seqlens, query.shape[0] * query.shape[1]):
+        scores = _causal_scores(query, key, rows, keys, scaling)
+        lse[:, :, rows] = scores.logsumexp(-1)
+        out[:, :, rows] = scores.softmax(-1) @ value[:, None, keys]
+    return out.permute(2, 0, 1, 3).flatten(1, 2).to(output_dtype).contiguous(), lse
+
+
+@_packed_causal_attention.register_fake
+def _(query, key, value, cu_seqlens, scaling):
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse_shape = (key.shape[1], query.shape[1] // key.shape[1], query.shape[0])
+    out = query.new_empty((*query.shape[:2], value.shape[-1]))
+    return out, query.new_empty(lse_shape, dtype=lse_dtype)
+
+
+@torch.library.custom_op("minimax_m3::packed_causal_attention_backward", mutates_args=())
+def _packed_causal_attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = (query, key, value)
+    query, key, value, dtype = _grouped(query, key, value)
+    grad_out, out = (states.to(dtype).unflatten(1, query.shape[:2]).permute(1, 2, 0, 3) for states in (grad_out, out))
+    grad_query, grad_key, grad_value = (torch.zeros_like(states, dtype=dtype) for states in (query, key, value))
+    delta = (grad_out * out).sum(-1, keepdim=True)
+    for rows, keys in _causal_tiles(cu_seqlens, query.shape[0] * query.shape[1]):
+        probs = (_causal_scores(query, key, rows, keys, scaling) - lse[:, :, rows, None]).exp()
+        grad_rows = grad_out[:, :, rows]
+        grad_scores = probs * (grad_rows @ value[:, None, keys].mT - delta[:, :, rows]) * scaling
+        grad_query[:, :, rows] = grad_scores @ key[:, None, keys]
+        grad_key[:, keys] += (grad_scores.mT @ query[:, :, rows]).sum(1)
+        grad_value[:, keys] += (probs.mT @ grad_rows).sum(1)
+    grads = (grad_query.permute(2, 0, 1, 3).flatten(1, 2), grad_key.transpose(0, 1), grad_value.transpose(0, 1))
+    return tuple(grad.to(tensor.dtype).contiguous() for grad, tensor in zip(grads, inputs))
+
+
+@_packed_causal_attention_backward.register_fake
+def _(grad_out, query, key, value, out, lse, cu_seqlens, scaling):
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scaling = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    query, key, value, cu_seqlens, out, lse = ctx.saved_tensors
+    grads = torch.ops.minimax_m3.packed_causal_attention_backward(
+        grad_out, query, key, value, out, lse, cu_seqlens, ctx.scaling
+    )
+    return *grads, None, None
+
+
+_packed_causal_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _grouped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype]:
+    """Heads first, (H_kv, G, N, D) and (H_kv, N, D), in the dtype of the sums, which comes last."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    grouped_query = query.unflatten(1, (key.shape[1], -1)).permute(1, 2, 0, 3)
+    return grouped_query.to(dtype), key.transpose(0, 1).to(dtype), value.transpose(0, 1).to(dtype), dtype
+
+
+def _causal_tiles(cu_seqlens: torch.Tensor, num_heads: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of queries, and of the keys up to the last of them, that keep a tile of scores bounded."""
+    bounds = cu_seqlens.tolist()
+    for first, end in pairwise(bounds):
+        start = first
+        while start < end:
+            stop = min(end, start + max(1, _TILE // (num_heads * (end - first))))
+            yield slice(start, stop), slice(first, stop)
+            start = stop
+
+
+def _causal_scores(query: torch.Tensor, key: torch.Tensor, rows: slice, keys: slice, scaling: float) -> torch.Tensor:
+    scores = (query[:, :, rows] * scaling) @ key[:, None, keys].mT
+    row = torch.arange(rows.start, rows.stop, device=query.device)[:, None]
+    return scores.masked_fill_(torch.arange(keys.start, keys.stop, device=query.device) > row, float("-inf"))

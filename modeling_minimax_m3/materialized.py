@@ -1,0 +1,72 @@
+"""Sparse attention with its weights in memory: for `output_attentions` and for a caller's own 4-D mask.
+
+Quadratic in tokens, and the only place besides eager dense attention that is.
+"""
+
+import torch
+from torch.nn.functional import pad
+
+from .sequence_layout import SequenceLayout
+
+
+def select_blocks_under_mask(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    layout: SequenceLayout,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    init_blocks: int,
+) -> torch.Tensor:
+    """Block selection where a caller's mask says which keys count: int32 (B, T, H_idx, topk), -1 where fewer do.
+
+    Blocks are counted from the first slot, as a mask does not say where a sequence starts. A block that holds no
+    allowed key is never selected. A mask with one head per query head counts a key that any head of a group may see.
+
+    Args:
+        index_query (B, T, H_idx, D_idx), index_key (B, S, D_idx): Indexer states.
+        layout: A layout with `allowed`.
+        block_size, topk, local_blocks, init_blocks: As in `msa.select_blocks`.
+    """
+    num_heads, num_keys = index_query.shape[2], index_key.shape[1]
+    allowed = layout.allowed
+    if allowed.shape[1] > 1:
+        allowed = allowed.unflatten(1, (num_heads, -1)).any(2)
+    scores = torch.einsum("bthd,bsd->bhts", index_query.float(), index_key.float()).masked_fill(~allowed, -torch.inf)
+    block_scores = pad(scores, (0, -num_keys % block_size), value=-torch.inf).unflatten(-1, (-1, block_size)).amax(-1)
+    block = torch.arange(block_scores.shape[-1], device=scores.device)
+    own_block = (layout.positions() // block_size)[:, None, :, None]
+    forced = (block < init_blocks) | ((block > own_block - local_blocks) & (block <= own_block))
+    block_scores = block_scores.masked_fill(forced & (block_scores > -torch.inf), torch.inf)
+    ranked = block_scores.sort(dim=-1, descending=True, stable=True)
+    selected = ranked.indices.masked_fill(ranked.values == -torch.inf, -1)[..., :topk]
+    return pad(selected, (0, topk - selected.shape[-1]), value=-1).transpose(1, 2).to(torch.int32)
+
+
+def sparse_attention_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    block_indices: torch.Tensor,
+    layout: SequenceLayout,
+    block_size: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Attention weights (B, H_q, T, S) in the dtype of `query`; a row without any key is 0.
+
+    Args:
+        query (B, T, H_q, D), key (B, S, H_kv, D), block_indices (B, T, H_kv, topk): In the layout's working order.
+    """
+    num_keys, num_kv_heads = key.shape[1:3]
+    visible, rank = layout.visibility(num_keys)
+    num_blocks = -(-num_keys // block_size)
+    # Ids that name no block go to an extra column. Keys of negative rank are padding, which `visible` excludes.
+    block = block_indices.long().masked_fill((block_indices < 0) | (block_indices >= num_blocks), num_blocks)
+    chosen = torch.zeros((*block.shape[:3], num_blocks + 1), dtype=torch.bool, device=block.device)
+    chosen = chosen.scatter_(-1, block, True)[..., :num_blocks]
+    block_of_key = (rank.clamp(min=0) // block_size)[:, None, None].expand(*block.shape[:3], -1)
+    attended = chosen.gather(-1, block_of_key).transpose(1, 2)  # (B, H_kv, T, S)
+    group = query.shape[2] // num_kv_heads
+    attended = attended.repeat_interleave(group, dim=1) & visible
+    scores = torch.einsum("bthd,bshd->bhts", query.float(), key.repeat_interleave(group, dim=2).float())
+    weights = (scores * softmax_scale).masked_fill(~attended, torch.finfo(scores.dtype).min).softmax(-1) * attended
+    return weights.to(query.dtype)

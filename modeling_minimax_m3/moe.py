@@ -1,0 +1,178 @@
+"""Feed-forward parts of a decoder layer: the dense MLP, and the mixture of experts with its router and balance loss.
+
+N is the number of tokens, E of experts, K of experts per token, H the hidden size, F an intermediate size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.integrations import use_experts_implementation
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from configuration_minimax_m3 import MiniMaxM3VLTextConfig
+
+
+def swiglu_oai(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """Gated activation `gate * sigmoid(alpha * gate) * (up + 1)` with both halves clamped to `limit`.
+
+    Args:
+        gate_up (`torch.Tensor`): `(..., 2F)`, the gate half first. The gate is bounded from above only.
+        alpha (`float`): Gain inside the sigmoid.
+        limit (`float`): Clamp bound.
+
+    Returns:
+        `torch.Tensor` of shape `(..., F)`, in the dtype of `gate_up`.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    up = up.clamp(min=-limit, max=limit)
+    return (up + 1.0) * (gate * torch.sigmoid(alpha * gate))
+
+
+class MiniMaxM3VLDenseMLP(nn.Module):
+    """Gated MLP with one fused gate-and-up projection; serves the dense layers and the shared expert.
+
+    Args:
+        config (`MiniMaxM3VLTextConfig`): Gives the hidden size and the activation's constants.
+        intermediate_size (`int`, *optional*): Width of the MLP. Default: `config.dense_intermediate_size`.
+    """
+
+    def __init__(self, config: MiniMaxM3VLTextConfig, intermediate_size: int | None = None):
+        super().__init__()
+        width = config.dense_intermediate_size if intermediate_size is None else intermediate_size
+        self.swiglu_alpha = config.swiglu_alpha
+        self.swiglu_limit = config.swiglu_limit
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(swiglu_oai(self.gate_up_proj(hidden_states), self.swiglu_alpha, self.swiglu_limit))
+
+
+@use_experts_implementation
+class MiniMaxM3VLExperts(nn.Module):
+    """The routed experts, their weights stacked along a leading expert axis.
+
+    `forward` is the eager path. Transformers replaces it with the kernel that `config._experts_implementation` names
+    (`grouped_mm` by default), which reads the same attributes and calls `_apply_gate`.
+    """
+
+    def __init__(self, config: MiniMaxM3VLTextConfig):
+        super().__init__()
+        self.num_experts = config.num_local_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.intermediate_size
+        self.swiglu_alpha = config.swiglu_alpha
+        self.swiglu_limit = config.swiglu_limit
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return swiglu_oai(gate_up, self.swiglu_alpha, self.swiglu_limit)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of each token's experts, weighted.
+
+        Args:
+            hidden_states (`torch.Tensor`): `(N, H)`.
+            top_k_index (`torch.Tensor`): `(N, K)` expert ids. Expert parallelism marks the pairs that another rank
+                computes with the id `num_experts`; they add nothing here.
+            top_k_weights (`torch.Tensor`): `(N, K)`.
+
+        Returns:
+            `torch.Tensor` of shape `(N, H)`, in the dtype of `hidden_states`.
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert >= self.num_experts:
+                continue
+            token, choice = torch.nonzero(top_k_index == expert, as_tuple=True)
+            gate_up = F.linear(hidden_states[token], self.gate_up_proj[expert])
+            expert_output = F.linear(self._apply_gate(gate_up), self.down_proj[expert])
+            weighted = expert_output * top_k_weights[token, choice, None]
+            output.index_add_(0, token, weighted.to(output.dtype))
+        return output
+
+
+class MiniMaxM3VLTopKRouter(nn.Module):
+    """Sigmoid router: a learned bias takes part in choosing the experts, never in weighting them."""
+
+    def __init__(self, config: MiniMaxM3VLTextConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.num_local_experts
+        self.hidden_dim = config.hidden_size
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Choose `top_k` experts for every token.
+
+        Args:
+            hidden_states (`torch.Tensor`): `(..., H)`, flattened to `(N, H)`.
+
+        Returns:
+            Logits `(N, E)` in the dtype of the router's weight, weights `(N, K)` in float32 that sum to one over the
+            chosen experts, and expert ids `(N, K)` in no particular order.
+        """
+        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        router_logits = F.linear(hidden_states.to(self.weight.dtype), self.weight)
+        scores = router_logits.float().sigmoid()
+        top_k_index = torch.topk(scores + self.e_score_correction_bias, self.top_k, dim=-1, sorted=False).indices
+        top_k_weights = scores.gather(-1, top_k_index)
+        return router_logits, top_k_weights / top_k_weights.sum(dim=-1, keepdim=True), top_k_index
+
+
+class MiniMaxM3VLSparseMoeBlock(nn.Module):
+    """Routed experts, scaled, plus one shared expert that sees every token."""
+
+    def __init__(self, config: MiniMaxM3VLTextConfig):
+        super().__init__()
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.gate = MiniMaxM3VLTopKRouter(config)
+        self.experts = MiniMaxM3VLExperts(config)
+        self.shared_experts = MiniMaxM3VLDenseMLP(config, intermediate_size=config.shared_intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        routed = self.experts(tokens, top_k_index, top_k_weights)
+        return (routed * self.routed_scaling_factor + self.shared_experts(tokens)).view_as(hidden_states)
+
+
+def load_balancing_loss(
+    router_logits: Sequence[torch.Tensor],
+    num_experts: int,
+    top_k: int,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Switch Transformer's load-balancing loss over the real tokens of a forward pass.
+
+    Args:
+        router_logits (`Sequence[torch.Tensor]`): One `(B * T, E)` tensor for each layer with experts.
+        num_experts (`int`): E.
+        top_k (`int`): Experts chosen per token.
+        attention_mask (`torch.Tensor`, *optional*): `(B, S)`, 0 at pads; its last T columns belong to the tokens of
+            this pass. Masks of any other form say nothing about pads and are ignored.
+        cu_seq_lens (`torch.Tensor`, *optional*): Offsets of packed sequences. What follows the last one is padding.
+
+    Returns:
+        A float32 scalar: `num_experts` times the sum over experts of the fraction of choices that go to an expert,
+        times its mean probability.
+    """
+    if not router_logits:
+        raise ValueError("router_logits is empty: the model has no layer with routed experts to balance.")
+    tokens = router_logits[0].shape[0]
+    real = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        real = attention_mask[:, -(tokens // attention_mask.shape[0]) :].reshape(-1) != 0
+    if cu_seq_lens is not None:
+        packed = torch.arange(tokens, device=cu_seq_lens.device) < cu_seq_lens[-1]
+        real = packed if real is None else real & packed.to(real.device)
+    return load_balancing_loss_func(tuple(router_logits), num_experts, top_k, real)

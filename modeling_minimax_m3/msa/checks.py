@@ -1,0 +1,205 @@
+"""Checks of the operators' arguments: shapes, dtypes and devices always, values where reading them costs no sync.
+
+Shape checks use no tensor value, so they also run (once) while `torch.compile` traces. Value checks run inside the
+operators, on CPU tensors, and on CUDA tensors when the environment variable `MINIMAX_M3_MSA_CHECK=1` asks for the
+synchronisation that they cost.
+"""
+
+import os
+
+import torch
+
+FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _describe(tensor: object) -> str:
+    if not isinstance(tensor, torch.Tensor):
+        return repr(tensor)
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> None:
+    """Raises unless `tensor` has the given axes (an int is a required size, a str only a name), dtype and device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+    axes = ", ".join(str(axis) for axis in shape)
+    if tensor.dim() != len(shape) or any(
+        isinstance(axis, int) and size != axis for axis, size in zip(shape, tensor.shape)
+    ):
+        raise ValueError(f"`{name}` must have shape ({axes}), got {_describe(tensor)}")
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"`{name}` must be {allowed}, got {_describe(tensor)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"`{name}` must be on {device} like the queries, got {_describe(tensor)}")
+
+
+def check_unit_stride(name: str, tensor: torch.Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"`{name}` must be contiguous in its last dimension, got strides {tuple(tensor.stride())}; "
+            "other strides are free"
+        )
+
+
+def check_at_least(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
+
+
+def check_selection_options(block_size: int, topk: int, local_blocks: int, init_blocks: int) -> None:
+    check_at_least("block_size", block_size, 1)
+    check_at_least("topk", topk, 1)
+    check_at_least("local_blocks", local_blocks, 0)
+    check_at_least("init_blocks", init_blocks, 0)
+    if init_blocks + local_blocks > topk:
+        raise ValueError(
+            f"`init_blocks` + `local_blocks` must not exceed `topk`, as they count against it: "
+            f"got {init_blocks} + {local_blocks} > {topk}"
+        )
+
+
+def check_cu_seqlens(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, device: torch.device) -> None:
+    check_tensor("cu_seqlens_q", cu_seqlens_q, ("batch + 1",), (torch.int32,), device)
+    check_tensor("cu_seqlens_k", cu_seqlens_k, ("batch + 1",), (torch.int32,), device)
+    if cu_seqlens_q.shape[0] < 1 or cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "`cu_seqlens_q` and `cu_seqlens_k` must have the same length batch + 1, at least 1: "
+            f"got {cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+        )
+
+
+def check_head_groups(query: torch.Tensor, num_kv_heads: int) -> None:
+    num_heads = query.shape[-2]
+    if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+        raise ValueError(
+            f"the number of heads of `query` must be a multiple of the number of key/value heads, "
+            f"got {num_heads} and {num_kv_heads}"
+        )
+
+
+def check_cache(
+    names_and_caches: dict[str, tuple[torch.Tensor, tuple[int | str, ...]]],
+    query: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> None:
+    """Checks caches, given as name -> (tensor, trailing axes), and the tensors that say where their rows are.
+
+    Contiguous caches start with the axes (B, S_max), paged ones with (pages, page_size).
+    """
+    batch, device = query.shape[0], query.device
+    leading = (batch, "S_max") if block_table is None else ("pages", "page_size")
+    first_two = None
+    for name, (cache, trailing) in names_and_caches.items():
+        check_tensor(name, cache, (*leading, *trailing), (query.dtype,), device)
+        check_unit_stride(name, cache)
+        if first_two is not None and cache.shape[:2] != first_two:
+            raise ValueError(f"`{name}` must start with the axes {tuple(first_two)}, got {_describe(cache)}")
+        first_two = cache.shape[:2]
+    check_tensor("cache_seqlens", cache_seqlens, (batch,), (torch.int32,), device)
+    if block_table is not None:
+        check_tensor("block_table", block_table, (batch, "pages of a row"), (torch.int32,), device)
+        if cache_leftpad is not None:
+            raise ValueError(
+                "`cache_leftpad` needs a contiguous cache: it cannot be given together with `block_table`, "
+                "whose rows start at their first page"
+            )
+    if cache_leftpad is not None:
+        check_tensor("cache_leftpad", cache_leftpad, (batch,), (torch.int32,), device)
+
+
+def values_are_checked(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" or os.environ.get("MINIMAX_M3_MSA_CHECK") == "1"
+
+
+def check_cu_seqlens_values(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, total_q: int, total_k: int
+) -> None:
+    """Raises unless both start at 0, never fall, end at the number of tokens, and no sequence has len_q > len_k."""
+    if not values_are_checked(cu_seqlens_q):
+        return
+    lengths = {}
+    for name, cu_seqlens, total in (("cu_seqlens_q", cu_seqlens_q, total_q), ("cu_seqlens_k", cu_seqlens_k, total_k)):
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        lengths[name] = cu_seqlens.diff()
+        if first != 0 or last != total or bool((lengths[name] < 0).any()):
+            raise ValueError(
+                f"`{name}` must start at 0, never fall and end at the number of tokens {total}, "
+                f"got {_abbreviate(cu_seqlens.tolist())}"
+            )
+    too_long = (lengths["cu_seqlens_q"] > lengths["cu_seqlens_k"]).nonzero()
+    if len(too_long) > 0:
+        sequence = int(too_long[0])
+        raise ValueError(
+            "queries are the last tokens of their sequence, so no sequence may have more queries than keys: "
+            f"`cu_seqlens_q` gives sequence {sequence} {int(lengths['cu_seqlens_q'][sequence])} queries, "
+            f"`cu_seqlens_k` gives it {int(lengths['cu_seqlens_k'][sequence])} keys"
+        )
+
+
+def check_cache_values(
+    cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> None:
+    if not values_are_checked(cache_seqlens) or len(cache_seqlens) == 0:
+        return
+    capacity = cache.shape[1] if block_table is None else cache.shape[1] * block_table.shape[1]
+    if int(cache_seqlens.min()) < 0 or int(cache_seqlens.max()) > capacity:
+        raise ValueError(
+            f"`cache_seqlens` must lie between 0 and the {capacity} slots of a row, "
+            f"got {_abbreviate(cache_seqlens.tolist())}"
+        )
+    if cache_leftpad is not None and bool(((cache_leftpad < 0) | (cache_leftpad > cache_seqlens)).any()):
+        raise ValueError(
+            "`cache_leftpad` must lie between 0 and `cache_seqlens`, got "
+            f"{_abbreviate(cache_leftpad.tolist())} for {_abbreviate(cache_seqlens.tolist())}"
+        )
+    if block_table is not None:
+        pages_used = -(-cache_seqlens // cache.shape[1])
+        in_use = torch.arange(block_table.shape[1], device=block_table.device) < pages_used[:, None]
+        if bool((in_use & ((block_table < 0) | (block_table >= cache.shape[0]))).any()):
+            raise ValueError(
+                f"`block_table` must name pages between 0 and {cache.shape[0] - 1} wherever `cache_seqlens` reaches, "
+                f"got {_abbreviate(block_table.tolist())}"
+            )
+
+
+def check_block_indices_values(block_indices: torch.Tensor) -> None:
+    """Raises unless ids are >= -1, left-packed and without duplicates. Ids past the sequence attend to nothing."""
+    if not values_are_checked(block_indices) or block_indices.numel() == 0:
+        return
+    lowest = int(block_indices.min())
+    if lowest < -1:
+        raise ValueError(f"`block_indices` must hold block ids, or -1 for unused slots, got {lowest}")
+    unused = block_indices < 0
+    misplaced = unused[..., :-1] & ~unused[..., 1:]
+    if bool(misplaced.any()):
+        row = tuple(misplaced.any(-1).nonzero()[0].tolist())
+        raise ValueError(
+            "`block_indices` must be left-packed, with every -1 after the last id, "
+            f"got {_abbreviate(block_indices[row].tolist())} at {row}"
+        )
+    ids = block_indices.sort(dim=-1).values
+    duplicate = (ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)
+    if bool(duplicate.any()):
+        row = tuple(duplicate.any(-1).nonzero()[0].tolist())
+        raise ValueError(
+            "`block_indices` must not list a block twice for the same query and head, "
+            f"got {_abbreviate(block_indices[row].tolist())} at {row}"
+        )
+
+
+def _abbreviate(values: list, limit: int = 12) -> str:
+    return str(values) if len(values) <= limit else f"[{', '.join(map(str, values[:limit]))}, ...]"

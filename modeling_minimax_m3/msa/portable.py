@@ -1,0 +1,368 @@
+"""The `torch` backend: MiniMax Sparse Attention in plain PyTorch, on any device, at memory linear in tokens.
+
+Selection walks over chunks of queries, so that a bounded tile of scores exists at a time. Attention is KV-major: it
+walks over the key blocks, gathers the queries that selected a block, and folds the block into their running softmax;
+every product is a plain matmul without wasted rows, and each key block is read once. The backward walks the same way
+and needs neither atomics nor a second pass: a block's key gradient has one owner, a query occurs once per block.
+
+Decoding (a few new tokens per row) gathers the selected blocks instead, with no value read on the host, so that CUDA
+graphs can capture it. The other paths read the sequence lengths on the host.
+
+Scores, softmax and sums are float32 for half precision inputs, and float64 for float64 inputs.
+Dimension legend: see README.md.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from .sequences import cached_sequences, compute_dtype, packed_sequences
+
+# Elements of the largest temporary score tile: 16 MiB in float32 for the selection, whose matmuls want many keys, and
+# 4 MiB for the attention, whose tile is read and written several times and should stay in cache.
+_SELECTION_TILE = 2**22
+_ATTENTION_TILE = 2**20
+
+# Up to this many new tokens per row the cached forms gather; above, they run as one variable-length call per row.
+_MAX_GATHERED_TOKENS = 16
+
+
+def _top_blocks(block_scores: torch.Tensor, topk: int) -> torch.Tensor:
+    """Ids of the `topk` highest scores per row, ties to the lower id, -1 for those at -inf: int32 (..., topk).
+
+    `torch.topk` leaves open which of several equal scores it returns, so only its threshold is used.
+    """
+    num_blocks = block_scores.shape[-1]
+    width = min(topk, num_blocks)
+    threshold = block_scores.topk(width, dim=-1).values[..., -1:]
+    above = block_scores > threshold
+    tied = (block_scores == threshold) & (threshold > float("-inf"))
+    open_places = width - above.sum(-1, keepdim=True)
+    chosen = above | (tied & (tied.cumsum(-1) <= open_places))
+    block = torch.arange(num_blocks, dtype=torch.int32, device=block_scores.device)
+    ids = torch.where(chosen, block, num_blocks).topk(width, dim=-1, largest=False, sorted=True).values
+    return pad(ids.masked_fill(ids == num_blocks, -1), (0, topk - width), value=-1)
+
+
+def _force_blocks(
+    block_scores: torch.Tensor, position: torch.Tensor, block_size: int, local_blocks: int, init_blocks: int
+) -> torch.Tensor:
+    """Sets the scores of always-selected blocks to +inf and of blocks in the future to -inf, in place.
+
+    `block_scores` is (..., N), `position` (..., 1) with the position of each row's query, negative for padding.
+    """
+    own_block = torch.div(position, block_size, rounding_mode="floor")
+    block = torch.arange(block_scores.shape[-1], device=block_scores.device)
+    forced = (block < init_blocks) | (block > own_block - local_blocks)
+    return block_scores.masked_fill_(forced, float("inf")).masked_fill_(block > own_block, float("-inf"))
+
+
+def select_blocks(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    init_blocks: int,
+) -> torch.Tensor:
+    """As `reference.select_blocks`."""
+    total_q, num_heads, _ = index_query.shape
+    device, dtype = index_query.device, compute_dtype(index_query)
+    selected = torch.full((total_q, num_heads, topk), -1, dtype=torch.int32, device=device)
+    for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
+        len_k = keys.stop - keys.start
+        past = len_k - (queries.stop - queries.start)
+        # Zero keys complete the last block; they lie in every query's future, so the causal mask removes them.
+        padded_keys = pad(index_key[keys].to(dtype), (0, 0, 0, -len_k % block_size))
+        start = queries.start
+        while start < queries.stop:
+            first = past + start - queries.start  # position of the chunk's first query
+            chunk = max(1, _SELECTION_TILE // (num_heads * (first + block_size)))
+            stop = min(start + chunk, queries.stop)
+            last = past + stop - 1 - queries.start
+            seen = (last // block_size + 1) * block_size  # keys of the blocks that the chunk can see
+            scores = index_query[start:stop].to(dtype).flatten(0, 1) @ padded_keys[:seen].T
+            scores = scores.view(stop - start, num_heads, seen)
+            position = torch.arange(first, last + 1, device=device)[:, None, None]
+            # Keys before `first` are in no query's future.
+            scores[..., first:].masked_fill_(torch.arange(first, seen, device=device) > position, float("-inf"))
+            block_scores = scores.unflatten(-1, (-1, block_size)).amax(-1)
+            _force_blocks(block_scores, position, block_size, local_blocks, init_blocks)
+            selected[start:stop] = _top_blocks(block_scores, topk)
+            start = stop
+    return selected
+
+
+@dataclass
+class _Tile:
+    """Some of the queries that selected one key block for one key/value head, and that block's keys.
+
+    Attributes:
+        head (`int`): The key/value head.
+        tokens (`torch.Tensor`): (n,) rows of `query`, ascending.
+        keys (`slice`): Rows of `key` and `value`.
+        future (`torch.Tensor` or None): (m, 1, len(keys)) boolean, the keys in the future of the first m tokens; None
+            where no token has any.
+    """
+
+    head: int
+    tokens: torch.Tensor
+    keys: slice
+    future: torch.Tensor | None
+
+
+def _tiles(
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    group: int,
+) -> Iterator[_Tile]:
+    """Inverts the block lists: for every key block and head, the queries that selected it, in bounded tiles."""
+    total_q, num_heads = block_indices.shape[:2]
+    device = block_indices.device
+    len_q, len_k = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
+    blocks_of_sequence = (len_k + block_size - 1) // block_size
+    first_block = blocks_of_sequence.cumsum(0) - blocks_of_sequence  # of each sequence, counted over the batch
+    num_blocks = int(blocks_of_sequence.sum())
+    if num_blocks == 0 or total_q == 0:
+        return
+
+    sequence = torch.repeat_interleave(torch.arange(len(len_q), device=device), len_q, output_size=total_q)
+    position = torch.arange(total_q, device=device) - (cu_seqlens_q[:-1].long() + len_q - len_k)[sequence]
+    own_block = (position // block_size)[:, None, None]
+    attended = (block_indices >= 0) & (block_indices <= own_block)
+    # Pairs (head, block, token), sorted: a stable sort keeps the tokens of a pair ascending.
+    head = torch.arange(num_heads, device=device)[:, None]
+    pair = head * num_blocks + first_block[sequence][:, None, None] + block_indices
+    token = torch.arange(total_q, device=device)[:, None, None].expand_as(pair)[attended]
+    pair, order = pair[attended].sort(stable=True)
+    token = token[order]
+    # Tokens inside the block themselves come first in its list, and are the only ones with keys in their future.
+    inside = torch.bincount(pair[(block_indices == own_block)[attended][order]], minlength=num_heads * num_blocks)
+    counts = torch.bincount(pair, minlength=num_heads * num_blocks).tolist()
+    inside = inside.tolist()
+
+    starts, ends, owners = cu_seqlens_k[:-1].tolist(), cu_seqlens_k[1:].tolist(), []
+    for start, end in zip(starts, ends):
+        owners += [slice(first, min(first + block_size, end)) for first in range(start, end, block_size)]
+    sequence_start = torch.repeat_interleave(
+        cu_seqlens_k[:-1].long(), blocks_of_sequence, output_size=num_blocks
+    ).tolist()
+
+    tile = max(1, _ATTENTION_TILE // (group * block_size))
+    offset = 0
+    for index, count in enumerate(counts):
+        head, block = divmod(index, num_blocks)
+        keys = owners[block]
+        for first in range(0, count, tile):
+            tokens = token[offset + first : offset + min(first + tile, count)]
+            future = None
+            if first < inside[index]:
+                row_position = position[tokens[: inside[index] - first]]
+                key_position = torch.arange(keys.start, keys.stop, device=device) - sequence_start[block]
+                future = (key_position > row_position[:, None]).unsqueeze(1)
+            yield _Tile(head, tokens, keys, future)
+        offset += count
+
+
+def _tile_scores(query_rows: torch.Tensor, key_rows: torch.Tensor, tile: _Tile, softmax_scale: float) -> torch.Tensor:
+    """Scaled scores (n, G, keys) of a tile, -inf where the key is in the token's future."""
+    scores = ((query_rows * softmax_scale).flatten(0, 1) @ key_rows.T).unflatten(0, query_rows.shape[:2])
+    if tile.future is not None:
+        scores[: len(tile.future)].masked_fill_(tile.future, float("-inf"))
+    return scores
+
+
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.block_sparse_attention`."""
+    dtype = compute_dtype(query)
+    total_q, num_heads, _ = query.shape
+    num_kv_heads = key.shape[1]
+    group = num_heads // num_kv_heads
+    # The running softmax of each row: largest score, sum of exponentials relative to it, weighted sum of values.
+    largest = torch.full((total_q, num_heads, 1), float("-inf"), dtype=dtype, device=query.device)
+    total = torch.zeros_like(largest)
+    accumulated = torch.zeros((total_q, num_heads, value.shape[-1]), dtype=dtype, device=query.device)
+    for tile in _tiles(block_indices, cu_seqlens_q, cu_seqlens_k, block_size, group):
+        heads = slice(tile.head * group, (tile.head + 1) * group)
+        scores = _tile_scores(
+            query[:, heads][tile.tokens].to(dtype), key[tile.keys, tile.head].to(dtype), tile, softmax_scale
+        )
+        before = largest[:, heads][tile.tokens]
+        # Each row sees at least one key of each of its blocks, so this is finite.
+        after = torch.maximum(before, scores.amax(-1, keepdim=True))
+        weights = scores.sub_(after).exp_()
+        decay = (before - after).exp_()
+        weighted = (weights.flatten(0, 1) @ value[tile.keys, tile.head].to(dtype)).unflatten(0, weights.shape[:2])
+        largest[:, heads].index_copy_(0, tile.tokens, after)
+        total[:, heads].index_copy_(
+            0, tile.tokens, total[:, heads][tile.tokens].mul_(decay).add_(weights.sum(-1, keepdim=True))
+        )
+        accumulated[:, heads].index_copy_(
+            0, tile.tokens, accumulated[:, heads][tile.tokens].mul_(decay).add_(weighted)
+        )
+    lse = (largest + total.log()).squeeze(-1)
+    # Rows that attend to nothing have a sum of 0 and stay 0.
+    out = accumulated.div_(total.masked_fill_(total == 0, 1.0))
+    return out.to(query.dtype), lse
+
+
+def block_sparse_attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value from the saved lse, deterministic."""
+    dtype = compute_dtype(query)
+    group = query.shape[1] // key.shape[1]
+    grad_query = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
+    grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    # What each row's softmax subtracts from the gradient of its probabilities.
+    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
+    lse = lse.unsqueeze(-1)
+    for tile in _tiles(block_indices, cu_seqlens_q, cu_seqlens_k, block_size, group):
+        heads = slice(tile.head * group, (tile.head + 1) * group)
+        query_rows = query[:, heads][tile.tokens].to(dtype)
+        grad_rows = grad_out[:, heads][tile.tokens].to(dtype).flatten(0, 1)
+        key_rows, value_rows = key[tile.keys, tile.head].to(dtype), value[tile.keys, tile.head].to(dtype)
+        scores = _tile_scores(query_rows, key_rows, tile, softmax_scale)
+        probs = scores.sub_(lse[:, heads][tile.tokens]).exp_().flatten(0, 1)
+        grad_value[tile.keys, tile.head] += probs.T @ grad_rows
+        grad_scores = (grad_rows @ value_rows.T).sub_(delta[:, heads][tile.tokens].flatten(0, 1)).mul_(probs)
+        grad_scores *= softmax_scale
+        grad_key[tile.keys, tile.head] += grad_scores.T @ query_rows.flatten(0, 1)
+        grad_query[:, heads].index_add_(0, tile.tokens, (grad_scores @ key_rows).unflatten(0, query_rows.shape[:2]))
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _gathered_position(
+    num_new: int, cache_seqlens: torch.Tensor, cache_leftpad: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (B, T, 1, 1) of the new tokens, negative for padding, and left paddings (B, 1, 1, 1)."""
+    leftpad = torch.zeros_like(cache_seqlens) if cache_leftpad is None else cache_leftpad
+    first = (cache_seqlens - leftpad - num_new).long()
+    position = first[:, None] + torch.arange(num_new, device=cache_seqlens.device)
+    return position[:, :, None, None], leftpad.long()[:, None, None, None]
+
+
+def select_blocks_with_kvcache(
+    index_query: torch.Tensor,
+    index_key_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    init_blocks: int,
+) -> torch.Tensor:
+    """As `reference.select_blocks_with_kvcache`."""
+    batch, num_new, num_heads, _ = index_query.shape
+    device, dtype = index_query.device, compute_dtype(index_query)
+    if num_new > _MAX_GATHERED_TOKENS:
+        selected = torch.full((batch, num_new, num_heads, topk), -1, dtype=torch.int32, device=device)
+        rows = cached_sequences((index_key_cache,), num_new, cache_seqlens, cache_leftpad, block_table)
+        for row, padding, (index_key,) in rows:
+            selected[row, padding:] = select_blocks(
+                index_query[row, padding:],
+                index_key,
+                *_cu_seqlens(num_new - padding, len(index_key), device),
+                block_size,
+                topk,
+                local_blocks,
+                init_blocks,
+            )
+        return selected
+
+    keys = index_key_cache if block_table is None else index_key_cache[block_table.long()].flatten(1, 2)
+    if device.type == "cpu":  # elsewhere this would wait for the device, so unused slots are scored too
+        keys = keys[:, : max(cache_seqlens.tolist(), default=0)]
+    slots = keys.shape[1]
+    scores = (index_query.to(dtype).flatten(1, 2) @ keys.to(dtype).mT).unflatten(1, (num_new, num_heads))
+    position, leftpad = _gathered_position(num_new, cache_seqlens, cache_leftpad)
+    rank = torch.arange(slots, device=device)
+    if cache_leftpad is not None and slots > 0:  # shift each row, so that its first real token has rank 0
+        scores = scores.gather(-1, (rank + leftpad).clamp_(max=slots - 1).expand_as(scores))
+    scores.masked_fill_(rank > position, float("-inf"))
+    scores = pad(scores, (0, -slots % block_size), value=float("-inf"))
+    block_scores = scores.unflatten(-1, (-1, block_size)).amax(-1)
+    if block_scores.shape[-1] == 0:
+        return torch.full((batch, num_new, num_heads, topk), -1, dtype=torch.int32, device=device)
+    return _top_blocks(_force_blocks(block_scores, position, block_size, local_blocks, init_blocks), topk)
+
+
+def block_sparse_attention_with_kvcache(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_indices: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    block_size: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """As `reference.block_sparse_attention_with_kvcache`."""
+    batch, num_new, num_heads, _ = query.shape
+    num_kv_heads = key_cache.shape[2]
+    device, dtype = query.device, compute_dtype(query)
+    if num_new > _MAX_GATHERED_TOKENS:
+        out = query.new_zeros((batch, num_new, num_heads, value_cache.shape[-1]))
+        rows = cached_sequences((key_cache, value_cache), num_new, cache_seqlens, cache_leftpad, block_table)
+        for row, padding, (key, value) in rows:
+            out[row, padding:], _ = block_sparse_attention(
+                query[row, padding:],
+                key,
+                value,
+                block_indices[row, padding:],
+                *_cu_seqlens(num_new - padding, len(key), device),
+                block_size,
+                softmax_scale,
+            )
+        return out
+
+    position, leftpad = _gathered_position(num_new, cache_seqlens, cache_leftpad)
+    rank = (block_indices.long()[..., None] * block_size + torch.arange(block_size, device=device)).flatten(-2)
+    attended = (rank >= 0) & (rank <= position)  # (B, T, H_kv, topk * block_size)
+    slot = torch.where(attended, rank + leftpad, 0)
+    row = torch.arange(batch, device=device)[:, None, None, None]
+    if block_table is not None:
+        page_size = key_cache.shape[1]
+        row, slot = block_table[row, slot // page_size].long(), slot % page_size
+    head = torch.arange(num_kv_heads, device=device)[:, None]
+    keys, values = key_cache[row, slot, head].to(dtype), value_cache[row, slot, head].to(dtype)
+    # Whatever the slots that are not attended hold must not reach the sum, not even as 0 * NaN.
+    values = values.masked_fill(~attended[..., None], 0.0)
+    grouped_query = query.to(dtype).unflatten(2, (num_kv_heads, -1)) * softmax_scale
+    scores = (grouped_query @ keys.mT).masked_fill(~attended.unsqueeze(-2), torch.finfo(dtype).min)
+    # A row without a key averages zeros.
+    return (scores.softmax(-1) @ values).flatten(2, 3).to(query.dtype)
+
+
+def _cu_seqlens(len_q: int, len_k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The offsets of a batch of one sequence."""
+    q, k = (torch.tensor([0, length], dtype=torch.int32, device=device) for length in (len_q, len_k))
+    return q, k

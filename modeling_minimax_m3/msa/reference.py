@@ -1,0 +1,184 @@
+"""Naive MiniMax Sparse Attention: the definition, for reading and for truth.
+
+Every function loops over the sequences of a batch and builds the full query x key score matrix of each, so memory is
+quadratic. Half precision inputs are computed in float32, float64 stays
+float64.
+
+Dimension legend (see README.md): total_q, total_k tokens of all sequences; Lq, Lk tokens of one sequence; H_idx index
+heads, equal to H_kv key/value heads; H_q query heads; G = H_q / H_kv; D head_dim; N key blocks of one sequence.
+"""
+
+import torch
+
+from .sequences import cached_sequences, compute_dtype, packed_sequences
+
+
+def _positions(queries: slice, keys: slice, device: torch.device) -> torch.Tensor:
+    """Positions of a sequence's queries, which are its last tokens: (Lq,)."""
+    len_q, len_k = queries.stop - queries.start, keys.stop - keys.start
+    return torch.arange(len_k - len_q, len_k, device=device)
+
+
+def select_blocks(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    init_blocks: int,
+) -> torch.Tensor:
+    """The key blocks that each query attends to: int32 (total_q, H_idx, topk), -1 where fewer are visible."""
+    device, dtype = index_query.device, compute_dtype(index_query)
+    selected = torch.full((*index_query.shape[:2], topk), -1, dtype=torch.int32, device=device)
+    for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
+        len_k = keys.stop - keys.start
+        num_blocks = -(-len_k // block_size)
+        position = _positions(queries, keys, device)[:, None, None]  # (Lq, 1, 1)
+
+        scores = torch.einsum("qhd,kd->qhk", index_query[queries].to(dtype), index_key[keys].to(dtype))
+        scores = scores.masked_fill(torch.arange(len_k, device=device) > position, float("-inf"))
+        scores = torch.nn.functional.pad(scores, (0, num_blocks * block_size - len_k), value=float("-inf"))
+        block_scores = scores.unflatten(-1, (num_blocks, block_size)).amax(-1)  # (Lq, H_idx, N)
+
+        own_block = position // block_size
+        block = torch.arange(num_blocks, device=device)
+        visible = block <= own_block
+        forced = (block < init_blocks) | (block > own_block - local_blocks)
+        block_scores = block_scores.masked_fill(forced, float("inf")).masked_fill(~visible, float("-inf"))
+
+        # A stable sort gives ties to the lower block id.
+        best = block_scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+        best = best.masked_fill(best > own_block, -1)
+        selected[queries, :, : best.shape[-1]] = best.to(torch.int32)
+    return selected
+
+
+def _attended(block_indices: torch.Tensor, queries: slice, keys: slice, block_size: int, group: int) -> torch.Tensor:
+    """Which keys of its sequence each query head attends to: bool (Lq, H_q, Lk)."""
+    len_k = keys.stop - keys.start
+    num_blocks = -(-len_k // block_size)
+    position = _positions(queries, keys, block_indices.device)[:, None, None]
+    # Ids that name no block of this sequence go to an extra column that is dropped.
+    block = block_indices[queries].long()
+    block = block.masked_fill((block < 0) | (block >= num_blocks), num_blocks)
+    chosen = torch.zeros((*block.shape[:2], num_blocks + 1), dtype=torch.bool, device=block.device)
+    chosen.scatter_(-1, block, True)
+    attended = chosen[..., :num_blocks].repeat_interleave(block_size, dim=-1)[..., :len_k]
+    attended = attended & (torch.arange(len_k, device=block.device) <= position)
+    return attended.repeat_interleave(group, dim=1)
+
+
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact causal softmax attention over the listed blocks: out like `query`, lse (total_q, H_q), natural log."""
+    dtype = compute_dtype(query)
+    group = query.shape[1] // key.shape[1]
+    out = torch.zeros((*query.shape[:2], value.shape[-1]), dtype=dtype, device=query.device)
+    lse = torch.full(query.shape[:2], float("-inf"), dtype=dtype, device=query.device)
+    for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
+        attended = _attended(block_indices, queries, keys, block_size, group)
+        keys_of_heads = key[keys].to(dtype).repeat_interleave(group, dim=1)
+        values_of_heads = value[keys].to(dtype).repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->qhk", query[queries].to(dtype), keys_of_heads) * softmax_scale
+        # A finite fill, because the softmax of a row of -inf would be NaN.
+        weights = scores.masked_fill(~attended, torch.finfo(dtype).min).softmax(-1) * attended
+        out[queries] = torch.einsum("qhk,khd->qhd", weights, values_of_heads)
+        lse[queries] = scores.masked_fill(~attended, float("-inf")).logsumexp(-1)
+    return out.to(query.dtype), lse
+
+
+def block_sparse_attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, by the chain rule through `block_sparse_attention`."""
+    dtype = compute_dtype(query)
+    num_kv_heads = key.shape[1]
+    group = query.shape[1] // num_kv_heads
+    grads = [torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for tensor in (query, key, value)]
+    for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
+        attended = _attended(block_indices, queries, keys, block_size, group)
+        query_rows, grad_rows = query[queries].to(dtype), grad_out[queries].to(dtype)
+        keys_of_heads = key[keys].to(dtype).repeat_interleave(group, dim=1)
+        values_of_heads = value[keys].to(dtype).repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->qhk", query_rows, keys_of_heads) * softmax_scale
+        weights = scores.masked_fill(~attended, torch.finfo(dtype).min).softmax(-1) * attended
+
+        grad_weights = torch.einsum("qhd,khd->qhk", grad_rows, values_of_heads)
+        grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * softmax_scale
+        grads[0][queries] = torch.einsum("qhk,khd->qhd", grad_scores, keys_of_heads)
+        # A key/value head collects the gradients of the query heads that share it.
+        grad_key = torch.einsum("qhk,qhd->khd", grad_scores, query_rows)
+        grad_value = torch.einsum("qhk,qhd->khd", weights, grad_rows)
+        grads[1][keys] = grad_key.unflatten(1, (num_kv_heads, group)).sum(2)
+        grads[2][keys] = grad_value.unflatten(1, (num_kv_heads, group)).sum(2)
+    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, (query, key, value)))
+
+
+def select_blocks_with_kvcache(
+    index_query: torch.Tensor,
+    index_key_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    init_blocks: int,
+) -> torch.Tensor:
+    """`select_blocks` for the last T tokens of each cached row: int32 (B, T, H_idx, topk)."""
+    num_new = index_query.shape[1]
+    selected = torch.full((*index_query.shape[:3], topk), -1, dtype=torch.int32, device=index_query.device)
+    rows = cached_sequences((index_key_cache,), num_new, cache_seqlens, cache_leftpad, block_table)
+    for row, padding, (index_key,) in rows:
+        cu_seqlens_q = torch.tensor([0, num_new - padding], dtype=torch.int32, device=index_query.device)
+        cu_seqlens_k = torch.tensor([0, len(index_key)], dtype=torch.int32, device=index_query.device)
+        selected[row, padding:] = select_blocks(
+            index_query[row, padding:], index_key, cu_seqlens_q, cu_seqlens_k, block_size, topk, local_blocks,
+            init_blocks,
+        )  # fmt: skip
+    return selected
+
+
+def block_sparse_attention_with_kvcache(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_indices: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    block_size: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """`block_sparse_attention` for the last T tokens of each cached row: (B, T, H_q, D)."""
+    num_new = query.shape[1]
+    out = torch.zeros((*query.shape[:3], value_cache.shape[-1]), dtype=query.dtype, device=query.device)
+    rows = cached_sequences((key_cache, value_cache), num_new, cache_seqlens, cache_leftpad, block_table)
+    for row, padding, (key, value) in rows:
+        cu_seqlens_q = torch.tensor([0, num_new - padding], dtype=torch.int32, device=query.device)
+        cu_seqlens_k = torch.tensor([0, len(key)], dtype=torch.int32, device=query.device)
+        out[row, padding:], _ = block_sparse_attention(
+            query[row, padding:], key, value, block_indices[row, padding:], cu_seqlens_q, cu_seqlens_k, block_size,
+            softmax_scale,
+        )  # fmt: skip
+    return out

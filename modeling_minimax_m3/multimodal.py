@@ -1,0 +1,407 @@
+"""The whole model: vision features take the place of their placeholder tokens, and the language model does the rest.
+
+B is the batch size, T the number of tokens of this pass, H the hidden size of the language model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, logging, torch_compilable_check
+from transformers.utils.generic import accepts_precomputed_kwargs, can_return_tuple, merge_with_config_defaults
+from transformers.utils.import_utils import is_torchdynamo_compiling
+
+from configuration_minimax_m3 import MiniMaxM3VLConfig
+
+from .moe import load_balancing_loss
+from .pretrained import MiniMaxM3VLPreTrainedModel
+from .sequence_layout import create_masks_for_generate
+from .text import MiniMaxM3VLTextModel
+from .vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class MiniMaxM3VLModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of `MiniMaxM3VLModel`.
+
+    Args:
+        image_hidden_states (`tuple[torch.Tensor]`, *optional*): For each image, `(merged patches, H)` projected
+            features.
+        video_hidden_states (`tuple[torch.Tensor]`, *optional*): The same for each row of `video_grid_thw`.
+        router_logits (`tuple[torch.Tensor]`, *optional*): `(B * T, experts)` for each layer with experts.
+    """
+
+    image_hidden_states: tuple[torch.Tensor, ...] | None = None
+    video_hidden_states: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MiniMaxM3VLCausalLMOutputWithPast(ModelOutput):
+    """Output of `MiniMaxM3SparseForConditionalGeneration`.
+
+    Args:
+        loss (`torch.Tensor`, *optional*): Scalar, where labels were given: language-modelling loss, plus the weighted
+            load-balancing loss where router logits were asked for.
+        logits (`torch.Tensor`): `(B, kept tokens, vocab_size)`.
+        past_key_values (`Cache`, *optional*): The cache, extended by this pass.
+        hidden_states (`tuple[torch.Tensor]`, *optional*): `(B, T, H)` after the embedding and after every layer.
+        attentions (`tuple[torch.Tensor]`, *optional*): `(B, heads, T, keys)` probabilities of every layer.
+        image_hidden_states (`tuple[torch.Tensor]`, *optional*): For each image, `(merged patches, H)` projected
+            features.
+        video_hidden_states (`tuple[torch.Tensor]`, *optional*): The same for each row of `video_grid_thw`.
+        aux_loss (`torch.Tensor`, *optional*): Scalar load-balancing loss, before its coefficient.
+        router_logits (`tuple[torch.Tensor]`, *optional*): `(B * T, experts)` for each layer with experts.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: tuple[torch.Tensor, ...] | None = None
+    video_hidden_states: tuple[torch.Tensor, ...] | None = None
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+def _check_one_feature_per_placeholder(
+    modality: str, num_placeholders: torch.Tensor, num_features: int, token_id: int
+) -> None:
+    torch_compilable_check(
+        num_placeholders == num_features,
+        lambda: (
+            f"input_ids (or inputs_embeds) must hold one {modality} token (id {token_id}) for each {modality} feature, "
+            f"got {int(num_placeholders)} {modality} tokens and {num_features} {modality} features."
+        ),
+    )
+
+
+class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
+    """Vision tower, projector and language model, without a language-modelling head."""
+
+    config: MiniMaxM3VLConfig
+
+    def __init__(self, config: MiniMaxM3VLConfig):
+        super().__init__(config)
+        self.vision_tower = MiniMaxM3VLVisionModel(config.vision_config)
+        self.multi_modal_projector = MiniMaxM3VLMultiModalProjector(config)
+        self.language_model = MiniMaxM3VLTextModel(config.text_config)
+        self.post_init()
+
+    @accepts_precomputed_kwargs(modality="image")
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """Encode images and project them into the embedding space of the language model.
+
+        Args:
+            pixel_values (`torch.Tensor`): `(N, channels * temporal_patch * patch * patch)` patches of all images.
+            image_grid_thw (`torch.Tensor`): `(images, 3)` patches along time, height and width.
+            **kwargs: Passed to the vision tower, which documents the precomputed values that it takes.
+
+        Returns:
+            The vision tower's output, with `pooler_output` replaced by a tuple that holds `(merged patches, H)`
+            features for each image.
+        """
+        return self._encode_pixels(pixel_values, image_grid_thw, **kwargs)
+
+    @accepts_precomputed_kwargs(modality="video")
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """As `get_image_features`, for videos: one entry of `pooler_output` for each row of `video_grid_thw`."""
+        return self._encode_pixels(pixel_values_videos, video_grid_thw, **kwargs)
+
+    def _encode_pixels(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        # The split below and the output flags need the tower's output by name, whatever the config says.
+        kwargs["return_dict"] = True
+        outputs = self.vision_tower(pixel_values=pixel_values, grid_thw=grid_thw, **kwargs)
+        features = self.multi_modal_projector(outputs.last_hidden_state.squeeze(0))
+        tokens_per_entry = grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2
+        outputs.pooler_output = features.split(tokens_per_entry.tolist())
+        return outputs
+
+    def _locate_placeholders(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, token_id: int
+    ) -> torch.Tensor:
+        """`(B, T)` mask of the positions that hold `token_id`."""
+        if input_ids is not None:
+            return input_ids == token_id
+        # Without ids, a placeholder is a position that holds the placeholder's own embedding.
+        token = torch.tensor(token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the image and the video placeholders, and check that they are as many as the features given.
+
+        Args:
+            input_ids (`torch.LongTensor` or `None`): `(B, T)`. Without it, positions are found by their embedding.
+            inputs_embeds (`torch.Tensor`): `(B, T, H)`.
+            image_features (`torch.Tensor`, *optional*): `(tokens of all images, H)`.
+            video_features (`torch.Tensor`, *optional*): `(tokens of all videos, H)`.
+
+        Returns:
+            Two boolean masks, each `(B, T, H)`.
+
+        Raises:
+            ValueError: The number of placeholders and of feature rows differ.
+        """
+        masks = []
+        for modality, features in (("image", image_features), ("video", video_features)):
+            token_id = getattr(self.config, f"{modality}_token_id")
+            mask = self._locate_placeholders(input_ids, inputs_embeds, token_id)
+            if features is not None:
+                _check_one_feature_per_placeholder(modality, mask.sum(), features.shape[0], token_id)
+            masks.append(mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device))
+        return masks[0], masks[1]
+
+    def _encode_modality(
+        self,
+        modality: str,
+        pixel_name: str,
+        pixel_values: torch.Tensor | None,
+        grid_thw: torch.Tensor | None,
+        encoded: dict[str, BaseModelOutputWithPooling],
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Features of one modality, from its pixels or already encoded; None where there are neither."""
+        # Everything else in kwargs is the language model's (packing, output flags) and means nothing to the tower.
+        precomputed = {name: kwargs.pop(name) for name in tuple(kwargs) if name.startswith(f"{modality}_")}
+        output = encoded.get(modality)
+        if pixel_values is None:
+            return None if output is None else output.pooler_output
+        if output is not None:
+            raise ValueError(
+                f"Pass the {modality} inputs once: got both {pixel_name} and mm_encoder_outputs['{modality}']."
+            )
+        if grid_thw is None:
+            raise ValueError(f"{pixel_name} needs {modality}_grid_thw, as the processor returns it, got None.")
+        encode = self.get_image_features if modality == "image" else self.get_video_features
+        return encode(pixel_values, grid_thw, return_dict=True, **precomputed).pooler_output
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MiniMaxM3VLModelOutputWithPast:
+        """Run the backbone.
+
+        Args:
+            input_ids (`torch.LongTensor`, *optional*): `(B, T)`, with one placeholder for each merged patch. Exactly
+                one of `input_ids` and `inputs_embeds` is given.
+            pixel_values (`torch.Tensor`, *optional*): `(N, channels * temporal_patch * patch * patch)` patches of all
+                images, in the order of their placeholders through the batch.
+            pixel_values_videos (`torch.Tensor`, *optional*): The same for videos.
+            image_grid_thw (`torch.Tensor`, *optional*): `(images, 3)` patches along time, height and width.
+            video_grid_thw (`torch.Tensor`, *optional*): The same for videos, one row for each chunk that attends to
+                itself alone.
+            attention_mask (`torch.Tensor`, *optional*): `(B, keys)`, 0 at pads.
+            position_ids (`torch.LongTensor`, *optional*): `(B, T)`.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
+            inputs_embeds (`torch.Tensor`, *optional*): `(B, T, H)`.
+            mm_encoder_outputs (`dict`, *optional*): Outputs of `get_image_features` and `get_video_features` under
+                `"image"` and `"video"`, in place of the pixels.
+            **kwargs: Passed to the language model, except names that begin with `image_` or `video_`: these are
+                precomputed values for the vision tower (`image_cu_seqlens`, `video_position_ids`, ...).
+
+        Raises:
+            ValueError: The inputs do not fit together; the message says which, what came and what was expected.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            came = "neither" if input_ids is None else "both"
+            raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {came}.")
+
+        encoded = mm_encoder_outputs or {}
+        image_features = self._encode_modality("image", "pixel_values", pixel_values, image_grid_thw, encoded, kwargs)
+        video_features = self._encode_modality(
+            "video", "pixel_values_videos", pixel_values_videos, video_grid_thw, encoded, kwargs
+        )
+        if inputs_embeds is None:
+            self._warn_about_lone_placeholders(input_ids, image=image_features, video=video_features)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = self._fill_placeholders(input_ids, inputs_embeds, image_features, video_features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return MiniMaxM3VLModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+            video_hidden_states=video_features,
+            router_logits=outputs.router_logits,
+        )
+
+    def _fill_placeholders(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: tuple[torch.Tensor, ...] | None,
+        video_features: tuple[torch.Tensor, ...] | None,
+    ) -> torch.Tensor:
+        if image_features is None and video_features is None:
+            return inputs_embeds
+        rows = [
+            None if features is None else torch.cat(tuple(features)).to(inputs_embeds)
+            for features in (image_features, video_features)
+        ]
+        masks = self.get_placeholder_mask(input_ids, inputs_embeds, image_features=rows[0], video_features=rows[1])
+        for mask, features in zip(masks, rows):
+            if features is not None:
+                inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+        return inputs_embeds
+
+    def _warn_about_lone_placeholders(
+        self, input_ids: torch.Tensor, **features: tuple[torch.Tensor, ...] | None
+    ) -> None:
+        """Tell a user who forgot the pixels; a prompt is long enough for the look at its ids to cost nothing."""
+        if self.training or is_torchdynamo_compiling() or input_ids.shape[1] == 1:
+            return
+        for modality, given in features.items():
+            if given is None and (input_ids == getattr(self.config, f"{modality}_token_id")).any():
+                logger.warning_once(
+                    f"input_ids holds {modality} tokens, but no {modality} inputs came with it (neither pixels nor "
+                    f"mm_encoder_outputs['{modality}']): the model reads the tokens' own embeddings."
+                )
+
+
+class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, GenerationMixin):
+    """MiniMax-M3: the backbone with a language-modelling head."""
+
+    config: MiniMaxM3VLConfig
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    create_masks_for_generate = staticmethod(create_masks_for_generate)
+
+    def __init__(self, config: MiniMaxM3VLConfig):
+        super().__init__(config)
+        self.model = MiniMaxM3VLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """See `MiniMaxM3VLModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """See `MiniMaxM3VLModel.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MiniMaxM3VLCausalLMOutputWithPast:
+        """Run the model; see `MiniMaxM3VLModel.forward` for the inputs that are not listed here.
+
+        Args:
+            labels (`torch.LongTensor`, *optional*): `(B, T)` ids to predict, not shifted, -100 where nothing is. Asks
+                for the loss, whose denominator is `num_items_in_batch` where that is given.
+            output_router_logits (`bool`, *optional*): Return router logits and the load-balancing loss, and add that,
+                weighted, to the loss. Default: `config.text_config.output_router_logits`.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*): How many last tokens get logits (0: all), or which
+                positions. Default: 0.
+        """
+        text_config = self.config.text_config
+        if output_router_logits is None:
+            output_router_logits = text_config.output_router_logits
+
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            output_router_logits=output_router_logits,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+
+        aux_loss = None
+        if output_router_logits:
+            aux_loss = load_balancing_loss(
+                outputs.router_logits,
+                text_config.num_local_experts,
+                text_config.num_experts_per_tok,
+                attention_mask=attention_mask,
+                cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+            )
+            if loss is not None:
+                loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+
+        return MiniMaxM3VLCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            video_hidden_states=outputs.video_hidden_states,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits,
+        )

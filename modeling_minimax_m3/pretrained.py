@@ -1,0 +1,44 @@
+"""What every M3 model class shares: capability flags and weight initialisation."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
+
+from .moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
+from .normalization import MiniMaxM3VLRMSNorm
+
+
+class MiniMaxM3VLPreTrainedModel(PreTrainedModel):
+    """Base class of the text, vision and composite models."""
+
+    config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MiniMaxM3VLDecoderLayer", "MiniMaxM3VLVisionEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # The released checkpoint carries multi-token-prediction weights that no class here uses.
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)mtp\..*"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MiniMaxM3VLRMSNorm):
+            # The norm multiplies by 1 + weight, where the base class assumes a plain weight.
+            init.zeros_(module.weight)
+            return
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, MiniMaxM3VLExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, MiniMaxM3VLTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)

@@ -1,0 +1,53 @@
+"""Rotary position embedding of the text model: on the first channels of a head, split-half convention."""
+
+import torch
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from configuration_minimax_m3 import MiniMaxM3VLTextConfig
+
+
+class MiniMaxM3VLRotaryEmbedding(nn.Module):
+    """Cosines and sines of every position, for the channels that rotate.
+
+    Their number R is `head_dim * rope_parameters["partial_rotary_factor"]`; a missing factor means all channels.
+    """
+
+    def __init__(self, config: MiniMaxM3VLTextConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        initialize = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = initialize(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: MiniMaxM3VLTextConfig, device: torch.device | None = None, **kwargs
+    ) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies (R / 2,), and a factor of the cosines and sines, which is 1 here."""
+        channels = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponent = torch.arange(0, channels, 2, dtype=torch.float32) / channels
+        return (1.0 / config.rope_parameters["rope_theta"] ** exponent).to(device), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (B, T, R) in the dtype of `x`, for integer `position_ids` (B, T)."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the first R channels of `states` (B, T, heads, D) by `cos` and `sin` (B, T, R)."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    width = cos.shape[-1]
+    rotated, passed = states[..., :width], states[..., width:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, passed), dim=-1)

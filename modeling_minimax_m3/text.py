@@ -1,0 +1,249 @@
+"""The text model: decoder layers over dense or sparse attention, and the causal language model."""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from configuration_minimax_m3 import MiniMaxM3VLTextConfig
+
+from .attention import MiniMaxM3VLAttention
+from .cache import adopt_cache
+from .moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter, load_balancing_loss
+from .normalization import MiniMaxM3VLRMSNorm
+from .pretrained import MiniMaxM3VLPreTrainedModel
+from .rotary import MiniMaxM3VLRotaryEmbedding
+from .sequence_layout import SequenceLayout, build_layout, create_masks_for_generate
+
+
+class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP with residual connections."""
+
+    def __init__(self, config: MiniMaxM3VLTextConfig, layer_idx: int):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        self.self_attn = MiniMaxM3VLAttention(config, layer_idx)
+        is_moe = config.mlp_layer_types[layer_idx] == "sparse"
+        self.mlp = MiniMaxM3VLSparseMoeBlock(config) if is_moe else MiniMaxM3VLDenseMLP(config)
+        self.input_layernorm = MiniMaxM3VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MiniMaxM3VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: SequenceLayout,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Maps hidden states (B, T, hidden) to hidden states; arguments as in `MiniMaxM3VLAttention`."""
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
+    """The language model without a head.
+
+    Padding on either side, packing (`cu_seq_lens_q` / `cu_seq_lens_k`, or `position_ids` that restart), chunked prefill
+    and caching give each token the output that it has in an unpadded run of its own sequence.
+    """
+
+    config: MiniMaxM3VLTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(MiniMaxM3VLTopKRouter, index=0),
+        "hidden_states": MiniMaxM3VLDecoderLayer,
+        "attentions": MiniMaxM3VLAttention,
+    }
+
+    def __init__(self, config: MiniMaxM3VLTextConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            MiniMaxM3VLDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = MiniMaxM3VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MiniMaxM3VLRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor`, *optional*): (B, T). Exactly one of this and `inputs_embeds`.
+            attention_mask (`torch.Tensor`, *optional*): (B, S) with 1 for real tokens, cached ones included; or a
+                (B, heads, T, S) mask of your own, boolean or additive, which makes every layer quadratic in tokens.
+            position_ids (`torch.LongTensor`, *optional*): (B, T), used by the rotary embedding. Without a mask and a
+                cache, a position that does not grow starts a new packed sequence.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; receives those of this pass.
+            inputs_embeds (`torch.FloatTensor`, *optional*): (B, T, hidden).
+            use_cache (`bool`, *optional*): Whether to return a cache. Packed sequences never make one.
+            cu_seq_lens_q, cu_seq_lens_k (`torch.Tensor`, *optional*): (sequences + 1,) offsets of packed sequences
+                among the B * T tokens.
+
+        Raises:
+            ValueError: Inputs of the wrong shape, that contradict each other, or longer than the context.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+        if inputs_embeds is None:
+            if input_ids.dim() != 2:
+                raise ValueError(f"`input_ids` must have shape (batch, tokens), got {tuple(input_ids.shape)}")
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, num_new = inputs_embeds.shape[:2]
+        if batch == 0 or num_new == 0:
+            raise ValueError(f"the input must hold at least one token, got batch {batch} and {num_new} tokens")
+        self._check_context_length(past_key_values, num_new)
+
+        if past_key_values is not None:
+            adopt_cache(past_key_values, self.config.layer_types)
+        layout = build_layout(
+            attention_mask,
+            position_ids,
+            past_key_values,
+            batch,
+            num_new,
+            inputs_embeds.device,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            may_be_packed=past_key_values is None,
+        )
+        if use_cache and past_key_values is None and not layout.is_packed:
+            past_key_values = DynamicCache(config=self.config)
+            adopt_cache(past_key_values, self.config.layer_types)
+        if position_ids is None:
+            position_ids = layout.positions()
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        kwargs.setdefault("output_attentions", bool(self.config.output_attentions))
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=layout,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_context_length(self, past_key_values: Cache | None, num_new: int) -> None:
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(past, torch.Tensor):  # a static cache has its own bound, and asking it would wait for the device
+            past = 0
+        if past + num_new > self.config.max_position_embeddings:
+            raise ValueError(
+                f"the input reaches {past + num_new} tokens ({past} cached, {num_new} new), but "
+                f"`config.max_position_embeddings` is {self.config.max_position_embeddings}"
+            )
+
+
+class MiniMaxM3VLForCausalLM(MiniMaxM3VLPreTrainedModel, GenerationMixin):
+    """The language model with a head, for text-only checkpoints."""
+
+    config: MiniMaxM3VLTextConfig
+    input_modalities = ("text",)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    create_masks_for_generate = staticmethod(create_masks_for_generate)
+
+    def __init__(self, config: MiniMaxM3VLTextConfig):
+        super().__init__(config)
+        self.model = MiniMaxM3VLTextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, and `cu_seq_lens_q` /
+                `cu_seq_lens_k` in `kwargs`: As in `MiniMaxM3VLTextModel.forward`.
+            labels (`torch.LongTensor`, *optional*): (B, T), token ids to predict, -100 where nothing is to be learned.
+            output_router_logits (`bool`, *optional*): Whether to return the router logits and the balance loss, which
+                is added to the loss. Default: `config.output_router_logits`.
+            logits_to_keep (`int` or `torch.Tensor`): How many of the last tokens, or which ones, get logits; 0 means
+                all.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        aux_loss = None
+        if output_router_logits:
+            aux_loss = load_balancing_loss(
+                outputs.router_logits,
+                self.num_experts,
+                self.num_experts_per_tok,
+                attention_mask=attention_mask,
+                cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+            )
+            if loss is not None:
+                loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )

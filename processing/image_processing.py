@@ -1,0 +1,227 @@
+"""Images to the flat patches and grid sizes that the vision tower reads."""
+
+from typing import Any
+
+import torch
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_transforms import group_images_by_shape, reorder_images
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .media import as_source, check_pixels, flatten_images, read_image
+from .patches import patchify
+from .resize import fits_patch_grid, smart_resize
+
+# The released preprocessor_config.json carries this size, which the released code never applied.
+UNUSED_RELEASED_SIZE = [672, 672]
+
+
+class MiniMaxM3VLImageProcessorKwargs(ImagesKwargs, total=False):
+    """Options of the image processor beyond those of every image processor.
+
+    Args:
+        min_pixels (int): least area of a resized image, in pixels; another name for `size["shortest_edge"]`.
+        max_pixels (int): greatest area of a resized image, in pixels; another name for `size["longest_edge"]`.
+        patch_size (int): side of a patch, in pixels. Default: 14.
+        temporal_patch_size (int): frames in a patch; an image is repeated as often. Default: 2.
+        merge_size (int): merge_size x merge_size patches become one token. Default: 2.
+    """
+
+    min_pixels: int | None
+    max_pixels: int | None
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+
+
+class MiniMaxM3VLImageProcessor(TorchvisionBackend):
+    """Resizes, normalises and cuts images into patches, on the CPU or (`device="cuda"`) on a GPU.
+
+    Output of a call: `pixel_values` (patches of all images, channels * temporal_patch_size * patch_size**2), float32,
+    and `image_grid_thw` (images, 3), int64: the number of patches along time (1), height and width of each image.
+    `size["shortest_edge"]` and `size["longest_edge"]` bound the area in pixels, not the edges.
+
+    Raises:
+        ValueError: an image cannot be read, is empty, too elongated or not finite, does not fit the patch grid with
+            `do_resize=False`, or `size` lacks a bound. The message names the image by its index.
+    """
+
+    do_resize = True
+    resample = PILImageResampling.BICUBIC
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 672 * 672}
+    default_to_square = False
+    do_rescale = True
+    do_normalize = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_convert_rgb = True
+    patch_size = 14
+    temporal_patch_size = 2
+    merge_size = 2
+    valid_kwargs = MiniMaxM3VLImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_grid_thw"]
+
+    def __init__(self, **kwargs: Unpack[MiniMaxM3VLImageProcessorKwargs]):
+        size = kwargs.pop("size", None)
+        if size is None or (isinstance(size, (list, tuple)) and list(size) == UNUSED_RELEASED_SIZE):
+            size = dict(type(self).size)
+        super().__init__(size=size, **kwargs)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Load paths, addresses and base64 text in a nested list to (3, height, width) uint8; pass images through."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(item) for item in image_url_or_urls]
+        source = as_source(image_url_or_urls)
+        return read_image(source) if isinstance(source, str) else source
+
+    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
+        images = flatten_images(self.fetch_images(images))
+        if not images:
+            raise ValueError("`images` must hold at least one image, got none.")
+        for index, image in enumerate(images):
+            check_pixels(image, f"images[{index}]")
+        return images
+
+    def _standardize_kwargs(
+        self,
+        size: Any = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        # `min_pixels` and `max_pixels`, beside `size` or inside it, are older names of the two bounds
+        if isinstance(size, (dict, SizeDict)):
+            bounds = dict(size)
+            inner_min, inner_max = bounds.pop("min_pixels", None), bounds.pop("max_pixels", None)
+            min_pixels = inner_min if min_pixels is None else min_pixels
+            max_pixels = inner_max if max_pixels is None else max_pixels
+        elif min_pixels is not None or max_pixels is not None:
+            bounds = {}
+        else:
+            bounds = None
+        if bounds is not None:
+            if min_pixels is not None:
+                bounds["shortest_edge"] = min_pixels
+            if max_pixels is not None:
+                bounds["longest_edge"] = max_pixels
+            size = bounds
+        return super()._standardize_kwargs(size=size, **kwargs)
+
+    def _validate_preprocess_kwargs(self, **kwargs) -> None:
+        super()._validate_preprocess_kwargs(**kwargs)
+        for name in ("patch_size", "temporal_patch_size", "merge_size"):
+            if kwargs[name] < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {kwargs[name]}.")
+        if kwargs["do_resize"]:
+            self._check_bounds(kwargs["size"])
+
+    @staticmethod
+    def _check_bounds(size: SizeDict | None) -> None:
+        if size is None or not (size.shortest_edge and size.longest_edge):
+            raise ValueError(
+                "`size` must have the keys 'shortest_edge' and 'longest_edge' (least and greatest area in pixels), "
+                f"got {None if size is None else dict(size)}."
+            )
+
+    def _output_size(
+        self, height: int, width: int, *, do_resize: bool, size: SizeDict, patch_size: int, merge_size: int
+    ) -> tuple[int, int]:
+        factor = patch_size * merge_size
+        if do_resize:
+            self._check_bounds(size)
+            return smart_resize(height, width, factor, min_pixels=size.shortest_edge, max_pixels=size.longest_edge)
+        if not fits_patch_grid(height, width, factor):
+            raise ValueError(
+                f"with do_resize=False height and width must be multiples of patch_size * merge_size = {factor}, "
+                f"got {height} x {width}."
+            )
+        return height, width
+
+    def _preprocess(
+        self,
+        images: list[torch.Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        resample: "PILImageResampling | int | None",
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...] | None,
+        image_std: float | tuple[float, ...] | None,
+        patch_size: int,
+        temporal_patch_size: int,
+        merge_size: int,
+        disable_grouping: bool | None,
+        return_tensors: str | None,
+        **kwargs,
+    ) -> BatchFeature:
+        new_sizes = {}
+        for index, image in enumerate(images):
+            try:
+                new_sizes[image.shape[-2:]] = self._output_size(
+                    *image.shape[-2:], do_resize=do_resize, size=size, patch_size=patch_size, merge_size=merge_size
+                )
+            except ValueError as error:
+                raise ValueError(f"images[{index}]: {error}") from error
+
+        groups, order = group_images_by_shape(images, disable_grouping=disable_grouping)
+        patches, grids = {}, {}
+        for key, stacked in groups.items():
+            height, width = new_sizes[stacked.shape[-2:]]
+            if (height, width) != stacked.shape[-2:]:
+                stacked = self.resize(stacked, SizeDict(height=height, width=width), resample=resample)
+            stacked = self.rescale_and_normalize(
+                stacked, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+            )
+            patches[key] = patchify(
+                stacked.unsqueeze(1),
+                patch_size=patch_size,
+                temporal_patch_size=temporal_patch_size,
+                merge_size=merge_size,
+            )
+            grids[key] = [[1, height // patch_size, width // patch_size]] * len(stacked)
+
+        data = {
+            "pixel_values": torch.cat(reorder_images(patches, order)),
+            "image_grid_thw": torch.tensor(reorder_images(grids, order), dtype=torch.long),
+        }
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """Number of patches (before merging) that a call gives for one image, without the image.
+
+        Serving engines size their buffers by it.
+
+        Args:
+            height (int): of the image, in pixels.
+            width (int): of the image, in pixels.
+            images_kwargs (dict, Optional): options as given to the call.
+
+        Raises:
+            ValueError: as the call itself.
+        """
+        options = {name: getattr(self, name) for name in ("do_resize", "size", "patch_size", "merge_size")}
+        options.update(images_kwargs or {})
+        size = self._standardize_kwargs(
+            size=options["size"],
+            min_pixels=options.get("min_pixels"),
+            max_pixels=options.get("max_pixels"),
+            default_to_square=self.default_to_square,
+        )["size"]
+        patch_size, merge_size = options["patch_size"], options["merge_size"]
+        new_height, new_width = self._output_size(
+            height,
+            width,
+            do_resize=options["do_resize"],
+            size=size,
+            patch_size=patch_size,
+            merge_size=merge_size,
+        )
+        return (new_height // patch_size) * (new_width // patch_size)

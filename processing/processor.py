@@ -1,0 +1,246 @@
+"""Text, images and videos together: from prompts with placeholders to model inputs."""
+
+from typing import Any
+
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.video_utils import VideoInput
+
+from .media import flatten_images, flatten_videos, is_frame_list, map_sources
+from .special_tokens import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END_TOKEN, VISION_START_TOKEN
+
+
+class MiniMaxM3VLProcessor(ProcessorMixin):
+    """Tokenizer, image processor and video processor in one call.
+
+    Each image placeholder `]<]image[>[` and video placeholder `]<]video[>[` in the text becomes as many of itself as
+    the model has features for it: one per merged patch, between start and end tokens. A video has one such bracket
+    per temporal patch, each after its time (`]<]1.5 seconds[>[`, of its first frame) where the timing is known: for
+    files, and for arrays given with `video_metadata` that has `fps` and `frames_indices`.
+
+    Images and videos belong to the placeholders in their order. Given as one list per text, they are counted per
+    text; a flat list is counted over all texts.
+
+    Raises:
+        ValueError: no text where a text is needed, an empty text, placeholders and media that do not match in number,
+            truncation that would cut an image or a video, or whatever the two media processors refuse.
+    """
+
+    IMAGE_TOKEN = IMAGE_TOKEN
+    VIDEO_TOKEN = VIDEO_TOKEN
+    VISION_START_TOKEN = VISION_START_TOKEN
+    VISION_END_TOKEN = VISION_END_TOKEN
+
+    # Frames that fit the patch grid are kept; the video processor resizes the others by its own rule.
+    videos_kwargs = {"do_resize": False, "return_metadata": True}
+
+    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
+        self.image_token = self.IMAGE_TOKEN
+        self.video_token = self.VIDEO_TOKEN
+        self.vision_start_token = self.VISION_START_TOKEN
+        self.vision_end_token = self.VISION_END_TOKEN
+        super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
+        self.image_token_id = self._token_id(self.IMAGE_TOKEN)
+        self.video_token_id = self._token_id(self.VIDEO_TOKEN)
+        self.vision_start_token_id = self._token_id(self.VISION_START_TOKEN)
+        self.vision_end_token_id = self._token_id(self.VISION_END_TOKEN)
+
+    def _token_id(self, token: str) -> int:
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        if token_id is None or self.tokenizer.convert_ids_to_tokens(token_id) != token:
+            raise ValueError(f"`tokenizer` must know {token!r} as one token; this is not a MiniMax-M3 tokenizer.")
+        return token_id
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "mm_token_type_ids"]
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["num_chunks_per_video"]
+
+    def prepare_inputs_layout(
+        self,
+        images: ImageInput | None = None,
+        text: Any = None,
+        videos: VideoInput | None = None,
+        audio=None,
+        **kwargs,
+    ):
+        if text is not None and not isinstance(text, (str, list, tuple)):
+            raise ValueError(f"`text` must be a string or a list of strings, got {type(text).__name__}.")
+        # A batch without any image or video arrives from data collators as empty lists.
+        if isinstance(images, (list, tuple)) and not flatten_images(map_sources(images)):
+            images = None
+        videos = map_sources(videos)
+        if isinstance(videos, list) and not flatten_videos(videos):
+            videos = None
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def validate_inputs(
+        self,
+        images: ImageInput | None = None,
+        text: Any = None,
+        videos: VideoInput | None = None,
+        audio=None,
+        **kwargs,
+    ) -> None:
+        """Check texts and counts before anything is decoded or resized (see the class for what is refused)."""
+        if audio is not None or "audios" in kwargs:
+            raise ValueError("`audio` must be None: MiniMax-M3 takes text, images and videos.")
+        if text is None:
+            if images is None and videos is None:
+                raise ValueError("at least one of `text`, `images` and `videos` must be given, got none of them.")
+            return
+        if not text:
+            raise ValueError("`text` must hold at least one prompt, got an empty list.")
+        for index, sample in enumerate(text):
+            if not isinstance(sample, str) or not sample:
+                raise ValueError(f"`text[{index}]` must be a string that is not empty, got {sample!r}.")
+        self._check_counts("images", self.image_token, text, images, flatten_images)
+        self._check_counts("videos", self.video_token, text, videos, flatten_videos)
+
+    @staticmethod
+    def _check_counts(name: str, token: str, text: list[str], media: Any, flatten) -> None:
+        wanted = [sample.count(token) for sample in text]
+        given = 0 if media is None else len(flatten(media))
+        if sum(wanted) != given:
+            raise ValueError(
+                f"`{name}` must hold one item for each {token!r} in `text`: {sum(wanted)} (per text: {wanted}), got "
+                f"{given}."
+            )
+        if is_list_per_text(media, len(text)):
+            per_text = [len(flatten([item])) for item in media]
+            if per_text != wanted:
+                raise ValueError(
+                    f"`{name}`, given as one list per text, must hold {wanted} items (the number of {token!r} in each "
+                    f"`text`), got {per_text}."
+                )
+
+    def _process_images(self, images: ImageInput, **kwargs) -> tuple[BatchFeature, list[str]]:
+        inputs = self.image_processor(images, **kwargs)
+        count = len(inputs["image_grid_thw"])
+        return inputs, [self.replace_image_token(inputs, index, **kwargs) for index in range(count)]
+
+    def _process_videos(self, videos: VideoInput, **kwargs) -> tuple[BatchFeature, list[str]]:
+        inputs = self.video_processor(videos, **kwargs)
+        count = len(inputs["num_chunks_per_video"])
+        return inputs, [self.replace_video_token(inputs, index, **kwargs) for index in range(count)]
+
+    def _bracket(self, token: str, num_patches: int, merge_size: int) -> str:
+        return self.VISION_START_TOKEN + token * (num_patches // merge_size**2) + self.VISION_END_TOKEN
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """What stands in the text for image `image_idx` of `image_inputs` (output of the image processor)."""
+        merge_size = kwargs.get("merge_size") or self.image_processor.merge_size
+        return self._bracket(self.image_token, int(image_inputs["image_grid_thw"][image_idx].prod()), merge_size)
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+        """What stands in the text for video `video_idx` of `video_inputs` (output of the video processor)."""
+        merge_size = kwargs.get("merge_size") or self.video_processor.merge_size
+        temporal_patch_size = kwargs.get("temporal_patch_size") or self.video_processor.temporal_patch_size
+        num_chunks = [int(count) for count in video_inputs["num_chunks_per_video"]]
+        first = sum(num_chunks[:video_idx])
+        chunks = video_inputs["video_grid_thw"][first : first + num_chunks[video_idx]]
+        bracket = self._bracket(self.video_token, int(chunks[0, 1:].prod()), merge_size)
+        grid_t = int(chunks[:, 0].sum())
+
+        metadata = video_inputs["video_metadata"][video_idx] if "video_metadata" in video_inputs else None
+        if metadata is None or metadata.fps is None or metadata.frames_indices is None:
+            return bracket * grid_t
+        first_frames = [metadata.frames_indices[step * temporal_patch_size] for step in range(grid_t)]
+        return "".join(f"]<]{frame / metadata.fps:.1f} seconds[>[{bracket}" for frame in first_frames)
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
+        # also the brackets: truncation may cut between the last placeholder and its end token
+        super()._check_special_mm_tokens(text, text_inputs, [*modalities, "vision_start", "vision_end"])
+
+    def _normalize_conversations(self, conversation: Any) -> tuple[list, bool]:
+        if not conversation:
+            raise ValueError(f"`conversation` must hold at least one message, got {conversation!r}.")
+        conversations, is_batched = super()._normalize_conversations(conversation)
+        for messages in conversations:
+            for message in messages:
+                if isinstance(message.get("content"), (list, tuple)):
+                    message["content"] = [normalize_part(part, message["role"]) for part in message["content"]]
+        return conversations, is_batched
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: list[tuple[int, int]] | None = None,
+        video_sizes: list[tuple[int, int, int]] | None = None,
+        **kwargs,
+    ) -> MultiModalData:
+        """Number of placeholder tokens and patches that a call gives, without the images and videos.
+
+        Serving engines reserve space by it. Placeholders only, as `mm_token_type_ids` marks them: the start and end
+        tokens around them (two for each image and for each temporal patch of a video) and the times of a video are
+        text. A video's frames are those that are processed, that is after sampling.
+
+        Args:
+            image_sizes: (height, width) of each image, in pixels.
+            video_sizes: (frames, height, width) of each video.
+            kwargs: options as given to the call.
+        """
+        options = self._merge_kwargs(**kwargs)
+        counts = {}
+        if image_sizes is not None:
+            images_kwargs = options["images_kwargs"]
+            merge_size = images_kwargs.get("merge_size") or self.image_processor.merge_size
+            patches = [
+                self.image_processor.get_number_of_image_patches(*size, images_kwargs=images_kwargs)
+                for size in image_sizes
+            ]
+            counts["num_image_patches"] = patches
+            counts["num_image_tokens"] = [count // merge_size**2 for count in patches]
+        if video_sizes is not None:
+            videos_kwargs = options["videos_kwargs"]
+            merge_size = videos_kwargs.get("merge_size") or self.video_processor.merge_size
+            counts["num_video_tokens"] = [
+                self.video_processor.get_num_of_video_patches(*size, videos_kwargs=videos_kwargs) // merge_size**2
+                for size in video_sizes
+            ]
+        return MultiModalData(**counts)
+
+    def post_process_image_text_to_text(
+        self,
+        generated_outputs,
+        skip_special_tokens: bool = True,
+        clean_up_tokenization_spaces: bool = False,
+        **kwargs,
+    ) -> list[str]:
+        """Decode generated ids, (batch, length), to one text each. Further options go to the tokenizer."""
+        return self.tokenizer.batch_decode(
+            generated_outputs,
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            **kwargs,
+        )
+
+
+def is_list_per_text(media: Any, num_texts: int) -> bool:
+    """Whether images or videos come as one list per text (a list of frames is one video, not such a list)."""
+    return (
+        isinstance(media, (list, tuple))
+        and len(media) == num_texts
+        and all(isinstance(item, (list, tuple)) and not is_frame_list(item) for item in media)
+    )
+
+
+def normalize_part(part: Any, role: str) -> dict[str, Any]:
+    """Bring one part of a message's content into the form {"type": ..., ...} that `ProcessorMixin` collects from.
+
+    Raises:
+        ValueError: the part is neither a string nor a mapping with a type.
+    """
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if isinstance(part, dict) and part.get("type") == "video_url":
+        address = part.get("video_url")
+        return {"type": "video", "url": address["url"] if isinstance(address, dict) else address}
+    if isinstance(part, dict) and "type" in part:
+        return part
+    if isinstance(part, dict) and role == "tool":  # a result in the tool's own form
+        return {"type": "text", "text": str(part.get("output", part))}
+    raise ValueError(f"a part of a message's `content` must be a string or a mapping with a 'type', got {part!r}.")

@@ -1,0 +1,52 @@
+"""The resize rule: which size an image or a video frame gets before it is cut into patches."""
+
+import math
+
+MAX_ASPECT_RATIO = 200
+
+
+def smart_resize(
+    height: int,
+    width: int,
+    factor: int = 28,
+    min_pixels: int = 56 * 56,
+    max_pixels: int = 14 * 14 * 4 * 1280,
+) -> tuple[int, int]:
+    """Return the size nearest to (height, width), in pixels, that a grid of merged patches can cover.
+
+    Both sides of the result are positive multiples of `factor` (patch size x merge size). Its area lies within
+    [min_pixels, max_pixels] and the aspect ratio is kept as far as rounding allows; where no multiple fits (a very
+    elongated image, bounds closer than `factor` squared) the area may lie outside.
+
+    Raises:
+        ValueError: a side, a bound or `factor` is not positive, or one side is more than 200 times the other.
+    """
+    for name, value in (("height", height), ("width", width), ("factor", factor)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1 pixel, got {value} (size {height} x {width}).")
+    if min_pixels < 1 or max_pixels < 1:
+        raise ValueError(
+            f"`min_pixels` and `max_pixels` must be positive, got min_pixels={min_pixels}, max_pixels={max_pixels}."
+        )
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"one side may be at most {MAX_ASPECT_RATIO} times the other, got height={height}, width={width} "
+            f"(ratio {max(height, width) / min(height, width):.1f}). Crop or pad the image first."
+        )
+
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        enlarge = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * enlarge / factor) * factor
+        new_width = math.ceil(width * enlarge / factor) * factor
+    return new_height, new_width
+
+
+def fits_patch_grid(height: int, width: int, factor: int) -> bool:
+    """Whether an image of this size can be cut into merged patches as it is."""
+    return height > 0 and width > 0 and height % factor == 0 and width % factor == 0

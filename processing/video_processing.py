@@ -1,0 +1,391 @@
+"""Videos to the flat patches, grid sizes and chunk counts that the vision tower reads."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+)
+from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import (
+    VideoInput,
+    VideoMetadata,
+    group_videos_by_shape,
+    make_batched_metadata,
+    reorder_videos,
+)
+
+from .media import as_source, check_pixels, flatten_videos, map_sources, read_image, stack_frames
+from .patches import patchify
+from .resize import fits_patch_grid, smart_resize
+from .sampling import sample_frame_indices
+from .video_decoding import decode_video
+
+
+class MiniMaxM3VLVideoProcessorKwargs(VideosKwargs, total=False):
+    """Options of the video processor beyond those of every video processor.
+
+    Args:
+        patch_size (int): side of a patch, in pixels. Default: 14.
+        temporal_patch_size (int): frames in a patch. Default: 2.
+        merge_size (int): merge_size x merge_size patches become one token. Default: 2.
+        min_pixels (int): least area of a resized frame, in pixels. Default: 4 * 28 * 28.
+        max_pixels (int): greatest area of a resized frame, in pixels. Default: 768 * 28 * 28.
+        total_pixels (int): greatest area of all resized frames of a video together, in pixels.
+        min_frames (int): least number of frames to sample (all, where the video has fewer).
+        max_frames (int): greatest number of frames to sample.
+        vision_segment_max_frames (int, Optional): greatest number of temporal patches that attend to each other in
+            the vision tower; None keeps each video whole. Default: 4.
+        fps (float): frames to sample per second of video, with `do_sample_frames=True`. Default: 1.0.
+
+    The released files carry `total_pixels`, `min_frames` and `max_frames`, and the released code never reads them.
+    They count here once they are asked for: in a call, or on a processor set to another value than the released one.
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    total_pixels: int | None
+    min_frames: int | None
+    max_frames: int | None
+    vision_segment_max_frames: int | None
+    fps: float | int | None
+
+
+class MiniMaxM3VLVideoProcessor(BaseVideoProcessor):
+    """Samples, resizes, normalises and cuts videos into patches, on the CPU or (`device="cuda"`) on a GPU.
+
+    Output of a call: `pixel_values_videos` (patches of all videos, channels * temporal_patch_size * patch_size**2),
+    float32; `video_grid_thw` (chunks of all videos, 3), int64: the number of patches along time, height and width;
+    `num_chunks_per_video` (videos): how many rows of `video_grid_thw` belong to each video. An odd frame at the end
+    is paired with itself.
+
+    `do_resize=False` keeps frames that fit the patch grid as they are; frames that do not fit are resized all the
+    same, since nothing else can be done with them.
+
+    Raises:
+        ValueError: a video cannot be decoded, has no frames, is empty, too elongated or not finite, or its metadata
+            contradict it. The message names the video by its index.
+    """
+
+    do_resize = True
+    resample = PILImageResampling.BICUBIC
+    size = {"height": 672, "width": 672}
+    default_to_square = False
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_convert_rgb = True
+    do_sample_frames = False
+    patch_size = 14
+    temporal_patch_size = 2
+    merge_size = 2
+    min_pixels = 4 * 28 * 28
+    max_pixels = 768 * 28 * 28
+    total_pixels = int(64000 * 28 * 28 * 0.9)
+    fps = 1.0
+    min_frames = 4
+    max_frames = 768
+    vision_segment_max_frames = 4
+    valid_kwargs = MiniMaxM3VLVideoProcessorKwargs
+    model_input_names = ["pixel_values_videos", "video_grid_thw", "num_chunks_per_video"]
+
+    def __init__(self, **kwargs: Unpack[MiniMaxM3VLVideoProcessorKwargs]):
+        super().__init__(**kwargs)
+        # the base class takes None for "not given"; here it has a meaning
+        if "vision_segment_max_frames" in kwargs:
+            self.vision_segment_max_frames = kwargs["vision_segment_max_frames"]
+
+    def fetch_videos(
+        self, video_url_or_urls: Any, sample_indices_fn: Callable[..., np.ndarray] | None = None
+    ) -> tuple[Any, Any]:
+        """Decode a path or an address (or a list of them) to frames and metadata."""
+        if isinstance(video_url_or_urls, (list, tuple)):
+            decoded = [self.fetch_videos(source, sample_indices_fn) for source in video_url_or_urls]
+            return [video for video, _ in decoded], [metadata for _, metadata in decoded]
+        return decode_video(as_source(video_url_or_urls), sample_indices_fn)
+
+    # A limit counts once somebody asked for it (see MiniMaxM3VLVideoProcessorKwargs).
+    def _limit(self, name: str, options: Mapping[str, Any]) -> int | None:
+        if options.get(name) is not None:
+            return options[name]
+        value = getattr(self, name)
+        return None if value == getattr(type(self), name) else value
+
+    def preprocess(self, videos: VideoInput, **kwargs: Unpack[MiniMaxM3VLVideoProcessorKwargs]) -> BatchFeature:
+        """Process one video or several (see the class for what comes out and `flatten_videos` for what goes in)."""
+        for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+            if kwargs.get(name, getattr(self, name)) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {kwargs.get(name, getattr(self, name))}.")
+        segment = kwargs.get("vision_segment_max_frames", self.vision_segment_max_frames)
+        if segment is not None and segment < 1:
+            raise ValueError(f"`vision_segment_max_frames` must be at least 1 or None, got {segment}.")
+        for name in ("total_pixels", "min_frames", "max_frames"):
+            kwargs[name] = self._limit(name, kwargs)
+        # `sample_frames` chooses between these two; a default of the class must not meet the other one from the call
+        for name in ("num_frames", "fps"):
+            kwargs.setdefault(name, None)
+        return super().preprocess(videos, **kwargs)
+
+    def sample_frames(
+        self,
+        metadata: VideoMetadata,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        min_frames: int | None = None,
+        max_frames: int | None = None,
+        **kwargs,
+    ) -> np.ndarray:
+        """Choose frames evenly spread over the video: `num_frames` of them, or `fps` per second.
+
+        Without either, those of the processor: its `num_frames` if it has one, else its `fps`.
+
+        Returns:
+            Strictly increasing frame indices, int64.
+        """
+        if num_frames is None and fps is None:
+            num_frames = self.num_frames
+            fps = self.fps if num_frames is None else None
+        return sample_frame_indices(
+            metadata.total_num_frames,
+            metadata.fps,
+            num_frames=num_frames,
+            fps=fps,
+            min_frames=min_frames,
+            max_frames=max_frames,
+        )
+
+    def _decode_and_sample_videos(
+        self,
+        videos: VideoInput,
+        video_metadata: Any = None,
+        do_sample_frames: bool | None = None,
+        sample_indices_fn: Callable[..., np.ndarray] | None = None,
+    ) -> tuple[list[Any], list[VideoMetadata]]:
+        # Unlike the base class, which goes by the first video: each by its own kind, so that a batch may mix them.
+        videos = flatten_videos(map_sources(videos))
+        if not videos:
+            raise ValueError("`videos` must hold at least one video, got none.")
+        all_metadata = self._list_metadata(video_metadata, len(videos))
+        for index, video in enumerate(videos):
+            name = f"videos[{index}]"
+            if isinstance(video, str):
+                videos[index], all_metadata[index] = decode_video(video, sample_indices_fn, name)
+                check_pixels(videos[index], name)
+                continue
+            if isinstance(video, list):
+                if isinstance(video[0], str):
+                    if do_sample_frames:
+                        raise ValueError(
+                            f"`do_sample_frames` must be False for `{name}`: a list of image files is taken whole."
+                        )
+                    video = [read_image(frame) for frame in video]
+                video = stack_frames(video, name)
+            check_pixels(video, name)
+            if all_metadata[index] is None:
+                self._find_layout(video, name)
+                metadata = make_batched_metadata([video], None)[0]
+            else:
+                metadata = VideoMetadata(**all_metadata[index])
+            if do_sample_frames:
+                if metadata.total_num_frames != len(video):
+                    raise ValueError(
+                        f"`video_metadata[{index}].total_num_frames` must be the {len(video)} frames of `{name}` to "
+                        f"sample from them, got {metadata.total_num_frames}."
+                    )
+                metadata.frames_indices = sample_indices_fn(metadata=metadata)
+                video = video[metadata.frames_indices]
+            self._check_timing(metadata, len(video), index)
+            videos[index], all_metadata[index] = video, metadata
+        return videos, all_metadata
+
+    @staticmethod
+    def _list_metadata(video_metadata: Any, num_videos: int) -> list[Mapping[str, Any] | None]:
+        if video_metadata is None:
+            return [None] * num_videos
+        entries = [video_metadata] if isinstance(video_metadata, Mapping) else list(video_metadata)
+        entries = [
+            entry for item in entries for entry in (item if isinstance(item, (list, tuple)) else [item])
+        ]  # one level of nesting: per sample
+        if len(entries) != num_videos:
+            raise ValueError(
+                f"`video_metadata` must have one entry for each of the {num_videos} videos, got {len(entries)}."
+            )
+        return entries
+
+    @staticmethod
+    def _check_timing(metadata: VideoMetadata, num_frames: int, index: int) -> None:
+        if metadata.fps is not None and not 0 < metadata.fps < math.inf:
+            raise ValueError(f"`video_metadata[{index}].fps` must be positive, got {metadata.fps}.")
+        if metadata.frames_indices is not None and len(metadata.frames_indices) != num_frames:
+            raise ValueError(
+                f"`video_metadata[{index}].frames_indices` must have one entry for each of the {num_frames} frames of "
+                f"`videos[{index}]`, got {len(metadata.frames_indices)}."
+            )
+
+    def _prepare_input_videos(
+        self,
+        videos: list[Any],
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: "str | torch.device | None" = None,
+    ) -> list[torch.Tensor]:
+        prepared = []
+        for index, video in enumerate(videos):
+            # one at a time: the base class would read all of them in the layout of the first
+            layout = input_data_format or self._find_layout(video, f"videos[{index}]")
+            prepared += super()._prepare_input_videos([video], do_convert_rgb, layout, device)
+        return prepared
+
+    @staticmethod
+    def _find_layout(video: np.ndarray | torch.Tensor, name: str) -> ChannelDimension:
+        for num_channels in ((1, 3), 4):
+            try:
+                return infer_channel_dimension_format(video, num_channels)
+            except ValueError:
+                continue
+        raise ValueError(
+            f"`{name}` must have 1, 3 or 4 channels after its frames or at its end, got shape {tuple(video.shape)}. "
+            "Pass `input_data_format` if it has."
+        )
+
+    def _output_size(
+        self,
+        num_frames: int,
+        height: int,
+        width: int,
+        *,
+        do_resize: bool,
+        patch_size: int,
+        merge_size: int,
+        min_pixels: int,
+        max_pixels: int,
+        total_pixels: int | None,
+    ) -> tuple[int, int]:
+        factor = patch_size * merge_size
+        if not do_resize and fits_patch_grid(height, width, factor):
+            return height, width
+        if total_pixels is not None:
+            if total_pixels < num_frames * min_pixels:
+                raise ValueError(
+                    f"`total_pixels` must leave each of the {num_frames} frames at least min_pixels={min_pixels}, that "
+                    f"is {num_frames * min_pixels} in all, got {total_pixels}. Sample fewer frames."
+                )
+            max_pixels = min(max_pixels, total_pixels // num_frames)
+        return smart_resize(height, width, factor, min_pixels=min_pixels, max_pixels=max_pixels)
+
+    def _preprocess(
+        self,
+        videos: list[torch.Tensor],
+        do_resize: bool,
+        resample: "PILImageResampling | int | None",
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...] | None,
+        image_std: float | tuple[float, ...] | None,
+        patch_size: int,
+        temporal_patch_size: int,
+        merge_size: int,
+        min_pixels: int,
+        max_pixels: int,
+        total_pixels: int | None,
+        vision_segment_max_frames: int | None,
+        return_tensors: str | None,
+        **kwargs,
+    ) -> BatchFeature:
+        new_sizes = {}
+        for index, video in enumerate(videos):
+            shape = (len(video), *video.shape[-2:])
+            try:
+                new_sizes[shape] = self._output_size(
+                    *shape,
+                    do_resize=do_resize,
+                    patch_size=patch_size,
+                    merge_size=merge_size,
+                    min_pixels=min_pixels,
+                    max_pixels=max_pixels,
+                    total_pixels=total_pixels,
+                )
+            except ValueError as error:
+                raise ValueError(f"videos[{index}]: {error}") from error
+
+        groups, order = group_videos_by_shape(videos)
+        patches, grids = {}, {}
+        for shape, stacked in groups.items():
+            num_frames, *old_size = shape
+            height, width = new_sizes[shape]
+            if [height, width] != old_size:
+                frames = self.resize(stacked.flatten(0, 1), SizeDict(height=height, width=width), resample=resample)
+                stacked = frames.unflatten(0, stacked.shape[:2])
+            stacked = self.rescale_and_normalize(
+                stacked, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+            )
+            patches[shape] = patchify(
+                stacked, patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
+            )
+            grid = [math.ceil(num_frames / temporal_patch_size), height // patch_size, width // patch_size]
+            grids[shape] = [grid] * len(stacked)
+
+        chunks = [self._split_time(*grid, vision_segment_max_frames) for grid in reorder_videos(grids, order)]
+        data = {
+            "pixel_values_videos": torch.cat(reorder_videos(patches, order)),
+            "video_grid_thw": torch.tensor([grid for grids in chunks for grid in grids], dtype=torch.long),
+            "num_chunks_per_video": [len(grids) for grids in chunks],
+        }
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    @staticmethod
+    def _split_time(grid_t: int, grid_h: int, grid_w: int, longest: int | None) -> list[list[int]]:
+        """Cut a video along time into chunks of at most `longest` temporal patches."""
+        longest = longest or grid_t
+        return [[min(longest, grid_t - start), grid_h, grid_w] for start in range(0, grid_t, longest)]
+
+    def get_num_of_video_patches(
+        self, num_frames: int, height: int, width: int, videos_kwargs: dict | None = None
+    ) -> int:
+        """Number of patches (before merging) that a call gives for one video, without the video.
+
+        Serving engines size their buffers by it.
+
+        Args:
+            num_frames (int): frames that are processed, that is after sampling.
+            height (int): of a frame, in pixels.
+            width (int): of a frame, in pixels.
+            videos_kwargs (dict, Optional): options as given to the call.
+
+        Raises:
+            ValueError: as the call itself.
+        """
+        if num_frames < 1:
+            raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
+        names = ("do_resize", "patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels")
+        options = {name: getattr(self, name) for name in names}
+        options.update(videos_kwargs or {})
+        new_height, new_width = self._output_size(
+            num_frames,
+            height,
+            width,
+            do_resize=options["do_resize"],
+            patch_size=options["patch_size"],
+            merge_size=options["merge_size"],
+            min_pixels=options["min_pixels"],
+            max_pixels=options["max_pixels"],
+            total_pixels=self._limit("total_pixels", options),
+        )
+        grid_t = math.ceil(num_frames / options["temporal_patch_size"])
+        return grid_t * (new_height // options["patch_size"]) * (new_width // options["patch_size"])

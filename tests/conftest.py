@@ -1,0 +1,31 @@
+"""Fixtures that every package's tests may use."""
+
+import os
+
+# No test reads from a model hub; set before Transformers is imported anywhere.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Iterator[Callable[[str], ModuleType]]:
+    """Import a module of `scripts/` by its name, as Python does when it runs one of them."""
+    scripts = str(ROOT / "scripts")
+    sys.path.insert(0, scripts)
+    yield importlib.import_module
+    sys.path.remove(scripts)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(load_script, tmp_path_factory) -> Path:
+    """A folder with a tiny checkpoint: model, processor, tokenizer, chat template. Do not write to it."""
+    return load_script("make_tiny_checkpoint").make_tiny_checkpoint(tmp_path_factory.mktemp("tiny_checkpoint"))

@@ -1,0 +1,75 @@
+"""Fixtures for comparing our models with stock Transformers' on equal weights."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.minimax_m3_vl import configuration_minimax_m3_vl as stock_configuration
+from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as stock_modeling
+
+from configuration_minimax_m3 import MiniMaxM3VLConfig, tiny_config
+
+
+def fill_with_noise(module: nn.Module, seed: int) -> None:
+    """Random parameters and buffers, larger than a fresh model's, so that every part of it shows in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        scale = 0.5 if tensor.ndim < 2 else tensor.shape[-1] ** -0.5
+        if name.endswith("embed_tokens.weight"):
+            scale = 1.0
+        tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * scale)
+
+
+@pytest.fixture(scope="session")
+def stock() -> Any:
+    """Stock Transformers' modeling module, whose class names are the same as ours."""
+    return stock_modeling
+
+
+@pytest.fixture(scope="session")
+def to_stock_config() -> Callable[[Any], Any]:
+    """Turn one of our configs into the stock config of the same name."""
+
+    def convert(config):
+        values = config.to_dict()
+        stock_config = getattr(stock_configuration, type(config).__name__)(**values)
+        stock_config._attn_implementation = config._attn_implementation
+        return stock_config
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def make_pair(to_stock_config) -> Callable[..., tuple[nn.Module, nn.Module]]:
+    """Build the stock module and ours for one config, with the same random weights."""
+
+    def build(ours: type[nn.Module], config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32):
+        config = copy.deepcopy(config)
+        stock_module = getattr(stock_modeling, ours.__name__)(to_stock_config(config))
+        fill_with_noise(stock_module, seed)
+        our_module = ours(config)
+        our_module.load_state_dict(stock_module.state_dict())
+        return stock_module.to(dtype).eval(), our_module.to(dtype).eval()
+
+    return build
+
+
+@pytest.fixture
+def config() -> MiniMaxM3VLConfig:
+    return tiny_config()
+
+
+@pytest.fixture(scope="session")
+def make_patches() -> Callable[..., torch.Tensor]:
+    """Random pixel patches for a grid of `(time, height, width)` rows."""
+
+    def make(config: MiniMaxM3VLConfig, grid_thw: torch.Tensor, *, seed: int = 0, dtype: torch.dtype = torch.float32):
+        vision = config.vision_config
+        width = vision.num_channels * vision.temporal_patch_size * vision.patch_size**2
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(int(grid_thw.prod(-1).sum()), width, generator=generator, dtype=torch.float64).to(dtype)
+
+    return make
