@@ -28,6 +28,16 @@ class MiniMaxM3VLPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    # Transformers decides these two by looking for its decorator and its attention table in the source of the model's
+    # module. Here they stand in other modules, so without an answer of our own the experts would silently run eagerly.
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

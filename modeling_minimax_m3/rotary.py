@@ -44,10 +44,13 @@ class MiniMaxM3VLRotaryEmbedding(nn.Module):
 
 
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the first R channels of `states` (B, T, heads, D) by `cos` and `sin` (B, T, R)."""
+    """Rotates the first R channels of `states` (B, T, heads, D) by `cos` and `sin` (B, T, R), in the dtype of `states`.
+
+    Under autocast `cos` and `sin` are float32 while `states` come from a projection in half precision.
+    """
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     width = cos.shape[-1]
     rotated, passed = states[..., :width], states[..., width:]
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((rotated, passed), dim=-1)
+    return torch.cat((rotated.to(states.dtype), passed), dim=-1)

@@ -71,7 +71,8 @@ class MiniMaxM3VLImageProcessor(TorchvisionBackend):
     def __init__(self, **kwargs: Unpack[MiniMaxM3VLImageProcessorKwargs]):
         size = kwargs.pop("size", None)
         if size is None or (isinstance(size, (list, tuple)) and list(size) == UNUSED_RELEASED_SIZE):
-            size = dict(type(self).size)
+            size = type(self).size
+        size = self._merge_bounds(size, kwargs.pop("min_pixels", None), kwargs.pop("max_pixels", None))
         super().__init__(size=size, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
@@ -89,30 +90,24 @@ class MiniMaxM3VLImageProcessor(TorchvisionBackend):
             check_pixels(image, f"images[{index}]")
         return images
 
+    @staticmethod
+    def _merge_bounds(size: Any, min_pixels: int | None, max_pixels: int | None) -> Any:
+        """Write the bounds into `size`, where older files name them `min_pixels` and `max_pixels`, too."""
+        if not isinstance(size, (dict, SizeDict)):
+            if min_pixels is None and max_pixels is None:
+                return size
+            size = {}
+        bounds = dict(size)
+        older = {"shortest_edge": bounds.pop("min_pixels", None), "longest_edge": bounds.pop("max_pixels", None)}
+        newer = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        for given in (older, newer):
+            bounds.update({name: value for name, value in given.items() if value is not None})
+        return bounds
+
     def _standardize_kwargs(
-        self,
-        size: Any = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        **kwargs,
+        self, size: Any = None, min_pixels: int | None = None, max_pixels: int | None = None, **kwargs
     ) -> dict[str, Any]:
-        # `min_pixels` and `max_pixels`, beside `size` or inside it, are older names of the two bounds
-        if isinstance(size, (dict, SizeDict)):
-            bounds = dict(size)
-            inner_min, inner_max = bounds.pop("min_pixels", None), bounds.pop("max_pixels", None)
-            min_pixels = inner_min if min_pixels is None else min_pixels
-            max_pixels = inner_max if max_pixels is None else max_pixels
-        elif min_pixels is not None or max_pixels is not None:
-            bounds = {}
-        else:
-            bounds = None
-        if bounds is not None:
-            if min_pixels is not None:
-                bounds["shortest_edge"] = min_pixels
-            if max_pixels is not None:
-                bounds["longest_edge"] = max_pixels
-            size = bounds
-        return super()._standardize_kwargs(size=size, **kwargs)
+        return super()._standardize_kwargs(size=self._merge_bounds(size, min_pixels, max_pixels), **kwargs)
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
         super()._validate_preprocess_kwargs(**kwargs)

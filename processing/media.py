@@ -28,9 +28,9 @@ def is_frame_list(item: Any) -> bool:
     return isinstance(item, (list, tuple)) and len(item) > 0 and all(map(is_frame, item))
 
 
-def shorten(source: str) -> str:
-    """A source for an error message: base64 text would fill the screen."""
-    return source if len(source) <= 200 else f"{source[:80]}... ({len(source)} characters)"
+def shorten(text: str) -> str:
+    """A source, or an error that quotes it, for a message: base64 text would fill the screen."""
+    return text if len(text) <= 200 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def describe(item: Any) -> str:
@@ -63,7 +63,7 @@ def read_image(source: str) -> torch.Tensor:
         try:
             return torch.from_numpy(np.array(load_image(source))).permute(2, 0, 1)
         except Exception as error:
-            raise ValueError(f"the image {shorten(source)!r} cannot be read: {error}") from error
+            raise ValueError(f"the image {shorten(source)!r} cannot be read: {shorten(str(error))}") from error
 
 
 def flatten_images(images: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """Text, images and videos together: from prompts with placeholders to model inputs."""
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
@@ -71,10 +72,10 @@ class MiniMaxM3VLProcessor(ProcessorMixin):
         if text is not None and not isinstance(text, (str, list, tuple)):
             raise ValueError(f"`text` must be a string or a list of strings, got {type(text).__name__}.")
         # A batch without any image or video arrives from data collators as empty lists.
-        if isinstance(images, (list, tuple)) and not flatten_images(map_sources(images)):
+        if is_list(images) and not flatten_images(map_sources(images)):
             images = None
         videos = map_sources(videos)
-        if isinstance(videos, list) and not flatten_videos(videos):
+        if is_list(videos) and not flatten_videos(videos):
             videos = None
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
@@ -98,11 +99,26 @@ class MiniMaxM3VLProcessor(ProcessorMixin):
         for index, sample in enumerate(text):
             if not isinstance(sample, str) or not sample:
                 raise ValueError(f"`text[{index}]` must be a string that is not empty, got {sample!r}.")
-        self._check_counts("images", self.image_token, text, images, flatten_images)
-        self._check_counts("videos", self.video_token, text, videos, flatten_videos)
+        self._check_counts("images", self.image_token, text, images, flatten_images, is_list)
+        # a list of frames is one video
+        self._check_counts(
+            "videos",
+            self.video_token,
+            text,
+            videos,
+            flatten_videos,
+            lambda item: is_list(item) and not is_frame_list(item),
+        )
 
     @staticmethod
-    def _check_counts(name: str, token: str, text: list[str], media: Any, flatten) -> None:
+    def _check_counts(
+        name: str,
+        token: str,
+        text: list[str],
+        media: Any,
+        flatten: Callable[[Any], list],
+        is_list_of_a_text: Callable[[Any], bool],
+    ) -> None:
         wanted = [sample.count(token) for sample in text]
         given = 0 if media is None else len(flatten(media))
         if sum(wanted) != given:
@@ -110,7 +126,7 @@ class MiniMaxM3VLProcessor(ProcessorMixin):
                 f"`{name}` must hold one item for each {token!r} in `text`: {sum(wanted)} (per text: {wanted}), got "
                 f"{given}."
             )
-        if is_list_per_text(media, len(text)):
+        if is_list(media) and len(media) == len(text) and all(map(is_list_of_a_text, media)):
             per_text = [len(flatten([item])) for item in media]
             if per_text != wanted:
                 raise ValueError(
@@ -162,8 +178,8 @@ class MiniMaxM3VLProcessor(ProcessorMixin):
         conversations, is_batched = super()._normalize_conversations(conversation)
         for messages in conversations:
             for message in messages:
-                if isinstance(message.get("content"), (list, tuple)):
-                    message["content"] = [normalize_part(part, message["role"]) for part in message["content"]]
+                if is_list(message.get("content")):
+                    message["content"] = [normalize_part(part, message.get("role")) for part in message["content"]]
         return conversations, is_batched
 
     def _get_num_multimodal_tokens(
@@ -219,16 +235,11 @@ class MiniMaxM3VLProcessor(ProcessorMixin):
         )
 
 
-def is_list_per_text(media: Any, num_texts: int) -> bool:
-    """Whether images or videos come as one list per text (a list of frames is one video, not such a list)."""
-    return (
-        isinstance(media, (list, tuple))
-        and len(media) == num_texts
-        and all(isinstance(item, (list, tuple)) and not is_frame_list(item) for item in media)
-    )
+def is_list(item: Any) -> bool:
+    return isinstance(item, (list, tuple))
 
 
-def normalize_part(part: Any, role: str) -> dict[str, Any]:
+def normalize_part(part: Any, role: str | None) -> dict[str, Any]:
     """Bring one part of a message's content into the form {"type": ..., ...} that `ProcessorMixin` collects from.
 
     Raises:

@@ -89,16 +89,12 @@ def write_panning_video(photograph: Path, path: Path, *, seconds: int = 4, fps: 
 
 
 def long_document(tokenizer: Any, num_tokens: int) -> str:
-    """The opening of the Python language reference, as many whole topics as make at least `num_tokens` tokens."""
-    topics, count = [], 0
-    for topic in training_text():
-        if count >= num_tokens:
-            break
-        topics.append(topic)
-        count += len(tokenizer(topic)["input_ids"])
-    if count < num_tokens:
-        raise ValueError(f"`--long-tokens` must be at most {count}, the length of the text, got {num_tokens}.")
-    return "\n\n".join(topics)
+    """The opening of the Python language reference, to the end of the line that brings it to `num_tokens` tokens."""
+    text = "\n\n".join(training_text())
+    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    if len(offsets) <= num_tokens:
+        raise ValueError(f"`--long-tokens` must be below {len(offsets)}, the length of the text, got {num_tokens}.")
+    return text[: text.index("\n", offsets[num_tokens][0])]
 
 
 def chat(model: Any, processor: Any, content: list[dict[str, str]], max_new_tokens: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -88,12 +89,13 @@ def plot_selections(
     figure = Figure(figsize=(4.2 * num_heads + 1, 4.0 * len(selections) + 0.5), dpi=120, layout="constrained")
     panels = figure.subplots(len(selections), num_heads, squeeze=False, sharex=True, sharey=True)
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="white")
+    scale = PowerNorm(0.5, vmin=0, vmax=1)  # tells small shares apart
     for row, (layer_idx, selection) in zip(panels, selections.items()):
         shares = selection_shares(selection, block_size)
         future = torch.ones(shares.shape[1:], dtype=torch.bool).triu(1)
         for head, panel in enumerate(row):
             image = panel.imshow(
-                shares[head].masked_fill(future, torch.nan).numpy(), cmap=colours, vmin=0, vmax=1, interpolation="none"
+                shares[head].masked_fill(future, torch.nan).numpy(), cmap=colours, norm=scale, interpolation="none"
             )
             panel.set_title(f"layer {layer_idx}, index head {head}", fontsize=10)
             panel.set_xlabel("key block")

@@ -3,7 +3,7 @@
 import torch
 
 from . import checks
-from .backends import get_backend, resolve_backend
+from .backends import resolve_backend, run_on_backend
 
 
 def block_sparse_attention(
@@ -66,7 +66,10 @@ def block_sparse_attention(
 
 
 def _scale(softmax_scale: float | None, query: torch.Tensor) -> float:
-    return query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if softmax_scale is None:
+        return query.shape[-1] ** -0.5
+    checks.check_finite("softmax_scale", softmax_scale)
+    return float(softmax_scale)
 
 
 def _lse_dtype(query: torch.Tensor) -> torch.dtype:
@@ -87,8 +90,17 @@ def _block_sparse_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     checks.check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
     checks.check_block_indices_values(block_indices)
-    return get_backend(backend).block_sparse_attention(
-        query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale
+    return run_on_backend(
+        backend,
+        "block_sparse_attention",
+        query,
+        key,
+        value,
+        block_indices,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        block_size,
+        softmax_scale,
     )
 
 
@@ -113,8 +125,20 @@ def _block_sparse_attention_backward(
     softmax_scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return get_backend(backend).block_sparse_attention_backward(
-        grad_out, query, key, value, out, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale
+    return run_on_backend(
+        backend,
+        "block_sparse_attention_backward",
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        block_indices,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        block_size,
+        softmax_scale,
     )
 
 
@@ -182,7 +206,8 @@ def block_sparse_attention_with_kvcache(
     checks.check_at_least("block_size", block_size, 1)
     checks.check_tensor("query", query, ("B", "T", "H_q", "D"), checks.FLOATING_DTYPES)
     checks.check_unit_stride("query", query)
-    num_kv_heads = key_cache.shape[-2] if key_cache.dim() == 4 else 0
+    checks.check_tensor("key_cache", key_cache, ("B or pages", "slots", "H_kv", query.shape[-1]), (query.dtype,))
+    num_kv_heads = key_cache.shape[2]
     caches = {
         "key_cache": (key_cache, ("H_kv", query.shape[-1])),
         "value_cache": (value_cache, (num_kv_heads, "D_v")),
@@ -218,10 +243,19 @@ def _block_sparse_attention_with_kvcache(
 ) -> torch.Tensor:
     checks.check_cache_values(key_cache, cache_seqlens, cache_leftpad, block_table)
     checks.check_block_indices_values(block_indices)
-    return get_backend(backend).block_sparse_attention_with_kvcache(
-        query, key_cache, value_cache, block_indices, cache_seqlens, cache_leftpad, block_table, block_size,
+    return run_on_backend(
+        backend,
+        "block_sparse_attention_with_kvcache",
+        query,
+        key_cache,
+        value_cache,
+        block_indices,
+        cache_seqlens,
+        cache_leftpad,
+        block_table,
+        block_size,
         softmax_scale,
-    )  # fmt: skip
+    )
 
 
 @_block_sparse_attention_with_kvcache.register_fake

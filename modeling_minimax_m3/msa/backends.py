@@ -7,6 +7,8 @@ by name either runs or raises, naming why it cannot.
 
 from types import ModuleType
 
+import torch
+
 from . import portable, reference
 
 BACKENDS = ("auto", "cuda", "torch", "reference")
@@ -37,6 +39,10 @@ def resolve_backend(backend: str) -> str:
     return backend
 
 
-def get_backend(name: str) -> ModuleType:
-    """The module that implements a resolved backend: functions with the signatures of `reference`."""
-    return _MODULES[name]
+def run_on_backend(backend: str, function: str, *args):
+    """Calls a resolved backend's `function`, named and used as in `reference`.
+
+    Autocast is off inside: it would compute float32 scores and sums in half precision.
+    """
+    with torch.autocast(args[0].device.type, enabled=False):
+        return getattr(_MODULES[backend], function)(*args)

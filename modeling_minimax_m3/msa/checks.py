@@ -5,6 +5,7 @@ operators, on CPU tensors, and on CUDA tensors when the environment variable `MI
 synchronisation that they cost.
 """
 
+import math
 import os
 
 import torch
@@ -28,10 +29,10 @@ def check_tensor(
     """Raises unless `tensor` has the given axes (an int is a required size, a str only a name), dtype and device."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
-    axes = ", ".join(str(axis) for axis in shape)
     if tensor.dim() != len(shape) or any(
         isinstance(axis, int) and size != axis for axis, size in zip(shape, tensor.shape)
     ):
+        axes = ", ".join(str(axis) for axis in shape)
         raise ValueError(f"`{name}` must have shape ({axes}), got {_describe(tensor)}")
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -53,6 +54,13 @@ def check_at_least(name: str, value: int, minimum: int) -> None:
         raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
+
+
+def check_finite(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be finite, got {value}")
 
 
 def check_selection_options(block_size: int, topk: int, local_blocks: int, init_blocks: int) -> None:

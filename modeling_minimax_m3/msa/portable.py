@@ -12,6 +12,7 @@ Scores, softmax and sums are float32 for half precision inputs, and float64 for 
 Dimension legend: see README.md.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,6 +60,12 @@ def _force_blocks(
     return block_scores.masked_fill_(forced, float("inf")).masked_fill_(block > own_block, float("-inf"))
 
 
+def _selection_chunk(keys: int, num_heads: int) -> int:
+    """How many queries fit a tile of scores, when the first of them sees `keys` keys and each further one sees more:
+    the largest n with num_heads * n * (keys + n) <= _SELECTION_TILE, at least 1."""
+    return max(1, (math.isqrt(keys * keys + 4 * _SELECTION_TILE // num_heads) - keys) // 2)
+
+
 def select_blocks(
     index_query: torch.Tensor,
     index_key: torch.Tensor,
@@ -81,8 +88,7 @@ def select_blocks(
         start = queries.start
         while start < queries.stop:
             first = past + start - queries.start  # position of the chunk's first query
-            chunk = max(1, _SELECTION_TILE // (num_heads * (first + block_size)))
-            stop = min(start + chunk, queries.stop)
+            stop = min(start + _selection_chunk(first + block_size, num_heads), queries.stop)
             last = past + stop - 1 - queries.start
             seen = (last // block_size + 1) * block_size  # keys of the blocks that the chunk can see
             scores = index_query[start:stop].to(dtype).flatten(0, 1) @ padded_keys[:seen].T
@@ -268,6 +274,11 @@ def _gathered_position(
     return position[:, :, None, None], leftpad.long()[:, None, None, None]
 
 
+def _clamped_pages(block_table: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    """The table with its unused entries, which may hold anything, turned into pages that exist."""
+    return block_table.long().clamp(0, len(cache) - 1)
+
+
 def select_blocks_with_kvcache(
     index_query: torch.Tensor,
     index_key_cache: torch.Tensor,
@@ -297,7 +308,9 @@ def select_blocks_with_kvcache(
             )
         return selected
 
-    keys = index_key_cache if block_table is None else index_key_cache[block_table.long()].flatten(1, 2)
+    keys = index_key_cache
+    if block_table is not None:
+        keys = keys[_clamped_pages(block_table, keys)].flatten(1, 2)
     if device.type == "cpu":  # elsewhere this would wait for the device, so unused slots are scored too
         keys = keys[:, : max(cache_seqlens.tolist(), default=0)]
     slots = keys.shape[1]
@@ -351,7 +364,7 @@ def block_sparse_attention_with_kvcache(
     row = torch.arange(batch, device=device)[:, None, None, None]
     if block_table is not None:
         page_size = key_cache.shape[1]
-        row, slot = block_table[row, slot // page_size].long(), slot % page_size
+        row, slot = _clamped_pages(block_table, key_cache)[row, slot // page_size], slot % page_size
     head = torch.arange(num_kv_heads, device=device)[:, None]
     keys, values = key_cache[row, slot, head].to(dtype), value_cache[row, slot, head].to(dtype)
     # Whatever the slots that are not attended hold must not reach the sum, not even as 0 * NaN.

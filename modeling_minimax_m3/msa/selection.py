@@ -3,7 +3,7 @@
 import torch
 
 from . import checks
-from .backends import get_backend, resolve_backend
+from .backends import resolve_backend, run_on_backend
 
 
 def select_blocks(
@@ -74,8 +74,17 @@ def _select_blocks(
     backend: str,
 ) -> torch.Tensor:
     checks.check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, index_query.shape[0], index_key.shape[0])
-    return get_backend(backend).select_blocks(
-        index_query, index_key, cu_seqlens_q, cu_seqlens_k, block_size, topk, local_blocks, init_blocks
+    return run_on_backend(
+        backend,
+        "select_blocks",
+        index_query,
+        index_key,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        block_size,
+        topk,
+        local_blocks,
+        init_blocks,
     )
 
 
@@ -141,10 +150,19 @@ def _select_blocks_with_kvcache(
     backend: str,
 ) -> torch.Tensor:
     checks.check_cache_values(index_key_cache, cache_seqlens, cache_leftpad, block_table)
-    return get_backend(backend).select_blocks_with_kvcache(
-        index_query, index_key_cache, cache_seqlens, cache_leftpad, block_table, block_size, topk, local_blocks,
+    return run_on_backend(
+        backend,
+        "select_blocks_with_kvcache",
+        index_query,
+        index_key_cache,
+        cache_seqlens,
+        cache_leftpad,
+        block_table,
+        block_size,
+        topk,
+        local_blocks,
         init_blocks,
-    )  # fmt: skip
+    )
 
 
 @_select_blocks_with_kvcache.register_fake

@@ -73,3 +73,42 @@ def make_patches() -> Callable[..., torch.Tensor]:
         return torch.randn(int(grid_thw.prod(-1).sum()), width, generator=generator, dtype=torch.float64).to(dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_inputs(make_patches) -> Callable[..., dict[str, torch.Tensor]]:
+    """One row of random text with the placeholders of images and videos, and their pixels.
+
+    Args of the fixture's value: the config; `images` and `videos`, rows of `(time, height, width)` in patches, which
+    stand behind each other in the text, one ordinary token apart; `length`, tokens in all; `seed`; `dtype`.
+    """
+
+    def make(
+        config: MiniMaxM3VLConfig,
+        *,
+        images: list[list[int]] | None = None,
+        videos: list[list[int]] | None = None,
+        length: int = 60,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        ordinary = min(config.image_token_id, config.video_token_id)
+        input_ids = torch.randint(1, ordinary, (1, length), generator=generator)
+        inputs, position = {}, 2
+        for grid, token_id, pixel_name, grid_name in (
+            (images, config.image_token_id, "pixel_values", "image_grid_thw"),
+            (videos, config.video_token_id, "pixel_values_videos", "video_grid_thw"),
+        ):
+            if not grid:
+                continue
+            grid_thw = torch.tensor(grid)
+            for tokens in (grid_thw.prod(-1) // config.vision_config.spatial_merge_size**2).tolist():
+                input_ids[0, position : position + tokens] = token_id
+                position += tokens + 1
+            inputs[pixel_name] = make_patches(config, grid_thw, seed=seed + len(inputs), dtype=dtype)
+            inputs[grid_name] = grid_thw
+        assert position <= length, f"the placeholders take {position} tokens, length is {length}"
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **inputs}
+
+    return make

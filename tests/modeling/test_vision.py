@@ -7,7 +7,6 @@ from transformers import AttentionInterface
 
 from modeling_minimax_m3.vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
 
-
 # images, and chunks of a video, of equal and of different sizes
 MIXED_GRID = torch.tensor([[1, 4, 6], [1, 4, 4], [2, 4, 4], [2, 4, 4], [1, 8, 4], [3, 2, 2]])
 
@@ -61,7 +60,8 @@ def test_gradients_equal_stock_with_and_without_checkpointing(make_towers, make_
 
     expected = gradients(stock_tower)
     torch.testing.assert_close(gradients(tower), expected, rtol=1e-9, atol=1e-12)
-    tower.gradient_checkpointing_enable()
+    tower.activation_checkpointing_enable()
+    assert all(layer.gradient_checkpointing for layer in tower.layers)
     torch.testing.assert_close(gradients(tower), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -189,7 +189,12 @@ WIDTH = 3 * 2 * 14 * 14
 @pytest.mark.parametrize(
     ("pixel_values", "grid", "error", "message"),
     [
-        (torch.zeros(8, WIDTH - 1), [[1, 2, 4]], ValueError, rf"pixel_values .*\(patches, {WIDTH}\).* got \(8, 1175\)"),
+        (
+            torch.zeros(8, WIDTH - 1),
+            [[1, 2, 4]],
+            ValueError,
+            rf"pixel_values .*\(patches, {WIDTH}\).* got \(8, 1175\)",
+        ),
         (torch.zeros(1, 8, WIDTH), [[1, 2, 4]], ValueError, r"pixel_values .* got \(1, 8, 1176\)"),
         (torch.zeros(8, WIDTH, dtype=torch.uint8), [[1, 2, 4]], TypeError, "pixel_values .* got torch.uint8"),
         (torch.zeros(8, WIDTH), [1, 2, 4], ValueError, r"image_grid_thw.*\(images, 3\).* got \(3,\)"),

@@ -1,0 +1,290 @@
+"""Runs the benchmarks: `python -m benchmarks [--quick] [--only TEXT] [--list]`. See README.md."""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from . import decode, layer, measure
+from .implementations import OURS, STOCK
+
+RESULTS = Path(__file__).parent / "results"
+SCENARIOS = {
+    "layer-forward": (layer.forward, layer),
+    "layer-train": (layer.forward_backward, layer),
+    "decode": (decode.decode, decode),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement, made in a process of its own."""
+
+    scenario: str
+    tokens: int
+    implementation: str
+    needs_gib: float = 1.0  # of free memory
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.scenario}/{self.tokens}/{self.implementation}"
+
+
+CASES = [
+    Case("layer-forward", 2048, STOCK, 2, quick=True),
+    Case("layer-forward", 2048, OURS, quick=True),
+    Case("layer-forward", 4096, STOCK, 5),
+    Case("layer-forward", 4096, OURS),
+    Case("layer-forward", 8192, STOCK, 14),
+    Case("layer-forward", 8192, OURS, quick=True),
+    Case("layer-forward", 16384, OURS, 2),
+    Case("layer-forward", 32768, OURS, 2),
+    Case("layer-forward", 65536, OURS, 3),
+    Case("layer-train", 1024, STOCK, 2, quick=True),
+    Case("layer-train", 1024, OURS, quick=True),
+    Case("layer-train", 4096, STOCK, 12),
+    Case("layer-train", 4096, OURS),
+    Case("decode", 2048, STOCK, quick=True),
+    Case("decode", 2048, OURS, quick=True),
+    Case("decode", 16384, STOCK, 3),
+    Case("decode", 16384, OURS),
+]
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+def run_worker(name: str, path: str) -> None:
+    """Measures one case in this process and leaves what it found in `path`."""
+    case = next(case for case in CASES if case.name == name)
+    run, _ = SCENARIOS[case.scenario]
+    result, measured = run(case.implementation, case.tokens)
+    torch.save({"result": result, "measured": measured}, path)
+
+
+def measure_in_process(case: Case, folder: Path) -> Path:
+    """Runs one case in a fresh process, so that its memory is its own, and returns where the result lies."""
+    path = folder / f"{case.name.replace('/', '-')}.pt"
+    command = [sys.executable, "-m", "benchmarks", "--worker", case.name, "--worker-result", str(path)]
+    completed = subprocess.run(command, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
+    if completed.returncode != 0:
+        raise RuntimeError(f"{case.name} failed with exit code {completed.returncode}:\n{completed.stderr[-2000:]}")
+    return path
+
+
+def available_gib() -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) / 2**20
+    raise RuntimeError("/proc/meminfo has no MemAvailable: memory is measured on Linux only")
+
+
+def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
+    """Measures the cases in order, comparing ours with stock wherever both ran at the same length."""
+    rows, partners = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in enumerate(cases, 1):
+            print(f"[{number}/{len(cases)}] {case.name} ... ", end="", flush=True)
+            row = {"name": case.name, "scenario": case.scenario, "tokens": case.tokens, "of": case.implementation}
+            rows.append(row)
+            if available_gib() < case.needs_gib:
+                row["skipped"] = f"needs {case.needs_gib:g} GiB of free memory, {available_gib():.1f} are there"
+                print(row["skipped"], flush=True)
+                continue
+            path = measure_in_process(case, Path(folder))
+            stored = torch.load(path)
+            row.update(stored["measured"])
+            compare(case, row, stored["result"], partners)
+            path.unlink()
+            print(row.get("refused") or f"{row['seconds']:.4g} s", flush=True)
+    return rows
+
+
+def compare(case: Case, row: dict[str, Any], result: dict, partners: dict) -> None:
+    """Compares with the other implementation's result of the same case; on disagreement both lose their figures."""
+    key = (case.scenario, case.tokens)
+    if key not in partners:
+        partners[key] = (row, result)
+        return
+    other_row, other_result = partners.pop(key)
+    pair = {case.implementation: result, "stock" if case.implementation == OURS else "ours": other_result}
+    _, module = SCENARIOS[case.scenario]
+    report = module.disagreement(pair[STOCK], pair[OURS])
+    for either in (row, other_row):
+        either["agreement"] = report
+    if reason := module.refusal(report):
+        for either in (row, other_row):
+            for figure in ("seconds", "seconds_mean", "seconds_min", "seconds_max", "extra_bytes", "parts"):
+                either.pop(figure, None)
+            either["refused"] = f"ours and stock disagree: {reason}"
+
+
+# --- reporting ---------------------------------------------------------------------------------------------------
+
+
+def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures that this project set itself, for those whose cases ran."""
+    found = {(row["scenario"], row["tokens"], row["of"]): row for row in rows if "seconds" in row}
+
+    def ratio(above: tuple, below: tuple, figure: str = "seconds") -> float | None:
+        if above not in found or below not in found:
+            return None
+        return found[above][figure] / found[below][figure]
+
+    def without_scoring(tokens: int) -> float:
+        row = found["decode", tokens, OURS]
+        return row["seconds_mean"] - row["parts"]["index scoring"]
+
+    stock_8k, ours_8k = (("layer-forward", 8192, of) for of in (STOCK, OURS))
+    ours_64k = ("layer-forward", 65536, OURS)
+    growth = None
+    if ("decode", 2048, OURS) in found and ("decode", 16384, OURS) in found:
+        growth = without_scoring(16384) / without_scoring(2048)
+    table = [
+        ("layer forward at 8192 tokens, times faster than stock", ratio(stock_8k, ours_8k), ">=", 20),
+        ("layer forward at 8192 tokens, share of stock's extra memory", ratio(ours_8k, stock_8k, "extra_bytes"), "<=", 0.05),
+        ("extra memory at 65536 over 8192 tokens", ratio(ours_64k, ours_8k, "extra_bytes"), "<=", 9),
+        ("GB of extra memory at 65536 tokens", found[ours_64k]["extra_bytes"] / 1e9 if ours_64k in found else None, "<", 1.5),
+        (
+            "layer forward and backward at 4096 tokens, times faster than stock",
+            ratio(("layer-train", 4096, STOCK), ("layer-train", 4096, OURS)),
+            ">=",
+            8,
+        ),
+        ("seconds per decoded token after 16384 over 2048 tokens, without index scoring", growth, "<=", 1.3),
+    ]  # fmt: skip
+    checks = {">=": float.__ge__, "<=": float.__le__, "<": float.__lt__}
+    return [
+        {"what": what, "measured": value, "target": f"{sign} {bound}", "met": checks[sign](value, float(bound))}
+        for what, value, sign, bound in table
+        if value is not None
+    ]
+
+
+def as_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [header, ["-" * width for width in widths], *rows]
+    ]
+    return "\n".join(lines)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}"
+
+
+def report(record: dict[str, Any]) -> str:
+    rate = record["matmul_gflops_per_second"] * 1e9
+    rows = []
+    for row in record["rows"]:
+        if "seconds" not in row:
+            rows.append([row["name"], row.get("refused") or row["skipped"], "", "", "", ""])
+            continue
+        floor = row["flops"] / rate if "flops" in row else None
+        spread = f"{milliseconds(row['seconds_min'])} - {milliseconds(row['seconds_max'])} ({row['runs']})"
+        rows.append(
+            [
+                row["name"],
+                milliseconds(row["seconds"]),
+                spread,
+                f"{row['extra_bytes'] / 1e6:.0f}" if "extra_bytes" in row else "",
+                milliseconds(floor) if floor else "",
+                f"{row['seconds'] / floor:.1f}" if floor else "",
+            ]
+        )
+    machine = record["environment"]
+    parts = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB, "
+        f"load average {machine['load_average_1min']} before the run; torch {machine['torch']}, "
+        f"Transformers {machine['transformers']}, commit {machine['commit']}"
+        f"{' with uncommitted changes' if machine['uncommitted_changes'] else ''}, {machine['date']}. "
+        f"float32; a 2048 x 2048 matmul runs at {rate / 1e9:.0f} GFLOP/s.",
+        as_table(["case", "ms", "ms, range (runs)", "extra MB", "floor ms", "over floor"], rows),
+    ]
+    split = [
+        [row["name"], part, milliseconds(seconds)] for row in record["rows"] for part, seconds in row.get("parts", {}).items()
+    ]  # fmt: skip
+    if split:
+        parts.append(as_table(["ms per decoded token", "part", "mean ms"], split))
+    agreement = [
+        [row["name"].removesuffix(f"/{row['of']}"), describe_agreement(row["agreement"])]
+        for row in record["rows"]
+        if row["of"] == OURS and "agreement" in row
+    ]
+    if agreement:
+        parts.append(as_table(["ours and stock", "difference"], agreement))
+    if record["targets"]:
+        parts.append(
+            as_table(
+                ["figure to reach", "measured", "target", "met"],
+                [[t["what"], f"{t['measured']:.3g}", t["target"], "yes" if t["met"] else "no"] for t in record["targets"]],
+            )
+        )  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def describe_agreement(found: dict[str, Any]) -> str:
+    if "relative_errors" not in found:
+        return f"logits {found['median_error']:.1e} in the median, {found['largest_error']:.1e} at worst"
+    name, error = max(found["relative_errors"].items(), key=lambda item: item[1])
+    return f"{found['tokens_selecting_otherwise']} tokens select other blocks; largest error {error:.1e} ({name})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", metavar="TEXT", action="append", help="run cases whose name contains this; repeatable")
+    parser.add_argument("--quick", action="store_true", help="run the short cases only; writes no results by itself")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument("--output", type=Path, help="where to write, without suffix; default: results/cpu, full runs only")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker-result", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        run_worker(args.worker, args.worker_result)
+        return
+
+    cases = [
+        case
+        for case in CASES
+        if (case.quick or not args.quick) and (not args.only or any(text in case.name for text in args.only))
+    ]
+    if args.list:
+        print("\n".join(case.name for case in cases))
+        return
+    if not cases:
+        parser.error(f"no case matches {args.only}; `--list` names them")
+
+    record = {
+        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
+        "environment": measure.environment(),
+        "matmul_gflops_per_second": measure.matmul_rate() / 1e9,
+    }
+    record["rows"] = run_cases(cases)
+    record["targets"] = targets(record["rows"])
+    text = report(record)
+    print("\n" + text)
+    output = args.output or (None if args.quick or args.only else RESULTS / "cpu")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+        output.with_suffix(".md").write_text(text + "\n")
+        print(f"\nwritten to {output.with_suffix('.json')} and {output.with_suffix('.md')}")
+    if any("refused" in row for row in record["rows"]):
+        sys.exit("some cases were refused: ours and stock disagree")
+
+
+if __name__ == "__main__":
+    main()

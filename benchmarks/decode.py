@@ -1,0 +1,128 @@
+"""Decoding with a cache: seconds per token after a short and a long prompt, and where they go."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from configuration_minimax_m3 import tiny_config
+
+from . import measure
+from .implementations import OURS, classes, load_same_weights, text_config
+
+NEW_TOKENS = 256
+# Stock's masks are quadratic, so both prefill in chunks; the prefill is not measured.
+PREFILL_CHUNK = 512
+
+
+class _Stopwatch:
+    """Wraps functions and sums the seconds spent in each; what a wrapped one calls counts for the outer one."""
+
+    def __init__(self) -> None:
+        self.seconds = defaultdict(float)
+        self._running = False
+
+    def wrap(self, owner: Any, attribute: str, part: str) -> None:
+        function = getattr(owner, attribute)
+
+        def stopped(*args: Any, **kwargs: Any) -> Any:
+            if self._running:
+                return function(*args, **kwargs)
+            self._running = True
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[part] += time.perf_counter() - start
+                self._running = False
+
+        setattr(owner, attribute, stopped)
+
+
+def _watch(implementation: str, model: torch.nn.Module) -> _Stopwatch:
+    stopwatch = _Stopwatch()
+    if implementation == OURS:
+        from modeling_minimax_m3 import attention, msa
+
+        stopwatch.wrap(msa, "select_blocks_with_kvcache", "index scoring")
+        stopwatch.wrap(msa, "block_sparse_attention_with_kvcache", "sparse attention")
+        stopwatch.wrap(attention, "dense_attention", "dense attention")
+    else:
+        for layer in model.model.layers:
+            if layer.self_attn.indexer is None:
+                stopwatch.wrap(layer.self_attn, "forward", "dense layers' attention")
+            else:
+                stopwatch.wrap(layer.self_attn.indexer, "forward", "index scoring")
+    for layer in model.model.layers:
+        stopwatch.wrap(layer.mlp, "forward", "MLP and MoE")
+    return stopwatch
+
+
+@torch.no_grad()
+def decode(implementation: str, prompt: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Feeds `prompt` and then `NEW_TOKENS` random tokens, one by one, through the tiny model.
+
+    The tokens are given, not generated, so that both implementations see the same ones.
+    """
+    config = text_config(implementation, tiny_config().text_config)
+    model = classes(implementation).MiniMaxM3VLForCausalLM(config).eval()
+    load_same_weights(model, std=0.05)
+    generator = torch.Generator().manual_seed(prompt)
+    tokens = torch.randint(0, config.vocab_size, (1, prompt + NEW_TOKENS), generator=generator)
+    cache = DynamicCache(config=config)
+
+    def feed(start: int, stop: int) -> torch.Tensor:
+        return model(tokens[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+    for start in range(0, prompt, PREFILL_CHUNK):
+        feed(start, min(start + PREFILL_CHUNK, prompt))
+
+    def decode_all(step: Callable[[int, int], torch.Tensor]) -> tuple[list[torch.Tensor], list[float]]:
+        logits, seconds = [], []
+        for position in range(prompt, prompt + NEW_TOKENS):
+            row, elapsed = measure.timed(lambda position=position: step(position, position + 1))
+            logits.append(row)
+            seconds.append(elapsed)
+        return logits, seconds
+
+    logits, seconds = decode_all(feed)
+    # A second pass over the same tokens tells where the time goes, so that the stopwatches do not count in the first.
+    cache.crop(-NEW_TOKENS)
+    stopwatch = _watch(implementation, model)
+    again, watched_seconds = decode_all(feed)
+    parts = {name: total / NEW_TOKENS for name, total in stopwatch.seconds.items()}
+    parts["everything else"] = sum(watched_seconds) / NEW_TOKENS - sum(parts.values())
+    result = {"logits": torch.stack(logits)}
+    if measure.relative_error(torch.stack(again), result["logits"]) > 1e-4:
+        raise RuntimeError("decoding the same tokens again after cropping the cache gave other logits")
+    return result, {
+        "seconds": statistics.median(seconds),
+        "seconds_mean": statistics.mean(seconds),
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "runs": NEW_TOKENS,
+        "parts": parts,
+    }
+
+
+def disagreement(stock: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, Any]:
+    difference = (ours["logits"].double() - stock["logits"].double()).norm(dim=-1)
+    errors = difference / stock["logits"].double().norm(dim=-1)
+    return {"median_error": errors.median().item(), "largest_error": errors.max().item()}
+
+
+def refusal(report: dict[str, Any]) -> str | None:
+    """Why no figure may be reported, or None.
+
+    A near-tie between blocks or experts, once decided otherwise, moves every later token a little: hence a bound on
+    the median and a wider one on the worst token.
+    """
+    if not report["median_error"] < 1e-4:
+        return f"logits differ by {report['median_error']:.1e} in the median, the limit is 1e-4"
+    if not report["largest_error"] < 1e-2:
+        return f"logits differ by {report['largest_error']:.1e} at worst, the limit is 1e-2"
+    return None

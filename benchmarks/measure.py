@@ -1,0 +1,110 @@
+"""Time, memory and the machine's own speed."""
+
+import ctypes
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+MEBIBYTE = 2**20
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
+
+
+def peak_extra_memory(function: Callable[[], Any]) -> tuple[Any, int]:
+    """Runs `function` once: its result, and the bytes that this process held at most beyond what it held before.
+
+    The result counts as extra memory. Freed memory is given back to the system first, so that none of the peak hides
+    in what earlier calls left behind.
+    """
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
+    before = _status_bytes("VmRSS")
+    result = function()
+    return result, max(0, _status_bytes("VmHWM") - before)
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """Runs `function` once: its result and the seconds it took."""
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def repeat(function: Callable[[], Any], first_seconds: float, *, budget: float = 20.0, most: int = 5) -> list[float]:
+    """Seconds of further runs of `function`, at most `most` and as many as fit into `budget` seconds."""
+    count = min(most, int(budget / first_seconds))
+    return [timed(function)[1] for _ in range(count)]
+
+
+def summarise(seconds: list[float]) -> dict[str, float | int]:
+    return {
+        "seconds": statistics.median(seconds),
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "runs": len(seconds),
+    }
+
+
+def matmul_rate() -> float:
+    """Floating-point operations per second of a 2048 x 2048 float32 matmul: the machine's own speed, best of ten."""
+    size = 2048
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    torch.mm(a, b)
+    return 2 * size**3 / min(timed(lambda: torch.mm(a, b))[1] for _ in range(10))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def _command_output(*command: str) -> str:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit, for the record of a run."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "commit": _command_output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
+        "uncommitted_changes": bool(
+            _command_output(
+                "git", "status", "--porcelain", "--", "../modeling_minimax_m3", "../configuration", "../benchmarks/*.py"
+            )
+        ),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average_1min": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,144 @@
+"""A small tokenizer, our processors beside stock's, and small media files."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.minimax_m3_vl import (
+    image_processing_minimax_m3_vl,
+    processing_minimax_m3_vl,
+    video_processing_minimax_m3_vl,
+)
+
+from processing_minimax_m3 import (
+    MiniMaxM3VLImageProcessor,
+    MiniMaxM3VLProcessor,
+    MiniMaxM3VLVideoProcessor,
+    load_chat_template,
+)
+from processing_minimax_m3.special_tokens import (
+    BEGIN_OF_DOCUMENT_TOKEN,
+    END_OF_TURN_TOKEN,
+    SPECIAL_TOKENS,
+    TEXT_MARKUP_TOKENS,
+    UNKNOWN_TOKEN,
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and M3's special tokens: nothing to train, and every text round-trips."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens(
+        [AddedToken(token, special=token not in TEXT_MARKUP_TOKENS, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BEGIN_OF_DOCUMENT_TOKEN,
+        eos_token=END_OF_TURN_TOKEN,
+        unk_token=UNKNOWN_TOKEN,
+        pad_token=SPECIAL_TOKENS[0],
+    )
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer) -> MiniMaxM3VLProcessor:
+    return MiniMaxM3VLProcessor(
+        image_processor=MiniMaxM3VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=MiniMaxM3VLVideoProcessor(),
+        chat_template=load_chat_template(),
+    )
+
+
+@pytest.fixture(scope="session")
+def stock(tokenizer) -> SimpleNamespace:
+    """Stock's image, video and joint processor, with our tokenizer and chat template."""
+    image = image_processing_minimax_m3_vl.MiniMaxM3VLImageProcessor()
+    video = video_processing_minimax_m3_vl.MiniMaxM3VLVideoProcessor()
+    joint = processing_minimax_m3_vl.MiniMaxM3VLProcessor(image, tokenizer, video, chat_template=load_chat_template())
+    return SimpleNamespace(
+        image=image,
+        video=video,
+        joint=joint,
+        image_class=type(image),
+        video_class=type(video),
+        joint_class=type(joint),
+        smart_resize=image_processing_minimax_m3_vl.smart_resize,
+    )
+
+
+@pytest.fixture(scope="session")
+def pixels() -> Callable[..., np.ndarray]:
+    """Random uint8 pixels of a given shape, the same for the same shape and seed."""
+
+    def make(*shape: int, seed: int = 0) -> np.ndarray:
+        return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def assert_same_output() -> Callable[..., None]:
+    """Compare two processor outputs key by key, bit by bit."""
+
+    def as_numpy(value):
+        return value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+    def check(ours, theirs) -> None:
+        assert list(ours) == list(theirs)
+        for name in ours:
+            if name == "video_metadata":  # stock gives a list, or a tuple for files
+                assert [str(entry) for entry in ours[name]] == [str(entry) for entry in theirs[name]]
+                continue
+            assert type(ours[name]) is type(theirs[name]), name
+            if name == "input_ids" and isinstance(ours[name], list):
+                assert ours[name] == theirs[name]
+            else:
+                np.testing.assert_array_equal(as_numpy(ours[name]), as_numpy(theirs[name]), err_msg=name)
+                if hasattr(ours[name], "dtype"):
+                    assert ours[name].dtype == theirs[name].dtype, name
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def image_files(tmp_path_factory, pixels) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("images")
+    image = Image.fromarray(pixels(60, 90, 3))
+    files = {suffix: folder / f"image.{suffix}" for suffix in ("png", "jpg", "bmp", "webp")}
+    for file in files.values():
+        image.save(file)
+    return files
+
+
+def write_video(path: Path, num_frames: int, fps: int, height: int = 60, width: int = 90) -> Path:
+    """An mp4 whose frame i is a flat gray of brightness 10 * i."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for index in range(num_frames):
+            gray = np.full((height, width, 3), 10 * index, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def video_file(tmp_path_factory) -> Path:
+    """2.5 seconds at 10 frames per second: 25 frames of 60 x 90, frame i of brightness 10 * i."""
+    return write_video(tmp_path_factory.mktemp("videos") / "gray.mp4", num_frames=25, fps=10)
