@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
 from .checks import require_at_least, require_divisible, require_one_of
@@ -324,6 +324,9 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
             raise ValueError(
                 f"`rope_parameters` must be one set of parameters for all layers, got one per layer type: {nested}."
             )
+        require_one_of(
+            "rope_parameters['rope_type']", self.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
+        )
         factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
         if not 0.0 <= factor <= 1.0:
             raise ValueError(

@@ -140,6 +140,10 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             adopt_cache(past_key_values, self.config.layer_types)
         if position_ids is None:
             position_ids = layout.positions()
+        elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != num_new:
+            raise ValueError(
+                f"`position_ids` must have shape (batch {batch} or 1, tokens {num_new}), got {tuple(position_ids.shape)}"
+            )
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)

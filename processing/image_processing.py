@@ -15,7 +15,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .media import as_source, check_pixels, flatten_images, read_image
+from .media import as_source, check_pixels, describe, flatten_images, read_image
 from .patches import patchify
 from .resize import fits_patch_grid, smart_resize
 
@@ -89,6 +89,15 @@ class MiniMaxM3VLImageProcessor(TorchvisionBackend):
         for index, image in enumerate(images):
             check_pixels(image, f"images[{index}]")
         return images
+
+    def _prepare_image_like_inputs(self, images: ImageInput, *args, **kwargs) -> list[torch.Tensor]:
+        prepared = []
+        for index, image in enumerate(self._prepare_images_structure(images)):
+            try:
+                prepared.append(self.process_image(image, *args, **kwargs))
+            except ValueError as error:
+                raise ValueError(f"`images[{index}]` ({describe(image)}) cannot be used: {error}") from error
+        return prepared
 
     @staticmethod
     def _merge_bounds(size: Any, min_pixels: int | None, max_pixels: int | None) -> Any:

@@ -12,6 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+# The models are so small that a second thread only waits for the first, for very long where the machine is busy.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 

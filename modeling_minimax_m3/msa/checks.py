@@ -59,7 +59,7 @@ def check_at_least(name: str, value: int, minimum: int) -> None:
 def check_finite(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced
         raise ValueError(f"`{name}` must be finite, got {value}")
 
 

@@ -397,6 +397,10 @@ TEXT_ERRORS = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.5}},
         r"`rope_parameters\['partial_rotary_factor'\]` must be between 0 and 1.*got 1.5",
     ),
+    "rope-type": (
+        {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}},
+        r"`rope_parameters\['rope_type'\]` must be 'default' or .*'yarn' .*got 'axial'",
+    ),
     "nested-rope": (
         {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
         r"`rope_parameters` must be one set.*\['full_attention'\]",

@@ -12,6 +12,9 @@ from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as stock_mo
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, tiny_config
 
+# The models are so small that a second thread only waits for the first, for very long where the machine is busy.
+torch.set_num_threads(1)
+
 
 def fill_with_noise(module: nn.Module, seed: int) -> None:
     """Random parameters and buffers, larger than a fresh model's, so that every part of it shows in the output."""
@@ -37,6 +40,7 @@ def to_stock_config() -> Callable[[Any], Any]:
         values = config.to_dict()
         stock_config = getattr(stock_configuration, type(config).__name__)(**values)
         stock_config._attn_implementation = config._attn_implementation
+        stock_config._experts_implementation = config._experts_implementation
         return stock_config
 
     return convert
@@ -112,3 +116,25 @@ def make_inputs(make_patches) -> Callable[..., dict[str, torch.Tensor]]:
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **inputs}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_tokens() -> Callable[..., torch.Tensor]:
+    """Random ordinary token ids `(batch, length)`."""
+
+    def make(config: Any, batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(2, config.get_text_config().vocab_size, (batch, length), generator=generator)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """Norm of the difference over the norm of the expected tensor."""
+
+    def measure(actual: torch.Tensor, expected: torch.Tensor) -> float:
+        actual, expected = actual.detach().double(), expected.detach().double()
+        return ((actual - expected).norm() / expected.norm()).item()
+
+    return measure

@@ -452,6 +452,15 @@ def relative_error(actual, expected, floor=1e-30):
     return ((actual - expected).norm() / expected.norm().clamp_min(floor)).item()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def single_thread():
+    """Tensors of a few hundred tokens take longer to share among threads than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def brute():
     return SimpleNamespace(

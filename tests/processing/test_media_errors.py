@@ -38,6 +38,11 @@ BAD_IMAGES = {
         {},
         "images[0]: one side may be at most 200 times the other, got height=2, width=402",
     ),
+    "channels": (
+        [GOOD_IMAGE, np.zeros((30, 40, 5))],
+        {},
+        "`images[1]` (ndarray of shape (30, 40, 5) .* cannot be used",
+    ),
     "nan": ([np.full((3, 30, 40), np.nan)], {}, "`images[0]` holds NaN or infinite pixels"),
     "infinite": ([GOOD_IMAGE, torch.full((3, 30, 40), torch.inf)], {}, "`images[1]` holds NaN or infinite pixels"),
     "complex": (

@@ -1,0 +1,98 @@
+"""`generate` with every kind of cache and strategy agrees with recomputing everything at each step."""
+
+import pytest
+import torch
+
+from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+
+NEW = 20
+
+
+@pytest.fixture(scope="module")
+def model(make_pair):
+    model = make_pair(MiniMaxM3VLForCausalLM, tiny_config().text_config)[1]
+    model.generation_config.eos_token_id = None
+    model.generation_config.bos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def batch(model, make_tokens):
+    """Two left-padded prompts of 70 and 40 tokens."""
+    ids = make_tokens(model.config, 2, 70)
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="module")
+def greedy(model, batch):
+    return model.generate(**batch, max_new_tokens=NEW, do_sample=False, use_cache=False)
+
+
+CACHES = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "chunked prefill": {"prefill_chunk_size": 13},
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_greedy(model, batch, greedy, cache):
+    assert torch.equal(model.generate(**batch, max_new_tokens=NEW, do_sample=False, **CACHES[cache]), greedy)
+
+
+def test_batch_equals_single_prompts(model, batch, greedy):
+    for row in range(2):
+        prompt = batch["input_ids"][row : row + 1, batch["attention_mask"][row] == 1]
+        alone = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(alone[0, -NEW:], greedy[row, -NEW:])
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_beam_search(model, batch, cache):
+    options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    expected = model.generate(**batch, **options, use_cache=False)
+    assert torch.equal(model.generate(**batch, **options, **CACHES[cache]), expected)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_sampling(model, batch, cache):
+    outputs = []
+    for options in ({"use_cache": False}, CACHES[cache]):
+        torch.manual_seed(0)
+        outputs.append(
+            model.generate(**batch, max_new_tokens=NEW, do_sample=True, num_return_sequences=2, top_k=20, **options)
+        )
+    assert torch.equal(*outputs)
+
+
+def test_assisted_by_prompt_lookup(model, batch, greedy):
+    """Candidates are verified several at a time, and the cache is cropped to the accepted ones."""
+    prompt = batch["input_ids"][:1]
+    looked_up = model.generate(prompt, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=4)
+    assert torch.equal(looked_up, greedy[:1])
+
+
+def test_assisted_by_a_model(model, make_pair, batch, greedy):
+    assistant = make_pair(MiniMaxM3VLForCausalLM, tiny_config(text={"num_hidden_layers": 2}).text_config, seed=1)[1]
+    assistant.generation_config = model.generation_config
+    assisted = model.generate(batch["input_ids"][:1], max_new_tokens=NEW, do_sample=False, assistant_model=assistant)
+    assert torch.equal(assisted, greedy[:1])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_next_turn_after_right_padding(model, make_tokens, cache):
+    """A conversation that goes on in its cache: answers of unequal length leave padding between real tokens."""
+    ids = make_tokens(model.config, 2, 60)
+    mask = torch.ones_like(ids)
+    mask[1, 20:33] = 0
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    expected = [
+        model.generate(ids[row : row + 1, mask[row] == 1], **options, use_cache=False)[0, -NEW:] for row in range(2)
+    ]
+    together = model.generate(ids, attention_mask=mask, **options, **CACHES[cache])
+    for row in range(2):
+        assert torch.equal(together[row, -NEW:], expected[row])

@@ -1,0 +1,226 @@
+"""Padding, packing, chunked prefill and caching never change a token's output."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, StaticCache
+
+from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3.sequence_layout import build_layout
+from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+
+WIDTH = 120
+LENGTHS = (WIDTH, 75)
+
+
+@pytest.fixture(scope="module")
+def model(make_pair):
+    # One layer of each kind and MLP type is enough to see a leak.
+    config = tiny_config(text={"index_topk_blocks": 3}).text_config
+    return make_pair(MiniMaxM3VLForCausalLM, config)[1]
+
+
+@pytest.fixture(scope="module")
+def rows(model, make_tokens):
+    """Two token rows, and their logits alone: unpadded and uncached."""
+    tokens = make_tokens(model.config, 2, WIDTH)
+    rows = [tokens[i, :length] for i, length in enumerate(LENGTHS)]
+    with torch.no_grad():
+        return rows, [model(row[None], use_cache=False).logits[0] for row in rows]
+
+
+def place(rows: list[torch.Tensor], slots: list[torch.Tensor], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask (rows, width) with each row's tokens at its slots, and token 1 elsewhere."""
+    ids, mask = torch.ones(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, (row, slot) in enumerate(zip(rows, slots)):
+        ids[i, slot], mask[i, slot] = row, 1
+    return ids, mask
+
+
+def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    slots = {
+        "left": lambda n: torch.arange(WIDTH + 9 - n, WIDTH + 9),
+        "right": lambda n: torch.arange(n),
+        "both": lambda n: torch.arange(4, 4 + n),
+        "holes": lambda n: torch.randperm(WIDTH + 9, generator=generator)[:n].sort().values,
+    }[side]
+    return place(rows, [slots(len(row)) for row in rows], WIDTH + 9)
+
+
+SIDES = ["left", "right", "both", "holes"]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", SIDES)
+def test_padding(model, rows, relative_error, side, implementation):
+    ids, mask = padded(rows[0], side)
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+    model.set_attn_implementation("sdpa")
+    assert torch.isfinite(logits).all(), "outputs at padding must be finite"
+    for i, expected in enumerate(rows[1]):
+        assert relative_error(logits[i][mask[i] == 1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_content_of_padding_is_irrelevant(model, rows, side):
+    ids, mask = padded(rows[0], side)
+    other = torch.where(mask == 1, ids, ids + 7)
+    with torch.no_grad():
+        a, b = (model(x, attention_mask=mask).logits[mask == 1] for x in (ids, other))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("chunks", [(129,), (40, 89), (1, 16, 17, 95), (100, *[1] * 29)], ids=str)
+@pytest.mark.parametrize("side", SIDES)
+def test_chunked_prefill(model, rows, relative_error, side, chunks, cache):
+    ids, mask = padded(rows[0], side)
+    cache = (
+        DynamicCache(config=model.config)
+        if cache == "dynamic"
+        else StaticCache(config=model.config, max_cache_len=WIDTH + 20)
+    )
+    logits, start = [], 0
+    with torch.no_grad():
+        for chunk in chunks:
+            stop = start + chunk
+            logits.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
+            start = stop
+    logits = torch.cat(logits, dim=1)
+    assert torch.isfinite(logits).all()
+    for i, expected in enumerate(rows[1]):
+        assert relative_error(logits[i][mask[i] == 1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "cu_seq_lens int64 and mask"])
+def test_packing(model, rows, relative_error, how):
+    ids = torch.cat(rows[0])[None]
+    if how == "position_ids":
+        kwargs = {"position_ids": torch.cat([torch.arange(len(row)) for row in rows[0]])[None]}
+    else:
+        offsets = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        kwargs = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": WIDTH, "max_length_k": WIDTH}
+    if how == "cu_seq_lens int64 and mask":
+        kwargs |= {"cu_seq_lens_q": offsets.long(), "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        output = model(ids, **kwargs)
+    assert relative_error(output.logits[0], torch.cat(rows[1])) < 1e-5
+    assert output.past_key_values is None, "no cache can continue a pack"
+
+
+def test_packed_rows_of_a_batch(model, rows, relative_error):
+    """Positions that restart, differently in each row of a batch."""
+    first, second = rows[0]
+    ids = torch.stack([torch.cat([second, first[:45]]), first])
+    positions = torch.stack([torch.cat([torch.arange(75), torch.arange(45)]), torch.arange(WIDTH)])
+    with torch.no_grad():
+        logits = model(ids, position_ids=positions).logits
+    assert relative_error(logits[0], torch.cat([rows[1][1], rows[1][0][:45]])) < 1e-5
+    assert relative_error(logits[1], rows[1][0]) < 1e-5
+
+
+def test_mask_wins_over_restarting_positions(model, rows, relative_error):
+    """`generate` numbers left padding 0, 0, 0, 1, ...: with a mask those are no packed sequences."""
+    ids, mask = padded(rows[0], "left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    for i, expected in enumerate(rows[1]):
+        assert relative_error(logits[i][mask[i] == 1], expected) < 1e-5
+
+
+def test_positions_that_grow_are_one_sequence(model, rows, relative_error):
+    with torch.no_grad():
+        shifted = model(rows[0][0][None], position_ids=torch.arange(WIDTH)[None] + 11).logits[0]
+    assert relative_error(shifted, rows[1][0]) < 1e-4  # the rotary embedding is relative
+
+
+def test_gradients_through_a_cached_prompt(model, rows, relative_error):
+    """Continuing from a cache is differentiable: the gradient of the whole is that of one pass."""
+    tokens = rows[0][0][None]
+    gradients = []
+    for chunks in ((WIDTH,), (50, 70)):
+        model.zero_grad()
+        cache, start, logits = DynamicCache(config=model.config), 0, []
+        for chunk in chunks:
+            logits.append(model(tokens[:, start : start + chunk], past_key_values=cache).logits)
+            start += chunk
+        torch.cat(logits, dim=1).logsumexp(-1).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    model.zero_grad()
+    for name, gradient in gradients[0].items():
+        assert relative_error(gradients[1][name], gradient) < 1e-4, name
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_mask_with_any_chunks(model, rows, relative_error, data):
+    """Real tokens anywhere in two rows, processed in any chunks."""
+    lengths = [data.draw(st.integers(1, 60)) for _ in range(2)]
+    width = data.draw(st.integers(max(lengths), 70))
+    slots = [
+        torch.tensor(sorted(data.draw(st.sets(st.integers(0, width - 1), min_size=n, max_size=n)))) for n in lengths
+    ]
+    ids, mask = place([row[:n] for row, n in zip(rows[0], lengths)], slots, width)
+    cuts = sorted(data.draw(st.sets(st.integers(1, width - 1), max_size=3))) if width > 1 else []
+    cache, logits = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for start, stop in zip([0, *cuts], [*cuts, width]):
+            logits.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
+    logits = torch.cat(logits, dim=1)
+    for i, n in enumerate(lengths):
+        assert relative_error(logits[i][mask[i] == 1], rows[1][i][:n]) < 1e-5
+
+
+def test_layout_moves_between_devices():
+    """accelerate moves a layer's arguments by calling `.to`."""
+    mask = torch.tensor([[0, 1, 1], [1, 0, 1]])
+    layout = build_layout(mask, None, None, 2, 3, mask.device)
+    moved = layout.to("meta")
+    assert moved.cu_seqlens.device.type == moved.query_order.device.type == "meta"
+    assert (moved.batch, moved.num_new, moved.is_uniform) == (2, 3, False)
+
+
+BAD_INPUTS = {
+    "both inputs": ({"inputs_embeds": torch.zeros(1, 4, 64)}, "exactly one of `input_ids` and `inputs_embeds`"),
+    "flat ids": ({"input_ids": torch.ones(4, dtype=torch.long)}, r"`input_ids` must have shape \(batch, tokens\)"),
+    "no token": ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, "at least one token"),
+    "short mask": ({"attention_mask": torch.ones(1, 3)}, r"must cover the 4 tokens of the input, got shape \(1, 3\)"),
+    "mask of another batch": ({"attention_mask": torch.ones(2, 4)}, r"with batch 1, got \(2, 4\)"),
+    "3-D mask": ({"attention_mask": torch.ones(1, 4, 4)}, "must have shape"),
+    "4-D mask of other width": ({"attention_mask": torch.ones(1, 1, 3, 4).bool()}, "new tokens 4"),
+    "offsets past the end": ({"cu_seq_lens_q": torch.tensor([0, 5])}, "end at the number of tokens 4"),
+    "offsets that fall": ({"cu_seq_lens_q": torch.tensor([0, 3, 2, 4])}, "never fall"),
+    "float offsets": ({"cu_seq_lens_q": torch.tensor([0.0, 4.0])}, "`cu_seq_lens_q` must be a 1-D integer tensor"),
+    "unequal offsets": (
+        {"cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 2, 4])},
+        "must be equal without a cache",
+    ),
+    "too long": ({"input_ids": torch.ones(1, 90, dtype=torch.long)}, "max_position_embeddings` is 80"),
+    "wide position_ids": ({"position_ids": torch.arange(5)[None]}, r"`position_ids` must have shape"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_named(name):
+    kwargs, message = BAD_INPUTS[name]
+    model = MiniMaxM3VLForCausalLM(tiny_config(text={"max_position_embeddings": 80}).text_config)
+    with pytest.raises(ValueError, match=message):
+        model(**({"input_ids": torch.ones(1, 4, dtype=torch.long)} | kwargs))
+
+
+def test_bad_input_with_a_cache_is_named(model):
+    tokens = torch.ones(1, 6, dtype=torch.long)
+    with torch.no_grad():
+        cache = model(tokens).past_key_values
+        with pytest.raises(ValueError, match="must cover the 6 cached and 6 new tokens"):
+            model(tokens, attention_mask=torch.ones(1, 6), past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="`past_key_values` holds tokens already"):
+            model(tokens, cu_seq_lens_q=torch.tensor([0, 6]), past_key_values=cache)
+        limit = model.config.max_position_embeddings
+        with pytest.raises(ValueError, match=rf"reaches {6 + limit} tokens \(6 cached, {limit} new\)"):
+            model(torch.ones(1, limit, dtype=torch.long), past_key_values=cache)
