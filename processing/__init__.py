@@ -1,4 +1,16 @@
-"""Processing for MiniMax-M3: text, images and videos to model inputs."""
+"""Processing for MiniMax-M3: text, images and videos to model inputs.
+
+    processor.py          the three together: placeholders in the text, counts, what serving engines ask for
+    image_processing.py   images to patches
+    video_processing.py   videos to patches; sampling.py: which frames; video_decoding.py: from files
+    resize.py             the resize rule
+    patches.py            cutting frames into patches
+    media.py              nesting, sources and checks of images and videos
+    chat_template.jinja   from messages to a prompt; chat_template.py: its loader
+    special_tokens.py     the tokenizer's control tokens
+
+Nothing here knows the model; the only shared facts are the sizes of patches, which both read from their own files.
+"""
 
 from .chat_template import load_chat_template
 from .image_processing import MiniMaxM3VLImageProcessor

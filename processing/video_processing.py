@@ -135,7 +135,7 @@ class MiniMaxM3VLVideoProcessor(BaseVideoProcessor):
         if segment is not None and segment < 1:
             raise ValueError(f"`vision_segment_max_frames` must be at least 1 or None, got {segment}.")
         for name in ("total_pixels", "min_frames", "max_frames"):
-            kwargs[name] = self._limit(name, kwargs)
+            kwargs[name] = self._limit(name, kwargs)  # so that the base class fills in no released value
         # `sample_frames` chooses between these two; a default of the class must not meet the other one from the call
         for name in ("num_frames", "fps"):
             kwargs.setdefault(name, None)
@@ -160,13 +160,13 @@ class MiniMaxM3VLVideoProcessor(BaseVideoProcessor):
         if num_frames is None and fps is None:
             num_frames = self.num_frames
             fps = self.fps if num_frames is None else None
+        limits = {"min_frames": min_frames, "max_frames": max_frames}
         return sample_frame_indices(
             metadata.total_num_frames,
             metadata.fps,
             num_frames=num_frames,
             fps=fps,
-            min_frames=min_frames,
-            max_frames=max_frames,
+            **{name: self._limit(name, limits) for name in limits},
         )
 
     def _decode_and_sample_videos(
@@ -186,6 +186,7 @@ class MiniMaxM3VLVideoProcessor(BaseVideoProcessor):
             if isinstance(video, str):
                 videos[index], all_metadata[index] = decode_video(video, sample_indices_fn, name)
                 check_pixels(videos[index], name)
+                self._check_timing(all_metadata[index], len(videos[index]), index)
                 continue
             if isinstance(video, list):
                 if isinstance(video[0], str):

@@ -142,6 +142,8 @@ def test_limits_of_a_processor_count_once_they_are_set(pixels):
     output = video_processor(pixels(20, 280, 280, 3), video_metadata=metadata, return_metadata=True)
     assert output["video_metadata"][0].frames_indices.tolist() == [0, 6, 13]
     assert output["video_grid_thw"].tolist() == [[2, 4, 4]]
+    assert len(video_processor.sample_frames(metadata[0])) == 3
+    assert len(video_processor.sample_frames(metadata[0], max_frames=5)) == 5
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------

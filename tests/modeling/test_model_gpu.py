@@ -1,0 +1,146 @@
+"""The model on a GPU: the layouts there, half precision, and static-cache decoding under CUDA graphs."""
+
+import copy
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# Flash kernels and grouped GEMMs want strides of 16 bytes and known head sizes.
+TEXT = {"head_dim": 64, "index_head_dim": 64, "hidden_size": 128, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def on_cpu(make_pair):
+    return make_pair(MiniMaxM3VLForCausalLM, tiny_config(text=TEXT).text_config)[1]
+
+
+def to_gpu(model, dtype):
+    return copy.deepcopy(model).to("cuda", dtype)
+
+
+LENGTH = 150
+LAYOUTS = {
+    "uniform": {},
+    "left padding": {"attention_mask": (torch.arange(LENGTH) >= 47).long().expand(2, -1)},
+    "right padding": {"attention_mask": (torch.arange(LENGTH) < 101).long().expand(2, -1)},
+    "holes": {"attention_mask": (torch.arange(LENGTH) % 5 > 0).long().expand(2, -1)},
+    "packed": {"position_ids": torch.cat([torch.arange(60), torch.arange(90)]).expand(2, -1)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_equal_separate_rows(on_cpu, make_tokens, relative_error, name, dtype):
+    """Each sequence alone on the GPU, in the same dtype, is what it is inside its layout."""
+    model = to_gpu(on_cpu, dtype)
+    kwargs = {key: value.cuda() for key, value in LAYOUTS[name].items()}
+    tokens = make_tokens(model.config, 2, LENGTH).cuda()
+    real = kwargs.get("attention_mask", torch.ones_like(tokens)) == 1
+    with torch.no_grad():
+        together = model(tokens, **kwargs).logits
+        for row in range(2):
+            pieces = (tokens[row, :60], tokens[row, 60:]) if name == "packed" else (tokens[row, real[row]],)
+            alone = torch.cat([model(piece[None]).logits[0] for piece in pieces])
+            if dtype == torch.float32:
+                assert relative_error(together[row, real[row]], alone) < 1e-5
+            else:  # in bf16 a few tokens change an expert or a block near a tie
+                errors = [relative_error(a, b) for a, b in zip(together[row, real[row]], alone)]
+                assert sorted(errors)[len(errors) * 8 // 10] < 2e-2
+
+
+def test_float32_equals_cpu(on_cpu, make_tokens, relative_error):
+    tokens = make_tokens(on_cpu.config, 2, LENGTH)
+    with torch.no_grad():
+        logits = to_gpu(on_cpu, torch.float32)(tokens.cuda()).logits.cpu()
+        assert relative_error(logits, on_cpu(tokens).logits) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["uniform", "packed"])
+def test_gradients_in_bf16(on_cpu, make_tokens, relative_error, name):
+    tokens = make_tokens(on_cpu.config, 2, LENGTH)
+    kwargs = LAYOUTS[name]
+    gradients = []
+    for model, device in ((on_cpu, "cpu"), (to_gpu(on_cpu, torch.bfloat16), "cuda")):
+        model.zero_grad()
+        inputs = {key: value.to(device) for key, value in kwargs.items()}
+        model.train()(tokens.to(device), labels=tokens.to(device), **inputs).loss.backward()
+        gradients.append(torch.cat([p.grad.float().cpu().flatten() for p in model.parameters() if p.grad is not None]))
+    assert relative_error(gradients[1], gradients[0]) < 0.2  # experts and blocks change hands near ties in bf16
+
+
+def test_static_decode_replays_as_a_cuda_graph(on_cpu, make_tokens, relative_error):
+    """One decoding step is captured once and replayed: nothing in it reads a value on the host."""
+    model = to_gpu(on_cpu, torch.bfloat16)
+    tokens = make_tokens(model.config, 2, 60).cuda()
+    mask = torch.ones_like(tokens)
+    mask[1, :13] = 0
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        model(tokens[:, :40], attention_mask=mask[:, :40], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+
+        def prepared(step, cache):
+            return model.create_masks_for_generate(model.config, torch.empty(2, 1, 0), mask[:, : step + 1], cache)
+
+        token = tokens[:, 40:41].clone()
+        layout = {name: tensor.clone() for name, tensor in prepared(40, twin).items()}
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # warm up on a copy, as capturing must not be the first call
+            model(token, attention_mask=layout, past_key_values=copy.deepcopy(twin))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(token, attention_mask=layout, past_key_values=twin).logits
+        for step in range(40, 50):
+            expected = model(
+                tokens[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=cache
+            ).logits
+            token.copy_(tokens[:, step : step + 1])
+            for name, tensor in prepared(step, twin).items():
+                layout[name].copy_(tensor)
+            graph.replay()
+            assert relative_error(logits, expected) < 1e-5
+
+
+def test_generate_compiles_by_itself(on_cpu, make_tokens):
+    """A static cache on a GPU makes `generate` compile the decoding step with CUDA graphs."""
+    model = to_gpu(on_cpu, torch.float32)
+    tokens = make_tokens(model.config, 2, 40).cuda()
+    mask = torch.ones_like(tokens)
+    mask[1, :13] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(tokens, pad_token_id=0, **options)
+    compiled = model.generate(tokens, pad_token_id=0, cache_implementation="static", **options)
+    assert torch.equal(compiled, expected)
+
+
+def test_operators_agree_with_the_reference_on_the_gpu(relative_error):
+    from modeling_minimax_m3 import msa
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    offsets = torch.tensor([0, 1, 130, 130, 1000], dtype=torch.int32, device="cuda")
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    kwargs = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "block_size": 64}
+    selection = msa.select_blocks(random(1000, 2, 64), random(1000, 64), topk=4, **kwargs)
+    states = [random(1000, heads, 64).requires_grad_() for heads in (8, 2, 2)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in states]
+    out = msa.block_sparse_attention(*states, selection, **kwargs, backend="torch")
+    expected = msa.block_sparse_attention(*exact, selection, **kwargs, backend="reference")
+    assert relative_error(out, expected) < 1e-2
+    upstream = random(*out.shape)
+    for a, b in zip(
+        torch.autograd.grad(out, states, upstream), torch.autograd.grad(expected, exact, upstream.double())
+    ):
+        assert relative_error(a, b) < 2e-2
