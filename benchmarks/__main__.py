@@ -153,9 +153,19 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         growth = without_scoring(16384) / without_scoring(2048)
     table = [
         ("layer forward at 8192 tokens, times faster than stock", ratio(stock_8k, ours_8k), ">=", 20),
-        ("layer forward at 8192 tokens, share of stock's extra memory", ratio(ours_8k, stock_8k, "extra_bytes"), "<=", 0.05),
+        (
+            "layer forward at 8192 tokens, share of stock's extra memory",
+            ratio(ours_8k, stock_8k, "extra_bytes"),
+            "<=",
+            0.05,
+        ),
         ("extra memory at 65536 over 8192 tokens", ratio(ours_64k, ours_8k, "extra_bytes"), "<=", 9),
-        ("GB of extra memory at 65536 tokens", found[ours_64k]["extra_bytes"] / 1e9 if ours_64k in found else None, "<", 1.5),
+        (
+            "GB of extra memory at 65536 tokens",
+            found[ours_64k]["extra_bytes"] / 1e9 if ours_64k in found else None,
+            "<",
+            1.5,
+        ),
         (
             "layer forward and backward at 4096 tokens, times faster than stock",
             ratio(("layer-train", 4096, STOCK), ("layer-train", 4096, OURS)),
@@ -163,7 +173,7 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             8,
         ),
         ("seconds per decoded token after 16384 over 2048 tokens, without index scoring", growth, "<=", 1.3),
-    ]  # fmt: skip
+    ]
     checks = {">=": float.__ge__, "<=": float.__le__, "<": float.__lt__}
     return [
         {"what": what, "measured": value, "target": f"{sign} {bound}", "met": checks[sign](value, float(bound))}
@@ -215,8 +225,10 @@ def report(record: dict[str, Any]) -> str:
         as_table(["case", "ms", "ms, range (runs)", "extra MB", "floor ms", "over floor"], rows),
     ]
     split = [
-        [row["name"], part, milliseconds(seconds)] for row in record["rows"] for part, seconds in row.get("parts", {}).items()
-    ]  # fmt: skip
+        [row["name"], part, milliseconds(seconds)]
+        for row in record["rows"]
+        for part, seconds in row.get("parts", {}).items()
+    ]
     if split:
         parts.append(as_table(["ms per decoded token", "part", "mean ms"], split))
     agreement = [
@@ -230,9 +242,12 @@ def report(record: dict[str, Any]) -> str:
         parts.append(
             as_table(
                 ["figure to reach", "measured", "target", "met"],
-                [[t["what"], f"{t['measured']:.3g}", t["target"], "yes" if t["met"] else "no"] for t in record["targets"]],
+                [
+                    [t["what"], f"{t['measured']:.3g}", t["target"], "yes" if t["met"] else "no"]
+                    for t in record["targets"]
+                ],
             )
-        )  # fmt: skip
+        )
     return "\n\n".join(parts)
 
 
@@ -245,10 +260,14 @@ def describe_agreement(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", metavar="TEXT", action="append", help="run cases whose name contains this; repeatable")
+    parser.add_argument(
+        "--only", metavar="TEXT", action="append", help="run cases whose name contains this; repeatable"
+    )
     parser.add_argument("--quick", action="store_true", help="run the short cases only; writes no results by itself")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
-    parser.add_argument("--output", type=Path, help="where to write, without suffix; default: results/cpu, full runs only")
+    parser.add_argument(
+        "--output", type=Path, help="where to write, without suffix; default: results/cpu, full runs only"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--worker-result", help=argparse.SUPPRESS)
     args = parser.parse_args()

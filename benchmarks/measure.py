@@ -96,7 +96,13 @@ def environment() -> dict[str, Any]:
         "commit": _command_output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
         "uncommitted_changes": bool(
             _command_output(
-                "git", "status", "--porcelain", "--", "../modeling_minimax_m3", "../configuration", "../benchmarks/*.py"
+                "git",
+                "status",
+                "--porcelain",
+                "--",
+                "../modeling_minimax_m3",
+                "../configuration",
+                "../benchmarks/*.py",
             )
         ),
         "cpu": cpu,

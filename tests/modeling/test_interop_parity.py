@@ -68,45 +68,47 @@ def random_config(seed: int) -> MiniMaxM3VLConfig:
     )
 
 
+@dataclass
+class Choice:
+    """What one layer chose for each token: blocks (T, heads, topk) or experts (T, topk), -1 for none; and the scores
+    that it chose by, (T, heads, blocks) or (T, experts), which only our model tells."""
+
+    kind: str
+    ids: torch.Tensor
+    scores: torch.Tensor | None = None
+
+
 @contextmanager
-def recorded_choices(model: torch.nn.Module, is_stock: bool) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """While a single row passes through `model`: for each layer the blocks (T, heads, topk) and experts (T, topk) that
-    it chose; for our model also the scores (T, heads, blocks) and (T, experts) that they were chosen by."""
-    record = {"blocks": [], "block_scores": [], "experts": [], "expert_scores": []}
+def recorded_choices(model: torch.nn.Module) -> Iterator[list[Choice]]:
+    """The choices of every layer, in order, while a single row passes through `model`."""
+    choices: list[Choice] = []
 
     def on_router(module, args, output):
         logits, _, chosen = output
-        record["experts"].append(chosen)
-        record["expert_scores"].append(logits.float().sigmoid() + module.e_score_correction_bias)
+        choices.append(Choice("experts", chosen, logits.float().sigmoid() + module.e_score_correction_bias))
 
-    handles = [
-        module.register_forward_hook(on_router)
-        for module in model.modules()
-        if type(module).__name__ == "MiniMaxM3VLTopKRouter"
-    ]
-    patch = pytest.MonkeyPatch()
-    if is_stock:
-        handles += [
-            module.register_forward_hook(lambda _, args, output: record["blocks"].append(output[0].transpose(0, 1)))
-            for module in model.modules()
-            if type(module).__name__ == "MiniMaxM3VLIndexer"
-        ]
-    else:
-        select_blocks = msa.select_blocks
+    def on_stock_indexer(module, args, output):
+        choices.append(Choice("blocks", output[0].transpose(0, 1)))
 
-        def on_selection(index_query, index_key, *, block_size, **kwargs):
-            chosen = select_blocks(index_query, index_key, block_size=block_size, **kwargs)
-            record["blocks"].append(chosen)
-            record["block_scores"].append(block_scores(index_query, index_key, block_size))
-            return chosen
+    def on_selection(index_query, index_key, *, block_size, **kwargs):
+        chosen = select_blocks(index_query, index_key, block_size=block_size, **kwargs)
+        choices.append(Choice("blocks", chosen, block_scores(index_query, index_key, block_size)))
+        return chosen
 
-        patch.setattr(msa, "select_blocks", on_selection)
-    try:
-        yield record
-    finally:
-        patch.undo()
-        for handle in handles:
-            handle.remove()
+    is_stock = type(model).__module__.startswith("transformers.")
+    select_blocks = msa.select_blocks
+    handles = []
+    for module in model.modules():
+        if type(module).__name__ == "MiniMaxM3VLTopKRouter":
+            handles.append(module.register_forward_hook(on_router))
+        elif type(module).__name__ == "MiniMaxM3VLIndexer" and is_stock:
+            handles.append(module.register_forward_hook(on_stock_indexer))
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_stock:
+            patch.setattr(msa, "select_blocks", on_selection)
+        yield choices
+    for handle in handles:
+        handle.remove()
 
 
 def block_scores(index_query: torch.Tensor, index_key: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -123,16 +125,11 @@ def membership(chosen: torch.Tensor, size: int) -> torch.Tensor:
     return flags.scatter(-1, chosen.long() % (size + 1), True)[..., :size]
 
 
-def tie_gaps(ours: torch.Tensor, theirs: torch.Tensor, scores: torch.Tensor) -> list[float]:
-    """How far from a tie each differing row is: the largest difference between the scores of the ids that only one
-    side chose, over the largest score of the row."""
-    gaps = []
-    for row in (ours != theirs).any(-1).nonzero().tolist():
-        row = tuple(row)
-        swapped = scores[row][ours[row] != theirs[row]]
-        finite = scores[row][scores[row].isfinite()]
-        gaps.append(((swapped.max() - swapped.min()) / finite.abs().max()).item())
-    return gaps
+def tie_gap(ours: torch.Tensor, theirs: torch.Tensor, scores: torch.Tensor) -> float:
+    """How far from a tie a row is where two sides chose differently: the largest difference between the scores of the
+    ids that only one of them chose, over the largest score of the row."""
+    swapped = scores[ours != theirs]
+    return ((swapped.max() - swapped.min()) / scores[scores.isfinite()].abs().max()).item()
 
 
 @dataclass
@@ -140,22 +137,19 @@ class ParityRow:
     seed: int
     model: str
     tokens: int
-    block_rows: int
-    block_gaps: list[float]
-    expert_rows: int
-    expert_gaps: list[float]
+    rows: dict[str, int]  # of choices: tokens times layers (times heads)
+    differing: dict[str, int]
+    gaps: list[float]
     compared: int
     error: float
 
     def cells(self) -> list[str]:
-        gaps = self.block_gaps + self.expert_gaps
         return [
             str(self.seed),
             self.model,
             f"{self.compared}/{self.tokens}",
-            f"{len(self.block_gaps)}/{self.block_rows}",
-            f"{len(self.expert_gaps)}/{self.expert_rows}",
-            f"{max(gaps):.1e}" if gaps else "-",
+            *(f"{self.differing[kind]}/{self.rows[kind]}" for kind in ("blocks", "experts")),
+            f"{max(self.gaps):.1e}" if self.gaps else "-",
             f"{self.error:.1e}",
         ]
 
@@ -180,37 +174,39 @@ def format_table(rows: list[ParityRow]) -> str:
 
 
 def compare(stock_model, our_model, inputs, seed: int, description: str) -> ParityRow:
-    with torch.no_grad(), recorded_choices(stock_model, True) as theirs, recorded_choices(our_model, False) as ours:
-        expected, logits = stock_model(**inputs).logits[0], our_model(**inputs).logits[0]
-    assert len(ours["blocks"]) == len(theirs["blocks"]) == 2
-    assert len(ours["experts"]) == len(theirs["experts"]) > 0
+    with torch.no_grad(), recorded_choices(stock_model) as theirs:
+        expected = stock_model(**inputs).logits[0]
+    with torch.no_grad(), recorded_choices(our_model) as ours:
+        logits = our_model(**inputs).logits[0]
+    assert [choice.kind for choice in ours] == [choice.kind for choice in theirs]
+    assert {choice.kind for choice in ours} == {"blocks", "experts"}
 
-    num_tokens = len(expected)
-    differs = torch.zeros(num_tokens, dtype=torch.bool)
-    gaps, row_counts = {}, {}
-    for kind, score_name in (("blocks", "block_scores"), ("experts", "expert_scores")):
-        gaps[kind], row_counts[kind] = [], 0
-        for our_ids, their_ids, scores in zip(ours[kind], theirs[kind], ours[score_name]):
-            our_flags, their_flags = (membership(ids, scores.shape[-1]) for ids in (our_ids, their_ids))
-            layer_differs = (our_flags != their_flags).flatten(1).any(1)
-            # Only the first disagreement is a matter of rounding: what comes after it has other inputs.
-            if not differs.any():
-                gaps[kind] += tie_gaps(our_flags, their_flags, scores)
-            differs |= layer_differs
-            row_counts[kind] += our_flags[..., 0].numel()
+    rows, differing, gaps = {"blocks": 0, "experts": 0}, {"blocks": 0, "experts": 0}, []
+    comparable = len(expected)  # tokens before the first that chose otherwise in a layer so far
+    for our_choice, their_choice in zip(ours, theirs):
+        num_ids = our_choice.scores.shape[-1]
+        our_flags, their_flags = (membership(choice.ids, num_ids) for choice in (our_choice, their_choice))
+        different = (our_flags != their_flags).any(-1)
+        rows[our_choice.kind] += different.numel()
+        differing[our_choice.kind] += int(different.sum())
+        first = comparable
+        for row in map(tuple, different.nonzero().tolist()):
+            # Later tokens may differ because of what they see, and need not be ties.
+            if row[0] < comparable:
+                gaps.append(tie_gap(our_flags[row], their_flags[row], our_choice.scores[row]))
+                first = min(first, row[0])
+        comparable = first
 
-    compared = num_tokens if not differs.any() else int(differs.nonzero()[0])
-    error = (logits - expected)[:compared].norm(dim=-1) / expected[:compared].norm(dim=-1)
+    error = (logits - expected)[:comparable].norm(dim=-1) / expected[:comparable].norm(dim=-1)
     return ParityRow(
         seed=seed,
         model=description,
-        tokens=num_tokens,
-        block_rows=row_counts["blocks"],
-        block_gaps=gaps["blocks"],
-        expert_rows=row_counts["experts"],
-        expert_gaps=gaps["experts"],
-        compared=compared,
-        error=error.max().item() if compared else 0.0,
+        tokens=len(expected),
+        rows=rows,
+        differing=differing,
+        gaps=gaps,
+        compared=comparable,
+        error=error.max().item() if comparable else 0.0,
     )
 
 
@@ -253,7 +249,7 @@ def parity_row(make_pair, make_inputs) -> Callable[[int], ParityRow]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_equals_stock(parity_row, seed):
     row = parity_row(seed)
-    assert max(row.block_gaps + row.expert_gaps, default=0.0) < TIE_TOLERANCE
+    assert max(row.gaps, default=0.0) < TIE_TOLERANCE
     assert row.error < LOGITS_TOLERANCE
 
 
@@ -268,9 +264,21 @@ def test_table(parity_row, record_property):
     assert sum(row.compared for row in rows) > 0.9 * sum(row.tokens for row in rows)
 
 
-def test_a_tie_gap_is_measured():
-    """Blocks 1 and 2 swapped, at scores 3 and 2.9, where the largest is 10; the row of equal choices has no gap."""
-    ours = membership(torch.tensor([[0, 1, -1], [0, 1, 2]]), 4)
-    theirs = membership(torch.tensor([[2, 0, -1], [2, 1, 0]]), 4)
-    scores = torch.tensor([[10.0, 3.0, 2.9, -torch.inf]]).repeat(2, 1)
-    assert tie_gaps(ours, theirs, scores) == pytest.approx([0.01])
+def test_disagreements_are_found_and_measured(make_pair, make_inputs):
+    """A router or an indexer that was turned round: choices differ, and by no near-ties."""
+    config = random_config(0)
+    inputs = make_inputs(config, length=150)
+    for name, kind in (("mlp.gate.weight", "experts"), ("self_attn.indexer.q_proj.weight", "blocks")):
+        stock_model, our_model = make_pair(MiniMaxM3SparseForConditionalGeneration, config)
+        our_model.get_parameter(f"model.language_model.layers.2.{name}").data *= -1
+        row = compare(stock_model, our_model, inputs, 0, "changed")
+        assert row.differing[kind] > 10
+        assert max(row.gaps) > 100 * TIE_TOLERANCE
+        assert row.compared < row.tokens
+
+
+def test_tie_gap():
+    """Ids 1 and 2 swapped, at scores 3 and 2.9, where the largest is 10."""
+    ours, theirs = membership(torch.tensor([0, 1, -1]), 4), membership(torch.tensor([2, 0, -1]), 4)
+    assert ours.tolist() == [True, True, False, False]
+    assert tie_gap(ours, theirs, torch.tensor([10.0, 3.0, 2.9, -torch.inf])) == pytest.approx(0.01)

@@ -277,9 +277,7 @@ class Varlen:
         longest = int(self.cu_seqlens_k.diff().max()) if len(self.cu_seqlens_k) > 1 else 0
         num_blocks = -(-longest // self.block_size) + 1
         width = self.options["topk"] if width is None else width
-        return random_block_indices(
-            len(self.query), self.key.shape[1], width, num_blocks, self.generator, empty_rows
-        )
+        return random_block_indices(len(self.query), self.key.shape[1], width, num_blocks, self.generator, empty_rows)
 
 
 def make_varlen(

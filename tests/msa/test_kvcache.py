@@ -25,7 +25,9 @@ ROWS = {"lengths": [37, 70, 5, 24], "leftpad": [0, 7, 30, 16]}
 
 
 def as_sets(block_indices):
-    return [[{block for block in head if block >= 0} for head in query] for query in block_indices.flatten(0, 1).tolist()]
+    return [
+        [{block for block in head if block >= 0} for head in query] for query in block_indices.flatten(0, 1).tolist()
+    ]
 
 
 @pytest.mark.parametrize("num_new", NEW_TOKENS)
@@ -133,7 +135,9 @@ def test_no_left_padding_is_left_padding_of_zero(inputs, backend, num_new):
     case = inputs.make_cached([61, 33], num_new)
     args, kwargs = case.selection("contiguous")
     zero = select_blocks_with_kvcache(*args, **kwargs, backend=backend)
-    out = block_sparse_attention_with_kvcache(*case.attention("contiguous", zero)[0], **case.attention("contiguous")[1])
+    out = block_sparse_attention_with_kvcache(
+        *case.attention("contiguous", zero)[0], **case.attention("contiguous")[1]
+    )
     del case.contiguous["where"]["cache_leftpad"]
     args, kwargs = case.selection("contiguous")
     assert torch.equal(select_blocks_with_kvcache(*args, **kwargs, backend=backend), zero)

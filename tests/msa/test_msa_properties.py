@@ -217,9 +217,7 @@ def test_torch_gradients_are_the_references(inputs, lengths, geometry):
     grads = {}
     for backend in ("torch", "reference"):
         leaves = [tensor.clone().requires_grad_() for tensor in case.qkv]
-        out = block_sparse_attention(
-            *leaves, selected, **case.lengths, block_size=case.block_size, backend=backend
-        )
+        out = block_sparse_attention(*leaves, selected, **case.lengths, block_size=case.block_size, backend=backend)
         grads[backend] = torch.autograd.grad(out, leaves, grad_out)
     for grad, expected in zip(grads["torch"], grads["reference"]):
         # a query with a single key has a gradient of 0 before rounding

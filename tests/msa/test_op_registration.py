@@ -52,9 +52,7 @@ def op_calls(inputs, backend, requires_grad=False, dtype=torch.float32):
         where = getattr(cached, form)["where"]
         rows = (where["cache_seqlens"], where.get("cache_leftpad"), where.get("block_table"))
         calls["select_blocks_with_kvcache"].append((*cached.selection(form)[0], *rows, *selection_options))
-        calls["block_sparse_attention_with_kvcache"].append(
-            (*cached.attention(form)[0], *rows, *attention_options)
-        )
+        calls["block_sparse_attention_with_kvcache"].append((*cached.attention(form)[0], *rows, *attention_options))
     return calls
 
 

@@ -93,7 +93,9 @@ def test_all_scores_tied(inputs, backend):
 def test_coinciding_forced_blocks_count_once(inputs, backend):
     # 5 blocks: block 0 is both initial and local for the first queries
     case = inputs.make_varlen([20], block_size=4, topk=4, local_blocks=2, init_blocks=2)
-    selected = as_lists(select_blocks(case.index_query, case.index_key, **case.lengths, **case.options, backend=backend))
+    selected = as_lists(
+        select_blocks(case.index_query, case.index_key, **case.lengths, **case.options, backend=backend)
+    )
     for position, heads in enumerate(selected):
         own = position // 4
         for blocks in heads:

@@ -53,9 +53,7 @@ def test_attends_to_the_listed_blocks(brute, inputs, backend, lengths, block_siz
     case = inputs.make_varlen(lengths_k, lengths_q, block_size=block_size, topk=4)
     block_indices = case.random_blocks()
     out, lse = attend(case, block_indices, backend, return_lse=True)
-    expected_out, expected_lse = brute.attend(
-        *case.qkv, block_indices, **case.lengths, block_size=case.block_size
-    )
+    expected_out, expected_lse = brute.attend(*case.qkv, block_indices, **case.lengths, block_size=case.block_size)
     assert inputs.relative_error(out, expected_out) < 1e-5
     torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-5, atol=1e-5)
 
