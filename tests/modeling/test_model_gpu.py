@@ -123,6 +123,15 @@ def test_generate_compiles_by_itself(on_cpu, make_tokens):
     assert torch.equal(compiled, expected)
 
 
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(on_cpu, make_tokens, implementation):
+    model = to_gpu(on_cpu, torch.float32)
+    tokens = make_tokens(model.config, 2, 40).cuda()
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(tokens, **options)
+    assert torch.equal(model.generate(tokens, cache_implementation=implementation, **options), expected)
+
+
 def test_operators_agree_with_the_reference_on_the_gpu(relative_error):
     from modeling_minimax_m3 import msa
 

@@ -1,0 +1,130 @@
+"""Dense attention on a sequence layout: which implementation gets what, and the operator behind compiled packing."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import AttentionInterface, DynamicCache, StaticCache
+
+from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3 import dense_attention as dense
+from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+
+
+def attend(query, key, value, scaling):
+    """Causal attention of (T, H_q, D) queries, the last of (S, H_kv, D) keys, in float64."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (states.double().repeat_interleave(group, dim=1) for states in (key, value))
+    scores = torch.einsum("thd,shd->hts", query.double(), key) * scaling
+    future = torch.arange(len(key)) > torch.arange(len(key) - len(query), len(key))[:, None]
+    return torch.einsum("hts,shd->thd", scores.masked_fill(future, -torch.inf).softmax(-1), value)
+
+
+class FlashCalls:
+    """Stands in for a flash kernel: takes offsets, or a 2-D mask, and never a 4-D one."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, module, query, key, value, attention_mask, scaling, cu_seq_lens_q=None, **kwargs):
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        batch, num_new = query.shape[:2]
+        out = torch.zeros_like(query)
+        if cu_seq_lens_q is not None:
+            assert attention_mask is None and torch.equal(cu_seq_lens_q, kwargs["cu_seq_lens_k"])
+            assert kwargs["max_length_q"] >= cu_seq_lens_q.diff().max()
+            bounds = cu_seq_lens_q.tolist()
+            flat = [states.flatten(0, 1) for states in (query, key, value)]
+            for start, stop in itertools.pairwise(bounds):
+                out.flatten(0, 1)[start:stop] = attend(*(states[start:stop] for states in flat), scaling)
+            self.seen.append("offsets")
+        else:
+            mask = torch.ones(key.shape[:2]) if attention_mask is None else attention_mask
+            for row in range(batch):
+                real = mask[row] == 1
+                new = real[-num_new:]
+                out[row, new] = attend(query[row, new], key[row, real], value[row, real], scaling).float()
+            self.seen.append("mask")
+        return out, None
+
+
+@pytest.fixture
+def model_and_calls(make_pair):
+    calls = FlashCalls()
+    AttentionInterface.register("test_flash", calls)
+    _, model = make_pair(MiniMaxM3VLForCausalLM, tiny_config(text={"num_hidden_layers": 3}).text_config)
+    return model, calls
+
+
+MASKS = {
+    "uniform": (None, "offsets"),
+    "left": ((torch.arange(60) >= 13).long().expand(2, -1), "offsets"),
+    "holes": ((torch.arange(60) % 4 > 0).long().expand(2, -1), "mask"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@torch.no_grad()
+def test_flash_implementations_get_offsets_or_a_padding_mask(model_and_calls, make_tokens, relative_error, name):
+    model, calls = model_and_calls
+    mask, expected_call = MASKS[name]
+    tokens = make_tokens(model.config, 2, 60)
+    real = torch.ones_like(tokens) == 1 if mask is None else mask == 1
+    expected = model(tokens, attention_mask=mask).logits[real]
+    model.config._attn_implementation = "test_flash"
+    assert relative_error(model(tokens, attention_mask=mask).logits[real], expected) < 1e-5
+    assert set(calls.seen) == {expected_call}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_flash_implementations_with_a_cache(model_and_calls, make_tokens, relative_error, cache):
+    """A dynamic cache's keys go to the flash kernel; a static one's unused slots would be attended to, so they do not."""
+    model, calls = model_and_calls
+    tokens, mask = make_tokens(model.config, 2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :13] = 0
+    expected = model(tokens, attention_mask=mask).logits[:, 50:]
+    model.config._attn_implementation = "test_flash"
+    past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=70)
+    model(tokens[:, :50], attention_mask=mask[:, :50], past_key_values=past)
+    calls.seen.clear()
+    logits = model(tokens[:, 50:], attention_mask=mask, past_key_values=past).logits
+    assert relative_error(logits, expected) < 1e-5
+    assert set(calls.seen) == ({"mask"} if cache == "dynamic" else set())
+
+
+def random_states(offsets: list[int], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(offsets[-1], heads, 8, generator=generator, dtype=dtype) for heads in (6, 2, 2)]
+
+
+@pytest.mark.parametrize("tile", [2**24, 40], ids=["whole sequences", "small tiles"])
+@pytest.mark.parametrize("offsets", [[0, 37], [0, 0, 5, 6, 6, 40, 40]], ids=str)
+def test_packed_operator(monkeypatch, relative_error, offsets, tile):
+    monkeypatch.setattr(dense, "_TILE", tile)
+    query, key, value = random_states(offsets, torch.float32)
+    out, _ = torch.ops.minimax_m3.packed_causal_attention(query, key, value, torch.tensor(offsets).int(), 0.3)
+    for start, stop in itertools.pairwise(offsets):
+        if stop > start:
+            expected = attend(query[start:stop], key[start:stop], value[start:stop], 0.3)
+            assert relative_error(out[start:stop], expected) < 1e-6
+
+
+def test_packed_operator_gradient():
+    states = [tensor.requires_grad_() for tensor in random_states([0, 9], torch.float64)]
+    offsets = torch.tensor([0, 3, 3, 9]).int()
+    assert torch.autograd.gradcheck(
+        lambda *x: torch.ops.minimax_m3.packed_causal_attention(*x, offsets, 0.3)[0], states
+    )
+    torch.library.opcheck(torch.ops.minimax_m3.packed_causal_attention, (*states, offsets, 0.3))
+
+
+def test_cached_attention_in_small_tiles(monkeypatch, make_pair, make_tokens, relative_error):
+    """Chunked prefill masks a few queries at a time, so that no query x key mask exists."""
+    _, model = make_pair(MiniMaxM3VLForCausalLM, tiny_config(text={"num_hidden_layers": 1}).text_config)
+    tokens = make_tokens(model.config, 2, 80)
+    with torch.no_grad():
+        expected = model(tokens).logits[:, 30:]
+        monkeypatch.setattr(dense, "_TILE", 2 * 80 * 7)
+        cache = model(tokens[:, :30]).past_key_values
+        assert relative_error(model(tokens[:, 30:], past_key_values=cache).logits, expected) < 1e-5
