@@ -20,16 +20,27 @@ PREFILL_CHUNK = 512
 
 
 class _Stopwatch:
-    """Wraps functions and sums the seconds spent in each; what a wrapped one calls counts for the outer one."""
+    """Sums the seconds spent in some functions, by part; a watched one that another calls counts for the caller."""
 
-    def __init__(self) -> None:
-        self.seconds = defaultdict(float)
+    def __init__(self, functions: list[tuple[Any, str, str]]) -> None:
+        """`functions` lists (owner, attribute, part): which functions to replace, and what their time counts as."""
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._functions = functions
+        self._originals: list[Callable] = []
         self._running = False
 
-    def wrap(self, owner: Any, attribute: str, part: str) -> None:
-        function = getattr(owner, attribute)
+    def __enter__(self) -> "_Stopwatch":
+        self._originals = [getattr(owner, attribute) for owner, attribute, _ in self._functions]
+        for (owner, attribute, part), function in zip(self._functions, self._originals):
+            setattr(owner, attribute, self._watched(function, part))
+        return self
 
-        def stopped(*args: Any, **kwargs: Any) -> Any:
+    def __exit__(self, *exception: object) -> None:
+        for (owner, attribute, _), function in zip(self._functions, self._originals):
+            setattr(owner, attribute, function)
+
+    def _watched(self, function: Callable, part: str) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
             if self._running:
                 return function(*args, **kwargs)
             self._running = True
@@ -40,26 +51,30 @@ class _Stopwatch:
                 self.seconds[part] += time.perf_counter() - start
                 self._running = False
 
-        setattr(owner, attribute, stopped)
+        return watched
 
 
-def _watch(implementation: str, model: torch.nn.Module) -> _Stopwatch:
-    stopwatch = _Stopwatch()
+def _parts(implementation: str, model: torch.nn.Module) -> list[tuple[Any, str, str]]:
+    """The functions to watch, by the part of a decoding step that they are."""
+    layers = model.model.layers
+    mlps = [(layer.mlp, "forward", "MLP and MoE") for layer in layers]
     if implementation == OURS:
         from modeling_minimax_m3 import attention, msa
 
-        stopwatch.wrap(msa, "select_blocks_with_kvcache", "index scoring")
-        stopwatch.wrap(msa, "block_sparse_attention_with_kvcache", "sparse attention")
-        stopwatch.wrap(attention, "dense_attention", "dense attention")
-    else:
-        for layer in model.model.layers:
-            if layer.self_attn.indexer is None:
-                stopwatch.wrap(layer.self_attn, "forward", "dense layers' attention")
-            else:
-                stopwatch.wrap(layer.self_attn.indexer, "forward", "index scoring")
-    for layer in model.model.layers:
-        stopwatch.wrap(layer.mlp, "forward", "MLP and MoE")
-    return stopwatch
+        return [
+            (msa, "select_blocks_with_kvcache", "index scoring"),
+            (msa, "block_sparse_attention_with_kvcache", "sparse attention"),
+            (attention, "dense_attention", "dense attention"),
+            *mlps,
+        ]
+    # Stock's sparse layers call the general attention function, so theirs is in "everything else".
+    indexers = [layer.self_attn.indexer for layer in layers if layer.self_attn.indexer is not None]
+    dense = [layer.self_attn for layer in layers if layer.self_attn.indexer is None]
+    return [
+        *((indexer, "forward", "index scoring") for indexer in indexers),
+        *((attention, "forward", "dense layers, projections included") for attention in dense),
+        *mlps,
+    ]
 
 
 @torch.no_grad()
@@ -92,8 +107,8 @@ def decode(implementation: str, prompt: int) -> tuple[dict[str, torch.Tensor], d
     logits, seconds = decode_all(feed)
     # A second pass over the same tokens tells where the time goes, so that the stopwatches do not count in the first.
     cache.crop(-NEW_TOKENS)
-    stopwatch = _watch(implementation, model)
-    again, watched_seconds = decode_all(feed)
+    with _Stopwatch(_parts(implementation, model)) as stopwatch:
+        again, watched_seconds = decode_all(feed)
     parts = {name: total / NEW_TOKENS for name, total in stopwatch.seconds.items()}
     parts["everything else"] = sum(watched_seconds) / NEW_TOKENS - sum(parts.values())
     result = {"logits": torch.stack(logits)}

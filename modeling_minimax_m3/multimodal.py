@@ -257,6 +257,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         return MiniMaxM3VLModelOutputWithPast(
@@ -345,6 +346,7 @@ class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, Genera
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MiniMaxM3VLCausalLMOutputWithPast:
         """Run the model; see `MiniMaxM3VLModel.forward` for the inputs that are not listed here.
@@ -356,6 +358,8 @@ class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, Genera
                 weighted, to the loss. Default: `config.text_config.output_router_logits`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*): How many last tokens get logits (0: all), or which
                 positions. Default: 0.
+            mm_token_type_ids (`torch.Tensor`, *optional*): Accepted because the processor returns it on request. The
+                model finds images and videos by their tokens.
         """
         text_config = self.config.text_config
         if output_router_logits is None:

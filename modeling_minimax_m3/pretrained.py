@@ -38,6 +38,11 @@ class MiniMaxM3VLPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True
 
+    def __init__(self, config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig, *args, **kwargs):
+        # Fields set after construction, by `from_pretrained(..., index_topk_blocks=0)` for one, were not looked at yet.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -249,6 +249,7 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
     config: MiniMaxM3VLVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
+    _input_embed_layer = "proj"
     _can_record_outputs = {
         "hidden_states": MiniMaxM3VLVisionEncoderLayer,
         "attentions": MiniMaxM3VLVisionAttention,

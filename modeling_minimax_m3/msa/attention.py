@@ -3,7 +3,7 @@
 import torch
 
 from . import checks
-from .backends import resolve_backend, run_on_backend
+from .backends import check_backend, run_on_backend
 
 
 def block_sparse_attention(
@@ -60,7 +60,7 @@ def block_sparse_attention(
     checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, query.device)
     out, lse = torch.ops.minimax_m3_msa.block_sparse_attention(
         query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, _scale(softmax_scale, query),
-        resolve_backend(backend),
+        check_backend(backend),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -224,7 +224,7 @@ def block_sparse_attention_with_kvcache(
         )
     return torch.ops.minimax_m3_msa.block_sparse_attention_with_kvcache(
         query, key_cache, value_cache, block_indices, cache_seqlens, cache_leftpad, block_table, block_size,
-        _scale(softmax_scale, query), resolve_backend(backend),
+        _scale(softmax_scale, query), check_backend(backend),
     )  # fmt: skip
 
 

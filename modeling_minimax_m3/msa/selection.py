@@ -3,7 +3,7 @@
 import torch
 
 from . import checks
-from .backends import resolve_backend, run_on_backend
+from .backends import check_backend, run_on_backend
 
 
 def select_blocks(
@@ -57,7 +57,7 @@ def select_blocks(
     checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, index_query.device)
     return torch.ops.minimax_m3_msa.select_blocks(
         index_query.detach(), index_key.detach(), cu_seqlens_q, cu_seqlens_k, block_size, topk, local_blocks,
-        init_blocks, resolve_backend(backend),
+        init_blocks, check_backend(backend),
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def select_blocks_with_kvcache(
     checks.check_cache(caches, index_query, cache_seqlens, cache_leftpad, block_table)
     return torch.ops.minimax_m3_msa.select_blocks_with_kvcache(
         index_query.detach(), index_key_cache.detach(), cache_seqlens, cache_leftpad, block_table, block_size, topk,
-        local_blocks, init_blocks, resolve_backend(backend),
+        local_blocks, init_blocks, check_backend(backend),
     )  # fmt: skip
 
 

@@ -12,9 +12,6 @@ from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as stock_mo
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, tiny_config
 
-# The models are so small that a second thread only waits for the first, for very long where the machine is busy.
-torch.set_num_threads(1)
-
 
 def fill_with_noise(module: nn.Module, seed: int) -> None:
     """Random parameters and buffers, larger than a fresh model's, so that every part of it shows in the output."""

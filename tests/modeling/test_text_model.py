@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
@@ -187,3 +188,10 @@ def test_experts_run_through_transformers_kernels():
     """Decided by Transformers from the source of the model's module unless the class says so itself."""
     model = MiniMaxM3VLTextModel(tiny_config().text_config)
     assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_a_field_changed_after_construction_is_validated():
+    config = tiny_config().text_config
+    config.index_topk_blocks = 0
+    with pytest.raises(StrictDataclassError, match="index_topk_blocks"):
+        MiniMaxM3VLTextModel(config)

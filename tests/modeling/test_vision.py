@@ -172,6 +172,7 @@ def test_precomputed_values_are_used(make_towers, make_patches, config):
 
 @pytest.mark.parametrize("grid", [MIXED_GRID[:1], MIXED_GRID[:3]], ids=["one image", "three images"])
 def test_compiles_without_graph_breaks(make_towers, make_patches, config, grid):
+    config.vision_config.num_hidden_layers = 1
     _, tower = make_towers()
     torch.compiler.reset()
     compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")

@@ -6,6 +6,7 @@ import torch
 from modeling_minimax_m3.msa import (
     block_sparse_attention,
     block_sparse_attention_with_kvcache,
+    portable,
     select_blocks,
     select_blocks_with_kvcache,
 )
@@ -295,3 +296,20 @@ def test_a_wanted_gradient_is_refused(inputs, backend):
         block_sparse_attention_with_kvcache(query.requires_grad_(), *others, **kwargs, backend=backend)
     with torch.no_grad():
         block_sparse_attention_with_kvcache(query, *others, **kwargs, backend=backend)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decoding_reads_no_value_on_the_host(inputs, form):
+    # tensors without values: whatever asks for one raises, and so would a CUDA graph capture
+    case = inputs.make_cached([61, 33], 1, leftpad=[4, 0])
+    where = {name: tensor.to("meta") for name, tensor in getattr(case, form)["where"].items()}
+    rows = (where["cache_seqlens"], where.get("cache_leftpad"), where.get("block_table"))
+    (index_query, index_key), options = case.selection(form)
+    order = ("block_size", "topk", "local_blocks", "init_blocks")
+    selected = portable.select_blocks_with_kvcache(
+        index_query.to("meta"), index_key.to("meta"), *rows, *(options[name] for name in order)
+    )
+    assert selected.shape == (2, 1, 2, 3)
+    qkv = (tensor.to("meta") for tensor in case.attention(form)[0][:3])
+    out = portable.block_sparse_attention_with_kvcache(*qkv, selected, *rows, case.block_size, 0.25)
+    assert out.shape == (2, 1, 4, 16)

@@ -1,0 +1,226 @@
+"""The `cuda` backend: what the compiled kernels support, and the calls into them, with the signatures of `reference`.
+
+The gradient is that of the `torch` backend, from the kernels' out and lse, until it has kernels of its own.
+"""
+
+import torch
+
+from . import extension
+from .portable import block_sparse_attention_backward
+
+__all__ = [
+    "block_sparse_attention",
+    "block_sparse_attention_backward",
+    "block_sparse_attention_with_kvcache",
+    "select_blocks",
+    "select_blocks_with_kvcache",
+    "unsupported",
+]
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (64, 128)
+BLOCK_SIZES = (64, 128)
+GROUP_SIZES = (1, 2, 4, 8, 16)
+MAX_TOPK = 64
+
+# Up to this many new tokens per row the cached forms have kernels of their own; above, rows run as packed sequences.
+MAX_DECODE_TOKENS = 16
+
+_VECTOR_BYTES = 16  # the kernels read rows in vectors of this size
+
+
+# --- what is supported -------------------------------------------------------------------------------------------
+
+
+def unsupported(function: str, args: tuple) -> str | None:
+    """Why the kernels cannot run a call of `function` with the arguments `args`; None where they can.
+
+    Looks at dtypes, shapes and strides only, not at whether there is a binary to run.
+    """
+    if function == "block_sparse_attention_backward":
+        return None
+    if function in ("select_blocks", "select_blocks_with_kvcache"):
+        *tensors, block_size, topk, _, _ = args
+        named = dict(zip(("index_query", "index_key"), tensors))
+        group = 1
+    else:
+        *tensors, block_size, _ = args
+        named = dict(zip(("query", "key", "value"), tensors))
+        topk = tensors[3].shape[-1]
+        group = tensors[0].shape[-2] // tensors[1].shape[-2]
+    query, *others = named.values()
+    if query.device.type != "cuda":
+        return f"the tensors must be on a CUDA device, they are on {query.device}"
+    if query.dtype not in DTYPES:
+        return f"the dtype must be float16 or bfloat16, it is {str(query.dtype).removeprefix('torch.')}"
+    if any(tensor.shape[-1] not in HEAD_DIMS or tensor.shape[-1] != query.shape[-1] for tensor in named.values()):
+        sizes = ", ".join(f"{tensor.shape[-1]} for `{name}`" for name, tensor in named.items())
+        return f"the head dimension must be one of {HEAD_DIMS} and the same for all, it is {sizes}"
+    if block_size not in BLOCK_SIZES:
+        return f"`block_size` must be one of {BLOCK_SIZES}, it is {block_size}"
+    if topk > MAX_TOPK:
+        return f"there must be at most {MAX_TOPK} blocks per query, there are {topk}"
+    if group not in GROUP_SIZES:
+        return f"the query heads per key/value head must be one of {GROUP_SIZES}, they are {group}"
+    for name, tensor in named.items():
+        if not _is_aligned(tensor):
+            return (
+                f"`{name}` must start at a multiple of {_VECTOR_BYTES} bytes and have strides that are multiples of "
+                f"{_VECTOR_BYTES // tensor.element_size()} elements, they are {tuple(tensor.stride())}"
+            )
+    return extension.device_reason(query.device.index)
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    step = _VECTOR_BYTES // tensor.element_size()
+    return tensor.data_ptr() % _VECTOR_BYTES == 0 and all(
+        stride % step == 0 for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1
+    )
+
+
+# --- packed sequences --------------------------------------------------------------------------------------------
+
+
+def select_blocks(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    init_blocks: int,
+) -> torch.Tensor:
+    """As `reference.select_blocks`."""
+    return torch.ops.minimax_m3_msa_cuda.select_blocks(
+        index_query, index_key, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), block_size, topk, local_blocks,
+        init_blocks,
+    )  # fmt: skip
+
+
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.block_sparse_attention`."""
+    return torch.ops.minimax_m3_msa_cuda.block_sparse_attention(
+        query, key, value, block_indices, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), block_size,
+        softmax_scale,
+    )  # fmt: skip
+
+
+# --- caches ------------------------------------------------------------------------------------------------------
+
+
+def select_blocks_with_kvcache(
+    index_query: torch.Tensor,
+    index_key_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    init_blocks: int,
+) -> torch.Tensor:
+    """As `reference.select_blocks_with_kvcache`."""
+    batch, num_new = index_query.shape[:2]
+    if num_new > MAX_DECODE_TOKENS:
+        (index_key,), *offsets = _rows_as_sequences(
+            (index_key_cache,), num_new, cache_seqlens, cache_leftpad, block_table
+        )
+        selected = select_blocks(
+            index_query.flatten(0, 1), index_key, *offsets, block_size, topk, local_blocks, init_blocks
+        )
+        return selected.unflatten(0, (batch, num_new))
+    return torch.ops.minimax_m3_msa_cuda.select_blocks_with_kvcache(
+        index_query, index_key_cache, *_contiguous(cache_seqlens, cache_leftpad, block_table), block_size, topk,
+        local_blocks, init_blocks,
+    )  # fmt: skip
+
+
+def block_sparse_attention_with_kvcache(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_indices: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    block_size: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """As `reference.block_sparse_attention_with_kvcache`."""
+    batch, num_new = query.shape[:2]
+    if num_new > MAX_DECODE_TOKENS:
+        (key, value), *offsets = _rows_as_sequences(
+            (key_cache, value_cache), num_new, cache_seqlens, cache_leftpad, block_table
+        )
+        out, _ = block_sparse_attention(
+            query.flatten(0, 1), key, value, block_indices.flatten(0, 1), *offsets, block_size, softmax_scale
+        )
+        return out.unflatten(0, (batch, num_new))
+    return torch.ops.minimax_m3_msa_cuda.block_sparse_attention_with_kvcache(
+        query, key_cache, value_cache, block_indices.contiguous(),
+        *_contiguous(cache_seqlens, cache_leftpad, block_table), block_size, softmax_scale,
+    )  # fmt: skip
+
+
+def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _rows_as_sequences(
+    caches: tuple[torch.Tensor, ...],
+    num_new: int,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The rows of caches as packed sequences: each cache as (tokens, ...), cu_seqlens_q and cu_seqlens_k.
+
+    Nothing is read on the host, so that CUDA graphs can capture it, and a contiguous cache is not copied: what lies
+    between two rows' tokens becomes sequences of its own without queries, and queries that are padding become a
+    sequence without keys. A paged cache is gathered into a contiguous one first, which copies it.
+    """
+    if block_table is not None:
+        pages = block_table.long().clamp(0, caches[0].shape[0] - 1)  # unused entries may hold anything
+        caches = tuple(cache[pages].flatten(1, 2) for cache in caches)
+    distances = {_row_distance(cache) for cache in caches}
+    if len(distances) > 1 or None in distances:
+        caches = tuple(cache.contiguous() for cache in caches)
+        distances = {caches[0].shape[1]}
+    (distance,) = distances
+    batch, slots = caches[0].shape[:2]
+    num_tokens = (batch - 1) * distance + slots
+    tokens = [cache.as_strided((num_tokens, *cache.shape[2:]), cache.stride()[1:]) for cache in caches]
+
+    used = cache_seqlens.clamp(0, slots)
+    leftpad = torch.zeros_like(used) if cache_leftpad is None else torch.minimum(cache_leftpad.clamp(min=0), used)
+    padding = (num_new - (used - leftpad)).clamp(0, num_new)
+    row = torch.arange(batch, dtype=torch.int32, device=used.device)
+    # Per row, where these end: padding queries; left padding; the row's own tokens; its unused slots.
+    all_new = torch.full_like(padding, num_new)
+    ends_q = row[:, None] * num_new + torch.stack((padding, padding, all_new, all_new), dim=1)
+    all_slots = torch.full_like(used, distance)
+    ends_k = row[:, None] * distance + torch.stack((torch.zeros_like(used), leftpad, used, all_slots), dim=1)
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.nn.functional.pad(ends.flatten(), (1, 0)) for ends in (ends_q, ends_k.clamp(max=num_tokens))
+    )
+    return tokens, cu_seqlens_q, cu_seqlens_k
+
+
+def _row_distance(cache: torch.Tensor) -> int | None:
+    """How many slots lie between the starts of two rows of (B, S_max, ...), None if that is no whole number."""
+    if cache.shape[0] <= 1:
+        return cache.shape[1]
+    row, slot = cache.stride()[:2]
+    if slot <= 0 or row % slot or row // slot < cache.shape[1]:
+        return None
+    return row // slot
