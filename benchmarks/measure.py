@@ -68,6 +68,37 @@ def matmul_rate() -> float:
     return 2 * size**3 / min(timed(lambda: torch.mm(a, b))[1] for _ in range(10))
 
 
+class OtherLoad:
+    """How many cores other processes (and the host of a virtual machine) kept busy while a block of code ran.
+
+    The time of this process and of its children that ended inside the block is its own.
+    """
+
+    def __enter__(self) -> "OtherLoad":
+        self._start = self._clocks()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        wall, busy, own = (after - before for before, after in zip(self._start, self._clocks(), strict=True))
+        self.cores = max(0.0, busy - own) / max(wall, 1e-3)
+
+    @staticmethod
+    def _clocks() -> tuple[float, float, float]:
+        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        idle_and_waiting = fields[3] + fields[4]
+        busy = (sum(fields) - idle_and_waiting) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, sum(os.times()[:4])
+
+
+def wait_until_idle(deadline: float, cores: float) -> None:
+    """Returns once others kept fewer than `cores` cores busy for three seconds, or at `deadline`."""
+    while time.monotonic() < deadline:
+        with OtherLoad() as others:
+            time.sleep(3)
+        if others.cores < cores:
+            return
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 

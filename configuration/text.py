@@ -11,7 +11,7 @@ from .checks import require_at_least, require_divisible, require_one_of
 
 logger = logging.get_logger(__name__)
 
-ATTENTION_LAYER_TYPES = ("full_attention", "minimax_m3_sparse")
+ATTENTION_LAYER_TYPES = ("full_attention", "minimax_m3_sparse", "minimax_m3_structured")
 MLP_LAYER_TYPES = ("dense", "sparse")
 MSA_BACKENDS = ("auto", "reference", "torch", "cuda")
 
@@ -75,7 +75,9 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
         max_position_embeddings (`int`, *optional*, defaults to 524288):
             Context length in tokens.
         layer_types (`list[str]`, *optional*):
-            Attention of each layer: `"full_attention"` or `"minimax_m3_sparse"`. All dense by default.
+            Attention of each layer: `"full_attention"`, `"minimax_m3_sparse"` (learned selection of key blocks) or
+            `"minimax_m3_structured"` (selection by position alone, which stock Transformers does not have). All dense
+            by default.
         mlp_layer_types (`list[str]`, *optional*):
             MLP of each layer: `"dense"`, or `"sparse"` for a mixture of experts. All `"sparse"` by default.
         num_local_experts (`int`, *optional*, defaults to 128):
@@ -89,7 +91,7 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
         router_aux_loss_coef (`float`, *optional*, defaults to 0.001):
             Weight of the load-balancing loss.
         router_jitter_noise (`float`, *optional*, defaults to 0.0):
-            Relative noise on the router's input while training.
+            Carried for other readers of the file; the router adds no noise, as in stock Transformers.
         swiglu_alpha (`float`, *optional*, defaults to 1.702):
             Slope of the gate's sigmoid.
         swiglu_limit (`float`, *optional*, defaults to 7.0):
@@ -112,6 +114,20 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
         index_init_blocks (`int`, *optional*, defaults to 0):
             Blocks at the start of the sequence that are always attended to. Written to the file only when it is not
             0, because stock Transformers does not know it.
+        structured_local_blocks (`int`, *optional*, defaults to 2):
+            Blocks at a query's end, its own included, that a structured layer attends to.
+        structured_anchor_blocks (`int`, *optional*, defaults to 6):
+            At most this many blocks at regular intervals from the sequence's start.
+        structured_anchor_stride (`int`, *optional*, defaults to 8):
+            The smallest such interval, in blocks; it doubles until the anchors are few enough.
+        structured_random_blocks (`int`, *optional*, defaults to 8):
+            At least this many random blocks.
+        structured_seed (`int`, *optional*, defaults to 0):
+            64-bit seed of the random blocks, which also differ between layers and key-value heads.
+        structured_cross_document (`bool`, *optional*, defaults to `False`):
+            Whether structured layers read packed documents as one sequence, so that anchors and random blocks reach
+            earlier documents. The one case in which packing changes a token's output. The structured fields are
+            written to the file only when they are not at their default.
         msa_backend (`str`, *optional*, defaults to `"auto"`):
             Backend of the sparse layers: `"auto"`, `"reference"`, `"torch"` or `"cuda"`. Written to the file only
             when it is not `"auto"`.
@@ -167,7 +183,16 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
     }
 
     # Fields that stock Transformers does not have; left out of the file while they are at their default.
-    fields_beyond_stock = ("index_init_blocks", "msa_backend")
+    fields_beyond_stock = (
+        "index_init_blocks",
+        "structured_local_blocks",
+        "structured_anchor_blocks",
+        "structured_anchor_stride",
+        "structured_random_blocks",
+        "structured_seed",
+        "structured_cross_document",
+        "msa_backend",
+    )
 
     vocab_size: int = 200064
     hidden_size: int = 6144
@@ -198,6 +223,12 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
     index_topk_blocks: int = 16
     index_local_blocks: int = 1
     index_init_blocks: int = 0
+    structured_local_blocks: int = 2
+    structured_anchor_blocks: int = 6
+    structured_anchor_stride: int = 8
+    structured_random_blocks: int = 8
+    structured_seed: int = 0
+    structured_cross_document: bool = False
     msa_backend: str = "auto"
     rms_norm_eps: float | int = 1e-06
     attention_dropout: float | int = 0.0
@@ -297,9 +328,23 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
                 "index_head_dim",
                 "index_block_size",
                 "index_topk_blocks",
+                "structured_local_blocks",
+                "structured_anchor_stride",
             ),
         )
-        require_at_least(self, 0, ("index_local_blocks", "index_init_blocks"))
+        require_at_least(
+            self,
+            0,
+            (
+                "index_local_blocks",
+                "index_init_blocks",
+                "structured_anchor_blocks",
+                "structured_random_blocks",
+                "structured_seed",
+            ),
+        )
+        if self.structured_seed >= 2**64:
+            raise ValueError(f"`structured_seed` must be below 2**64, got {self.structured_seed}.")
         require_divisible(self, "num_attention_heads", "num_key_value_heads")
         require_one_of("msa_backend", self.msa_backend, MSA_BACKENDS)
         if self.swiglu_limit <= 0:

@@ -1,13 +1,16 @@
 """The attention layer: projections, QK-norm, rotary, cache update, then dense attention or MiniMax Sparse Attention."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from . import msa
-from .cache import SPARSE_LAYER_TYPE
+from .cache import SPARSE_LAYER_TYPE, STRUCTURED_LAYER_TYPE
 from .dense_attention import dense_attention
 from .indexer import MiniMaxM3VLIndexer
 from .materialized import select_blocks_under_mask, sparse_attention_weights
@@ -15,12 +18,16 @@ from .normalization import MiniMaxM3VLRMSNorm
 from .rotary import apply_rotary
 from .sequence_layout import SequenceLayout
 
+logger = logging.get_logger(__name__)
+
 
 class MiniMaxM3VLAttention(nn.Module):
-    """Grouped-query attention with per-head QK-norm and partial rotary; sparse layers attend to selected blocks only.
+    """Grouped-query attention with per-head QK-norm and partial rotary, over all keys or over chosen blocks of them.
+
+    A "minimax_m3_sparse" layer chooses blocks by its indexer, a "minimax_m3_structured" one by position alone.
 
     Args:
-        config (`MiniMaxM3VLTextConfig`): `config.layer_types[layer_idx]` decides between dense and sparse.
+        config (`MiniMaxM3VLTextConfig`): `config.layer_types[layer_idx]` decides between the kinds.
         layer_idx (`int`): Position of the layer in the model.
     """
 
@@ -39,7 +46,22 @@ class MiniMaxM3VLAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
         self.q_norm = MiniMaxM3VLRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = MiniMaxM3VLRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.indexer = MiniMaxM3VLIndexer(config) if config.layer_types[layer_idx] == SPARSE_LAYER_TYPE else None
+        layer_type = config.layer_types[layer_idx]
+        self.indexer = MiniMaxM3VLIndexer(config) if layer_type == SPARSE_LAYER_TYPE else None
+        self.pattern = None
+        if layer_type == STRUCTURED_LAYER_TYPE:
+            self.pattern = msa.StructuredPattern(
+                local_blocks=config.structured_local_blocks,
+                anchor_blocks=config.structured_anchor_blocks,
+                anchor_stride=config.structured_anchor_stride,
+                random_blocks=config.structured_random_blocks,
+                seed=config.structured_seed,
+            )
+        self.is_dense = self.indexer is None and self.pattern is None
+        if not self.is_dense and self.attention_dropout > 0:
+            logger.warning_once(
+                f"`attention_dropout` is {self.attention_dropout}, but layers that attend to chosen blocks apply none."
+            )
 
     def forward(
         self,
@@ -72,55 +94,56 @@ class MiniMaxM3VLAttention(nn.Module):
             if layout.is_cached or layout.allowed is not None:
                 key, value = (states.transpose(1, 2) for states in cached)
 
-        if self.indexer is None:
+        if self.is_dense:
             implementation = "eager" if output_attentions else self.config._attn_implementation
             dropout = self.attention_dropout if self.training else 0.0
             out, weights = dense_attention(
                 self, query, key, value, layout, implementation, self.scaling, dropout, **kwargs
             )
-        else:
+            return self.o_proj(out.flatten(2)), weights if output_attentions else None
+
+        index = None
+        if self.indexer is not None:
             index_query, index_key = self.indexer(hidden_states, position_embeddings)
             if past_key_values is not None:
                 cached = past_key_values.layers[self.layer_idx].update_index(index_key.unsqueeze(1))
                 if layout.is_cached or layout.allowed is not None:
                     index_key = cached.squeeze(1)
-            out, weights = self._sparse_attention(query, key, value, index_query, index_key, layout, output_attentions)
-        return self.o_proj(out.flatten(2)), weights if output_attentions else None
+            index = (index_query, index_key)
+        elif self.config.structured_cross_document:
+            layout = layout.as_one_document()
+        out, weights = self._block_attention(query, key, value, index, layout, output_attentions)
+        return self.o_proj(out.flatten(2)), weights
 
-    def _sparse_attention(
+    def _block_attention(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        index_query: torch.Tensor,
-        index_key: torch.Tensor,
+        index: tuple[torch.Tensor, torch.Tensor] | None,
         layout: SequenceLayout,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        config = self.config
-        selection = {
-            "block_size": config.index_block_size,
-            "topk": config.index_topk_blocks,
-            "local_blocks": config.index_local_blocks,
-            "init_blocks": config.index_init_blocks,
-        }
-        attention = {"block_size": config.index_block_size, "softmax_scale": self.scaling}
-        backend = {"backend": config.msa_backend}
-        query, index_query = layout.order_queries(query), layout.order_queries(index_query)
-        key, value, index_key = (layout.order_keys(states) for states in (key, value, index_key))
+        """Attention over chosen blocks; `index` holds the indexer's queries (B, T, H_idx, D_idx) and keys
+        (B, S, D_idx), or is None where position decides."""
+        query, key, value = layout.order_queries(query), layout.order_keys(key), layout.order_keys(value)
+        if index is not None:
+            index = (layout.order_queries(index[0]), layout.order_keys(index[1]))
+        options = {"block_size": self.config.index_block_size, "softmax_scale": self.scaling}
 
         if layout.allowed is not None:
-            block_indices = select_blocks_under_mask(index_query, index_key, layout, **selection)
-            weights = sparse_attention_weights(query, key, block_indices, layout, **attention)
+            block_indices = self._choose_blocks(index, layout, key, select_blocks_under_mask, {"layout": layout})
+            weights = sparse_attention_weights(query, key, block_indices, layout, **options)
             value = value.repeat_interleave(self.num_key_value_groups, dim=2)
-            return torch.einsum("bhts,bshd->bthd", weights, value), weights
+            return torch.einsum("bhts,bshd->bthd", weights, value), weights if output_attentions else None
 
+        backend = {"backend": self.config.msa_backend}
         needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         if layout.is_cached and not needs_grad:
             rows = {"cache_seqlens": layout.cache_seqlens, "cache_leftpad": layout.cache_leftpad}
-            block_indices = msa.select_blocks_with_kvcache(index_query, index_key, **rows, **selection, **backend)
+            block_indices = self._choose_blocks(index, layout, key, msa.select_blocks_with_kvcache, rows | backend)
             out = msa.block_sparse_attention_with_kvcache(
-                query, key, value, block_indices, **rows, **attention, **backend
+                query, key, value, block_indices, **rows, **options, **backend
             )
         else:
             if layout.is_cached:
@@ -128,16 +151,41 @@ class MiniMaxM3VLAttention(nn.Module):
             else:
                 cu_seqlens_q = cu_seqlens_k = layout.cu_seqlens
             offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-            block_indices = msa.select_blocks(
-                index_query.flatten(0, 1), index_key.flatten(0, 1), **offsets, **selection, **backend
-            )
-            flat = (states.flatten(0, 1) for states in (query, key, value))
-            out = msa.block_sparse_attention(*flat, block_indices, **offsets, **attention, **backend)
-            out = out.unflatten(0, query.shape[:2])
-            block_indices = block_indices.unflatten(0, query.shape[:2])
+            if index is not None:
+                index = (index[0].flatten(0, 1), index[1].flatten(0, 1))
+            block_indices = self._choose_blocks(index, layout, key, msa.select_blocks, offsets | backend)
+            block_indices = block_indices.view(*query.shape[:2], *block_indices.shape[-2:])
+            flat = (states.flatten(0, 1) for states in (query, key, value, block_indices))
+            out = msa.block_sparse_attention(*flat, **offsets, **options, **backend).unflatten(0, query.shape[:2])
 
         weights = None
         if output_attentions:
-            weights = sparse_attention_weights(query, key, block_indices, layout, **attention)
-            weights = layout.restore_weights(weights)
+            weights = layout.restore_weights(sparse_attention_weights(query, key, block_indices, layout, **options))
         return layout.restore_order(out), weights
+
+    def _choose_blocks(
+        self,
+        index: tuple[torch.Tensor, torch.Tensor] | None,
+        layout: SequenceLayout,
+        key: torch.Tensor,
+        select: Callable[..., torch.Tensor],
+        kwargs: dict,
+    ) -> torch.Tensor:
+        """Block ids for each query and key/value head: by `select` from the indexer's states, in the form that it
+        has, or (B, T, H_kv, W) by position."""
+        config = self.config
+        block_size = config.index_block_size
+        if index is not None:
+            return select(
+                *index,
+                block_size=block_size,
+                topk=config.index_topk_blocks,
+                local_blocks=config.index_local_blocks,
+                init_blocks=config.index_init_blocks,
+                **kwargs,
+            )
+        own_block = torch.div(layout.working_positions(), block_size, rounding_mode="floor")
+        longest = layout.max_seqlen if layout.cu_seqlens is not None else key.shape[1]
+        return msa.structured_blocks_of(
+            own_block, key.shape[2], self.layer_idx, self.pattern, num_blocks=-(-longest // block_size)
+        )

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
 SPARSE_LAYER_TYPE = "minimax_m3_sparse"
+STRUCTURED_LAYER_TYPE = "minimax_m3_structured"
 
 
 class _GrowingBuffer:
@@ -56,7 +57,7 @@ class _GrowingBuffer:
 
 
 class MiniMaxM3VLDynamicLayer(DynamicLayer):
-    """Growing cache layer of dense attention."""
+    """Growing cache layer of dense attention, and the base of the other kinds."""
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -170,6 +171,12 @@ class MiniMaxM3VLSparseDynamicLayer(MiniMaxM3VLDynamicLayer):
         self._map_index_rows(lambda data: data[indices])
 
 
+class MiniMaxM3VLStructuredDynamicLayer(MiniMaxM3VLDynamicLayer):
+    """Growing cache layer of structured attention: keys and values, as nothing else is needed."""
+
+    _layer_type = STRUCTURED_LAYER_TYPE
+
+
 class MiniMaxM3VLStaticLayer(StaticLayer):
     """Preallocated cache layer of dense attention, written in place so that CUDA graphs can replay it."""
 
@@ -190,6 +197,12 @@ class MiniMaxM3VLStaticLayer(StaticLayer):
         if self.is_initialized:
             for states in (self.keys, self.values):
                 states.copy_(states.index_select(0, beam_idx.to(states.device)))
+
+
+class MiniMaxM3VLStructuredStaticLayer(MiniMaxM3VLStaticLayer):
+    """Preallocated cache layer of structured attention."""
+
+    _layer_type = STRUCTURED_LAYER_TYPE
 
 
 class MiniMaxM3VLSparseStaticLayer(MiniMaxM3VLStaticLayer):

@@ -87,14 +87,20 @@ class SequenceLayout:
 
     def positions(self) -> torch.Tensor:
         """Position (B, T) of every token in its own sequence, in the caller's order; padding counts as position 0."""
+        return self.restore_order(self.working_positions()).clamp(min=0)
+
+    def working_positions(self) -> torch.Tensor:
+        """As `positions`, in working order, and negative for padding before a cached sequence."""
         if self.allowed is not None:
             past = self.allowed.shape[-1] - self.num_new
-            position = torch.arange(past, past + self.num_new, device=self.allowed.device).expand(self.batch, -1)
-        elif self.is_cached:
-            position = self.cached_positions()
-        else:
-            position = self._packed_coordinates()[1].view(self.batch, self.num_new)
-        return self.restore_order(position).clamp(min=0)
+            return torch.arange(past, past + self.num_new, device=self.allowed.device).expand(self.batch, -1)
+        if self.is_cached:
+            return self.cached_positions()
+        return self._packed_coordinates()[1].view(self.batch, self.num_new)
+
+    def as_one_document(self) -> "SequenceLayout":
+        """The layout that reads each row of packed documents as one sequence; others are returned as they are."""
+        return _uniform_layout(self.batch, self.num_new, self.cu_seqlens.device) if self.is_packed else self
 
     def cached_positions(self) -> torch.Tensor:
         """Position (B, T) of every new token with a cache, in working order, negative for padding."""

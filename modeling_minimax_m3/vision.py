@@ -27,14 +27,26 @@ from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLVisionConfig
 from .pretrained import MiniMaxM3VLPreTrainedModel
 
 
+class PatchProjection(nn.Conv3d):
+    """A convolution whose input is exactly one kernel wide, computed as the matrix product that it is.
+
+    The checkpoint stores a convolution's weight; the product is several times faster than the general algorithm.
+    """
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """`(N, channels, *kernel_size)` to `(N, C, 1, 1, 1)`."""
+        features = nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        return features[..., None, None, None]
+
+
 class MiniMaxM3VLVisionEmbeddings(nn.Module):
-    """Linear embedding of flattened patches, kept as the convolution whose weight the checkpoint stores."""
+    """Linear embedding of flattened patches."""
 
     def __init__(self, config: MiniMaxM3VLVisionConfig):
         super().__init__()
         self.patch_shape = (config.num_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
         kernel_size = self.patch_shape[1:]
-        self.proj = nn.Conv3d(
+        self.proj = PatchProjection(
             config.num_channels, config.hidden_size, kernel_size=kernel_size, stride=kernel_size, bias=False
         )
 

@@ -33,3 +33,13 @@ def load_script() -> Iterator[Callable[[str], ModuleType]]:
 def tiny_checkpoint(load_script, tmp_path_factory) -> Path:
     """A folder with a tiny checkpoint: model, processor, tokenizer, chat template. Do not write to it."""
     return load_script("make_tiny_checkpoint").make_tiny_checkpoint(tmp_path_factory.mktemp("tiny_checkpoint"))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print the tables that tests recorded with `record_property("table", text)`: workers' own output is lost."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            if name == "table":
+                title, _, table = value.partition("\n")
+                terminalreporter.section(title)
+                terminalreporter.write_line(table)

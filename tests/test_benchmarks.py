@@ -1,5 +1,7 @@
 """The benchmarks run, agree with stock, and refuse to report where they do not."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,20 @@ def test_targets_need_their_cases(benchmarks):
     assert faster["measured"] == 40.0 and faster["met"]
     assert smaller["measured"] == 0.1 and not smaller["met"]
     assert benchmarks.targets(rows[:1]) == []
+
+
+def test_load_of_others_leaves_out_our_own(benchmarks, monkeypatch):
+    clocks = benchmarks.measure.OtherLoad._clocks
+    _, busy, own = clocks()
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    _, busy_after, own_after = clocks()
+    assert own_after - own >= 0.5, "a child's time is ours"
+    assert busy_after - busy >= 0.45, "and the machine was busy with it, up to a clock tick"
+
+    # in 2 seconds 4 core-seconds were busy, 1 of them with us
+    readings = iter([(0.0, 10.0, 1.0), (2.0, 14.0, 2.0)])
+    monkeypatch.setattr(benchmarks.measure.OtherLoad, "_clocks", staticmethod(lambda: next(readings)))
+    with benchmarks.measure.OtherLoad() as others:
+        pass
+    assert others.cores == 1.5

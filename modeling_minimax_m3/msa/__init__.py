@@ -3,11 +3,15 @@
 from .attention import block_sparse_attention, block_sparse_attention_with_kvcache
 from .backends import available_backends
 from .selection import select_blocks, select_blocks_with_kvcache
+from .structured import StructuredPattern, structured_blocks, structured_blocks_of
 
 __all__ = [
+    "StructuredPattern",
     "available_backends",
     "block_sparse_attention",
     "block_sparse_attention_with_kvcache",
     "select_blocks",
     "select_blocks_with_kvcache",
+    "structured_blocks",
+    "structured_blocks_of",
 ]

@@ -182,3 +182,84 @@ def block_sparse_attention_with_kvcache(
             softmax_scale,
         )  # fmt: skip
     return out
+
+
+# Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011).
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Four random 32-bit words that depend on the four words of the counter and the two of the key only."""
+    words, mask = counter, 0xFFFFFFFF
+    for _ in range(PHILOX_ROUNDS):
+        first, second = words[0] * PHILOX_MULTIPLIERS[0], words[2] * PHILOX_MULTIPLIERS[1]
+        words = (
+            (second >> 32) ^ words[1] ^ key[0],
+            second & mask,
+            (first >> 32) ^ words[3] ^ key[1],
+            first & mask,
+        )
+        key = tuple((k + step) & mask for k, step in zip(key, PHILOX_KEY_STEPS))
+    return words
+
+
+def structured_block_list(
+    block: int,
+    head: int,
+    layer_idx: int,
+    local_blocks: int,
+    anchor_blocks: int,
+    anchor_stride: int,
+    random_blocks: int,
+    seed: int,
+) -> list[int]:
+    """The key blocks of every query in `block`, for one key/value head of one layer, ascending."""
+    width = local_blocks + anchor_blocks + random_blocks
+    if block + 1 <= width:
+        return list(range(block + 1))
+    listed = {max(block - i, 0) for i in range(local_blocks)}
+    if anchor_blocks > 0:
+        stride = anchor_stride
+        while block // stride + 1 > anchor_blocks:
+            stride *= 2
+        listed |= set(range(0, block + 1, stride))
+
+    # Floyd's sampling of the remaining places among the n blocks that are not listed, in id order. Draw d of them takes
+    # a number below n - places + d + 1, or the largest such number where the draw was taken before. A 32-bit word w
+    # becomes a number below m as the upper half of w * m.
+    unlisted = [other for other in range(block + 1) if other not in listed]
+    places = width - len(listed)
+    drawn = set()
+    for draw in range(places):
+        bound = len(unlisted) - places + draw + 1
+        word = philox((layer_idx, head, block, draw), (seed & 0xFFFFFFFF, seed >> 32))[0]
+        number = (word * bound) >> 32
+        drawn.add(bound - 1 if number in drawn else number)
+    return sorted(listed | {unlisted[number] for number in drawn})
+
+
+def structured_blocks(
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    num_kv_heads: int,
+    block_size: int,
+    local_blocks: int,
+    anchor_blocks: int,
+    anchor_stride: int,
+    random_blocks: int,
+    seed: int,
+    layer_idx: int,
+) -> torch.Tensor:
+    """Key blocks chosen by position alone: int32 (total_q, num_kv_heads, width), ascending, -1 after the last."""
+    width = local_blocks + anchor_blocks + random_blocks
+    blocks = torch.full((int(cu_seqlens_q[-1]), num_kv_heads, width), -1, dtype=torch.int32)
+    pattern = (layer_idx, local_blocks, anchor_blocks, anchor_stride, random_blocks, seed)
+    for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
+        positions = _positions(queries, keys, torch.device("cpu")).tolist()
+        for query, position in zip(range(queries.start, queries.stop), positions):
+            for head in range(num_kv_heads):
+                listed = structured_block_list(position // block_size, head, *pattern)
+                blocks[query, head, : len(listed)] = torch.tensor(listed, dtype=torch.int32)
+    return blocks.to(cu_seqlens_q.device)

@@ -389,7 +389,7 @@ TEXT_ERRORS = {
     "layer-count": ({"layer_types": ["full_attention"]}, "`layer_types` must have one entry per layer, got 1"),
     "layer-name": (
         {"layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"]},
-        r"`layer_types\[1\]` must be 'full_attention' or 'minimax_m3_sparse', got 'sliding_attention'",
+        r"`layer_types\[1\]` must be 'full_attention'.*'minimax_m3_structured', got 'sliding_attention'",
     ),
     "mlp-count": ({"mlp_layer_types": ["dense"] * 5}, "`mlp_layer_types` must have one entry per layer, got 5"),
     "mlp-name": ({"mlp_layer_types": ["moe"] * 4}, r"`mlp_layer_types\[0\]` must be 'dense' or 'sparse', got 'moe'"),

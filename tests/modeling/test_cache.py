@@ -207,7 +207,10 @@ from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
 from transformers.models.minimax_m3_vl import configuration_minimax_m3_vl as c, modeling_minimax_m3_vl as m
 config = tiny_config().text_config
+torch.manual_seed(0)
 ours = MiniMaxM3VLForCausalLM(config).eval()
+for parameter in ours.parameters():  # spread out, so that no two tokens score almost the same
+    torch.nn.init.normal_(parameter, std=0.3)
 stock = m.MiniMaxM3VLForCausalLM(c.MiniMaxM3VLTextConfig(**config.to_dict())).eval()
 stock.load_state_dict(ours.state_dict())
 ids = torch.arange(30)[None]

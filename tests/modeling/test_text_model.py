@@ -195,3 +195,15 @@ def test_a_field_changed_after_construction_is_validated():
     config.index_topk_blocks = 0
     with pytest.raises(StrictDataclassError, match="index_topk_blocks"):
         MiniMaxM3VLTextModel(config)
+
+
+def test_tuples_instead_of_named_outputs(make_pair, make_tokens):
+    _, model = make_pair(MiniMaxM3VLForCausalLM, tiny_config().text_config)
+    tokens = make_tokens(model.config, 1, 20)
+    with torch.no_grad():
+        named = model(tokens, labels=tokens)
+        loss, logits = model(tokens, labels=tokens, return_dict=False)[:2]
+        model.config.return_dict = False
+        by_config = model(tokens, labels=tokens)
+    torch.testing.assert_close((loss, logits), (named.loss, named.logits))
+    torch.testing.assert_close(by_config[1], named.logits)

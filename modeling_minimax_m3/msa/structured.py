@@ -1,0 +1,207 @@
+"""`structured_blocks`: key blocks chosen by position alone, at constant cost per token and with nothing learned.
+
+A query's list depends on its own block b, the layer and the key/value head, so every backend, every split of the work
+and every kind of cache lists the same blocks. It has W = local + anchor + random places. Where b + 1 <= W it holds every
+visible block. Otherwise:
+
+- local: b, b - 1, ..., as many as `local_blocks`;
+- anchors: the multiples of a stride in [0, b]; the stride is `anchor_stride` times the smallest power of two that leaves
+  at most `anchor_blocks` of them;
+- random: all remaining places, drawn without replacement from the blocks that are not listed yet.
+
+`reference.structured_blocks` is the definition, with the random numbers written out; here the same integers come from
+tensor operations.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import checks
+from .reference import PHILOX_KEY_STEPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
+
+_WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class StructuredPattern:
+    """How many blocks of each kind a query attends to.
+
+    Attributes:
+        local_blocks (`int`): Blocks at the query's end, its own included.
+        anchor_blocks (`int`): At most this many blocks at regular intervals.
+        anchor_stride (`int`): The smallest interval, in blocks.
+        random_blocks (`int`): At least this many random blocks.
+        seed (`int`): 64-bit seed of the random blocks.
+    """
+
+    local_blocks: int
+    anchor_blocks: int
+    anchor_stride: int
+    random_blocks: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        checks.check_at_least("local_blocks", self.local_blocks, 1)
+        checks.check_at_least("anchor_blocks", self.anchor_blocks, 0)
+        checks.check_at_least("anchor_stride", self.anchor_stride, 1)
+        checks.check_at_least("random_blocks", self.random_blocks, 0)
+        checks.check_at_least("seed", self.seed, 0)
+        if self.seed >= 2**64:
+            raise ValueError(f"`seed` must be below 2**64, got {self.seed}")
+
+    @property
+    def width(self) -> int:
+        return self.local_blocks + self.anchor_blocks + self.random_blocks
+
+
+def structured_blocks_of(
+    own_block: torch.Tensor,
+    num_kv_heads: int,
+    layer_idx: int,
+    pattern: StructuredPattern,
+    num_blocks: int | None = None,
+) -> torch.Tensor:
+    """The lists of queries in the given blocks: int32 (..., H_kv, W), ascending ids, -1 after them.
+
+    Args:
+        own_block (...): Integer, the block of each query in its own sequence; negative for padding, which lists nothing.
+        num_kv_heads: H_kv.
+        layer_idx: Index of the layer, which the random blocks depend on.
+        pattern: What to list.
+        num_blocks: A number that all of `own_block` are below, if known. Where there are more queries than that, the
+            lists are worked out once per block.
+    """
+    if num_blocks is not None and num_blocks < own_block.numel():
+        lists = structured_blocks_of(
+            torch.arange(num_blocks, device=own_block.device), num_kv_heads, layer_idx, pattern
+        )
+        return lists[own_block.clamp(min=0)].masked_fill(own_block[..., None, None] < 0, -1)
+    block = own_block.long().unsqueeze(-1).expand(*own_block.shape, num_kv_heads)
+    device, width = block.device, pattern.width
+    every = torch.arange(width, device=device)
+    everything = torch.where(every <= block[..., None], every, -1)  # what queries with few visible blocks list
+
+    # From here on queries with few blocks compute a list that is thrown away: let them stand in a block that has one.
+    last = block.clamp(min=width)
+    listed = [last - i for i in range(pattern.local_blocks)]
+    is_new = [torch.ones_like(last, dtype=torch.bool)] * pattern.local_blocks
+    if pattern.anchor_blocks > 0:
+        stride = _anchor_stride(last, pattern)
+        for i in range(pattern.anchor_blocks):
+            anchor = i * stride
+            listed.append(anchor)
+            is_new.append(anchor <= last - pattern.local_blocks)
+    # One past the last block stands for a place that is not taken; it sorts to the end.
+    fixed = torch.where(torch.stack(is_new, dim=-1), torch.stack(listed, dim=-1), last[..., None] + 1)
+    fixed = fixed.sort(dim=-1).values
+    num_fixed = torch.stack(is_new, dim=-1).sum(-1)
+
+    places = width - num_fixed  # random blocks to draw, at least pattern.random_blocks
+    unlisted = last + 1 - num_fixed
+    drawn = _draw(unlisted, places, last, layer_idx, pattern)
+    # The r-th unlisted block: step over each listed one that is not above it.
+    for listed_block in fixed.unbind(-1):
+        drawn = torch.where(drawn >= listed_block[..., None], drawn + 1, drawn)
+    is_drawn = torch.arange(drawn.shape[-1], device=device) < places[..., None]
+    drawn = torch.where(is_drawn, drawn, last[..., None] + 1)
+    chosen = torch.cat((fixed, drawn), dim=-1).sort(dim=-1).values[..., :width]
+    return torch.where(block[..., None] < width, everything, chosen).to(torch.int32)
+
+
+def structured_blocks(
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    num_kv_heads: int,
+    block_size: int,
+    local_blocks: int,
+    anchor_blocks: int,
+    anchor_stride: int,
+    random_blocks: int,
+    seed: int,
+    layer_idx: int,
+    total_q: int | None = None,
+) -> torch.Tensor:
+    """The lists of all queries of a variable-length batch.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k (batch + 1): int32 offsets of the sequences, starting at 0; query i of a sequence
+            sits at position len_k - len_q + i.
+        num_kv_heads: H_kv.
+        block_size: Keys per block.
+        local_blocks, anchor_blocks, anchor_stride, random_blocks, seed: As in `StructuredPattern`.
+        layer_idx: Index of the layer.
+        total_q: Number of queries; without it the last offset is read, which waits for the device.
+
+    Returns:
+        int32 (total_q, H_kv, W): block ids, ascending, -1 where fewer are visible.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
+    """
+    pattern = StructuredPattern(local_blocks, anchor_blocks, anchor_stride, random_blocks, seed)
+    checks.check_at_least("num_kv_heads", num_kv_heads, 1)
+    checks.check_at_least("block_size", block_size, 1)
+    checks.check_at_least("layer_idx", layer_idx, 0)
+    checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.device)
+    if total_q is None:
+        total_q = int(cu_seqlens_q[-1])
+    token = torch.arange(total_q, device=cu_seqlens_q.device)
+    sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True).clamp(max=max(len(cu_seqlens_q) - 2, 0))
+    past = cu_seqlens_k.diff() - cu_seqlens_q.diff()
+    position = token - cu_seqlens_q[sequence] + past[sequence]
+    own_block = torch.div(position, block_size, rounding_mode="floor")
+    return structured_blocks_of(own_block, num_kv_heads, layer_idx, pattern)
+
+
+def _anchor_stride(block: torch.Tensor, pattern: StructuredPattern) -> torch.Tensor:
+    """The smallest `anchor_stride` * 2**k with at most `anchor_blocks` multiples in [0, block]."""
+    stride = torch.full_like(block, pattern.anchor_stride)
+    for _ in range(32):  # block ids are int32
+        stride = torch.where(block // stride + 1 <= pattern.anchor_blocks, stride, 2 * stride)
+    return stride
+
+
+def _draw(
+    unlisted: torch.Tensor, places: torch.Tensor, block: torch.Tensor, layer_idx: int, pattern: StructuredPattern
+) -> torch.Tensor:
+    """Floyd's sampling of `places` different numbers below `unlisted` (..., H_kv): int64 (..., H_kv, most places).
+
+    Column d is meaningful where d < places. Draw d is uniform below unlisted - places + d + 1, or that number itself
+    where the draw was already taken.
+    """
+    most = pattern.width - pattern.local_blocks
+    draw = torch.arange(most, device=block.device)
+    head = torch.arange(block.shape[-1], device=block.device)[:, None]
+    words = _philox_first_word(layer_idx, head, block[..., None], draw, pattern.seed)
+    bound = (unlisted - places)[..., None] + draw + 1
+    candidate = (words * bound) >> 32
+    taken = []
+    for d in range(most):
+        number = candidate[..., d]
+        if taken:
+            is_taken = (torch.stack(taken, dim=-1) == number[..., None]).any(-1)
+            number = torch.where(is_taken, bound[..., d] - 1, number)
+        taken.append(number)
+    return torch.stack(taken, dim=-1) if taken else block.new_zeros((*block.shape, 0))
+
+
+def _philox_first_word(
+    layer_idx: int, head: torch.Tensor, block: torch.Tensor, draw: torch.Tensor, seed: int
+) -> torch.Tensor:
+    """First 32-bit word of Philox-4x32-10 with key `seed` and counter (layer, head, block, draw), in int64."""
+    head, block, draw = torch.broadcast_tensors(head, block, draw)
+    words = [torch.full_like(block, layer_idx), head, block, draw]
+    keys = [seed & _WORD, seed >> 32]
+    for _ in range(PHILOX_ROUNDS):
+        # int64 products wrap, but keep the bits of the unsigned ones.
+        first, second = words[0] * PHILOX_MULTIPLIERS[0], words[2] * PHILOX_MULTIPLIERS[1]
+        words = [
+            ((second >> 32) & _WORD) ^ words[1] ^ keys[0],
+            second & _WORD,
+            ((first >> 32) & _WORD) ^ words[3] ^ keys[1],
+            first & _WORD,
+        ]
+        keys = [(key + step) & _WORD for key, step in zip(keys, PHILOX_KEY_STEPS)]
+    return words[0]

@@ -1,0 +1,547 @@
+"""The kernels of the extension on a GPU, against the definition in float64 on the same inputs.
+
+With MINIMAX_M3_MSA_CUDA=portable the same tests run on the kernels that every GPU from sm_80 on can run.
+"""
+
+import math
+
+import pytest
+import torch
+
+from modeling_minimax_m3.msa import (
+    backends,
+    block_sparse_attention,
+    block_sparse_attention_with_kvcache,
+    extension,
+    reference,
+    select_blocks,
+    select_blocks_with_kvcache,
+)
+from modeling_minimax_m3.msa.sequences import packed_sequences
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+SELECTION_RTOL = 2.0**-20  # of the largest sum of |q_i k_i| over the visible keys
+OUTPUT_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+DTYPES = [torch.bfloat16, torch.float16]
+GEOMETRIES = [(head_dim, block_size) for head_dim in (128, 64) for block_size in (128, 64)]
+
+# name: lengths of keys, lengths of queries (None: the same)
+LENGTHS = {
+    "1": ([1], None),
+    "127": ([127], None),
+    "128": ([128], None),
+    "129": ([129], None),
+    "4095": ([4095], None),
+    "4096": ([4096], None),
+    "ragged": ([129, 1, 640, 127, 1000], None),
+    "chunked": ([700, 300, 2049], [100, 300, 1]),
+    "gaps": ([130, 0, 70, 5, 0, 257], [0, 0, 70, 0, 0, 3]),
+    "many": ([3] * 300 + [200], None),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    """Builds the extension where it has to; the first kernel is not where a missing one should be found."""
+    reason = extension.load(build=True)
+    assert reason is None, reason
+
+
+def offsets(lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+
+
+def normal(*shape, dtype, generator):
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def strided(tensor):
+    """The same values, with room between the rows and heads of the tensor."""
+    roomy = torch.full([*(2 * size for size in tensor.shape[:-1]), tensor.shape[-1] + 8], math.nan, device="cuda")
+    view = roomy.to(tensor.dtype)[tuple(slice(None, None, 2) for _ in tensor.shape[:-1])][..., : tensor.shape[-1]]
+    return view.copy_(tensor)
+
+
+class Packed:
+    """Random inputs of both operators over packed sequences."""
+
+    def __init__(self, lengths, dtype=torch.bfloat16, head_dim=128, group=4, num_kv_heads=2, seed=0):
+        keys, queries = LENGTHS[lengths] if isinstance(lengths, str) else lengths
+        queries = keys if queries is None else queries
+        generator = torch.Generator("cuda").manual_seed(seed)
+        options = {"dtype": dtype, "generator": generator}
+        self.index_query = normal(sum(queries), num_kv_heads, head_dim, **options)
+        self.index_key = normal(sum(keys), head_dim, **options)
+        self.query = normal(sum(queries), num_kv_heads * group, head_dim, **options)
+        self.key = normal(sum(keys), num_kv_heads, head_dim, **options)
+        self.value = normal(sum(keys), num_kv_heads, head_dim, **options)
+        self.lengths = {"cu_seqlens_q": offsets(queries), "cu_seqlens_k": offsets(keys)}
+        self.longest = max(keys)
+        self.generator = generator
+
+    @property
+    def qkv(self):
+        return self.query, self.key, self.value
+
+    def random_blocks(self, topk, block_size):
+        """Up to `topk` ids per query and head in random order, some of them in the future or past the sequence."""
+        rows, width = (len(self.query), self.key.shape[1]), -(-self.longest // block_size) + 1
+        order = torch.rand((*rows, width), generator=self.generator, device="cuda").argsort(-1)[..., :topk]
+        order = torch.nn.functional.pad(order, (0, topk - order.shape[-1]), value=-1)
+        count = torch.randint(0, topk + 1, (*rows, 1), generator=self.generator, device="cuda")
+        return order.masked_fill(torch.arange(topk, device="cuda") >= count, -1).to(torch.int32)
+
+
+def poison(*tensors):
+    """Fills memory of these shapes and dtypes with garbage and frees it, so that the next outputs lie in it."""
+    for tensor in tensors:
+        torch.empty_like(tensor).fill_(math.nan if tensor.dtype.is_floating_point else 987654321)
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def assert_selection(selected, case, block_size, topk, local_blocks, init_blocks):
+    """Every chosen block scores at least the kth best and every omitted one at most that, up to rounding."""
+    for queries, keys in packed_sequences(*case.lengths.values()):
+        ids, query, key = selected[queries].long(), case.index_query[queries].double(), case.index_key[keys].double()
+        num_blocks = -(-len(key) // block_size)
+        position = torch.arange(len(key) - len(query), len(key), device="cuda")[:, None, None]
+        own_block = position // block_size
+        future = torch.arange(len(key), device="cuda") > position
+
+        scores = torch.einsum("qhd,kd->qhk", query, key).masked_fill_(future, -math.inf)
+        magnitude = torch.einsum("qhd,kd->qhk", query.abs(), key.abs()).masked_fill_(future, 0.0)
+        tolerance = SELECTION_RTOL * magnitude.amax(-1, keepdim=True)
+        del magnitude
+        scores = torch.nn.functional.pad(scores, (0, -len(key) % block_size), value=-math.inf)
+        scores = scores.unflatten(-1, (num_blocks, block_size)).amax(-1)
+
+        chosen = torch.zeros((*ids.shape[:2], num_blocks + 1), dtype=torch.int64, device="cuda")
+        chosen.scatter_add_(-1, ids.masked_fill(ids < 0, num_blocks), torch.ones_like(ids))
+        chosen = chosen[..., :num_blocks]
+        visible = (torch.arange(num_blocks, device="cuda") <= own_block).expand_as(chosen)
+        assert chosen.max() <= 1, "a block twice"
+        assert not (chosen.bool() & ~visible).any(), "a block in the future"
+        count = visible.sum(-1, keepdim=True).clamp(max=topk)
+        assert torch.equal(ids >= 0, (torch.arange(topk, device="cuda") < count)), "not left-packed or too few"
+
+        block = torch.arange(num_blocks, device="cuda")
+        forced = visible & ((block < init_blocks) | (block > own_block - local_blocks))
+        assert (chosen.bool() | ~forced).all(), "a forced block is missing"
+        others = scores.masked_fill(forced | ~visible, -math.inf)
+        free = (count - forced.sum(-1, keepdim=True)).clamp(min=0)
+        ranked = others.sort(-1, descending=True).values
+        kth = ranked.gather(-1, (free - 1).clamp(min=0)).masked_fill(free == 0, math.inf)
+        chosen_others = chosen.bool() & ~forced
+        assert (others >= kth - tolerance)[chosen_others].all(), "a block below the kth best"
+        assert (others <= kth + tolerance)[visible & ~forced & ~chosen.bool()].all(), "a better block was left out"
+
+
+def assert_attention(out, lse, case, block_indices, block_size, scale=None):
+    scale = case.query.shape[-1] ** -0.5 if scale is None else scale
+    expected, expected_lse = reference.block_sparse_attention(
+        *(tensor.double() for tensor in case.qkv), block_indices, *case.lengths.values(), block_size, scale
+    )
+    assert out.dtype == case.query.dtype
+    assert lse.dtype == torch.float32
+    assert relative_error(out, expected) < OUTPUT_TOLERANCE[out.dtype]
+    attends = expected_lse > -math.inf
+    assert torch.equal(lse > -math.inf, attends)
+    assert not out[~attends].any(), "rows without a key are 0"
+    torch.testing.assert_close(lse[attends].double(), expected_lse[attends], atol=2e-3, rtol=1e-4)
+
+
+# --- packed sequences --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim, block_size", GEOMETRIES)
+def test_selection(head_dim, block_size, dtype, lengths):
+    case = Packed(lengths, dtype, head_dim)
+    options = {"block_size": block_size, "topk": 5, "local_blocks": 1, "init_blocks": 1}
+    args = (case.index_query, case.index_key)
+    poison(select_blocks(*args, **case.lengths, **options, backend="torch"))
+    selected = select_blocks(*args, **case.lengths, **options, backend="cuda")
+    assert_selection(selected, case, **options)
+
+
+@pytest.mark.parametrize(
+    "topk, local_blocks, init_blocks",
+    [(1, 0, 0), (1, 1, 0), (2, 0, 2), (4, 3, 1), (16, 1, 0), (33, 2, 5), (64, 0, 0), (64, 40, 24)],
+)
+@pytest.mark.parametrize("num_heads", [1, 3, 4, 8])
+def test_selection_options(num_heads, topk, local_blocks, init_blocks):
+    case = Packed(([2900, 400], None), num_kv_heads=num_heads, group=1)
+    options = {"block_size": 64, "topk": topk, "local_blocks": local_blocks, "init_blocks": init_blocks}
+    assert_selection(select_blocks(case.index_query, case.index_key, **case.lengths, **options), case, **options)
+
+
+def test_equal_scores_go_to_the_lower_block():
+    case = Packed(([1500], None))
+    case.index_key.fill_(0.5)
+    selected = select_blocks(case.index_query, case.index_key, **case.lengths, topk=4, local_blocks=0, backend="cuda")
+    assert torch.equal(selected[-1, 0].sort().values, torch.arange(4, dtype=torch.int32, device="cuda"))
+    forced = select_blocks(case.index_query, case.index_key, **case.lengths, topk=4, local_blocks=1, backend="cuda")
+    assert forced[-1, 0].sort().values.tolist() == [0, 1, 2, 11]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim, block_size", GEOMETRIES)
+def test_attention(head_dim, block_size, dtype, lengths):
+    case = Packed(lengths, dtype, head_dim)
+    block_indices = case.random_blocks(6, block_size)
+    poison(case.query, torch.empty(case.query.shape[:2], device="cuda"))
+    out, lse = block_sparse_attention(
+        *case.qkv, block_indices, **case.lengths, block_size=block_size, return_lse=True, backend="cuda"
+    )
+    assert_attention(out, lse, case, block_indices, block_size)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 7, 16, 33, 64])
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
+def test_attention_groups_and_widths(group, topk):
+    case = Packed(([700, 300], [500, 300]), group=group, seed=group)
+    block_indices = case.random_blocks(topk, 64)
+    out, lse = block_sparse_attention(
+        *case.qkv, block_indices, **case.lengths, block_size=64, softmax_scale=0.3, return_lse=True, backend="cuda"
+    )
+    assert_attention(out, lse, case, block_indices, 64, scale=0.3)
+
+
+def test_clustered_selection():
+    """Neighbouring tokens that share most of their blocks."""
+    case = Packed(([3000], None), group=16)
+    shared = case.random_blocks(16, 128)[:1]
+    block_indices = shared.repeat(3000, 1, 1)
+    block_indices[::7] = case.random_blocks(16, 128)[::7]
+    out, lse = block_sparse_attention(*case.qkv, block_indices, **case.lengths, return_lse=True, backend="cuda")
+    assert_attention(out, lse, case, block_indices, 128)
+
+
+def test_large_scores():
+    """Logits in the hundreds, where a softmax without its maximum would overflow."""
+    case = Packed("ragged")
+    case.query *= 30
+    block_indices = case.random_blocks(6, 128)
+    out, lse = block_sparse_attention(*case.qkv, block_indices, **case.lengths, return_lse=True, backend="cuda")
+    expected, expected_lse = reference.block_sparse_attention(
+        *(tensor.double() for tensor in case.qkv), block_indices, *case.lengths.values(), 128, 128**-0.5
+    )
+    assert relative_error(out, expected) < 1e-2
+    attends = expected_lse > -math.inf
+    assert relative_error(lse[attends], expected_lse[attends]) < 1e-4
+
+
+def test_strides():
+    case = Packed("ragged")
+    selected = select_blocks(case.index_query, case.index_key, **case.lengths, topk=4, backend="cuda")
+    out, lse = block_sparse_attention(*case.qkv, selected, **case.lengths, return_lse=True, backend="cuda")
+    roomy = [strided(tensor) for tensor in (case.index_query, case.index_key, *case.qkv)]
+    assert not any(tensor.is_contiguous() for tensor in roomy)
+    assert torch.equal(select_blocks(*roomy[:2], **case.lengths, topk=4, backend="cuda"), selected)
+    wide = torch.full((*selected.shape[:2], 9), 3, dtype=torch.int32, device="cuda")
+    wide[..., :4] = selected
+    again, lse_again = block_sparse_attention(
+        *roomy[2:], wide[..., :4], **case.lengths, return_lse=True, backend="cuda"
+    )
+    assert torch.equal(again, out)
+    assert torch.equal(lse_again, lse)
+
+
+def test_wrong_ids_and_lengths_stay_inside():
+    """Values are not checked on a GPU; wrong ones may give any result but no illegal access."""
+    case = Packed("ragged")
+    wild = torch.randint(-(2**31), 2**31 - 1, (len(case.query), 2, 8), dtype=torch.int32, device="cuda")
+    block_sparse_attention(*case.qkv, wild, **case.lengths, backend="cuda")
+    too_long = {name: value * 3 for name, value in case.lengths.items()}
+    select_blocks(case.index_query, case.index_key, **too_long, backend="cuda")
+    block_sparse_attention(*case.qkv, case.random_blocks(4, 128), **too_long, backend="cuda")
+    torch.cuda.synchronize()
+
+
+def test_nothing_to_do():
+    case = Packed(([64], [0]))
+    assert select_blocks(case.index_query, case.index_key, **case.lengths, backend="cuda").shape == (0, 2, 16)
+    block_indices = torch.empty((0, 2, 16), dtype=torch.int32, device="cuda")
+    assert block_sparse_attention(*case.qkv, block_indices, **case.lengths, backend="cuda").shape == (0, 8, 128)
+
+
+def test_offsets_past_32_bits():
+    """A million tokens of 64 heads: 8.6e9 elements."""
+    total, generator = 2**20, torch.Generator("cuda").manual_seed(0)
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GB of free memory")
+    query = torch.empty((total, 64, 128), dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+    key, value = (normal(total, 4, 128, dtype=torch.bfloat16, generator=generator) for _ in range(2))
+    lengths = {name: offsets([total]) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    first = torch.randint(0, 8192, (total, 4, 1), generator=generator, device="cuda", dtype=torch.int32)
+    block_indices = (first + 61 * torch.arange(4, dtype=torch.int32, device="cuda")) % 8192  # 61 is odd: no duplicates
+    out, lse = block_sparse_attention(query, key, value, block_indices, **lengths, return_lse=True, backend="cuda")
+    last = {"cu_seqlens_q": offsets([5]), "cu_seqlens_k": lengths["cu_seqlens_k"]}
+    expected, expected_lse = block_sparse_attention(
+        query[-5:].double(), key.double(), value.double(), block_indices[-5:], **last, return_lse=True, backend="torch"
+    )
+    assert relative_error(out[-5:], expected) < 1e-2
+    torch.testing.assert_close(lse[-5:].double(), expected_lse, atol=2e-3, rtol=1e-4)
+
+
+def test_gradients():
+    case = Packed("ragged")
+    block_indices = case.random_blocks(6, 128)
+    grad_out = normal(*case.query.shape, dtype=torch.bfloat16, generator=case.generator)
+    leaves = [tensor.clone().requires_grad_() for tensor in case.qkv]
+    out = block_sparse_attention(*leaves, block_indices, **case.lengths, backend="cuda")
+    out.backward(grad_out)
+    exact = [tensor.double().requires_grad_() for tensor in case.qkv]
+    block_sparse_attention(*exact, block_indices, **case.lengths, backend="reference").backward(grad_out.double())
+    for leaf, exact_leaf in zip(leaves, exact):
+        assert relative_error(leaf.grad, exact_leaf.grad) < 2e-2
+
+
+# --- caches ------------------------------------------------------------------------------------------------------
+
+FORMS = ("contiguous", "paged")
+CACHED = {
+    "one token": {"lengths": [1, 127, 128, 129, 4095], "num_new": 1},
+    "long": {"lengths": [20000], "num_new": 1},
+    "several tokens": {"lengths": [5, 127, 128, 700, 260], "num_new": 5},
+    "sixteen tokens": {"lengths": [16, 300, 1025], "num_new": 16},
+    "left padding": {"lengths": [300, 17, 640], "num_new": 2, "leftpad": [0, 130, 5]},
+    "shorter than the new tokens": {"lengths": [1, 3, 200], "num_new": 8, "leftpad": [0, 9, 70]},
+    "chunk": {"lengths": [17, 300, 1025], "num_new": 17, "leftpad": [3, 0, 12]},
+    "long chunk": {"lengths": [100, 300, 1025], "num_new": 200},
+    "many rows": {"lengths": [1 + 37 * row % 400 for row in range(256)], "num_new": 1},
+}
+
+
+def on_gpu(inputs, lengths, num_new, head_dim=128, block_size=128, topk=5, **options):
+    """Caches of `conftest.make_cached`, whose unused slots hold NaN, on the GPU."""
+    case = inputs.make_cached(
+        lengths, num_new, head_dim=head_dim, index_dim=head_dim, block_size=block_size, topk=topk,
+        **{"page_size": 128, "dtype": torch.bfloat16, "group": 4, **options},
+    )  # fmt: skip
+    case.index_query, case.query, case.block_indices = (
+        tensor.cuda() for tensor in (case.index_query, case.query, case.block_indices)
+    )
+    for form in FORMS:
+        cache = getattr(case, form)
+        for name in ("index_key", "key", "value"):
+            cache[name] = cache[name].cuda()
+        cache["where"] = {name: tensor.cuda() for name, tensor in cache["where"].items()}
+    return case
+
+
+class CachedRows:
+    """The rows of a cache as the packed sequences that they mean, without padding queries."""
+
+    def __init__(self, case):
+        num_new = case.query.shape[1]
+        count = [min(num_new, len(own)) for own in case.index_key]
+        self.take = [(row, num_new - own) for row, own in enumerate(count)]
+        self.index_query = self.of(case.index_query)
+        self.index_key = torch.cat(case.index_key).cuda()
+        self.lengths = {
+            "cu_seqlens_q": offsets(count),
+            "cu_seqlens_k": offsets([len(own) for own in case.index_key]),
+        }
+
+    def of(self, tensor):
+        return torch.cat([tensor[row, padding:] for row, padding in self.take])
+
+
+def run_cached(inputs, case, form):
+    args, options = case.selection(form)
+    where = options.copy()
+    poison(torch.empty((*args[0].shape[:3], options["topk"]), dtype=torch.int32, device="cuda"))
+    selected = select_blocks_with_kvcache(*args, **where, backend="cuda")
+    rows = CachedRows(case)
+    selection = {name: options[name] for name in ("block_size", "topk", "local_blocks", "init_blocks")}
+    assert_selection(rows.of(selected), rows, **selection)
+    for row, padding in rows.take:
+        assert (selected[row, :padding] == -1).all(), "padding selects nothing"
+
+    tensors, attention_options = case.attention(form)
+    poison(tensors[0])
+    out = block_sparse_attention_with_kvcache(*tensors, **attention_options, backend="cuda")
+    where = attention_options
+    expected = reference.block_sparse_attention_with_kvcache(
+        *(tensor.double() for tensor in tensors[:3]), tensors[3], where["cache_seqlens"], where.get("cache_leftpad"),
+        where.get("block_table"), where["block_size"], tensors[0].shape[-1] ** -0.5,
+    )  # fmt: skip
+    assert relative_error(out, expected) < OUTPUT_TOLERANCE[out.dtype]
+    assert not out[(expected == 0).all(-1)].any(), "rows without a key are 0"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", CACHED)
+def test_caches(inputs, rows, form):
+    run_cached(inputs, on_gpu(inputs, **CACHED[rows]), form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim, block_size", GEOMETRIES)
+def test_cache_geometries(inputs, head_dim, block_size, dtype, form):
+    case = on_gpu(inputs, [700, 129, 64], 3, head_dim=head_dim, block_size=block_size, dtype=dtype, leftpad=[0, 7, 1])
+    run_cached(inputs, case, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("group, topk", [(1, 1), (2, 64), (8, 16), (16, 16), (16, 64)])
+def test_cache_groups_and_widths(inputs, group, topk, form):
+    run_cached(inputs, on_gpu(inputs, [1500, 40], 2, block_size=64, group=group, topk=topk), form)
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_page_sizes(inputs, page_size):
+    run_cached(inputs, on_gpu(inputs, [1500, 40, 257], 2, page_size=page_size), "paged")
+
+
+def test_odd_page_sizes_run_on_another_backend(inputs):
+    case = on_gpu(inputs, [300, 40], 1, page_size=24)
+    args, options = case.selection("paged")
+    with pytest.raises(NotImplementedError, match="page size"):
+        select_blocks_with_kvcache(*args, **options, backend="cuda")
+    expected = select_blocks_with_kvcache(*args, **options, backend="torch")
+    assert torch.equal(select_blocks_with_kvcache(*args, **options), expected)
+
+
+def test_wrong_cache_values_stay_inside(inputs):
+    case = on_gpu(inputs, [300, 40], 1)
+    for form in FORMS:
+        args, options = case.selection(form)
+        tensors, attention_options = case.attention(form)
+        for where in (options, attention_options):
+            where["cache_seqlens"] = where["cache_seqlens"] * 10**6
+            if "block_table" in where:
+                where["block_table"] = torch.full_like(where["block_table"], 2**31 - 1)
+        tensors = (*tensors[:3], torch.full_like(tensors[3], 2**30))
+        select_blocks_with_kvcache(*args, **options, backend="cuda")
+        block_sparse_attention_with_kvcache(*tensors, **attention_options, backend="cuda")
+    torch.cuda.synchronize()
+
+
+# --- how calls are made ------------------------------------------------------------------------------------------
+
+
+def calls(inputs):
+    """Every operator's arguments, by its name among `torch.ops.minimax_m3_msa`."""
+    case = Packed(([300, 129], None), group=16)
+    lengths = tuple(case.lengths.values())
+    found = {
+        "select_blocks": (case.index_query, case.index_key, *lengths, 128, 2, 1, 0, "cuda"),
+        "block_sparse_attention": (*case.qkv, case.random_blocks(2, 128), *lengths, 128, 0.1, "cuda"),
+    }
+    cached = on_gpu(inputs, [300, 40], 2, group=16)
+    where = cached.paged["where"]
+    rows = (where["cache_seqlens"], None, where["block_table"])
+    found["select_blocks_with_kvcache"] = (*cached.selection("paged")[0], *rows, 128, 2, 1, 0, "cuda")
+    found["block_sparse_attention_with_kvcache"] = (*cached.attention("paged")[0], *rows, 128, 0.1, "cuda")
+    return found
+
+
+def outputs(name, args):
+    result = getattr(torch.ops.minimax_m3_msa, name)(*args)
+    return (result,) if isinstance(result, torch.Tensor) else result
+
+
+OPERATORS = (
+    "select_blocks",
+    "block_sparse_attention",
+    "select_blocks_with_kvcache",
+    "block_sparse_attention_with_kvcache",
+)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(inputs, name):
+    torch.library.opcheck(getattr(torch.ops.minimax_m3_msa, name).default, calls(inputs)[name])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_repeated_calls_agree_bit_for_bit(inputs, name):
+    args = calls(inputs)[name]
+    first = outputs(name, args)
+    for _ in range(5):
+        assert all(torch.equal(again, before) for again, before in zip(outputs(name, args), first))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_graph_replay(inputs, name):
+    """A captured call follows new values in its tensors, the lengths of a cache among them."""
+    args = list(calls(inputs)[name])
+    outputs(name, args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs(name, args)
+    args[0].copy_(args[0].flip(0))
+    if name.endswith("_with_kvcache"):
+        lengths = args[2 if name.startswith("select") else 4]
+        lengths.sub_(7)
+    graph.replay()
+    assert all(torch.equal(replayed, eager) for replayed, eager in zip(captured, outputs(name, args)))
+
+
+def test_a_long_chunk_is_captured(inputs):
+    case = on_gpu(inputs, [300, 140], 40, leftpad=[0, 3])
+    args, options = case.selection("contiguous")
+    select_blocks_with_kvcache(*args, **options, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = select_blocks_with_kvcache(*args, **options, backend="cuda")
+    options["cache_seqlens"].sub_(9)
+    graph.replay()
+    assert torch.equal(captured, select_blocks_with_kvcache(*args, **options, backend="cuda"))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_calls_run_on_the_current_stream(inputs, name):
+    args = list(calls(inputs)[name])
+    expected = outputs(name, args)
+    values, args[0] = args[0], torch.zeros_like(args[0])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # some tens of milliseconds, during which the inputs are still zeros
+        args[0].copy_(values)
+        found = outputs(name, args)
+    torch.cuda.synchronize()
+    assert all(torch.equal(got, want) for got, want in zip(found, expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_tensors_on_another_than_the_current_device(inputs, name):
+    args = calls(inputs)[name]
+    elsewhere = [arg.to("cuda:1") if isinstance(arg, torch.Tensor) else arg for arg in args]
+    for found, expected in zip(outputs(name, elsewhere), outputs(name, args)):
+        assert found.device == torch.device("cuda:1")
+        assert torch.equal(found.to("cuda:0"), expected)
+
+
+def test_auto_takes_the_extension(inputs):
+    for name, args in calls(inputs).items():
+        assert backends.resolve_backend("auto", name, args[:-1]) == "cuda"
+    case = Packed("ragged")
+    args = (case.index_query.float(), case.index_key.float())
+    expected = select_blocks(*args, **case.lengths, backend="torch")
+    assert torch.equal(select_blocks(*args, **case.lengths), expected), "float32 runs elsewhere"
+
+
+def test_whole_graph_under_compile():
+    torch._dynamo.reset()
+
+    def step(case):
+        selected = select_blocks(case.index_query * 2, case.index_key, **case.lengths, topk=4)
+        return block_sparse_attention(case.query + 1, case.key, case.value, selected, **case.lengths) * 2
+
+    case = Packed("ragged")
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(case), step(case))
