@@ -1,5 +1,6 @@
 """Configuration of the language model: dense and sparse attention layers, dense and mixture-of-experts MLPs."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -134,7 +135,7 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
         rms_norm_eps (`float`, *optional*, defaults to 1e-06):
             Epsilon of the RMS norms.
         attention_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout of the attention probabilities while training.
+            Dropout of the attention probabilities of dense layers while training; other layers apply none.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of freshly initialised weights.
         use_cache (`bool`, *optional*, defaults to `True`):
@@ -255,11 +256,21 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.mlp_layer_types is None and moe_layer_freq is not None:
-            self.mlp_layer_types = ["sparse" if is_moe else "dense" for is_moe in moe_layer_freq]
+            flags = self._per_layer("moe_layer_freq", moe_layer_freq)
+            self.mlp_layer_types = ["sparse" if is_moe else "dense" for is_moe in flags]
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
 
+    def _per_layer(self, name: str, flags: Any) -> list[int]:
+        """One flag for each layer; a single 0 or 1 stands for all layers."""
+        if isinstance(flags, (list, tuple)):
+            return list(flags)
+        require_one_of(name, flags, (0, 1))
+        return [flags] * self.num_hidden_layers
+
     def _read_legacy_sparse_attention(self, legacy: dict[str, Any]) -> None:
+        if not isinstance(legacy, dict):
+            raise ValueError(f"`sparse_attention_config` must be a dict, got {type(legacy).__name__}.")
         unknown = sorted(set(legacy) - set(_LEGACY_SPARSE_FIELDS) - set(_LEGACY_SPARSE_SWITCHES))
         if unknown:
             logger.warning_once(f"`sparse_attention_config` has keys that are not known and not used: {unknown}.")
@@ -272,10 +283,16 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
         )
 
         frequency = legacy.get("sparse_attention_freq")
+        if legacy.get("use_sparse_attention") and frequency is None and self.layer_types is None:
+            raise ValueError(
+                "`sparse_attention_config['sparse_attention_freq']` must say which layers are sparse where "
+                "`use_sparse_attention` is true, got None."
+            )
         if not legacy.get("use_sparse_attention", True):
             frequency = None
         if self.layer_types is None and frequency is not None:
-            self.layer_types = ["minimax_m3_sparse" if is_sparse else "full_attention" for is_sparse in frequency]
+            flags = self._per_layer("sparse_attention_config['sparse_attention_freq']", frequency)
+            self.layer_types = ["minimax_m3_sparse" if is_sparse else "full_attention" for is_sparse in flags]
         if "sparse_disable_index_value" in legacy:
             self._check_index_value_is_disabled(legacy["sparse_disable_index_value"])
 
@@ -347,12 +364,17 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
             raise ValueError(f"`structured_seed` must be below 2**64, got {self.structured_seed}.")
         require_divisible(self, "num_attention_heads", "num_key_value_heads")
         require_one_of("msa_backend", self.msa_backend, MSA_BACKENDS)
-        if self.swiglu_limit <= 0:
-            raise ValueError(f"`swiglu_limit` must be > 0, got {self.swiglu_limit}.")
+        for name in ("swiglu_limit", "rms_norm_eps", "routed_scaling_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be > 0 and finite, got {getattr(self, name)}.")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"`attention_dropout` must be at least 0 and below 1, got {self.attention_dropout}.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"`initializer_range` must be at least 0 and finite, got {self.initializer_range}.")
 
-        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"`pad_token_id` must be below `vocab_size`, got pad_token_id={self.pad_token_id} and "
+                f"`pad_token_id` must be at least 0 and below `vocab_size`, got pad_token_id={self.pad_token_id} and "
                 f"vocab_size={self.vocab_size}."
             )
         self._validate_rotary()

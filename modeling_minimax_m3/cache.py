@@ -9,7 +9,7 @@ reserves exactly what it is told.
 """
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
 SPARSE_LAYER_TYPE = "minimax_m3_sparse"
@@ -31,8 +31,8 @@ class _GrowingBuffer:
         """Adds `states` (B, T, ...) and returns all tokens (B, S, ...)."""
         if self.data is None:
             self.data = states[:, :0]
-        # Writing in place would change tensors that autograd has saved.
-        if torch.is_grad_enabled() and (states.requires_grad or self.data.requires_grad):
+        # Writing in place would change tensors that autograd may have saved, for the queries' gradient if no other.
+        if torch.is_grad_enabled():
             self.data = torch.cat((self.used, states), dim=1)
             self.length = self.data.shape[1]
             return self.data
@@ -111,10 +111,7 @@ class MiniMaxM3VLDynamicLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens; the argument is negative or 0, as everywhere in Transformers."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"`tokens_to_remove` must be 0 or negative (-n removes the last n tokens), got {tokens_to_remove}"
-            )
+        _check_crop(tokens_to_remove)
         if self.is_initialized:
             for buffer in self._buffers.values():
                 buffer.crop(-tokens_to_remove)
@@ -192,11 +189,47 @@ class MiniMaxM3VLStaticLayer(StaticLayer):
         _mark_static(self.keys, self.values, self.cumulative_length)
         self.is_initialized = True
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes (B, H, T, D) states after those in use and returns the whole buffers (B, H, S_max, D)."""
+        # On a device the length is not read; there `generate` and masks that are too long are refused before.
+        if key_states.device.type == "cpu" and not is_torchdynamo_compiling():
+            used = int(self.cumulative_length) + key_states.shape[-2]
+            if used > self.max_cache_len:
+                raise ValueError(
+                    f"the static cache has {self.max_cache_len} slots, got tokens for {used}: make it with a larger "
+                    "`max_cache_len`"
+                )
+        return super().update(key_states, value_states, *args, **kwargs)
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         # In place: a captured graph goes on reading the same memory.
         if self.is_initialized:
             for states in (self.keys, self.values):
                 states.copy_(states.index_select(0, beam_idx.to(states.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens, whose slots are written again."""
+        _check_crop(tokens_to_remove)
+        self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row. The buffers change their size and place: a captured graph must be captured again."""
+        self._replace_rows(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the given rows. The buffers change their size and place: a captured graph must be captured again."""
+        self._replace_rows(lambda states: states[indices])
+
+    def _replace_rows(self, function) -> None:
+        if self.is_initialized:
+            # Over the token-major buffers, so that they stay token-major.
+            self.keys, self.values = (
+                function(states.transpose(1, 2)).transpose(1, 2) for states in (self.keys, self.values)
+            )
+            self.batch_size = len(self.keys)
+            _mark_static(self.keys, self.values)
 
 
 class MiniMaxM3VLStructuredStaticLayer(MiniMaxM3VLStaticLayer):
@@ -224,6 +257,12 @@ class MiniMaxM3VLSparseStaticLayer(MiniMaxM3VLStaticLayer):
         self.index_keys.index_copy_(2, slots, index_key)
         return self.index_keys
 
+    def _replace_rows(self, function) -> None:
+        super()._replace_rows(function)
+        if self.index_keys is not None:
+            self.index_keys = function(self.index_keys)
+            _mark_static(self.index_keys)
+
     def reset(self) -> None:
         super().reset()
         if self.index_keys is not None:
@@ -235,6 +274,13 @@ class MiniMaxM3VLSparseStaticLayer(MiniMaxM3VLStaticLayer):
             self.index_keys.copy_(self.index_keys.index_select(0, beam_idx.to(self.index_keys.device)))
 
 
+def _check_crop(tokens_to_remove: int) -> None:
+    if tokens_to_remove > 0:
+        raise ValueError(
+            f"`tokens_to_remove` must be 0 or negative (-n removes the last n tokens), got {tokens_to_remove}"
+        )
+
+
 def _mark_static(*tensors: torch.Tensor) -> None:
     """Tells the compiler that these tensors keep their address, without which CUDA graphs would copy them."""
     if not is_torchdynamo_compiling():
@@ -242,16 +288,36 @@ def _mark_static(*tensors: torch.Tensor) -> None:
             torch._dynamo.mark_static_address(tensor)
 
 
-def adopt_cache(cache: Cache, layer_types: list[str]) -> None:
-    """Replaces the empty layers of a cache that Transformers built by ours, in place.
+def adopt_cache(cache: Cache, layer_types: list[str], batch: int) -> None:
+    """Replaces the empty layers of a cache that Transformers built by ours, in place, and checks that it fits.
 
     `DynamicCache(config=...)` and `StaticCache(config=...)` look their layer classes up in a table that stock
     Transformers' own M3 module writes to as well, and dense layers get the general class, which concatenates per
     token. Layers that already hold tokens, or are of other classes (quantized ones, say), stay as they are.
 
+    Args:
+        cache: The cache to use.
+        layer_types: The model's kinds of layers.
+        batch: Rows of the input.
+
     Raises:
-        ValueError: A sparse layer's cache layer holds tokens or cannot be replaced, and has no room for index keys.
+        TypeError: Not a cache of a decoder.
+        ValueError: Another number of layers or rows, or a sparse layer's cache layer that holds tokens or cannot be
+            replaced and has no room for index keys.
     """
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise TypeError(
+            f"`past_key_values` must be a `Cache` of a decoder, such as `DynamicCache(config=model.config)`, "
+            f"got {type(cache).__name__}"
+        )
+    if cache.layers and len(cache.layers) != len(layer_types):
+        raise ValueError(
+            f"`past_key_values` must have one layer for each of the model's {len(layer_types)} layers, "
+            f"got {len(cache.layers)}"
+        )
+    rows = {len(layer.keys) for layer in cache.layers if layer.is_initialized and layer.keys.numel() > 0}
+    if rows - {batch}:
+        raise ValueError(f"`past_key_values` must hold the input's {batch} rows, got {max(rows)}")
     if cache.layer_class_to_replicate is DynamicLayer and not cache.layers:
         cache.layers = [DynamicLayer() for _ in layer_types]  # a cache made without a config
     for index, (layer, layer_type) in enumerate(zip(cache.layers, layer_types)):

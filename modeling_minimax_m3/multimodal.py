@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -21,8 +20,7 @@ from configuration_minimax_m3 import MiniMaxM3VLConfig
 
 from .moe import load_balancing_loss
 from .pretrained import MiniMaxM3VLPreTrainedModel
-from .sequence_layout import create_masks_for_generate
-from .text import MiniMaxM3VLTextModel
+from .text import MiniMaxM3GenerationMixin, MiniMaxM3VLTextModel, check_labels
 from .vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
 
 logger = logging.get_logger(__name__)
@@ -303,14 +301,13 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
                 )
 
 
-class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, GenerationMixin):
+class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixin):
     """MiniMax-M3: the backbone with a language-modelling head."""
 
     config: MiniMaxM3VLConfig
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    create_masks_for_generate = staticmethod(create_masks_for_generate)
 
     def __init__(self, config: MiniMaxM3VLConfig):
         super().__init__(config)
@@ -384,6 +381,7 @@ class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, Genera
 
         loss = None
         if labels is not None:
+            check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
 
         aux_loss = None

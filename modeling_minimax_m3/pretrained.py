@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
@@ -39,6 +39,12 @@ class MiniMaxM3VLPreTrainedModel(PreTrainedModel):
         return True
 
     def __init__(self, config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig, *args, **kwargs):
+        if isinstance(config, PreTrainedConfig) and not isinstance(config, self.config_class):
+            raise TypeError(
+                f"`config` must be a configuration_minimax_m3.{self.config_class.__name__}, got "
+                f"{type(config).__module__}.{type(config).__name__}. A config of stock Transformers converts by "
+                f"{self.config_class.__name__}.from_dict(config.to_dict())."
+            )
         # Fields set after construction, by `from_pretrained(..., index_topk_blocks=0)` for one, were not looked at yet.
         config.validate()
         super().__init__(config, *args, **kwargs)

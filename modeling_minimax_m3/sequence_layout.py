@@ -34,6 +34,7 @@ class SequenceLayout:
         key_order (`torch.Tensor`, *optional*): int64 (B, S), which slot of a row holds the i-th key: real ones first.
         allowed (`torch.Tensor`, *optional*): bool (B or 1, heads or 1, T, S), a mask of the caller's own that
             replaces everything above: every layer then materialises it.
+        past (`int` or `torch.Tensor`): Slots in use before this pass, where `allowed` is set.
         padding_mask (`torch.Tensor`, *optional*): (B, S), the caller's mask, for attention functions that take one.
         num_keys (`int`, *optional*): S where all slots of a cache are in use; None where the host does not know.
     """
@@ -48,6 +49,7 @@ class SequenceLayout:
     query_order: torch.Tensor | None = None
     key_order: torch.Tensor | None = None
     allowed: torch.Tensor | None = None
+    past: int | torch.Tensor = 0
     padding_mask: torch.Tensor | None = None
     num_keys: int | None = None
 
@@ -89,11 +91,18 @@ class SequenceLayout:
         """Position (B, T) of every token in its own sequence, in the caller's order; padding counts as position 0."""
         return self.restore_order(self.working_positions()).clamp(min=0)
 
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence, padding not counted. Waits for the device."""
+        if self.allowed is not None:
+            return int(self.past) + self.num_new
+        if self.padding_mask is not None:
+            return int((self.padding_mask != 0).sum(1).max())
+        return int((self.cache_seqlens if self.is_cached else self.cu_seqlens.diff()).max())
+
     def working_positions(self) -> torch.Tensor:
         """As `positions`, in working order, and negative for padding before a cached sequence."""
         if self.allowed is not None:
-            past = self.allowed.shape[-1] - self.num_new
-            return torch.arange(past, past + self.num_new, device=self.allowed.device).expand(self.batch, -1)
+            return (self.past + torch.arange(self.num_new, device=self.allowed.device)).expand(self.batch, -1)
         if self.is_cached:
             return self.cached_positions()
         return self._packed_coordinates()[1].view(self.batch, self.num_new)
@@ -174,18 +183,22 @@ def build_layout(
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     may_be_packed: bool = True,
+    num_heads: int | None = None,
 ) -> SequenceLayout:
     """Reads the layout from a model's inputs: `cu_seq_lens_*` if given, else the mask, else restarts in positions.
 
     Args:
-        attention_mask: (B, S) with 1 for real tokens; or a (B, heads, T, S) mask, boolean or additive; or the dict
-            that `create_masks_for_generate` returns; or None.
+        attention_mask: (B, S) with 1 for real tokens; or a (B, heads, T, S) mask, boolean (True or 1 attends) or
+            additive (0 attends, the lowest number or -inf does not); or the dict that `create_masks_for_generate`
+            returns; or None.
         position_ids: (B, T); one that does not grow starts a new sequence.
         past_key_values: The cache that this pass appends to, if any.
         batch, num_new: B and T.
         device: Where the inputs are.
-        cu_seq_lens_q, cu_seq_lens_k (sequences + 1): Offsets of packed sequences among the B * T tokens.
+        cu_seq_lens_q, cu_seq_lens_k (sequences + 1): Offsets of packed sequences among the B * T tokens. Tokens after
+            the last offset are padding.
         may_be_packed: Whether restarts of `position_ids` are looked for.
+        num_heads: H_q, which the heads of a 4-D mask are checked against.
 
     Raises:
         ValueError: The inputs' shapes or values contradict each other.
@@ -206,7 +219,7 @@ def build_layout(
         else:
             return SequenceLayout(batch, num_new, **attention_mask)
     if attention_mask is not None and attention_mask.dim() == 4:
-        return _layout_of_full_mask(attention_mask, batch, num_new)
+        return _layout_of_full_mask(attention_mask, past, past_key_values, batch, num_new, num_heads)
     if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[0] != batch):
         raise ValueError(
             f"`attention_mask` must have shape (batch, tokens) or (batch, heads, new tokens, tokens) with batch {batch}, "
@@ -238,6 +251,8 @@ def _packed_layout(
     cu_seqlens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
     others = cu_seqlens if cu_seq_lens_k is None else cu_seq_lens_k
     for name, offsets in (("cu_seq_lens_q", cu_seqlens), ("cu_seq_lens_k", others)):
+        if not isinstance(offsets, torch.Tensor):
+            raise TypeError(f"`{name}` must be a tensor of offsets, got {type(offsets).__name__}")
         if offsets.dim() != 1 or offsets.shape[0] < 2 or offsets.is_floating_point():
             raise ValueError(
                 f"`{name}` must be a 1-D integer tensor of at least two offsets, "
@@ -249,12 +264,16 @@ def _packed_layout(
                 "`cu_seq_lens_q` and `cu_seq_lens_k` must be equal without a cache, "
                 f"got {cu_seqlens.tolist()} and {others.tolist()}"
             )
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != batch * num_new or bool((cu_seqlens.diff() < 0).any()):
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] > batch * num_new or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(
-                f"`cu_seq_lens_q` must start at 0, never fall and end at the number of tokens {batch * num_new}, "
+                f"`cu_seq_lens_q` must start at 0, never fall and not go past the number of tokens {batch * num_new}, "
                 f"got {cu_seqlens.tolist()}"
             )
-    return SequenceLayout(batch, num_new, cu_seqlens=cu_seqlens.to(device=device, dtype=torch.int32), is_packed=True)
+    # What follows the last offset is one more sequence, of padding; where nothing does, an empty one.
+    cu_seqlens = torch.nn.functional.pad(
+        cu_seqlens.to(device=device, dtype=torch.int32), (0, 1), value=batch * num_new
+    )
+    return SequenceLayout(batch, num_new, cu_seqlens=cu_seqlens, is_packed=True)
 
 
 def _restarting_layout(restarts: torch.Tensor, batch: int, num_new: int) -> SequenceLayout:
@@ -296,15 +315,40 @@ def _padded_layout(attention_mask: torch.Tensor, batch: int, num_new: int) -> Se
     )
 
 
-def _layout_of_full_mask(attention_mask: torch.Tensor, batch: int, num_new: int) -> SequenceLayout:
-    if attention_mask.shape[0] not in (1, batch) or attention_mask.shape[2] != num_new:
+def _layout_of_full_mask(
+    attention_mask: torch.Tensor,
+    past: int | torch.Tensor,
+    past_key_values: Cache | None,
+    batch: int,
+    num_new: int,
+    num_heads: int | None,
+) -> SequenceLayout:
+    rows, heads, queries, keys = attention_mask.shape
+    # A static cache hands out all of its slots, a dynamic one those in use.
+    capacity = -1 if past_key_values is None else past_key_values.get_max_length(0)
+    expected = f"{past + num_new}" if capacity < 0 else f"at most the {capacity} of the static cache"
+    fits = keys == past + num_new if capacity < 0 else keys <= capacity
+    if rows not in (1, batch) or heads not in (1, num_heads or heads) or queries != num_new or not fits:
         raise ValueError(
-            f"a 4-D `attention_mask` must have shape (batch {batch} or 1, heads or 1, new tokens {num_new}, tokens), "
-            f"got {tuple(attention_mask.shape)}"
+            f"a 4-D `attention_mask` must have shape (batch {batch} or 1, heads {num_heads} or 1, new tokens {num_new}, "
+            f"tokens {expected}), got {tuple(attention_mask.shape)}"
         )
-    # Boolean masks mark what is attended with True, additive ones with 0.
-    allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-    return SequenceLayout(batch, num_new, allowed=allowed)
+    if attention_mask.is_floating_point():
+        allowed = attention_mask == 0
+        hidden = attention_mask <= torch.finfo(torch.float16).min / 2
+        if not is_torchdynamo_compiling() and not bool((allowed | hidden).all()):
+            value = attention_mask[~(allowed | hidden)][0].item()
+            raise ValueError(
+                "a 4-D `attention_mask` of floating-point numbers is added to the scores: 0 attends, -inf or the "
+                f"dtype's lowest number does not, and nothing between is supported, got {value}. "
+                "A mask of ones and zeros must be boolean or integer."
+            )
+    else:
+        allowed = attention_mask != 0
+    if capacity > keys:
+        allowed = torch.nn.functional.pad(allowed, (0, capacity - keys), value=False)
+    # A static cache counts its tokens in place while the layers run: this pass keeps the number it started with.
+    return SequenceLayout(batch, num_new, allowed=allowed, past=past + 0)
 
 
 def _cached_layout(

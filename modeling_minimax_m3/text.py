@@ -1,5 +1,7 @@
 """The text model: decoder layers over dense or sparse attention, and the causal language model."""
 
+import math
+
 import torch
 from torch import nn
 from transformers import GenerationMixin
@@ -7,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import is_torchdynamo_compiling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -120,10 +123,8 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         batch, num_new = inputs_embeds.shape[:2]
         if batch == 0 or num_new == 0:
             raise ValueError(f"the input must hold at least one token, got batch {batch} and {num_new} tokens")
-        self._check_context_length(past_key_values, num_new)
-
         if past_key_values is not None:
-            adopt_cache(past_key_values, self.config.layer_types)
+            adopt_cache(past_key_values, self.config.layer_types, batch)
         layout = build_layout(
             attention_mask,
             position_ids,
@@ -134,15 +135,23 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             cu_seq_lens_q=cu_seq_lens_q,
             cu_seq_lens_k=cu_seq_lens_k,
             may_be_packed=past_key_values is None,
+            num_heads=self.config.num_attention_heads,
         )
+        self._check_context_length(past_key_values, layout)
         if use_cache and past_key_values is None and not layout.is_packed:
             past_key_values = DynamicCache(config=self.config)
-            adopt_cache(past_key_values, self.config.layer_types)
+            adopt_cache(past_key_values, self.config.layer_types, batch)
         if position_ids is None:
             position_ids = layout.positions()
-        elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != num_new:
+        elif (
+            position_ids.dim() != 2
+            or position_ids.shape[0] not in (1, batch)
+            or position_ids.shape[1] != num_new
+            or position_ids.is_floating_point()
+        ):
             raise ValueError(
-                f"`position_ids` must have shape (batch {batch} or 1, tokens {num_new}), got {tuple(position_ids.shape)}"
+                f"`position_ids` must be integers of shape (batch {batch} or 1, tokens {num_new}), "
+                f"got {position_ids.dtype} of shape {tuple(position_ids.shape)}"
             )
 
         hidden_states = inputs_embeds
@@ -159,18 +168,57 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _check_context_length(self, past_key_values: Cache | None, num_new: int) -> None:
+    def _check_context_length(self, past_key_values: Cache | None, layout: SequenceLayout) -> None:
+        limit = context_length(self.config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if isinstance(past, torch.Tensor):  # a static cache has its own bound, and asking it would wait for the device
             past = 0
-        if past + num_new > self.config.max_position_embeddings:
+        # Rows that long may still consist of shorter sequences and padding.
+        if past + layout.num_new <= limit or (is_torchdynamo_compiling() and not layout.is_uniform):
+            return
+        longest = past + layout.num_new if layout.is_uniform else layout.longest_sequence()
+        if longest > limit:
             raise ValueError(
-                f"the input reaches {past + num_new} tokens ({past} cached, {num_new} new), but "
-                f"`config.max_position_embeddings` is {self.config.max_position_embeddings}"
+                f"the input reaches {longest} tokens ({past} cached, {layout.num_new} new), but "
+                f"`config.max_position_embeddings` is {limit}"
             )
 
 
-class MiniMaxM3VLForCausalLM(MiniMaxM3VLPreTrainedModel, GenerationMixin):
+class MiniMaxM3GenerationMixin(GenerationMixin):
+    """Generation of the causal and the conditional language model."""
+
+    create_masks_for_generate = staticmethod(create_masks_for_generate)
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        # Before any work: a forward would notice only when the tokens before it have been generated.
+        limit = context_length(self.config.get_text_config())
+        if generation_config.max_length > limit:
+            is_default = has_default_max_length and generation_config.max_new_tokens is None
+            if not is_default or input_ids_length >= limit:
+                raise ValueError(
+                    f"the prompt of {input_ids_length} tokens and what is to be generated reach "
+                    f"{generation_config.max_length} tokens, but `config.max_position_embeddings` is {limit}: lower "
+                    "`max_new_tokens` or `max_length`, or shorten the prompt"
+                )
+            generation_config.max_length = limit
+
+
+def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raises unless there is one label for each token that has logits."""
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"`labels` must have one id per token with logits, shape {tuple(logits.shape[:2])}, got "
+            f"{tuple(labels.shape)}. `logits_to_keep` keeps logits of fewer tokens: leave it out where there are labels."
+        )
+
+
+def context_length(config: MiniMaxM3VLTextConfig) -> float:
+    """The longest sequence in tokens; without bound for the rotary type that stretches as far as needed."""
+    return math.inf if config.rope_parameters["rope_type"] == "dynamic" else config.max_position_embeddings
+
+
+class MiniMaxM3VLForCausalLM(MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixin):
     """The language model with a head, for text-only checkpoints."""
 
     config: MiniMaxM3VLTextConfig
@@ -179,7 +227,6 @@ class MiniMaxM3VLForCausalLM(MiniMaxM3VLPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    create_masks_for_generate = staticmethod(create_masks_for_generate)
 
     def __init__(self, config: MiniMaxM3VLTextConfig):
         super().__init__(config)
@@ -231,6 +278,7 @@ class MiniMaxM3VLForCausalLM(MiniMaxM3VLPreTrainedModel, GenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            check_labels(labels, logits)
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if output_router_logits:

@@ -384,8 +384,13 @@ TEXT_ERRORS = {
     "index-width": ({"index_head_dim": 8}, "`index_head_dim` must be at least the rotary width 16.*got 8"),
     "experts": ({"num_experts_per_tok": 5}, "`num_experts_per_tok` must not exceed `num_local_experts`.*5.*4"),
     "backend": ({"msa_backend": "triton"}, "`msa_backend` must be 'auto' or 'reference' or .*got 'triton'"),
-    "swiglu-limit": ({"swiglu_limit": 0.0}, "`swiglu_limit` must be > 0, got 0.0"),
-    "pad-token": ({"pad_token_id": 512}, "`pad_token_id` must be below `vocab_size`.*512.*512"),
+    "swiglu-limit": ({"swiglu_limit": 0.0}, "`swiglu_limit` must be > 0 and finite, got 0.0"),
+    "pad-token": ({"pad_token_id": 512}, "`pad_token_id` must be .* below `vocab_size`.*512.*512"),
+    "norm-epsilon": ({"rms_norm_eps": -1.0}, "`rms_norm_eps` must be > 0 and finite, got -1.0"),
+    "scaling-factor": ({"routed_scaling_factor": float("nan")}, "`routed_scaling_factor` must be > 0 and finite"),
+    "dropout": ({"attention_dropout": 2.0}, "`attention_dropout` must be at least 0 and below 1, got 2.0"),
+    "initializer": ({"initializer_range": -1.0}, "`initializer_range` must be at least 0"),
+    "negative-pad-token": ({"pad_token_id": -1}, "`pad_token_id` must be at least 0"),
     "layer-count": ({"layer_types": ["full_attention"]}, "`layer_types` must have one entry per layer, got 1"),
     "layer-name": (
         {"layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"]},
@@ -480,3 +485,24 @@ def test_layers_that_differ_are_checked_one_by_one():
 
     with pytest.raises(StrictDataclassError, match="`index_n_heads` must equal `num_key_value_heads`"):
         ours.tiny_config(text={"per_layer_config": {3: {"num_key_value_heads": 4}}})
+
+
+def test_one_legacy_flag_stands_for_all_layers():
+    config = ours.MiniMaxM3VLTextConfig(
+        num_hidden_layers=3, moe_layer_freq=0, sparse_attention_config={"sparse_attention_freq": 1}
+    )
+    assert config.layer_types == ["minimax_m3_sparse"] * 3 and config.mlp_layer_types == ["dense"] * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sparse_attention_config": {"use_sparse_attention": True}}, "must say which layers are sparse"),
+        ({"sparse_attention_config": [1]}, "`sparse_attention_config` must be a dict, got list"),
+        ({"moe_layer_freq": 2}, "`moe_layer_freq`"),
+    ],
+    ids=["no-frequency", "list", "frequency"],
+)
+def test_legacy_keys_that_say_nothing_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ours.MiniMaxM3VLTextConfig(**fields)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from configuration_minimax_m3 import tiny_config
@@ -64,6 +64,7 @@ def test_tokens_are_stored_next_to_each_other(kind):
     assert keys.transpose(1, 2)[0].is_contiguous(), "one row must be (S, H, D) in memory"
 
 
+@torch.no_grad()
 def test_growth_is_amortised():
     """Appending one token at a time moves the cache a logarithmic number of times, not once per token."""
     layer, moves, address = MiniMaxM3VLSparseDynamicLayer(), 0, None
@@ -136,6 +137,48 @@ def test_repeat_and_select_rows():
     torch.testing.assert_close(layer.update_index(numbered(5, 0, 1, D_IDX)), numbered(0, 5, 1, D_IDX)[[1, 0]])
 
 
+def test_static_crop_then_append():
+    layer = make_layer("static")
+    append(layer, 0, 9)
+    layer.crop(-3)
+    assert int(layer.get_seq_length()) == 6
+    assert_holds(layer, [0, 1], 6)
+    with pytest.raises(ValueError, match="`tokens_to_remove` must be 0 or negative"):
+        layer.crop(2)
+
+
+def test_static_repeat_and_select_rows():
+    layer = make_layer("static")
+    append(layer, 0, 5)
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([3, 0]))
+    torch.testing.assert_close(layer.keys[:, :, :5], numbered(0, 5, H, D)[[1, 0]])
+    torch.testing.assert_close(layer.values[:, :, :5], -numbered(0, 5, H, D)[[1, 0]])
+    torch.testing.assert_close(layer.index_keys[:, :, :5], numbered(0, 5, 1, D_IDX)[[1, 0]])
+    assert layer.keys.transpose(1, 2)[0].is_contiguous()
+
+
+def test_static_overflow_is_named():
+    layer = make_layer("static")
+    append(layer, 0, 39)
+    with pytest.raises(ValueError, match="has 40 slots, got tokens for 41"):
+        append(layer, 39, 2)
+
+
+def test_caches_that_do_not_fit_are_named():
+    config = tiny_config().text_config
+    filled = DynamicCache(config=config)
+    filled.update(numbered(0, 2, H, D), numbered(0, 2, H, D), 0)
+    for cache, error, message in (
+        ((), TypeError, "must be a `Cache` of a decoder.* got tuple"),
+        (EncoderDecoderCache(DynamicCache(), DynamicCache()), TypeError, "got EncoderDecoderCache"),
+        (DynamicCache(config=tiny_config(text={"num_hidden_layers": 3}).text_config), ValueError, "4 layers, got 3"),
+        (filled, ValueError, "input's 5 rows, got 2"),
+    ):
+        with pytest.raises(error, match=message):
+            adopt_cache(cache, config.layer_types, 5)
+
+
 def test_offload_and_prefetch_move_keys_and_values():
     """Without an accelerator "meta" stands for the device that the layer was filled on."""
     layer = make_layer("dynamic")
@@ -168,7 +211,7 @@ def make_cache(kind: str, config):
 def test_empty_caches_are_adopted(kind):
     config = tiny_config().text_config
     cache = make_cache(kind, config)
-    adopt_cache(cache, config.layer_types)
+    adopt_cache(cache, config.layer_types, B)
     dense, sparse = (
         (MiniMaxM3VLStaticLayer, MiniMaxM3VLSparseStaticLayer)
         if kind == "static"
@@ -183,7 +226,7 @@ def test_filled_layers_are_left_alone():
     cache = DynamicCache(config=config)
     cache.layers[0] = filled = DynamicLayer()
     filled.update(numbered(0, 2, H, D), numbered(0, 2, H, D))
-    adopt_cache(cache, config.layer_types)
+    adopt_cache(cache, config.layer_types, B)
     assert cache.layers[0] is filled
 
 
@@ -194,7 +237,7 @@ def test_filled_layers_without_index_keys_are_refused(layer):
     layer.update(numbered(0, 2, H, D), numbered(0, 2, H, D))
     cache.layers[-1] = layer
     with pytest.raises(ValueError, match=rf"a {type(layer).__name__} for layer 3, which keeps no index keys"):
-        adopt_cache(cache, config.layer_types)
+        adopt_cache(cache, config.layer_types, B)
 
 
 IMPORTS = {

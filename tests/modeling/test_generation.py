@@ -96,3 +96,22 @@ def test_next_turn_after_right_padding(model, make_tokens, cache):
     together = model.generate(ids, attention_mask=mask, **options, **CACHES[cache])
     for row in range(2):
         assert torch.equal(together[row, -NEW:], expected[row])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_context_length_is_checked_before_any_token(make_pair, make_tokens, cache):
+    model = make_pair(MiniMaxM3VLForCausalLM, tiny_config(text={"max_position_embeddings": 40}).text_config)[1]
+    tokens = make_tokens(model.config, 1, 30)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **CACHES[cache]}
+    with pytest.raises(ValueError, match="prompt of 30 tokens .* reach 50 tokens, but .* is 40"):
+        model.generate(tokens, max_new_tokens=20, **options)
+    assert model.generate(tokens, max_new_tokens=10, **options).shape == (1, 40)
+    assert model.generate(tokens, **options).shape == (1, 40), "the default length stops at the context's end"
+
+
+def test_rotary_that_stretches_has_no_context_length(make_pair, make_tokens):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    config = tiny_config(text={"max_position_embeddings": 40, "rope_parameters": rope}).text_config
+    model = make_pair(MiniMaxM3VLForCausalLM, config)[1]
+    tokens = make_tokens(config, 1, 60)
+    assert model.generate(tokens, max_new_tokens=3, eos_token_id=None, pad_token_id=0).shape == (1, 63)

@@ -193,7 +193,7 @@ BAD_INPUTS = {
     "mask of another batch": ({"attention_mask": torch.ones(2, 4)}, r"with batch 1, got \(2, 4\)"),
     "3-D mask": ({"attention_mask": torch.ones(1, 4, 4)}, "must have shape"),
     "4-D mask of other width": ({"attention_mask": torch.ones(1, 1, 3, 4).bool()}, "new tokens 4"),
-    "offsets past the end": ({"cu_seq_lens_q": torch.tensor([0, 5])}, "end at the number of tokens 4"),
+    "offsets past the end": ({"cu_seq_lens_q": torch.tensor([0, 5])}, "not go past the number of tokens 4"),
     "offsets that fall": ({"cu_seq_lens_q": torch.tensor([0, 3, 2, 4])}, "never fall"),
     "float offsets": ({"cu_seq_lens_q": torch.tensor([0.0, 4.0])}, "`cu_seq_lens_q` must be a 1-D integer tensor"),
     "unequal offsets": (
@@ -201,7 +201,22 @@ BAD_INPUTS = {
         "must be equal without a cache",
     ),
     "too long": ({"input_ids": torch.ones(1, 90, dtype=torch.long)}, "max_position_embeddings` is 80"),
-    "wide position_ids": ({"position_ids": torch.arange(5)[None]}, r"`position_ids` must have shape"),
+    "4-D mask of other keys": ({"attention_mask": torch.ones(1, 1, 4, 3).bool()}, r"tokens 4\), got \(1, 1, 4, 3\)"),
+    "4-D mask of other heads": ({"attention_mask": torch.ones(1, 3, 4, 4).bool()}, "heads 4 or 1"),
+    "4-D mask of ones in float": (
+        {"attention_mask": torch.ones(1, 1, 4, 4).tril()},
+        "nothing between is supported, got 1.0",
+    ),
+    "4-D mask with a bias": (
+        {"attention_mask": torch.full((1, 1, 4, 4), -0.5)},
+        "nothing between is supported, got -0.5",
+    ),
+    "float position_ids": ({"position_ids": torch.arange(4.0)[None]}, "`position_ids` must be integers"),
+    "labels of other length": (
+        {"labels": torch.ones(1, 4, dtype=torch.long), "logits_to_keep": 2},
+        r"shape \(1, 2\), got \(1, 4\)",
+    ),
+    "wide position_ids": ({"position_ids": torch.arange(5)[None]}, "`position_ids` must be integers of shape"),
 }
 
 
@@ -211,6 +226,72 @@ def test_bad_input_is_named(name):
     model = MiniMaxM3VLForCausalLM(tiny_config(text={"max_position_embeddings": 80}).text_config)
     with pytest.raises(ValueError, match=message):
         model(**({"input_ids": torch.ones(1, 4, dtype=torch.long)} | kwargs))
+
+
+def test_offsets_must_be_a_tensor():
+    model = MiniMaxM3VLForCausalLM(tiny_config().text_config)
+    with pytest.raises(TypeError, match="`cu_seq_lens_q` must be a tensor of offsets, got list"):
+        model(torch.ones(1, 4, dtype=torch.long), cu_seq_lens_q=[0, 4])
+
+
+def test_tokens_after_the_last_offset_are_padding(model, rows, relative_error):
+    ids = torch.cat([*rows[0], torch.ones(9, dtype=torch.long)])[None]
+    offsets = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    with torch.no_grad():
+        logits = model(ids, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets).logits[0]
+    assert torch.isfinite(logits).all()
+    assert relative_error(logits[:-9], torch.cat(rows[1])) < 1e-5
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "static, wide mask"])
+def test_own_mask_with_a_cache(model, rows, relative_error, cache):
+    """A causal 4-D mask says nothing new, also where a static cache has more slots than tokens."""
+    tokens = rows[0][0][None]
+    past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=150)
+    width = 150 if "wide" in cache else WIDTH
+    allowed = torch.arange(width) <= torch.arange(WIDTH)[:, None]
+    with torch.no_grad():
+        for start, stop in ((0, 70), (70, WIDTH)):
+            mask = allowed[None, None, start:stop, : width if "wide" in cache else stop]
+            logits = model(tokens[:, start:stop], attention_mask=mask, past_key_values=past).logits[0]
+            assert relative_error(logits, rows[1][0][start:stop]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_own_mask_of_integers(model, rows, relative_error, dtype):
+    allowed = torch.ones(WIDTH, WIDTH, dtype=dtype).tril()[None, None]
+    with torch.no_grad():
+        assert relative_error(model(rows[0][0][None], attention_mask=allowed).logits[0], rows[1][0]) < 1e-5
+
+
+def test_context_length_counts_sequences_not_rows(make_pair, make_tokens):
+    """Padding and other documents of a pack take no part in it."""
+    config = tiny_config(text={"max_position_embeddings": 40}).text_config
+    model = make_pair(MiniMaxM3VLForCausalLM, config)[1]
+    tokens, mask = make_tokens(config, 1, 60), (torch.arange(60) >= 25).long()[None]
+    with torch.no_grad():
+        model(tokens, attention_mask=mask)
+        model(tokens, cu_seq_lens_q=torch.tensor([0, 30, 60]))
+        with pytest.raises(ValueError, match="reaches 41 tokens"):
+            model(tokens, attention_mask=(torch.arange(60) >= 19).long()[None])
+        with pytest.raises(ValueError, match="reaches 50 tokens"):
+            model(tokens, cu_seq_lens_q=torch.tensor([0, 10, 60]))
+
+
+def test_gradient_of_queries_alone_through_a_cache(make_pair, make_tokens):
+    """Keys without a gradient may still be saved for that of the queries, so a cache must not overwrite them."""
+    model = make_pair(MiniMaxM3VLForCausalLM, tiny_config().text_config)[1]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".q_proj." in name and ".indexer." not in name)
+    tokens, cache, loss = make_tokens(model.config, 1, 60), DynamicCache(config=model.config), 0.0
+    for start in range(0, 60, 15):
+        logits = model(tokens[:, start : start + 15], past_key_values=cache).logits
+        loss = loss + logits.logsumexp(-1).sum()
+    loss.backward()
+    chunked = model.model.layers[-1].self_attn.q_proj.weight.grad.clone()
+    model.zero_grad()
+    model(tokens).logits.logsumexp(-1).sum().backward()
+    torch.testing.assert_close(chunked, model.model.layers[-1].self_attn.q_proj.weight.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_bad_input_with_a_cache_is_named(model):

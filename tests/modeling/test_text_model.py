@@ -1,5 +1,7 @@
 """The text model against stock Transformers on unpadded input, and what its forward returns."""
 
+import logging
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -207,3 +209,16 @@ def test_tuples_instead_of_named_outputs(make_pair, make_tokens):
         by_config = model(tokens, labels=tokens)
     torch.testing.assert_close((loss, logits), (named.loss, named.logits))
     torch.testing.assert_close(by_config[1], named.logits)
+
+
+def test_stock_configs_are_refused(to_stock_config):
+    with pytest.raises(TypeError, match=r"must be a configuration_minimax_m3.MiniMaxM3VLTextConfig, got transformers"):
+        MiniMaxM3VLForCausalLM(to_stock_config(tiny_config().text_config))
+
+
+def test_dropout_of_sparse_layers_is_said_to_be_none(caplog):
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    MiniMaxM3VLTextModel(tiny_config(text={"attention_dropout": 0.25}).text_config)
+    transformers_logger.removeHandler(caplog.handler)
+    assert "`attention_dropout` is 0.25, but layers that attend to chosen blocks apply none" in caplog.text
