@@ -119,19 +119,29 @@ def _sdpa(
 def _cached_sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SequenceLayout, options: dict
 ) -> torch.Tensor:
-    num_new, num_keys = query.shape[1], key.shape[1]
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    position = layout.cached_positions()
-    rank = layout.cached_ranks(num_keys)
+    num_new, num_keys, num_kv_heads = query.shape[1], key.shape[1], key.shape[2]
+    group = query.shape[2] // num_kv_heads
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    options = options | {"enable_gqa": False}
+    # One new token that sees every key: no mask. Only the host can know that.
+    sees_all = (
+        num_new == 1 and layout.num_keys == num_keys and layout.cache_leftpad is None and layout.key_order is None
+    )
+    position, rank = layout.cached_positions(), layout.cached_ranks(num_keys)
     pieces = []
-    step = max(1, _TILE // max(1, len(query) * num_keys))
+    step = max(1, _TILE // max(1, len(query) * num_keys * group))
     for start in range(0, num_new, step):
-        # Rows of padding see their first slot, as a softmax over nothing is NaN.
-        limit = position[:, start : start + step, None].clamp(min=0)
-        visible = (rank[:, None] >= 0) & (rank[:, None] <= limit)
-        rows = query[:, :, start : start + step]
-        pieces.append(scaled_dot_product_attention(rows, key, value, attn_mask=visible.unsqueeze(1), **options))
-    return torch.cat(pieces, dim=2).transpose(1, 2)
+        # The query heads of a group become rows of one head, so that no kernel copies keys for each of them.
+        rows = query[:, start : start + step].unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4)
+        visible = None
+        if not sees_all:
+            # Rows of padding see their first slot, as a softmax over nothing is NaN.
+            limit = position[:, start : start + step, None].clamp(min=0)
+            visible = (rank[:, None] >= 0) & (rank[:, None] <= limit)
+            visible = visible.repeat(1, group, 1).unsqueeze(1)
+        out = scaled_dot_product_attention(rows.flatten(2, 3), key, value, attn_mask=visible, **options)
+        pieces.append(out.unflatten(2, rows.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2, 3))
+    return torch.cat(pieces, dim=1)
 
 
 # The loop over sequences above reads their lengths on the host, which a compiled graph cannot. This operator hides it.

@@ -176,9 +176,21 @@ def _tiles(
         offset += count
 
 
-def _tile_scores(query_rows: torch.Tensor, key_rows: torch.Tensor, tile: _Tile, softmax_scale: float) -> torch.Tensor:
-    """Scaled scores (n, G, keys) of a tile, -inf where the key is in the token's future."""
-    scores = ((query_rows * softmax_scale).flatten(0, 1) @ key_rows.T).unflatten(0, query_rows.shape[:2])
+def _grouped_rows(states: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """(total_q, H_q, D) as (H_kv, total_q, G * D) in the dtype of the sums: the rows of one key/value head lie next to
+    each other, so that gathering a token's rows is one copy."""
+    grouped = states.unflatten(1, (num_kv_heads, -1)).flatten(2).transpose(0, 1)
+    return grouped.to(compute_dtype(states)).contiguous()
+
+
+def _ungrouped(states: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """Undoes `_grouped_rows`, in the given dtype."""
+    return states.transpose(0, 1).unflatten(2, (group, -1)).flatten(1, 2).to(dtype).contiguous()
+
+
+def _tile_scores(query_rows: torch.Tensor, key_rows: torch.Tensor, tile: _Tile) -> torch.Tensor:
+    """Scores (n, G, keys) of a tile's query rows (n * G, D), -inf where the key is in the token's future."""
+    scores = (query_rows @ key_rows.T).unflatten(0, (len(tile.tokens), -1))
     if tile.future is not None:
         scores[: len(tile.future)].masked_fill_(tile.future, float("-inf"))
     return scores
@@ -195,36 +207,35 @@ def block_sparse_attention(
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.block_sparse_attention`."""
-    dtype = compute_dtype(query)
-    total_q, num_heads, _ = query.shape
-    num_kv_heads = key.shape[1]
+    dtype, device = compute_dtype(query), query.device
+    total_q, num_heads, head_dim = query.shape
+    num_kv_heads, value_dim = key.shape[1], value.shape[2]
     group = num_heads // num_kv_heads
+    grouped_query = _grouped_rows(query, num_kv_heads) * softmax_scale
     # The running softmax of each row: largest score, sum of exponentials relative to it, weighted sum of values.
-    largest = torch.full((total_q, num_heads, 1), float("-inf"), dtype=dtype, device=query.device)
+    largest = torch.full((num_kv_heads, total_q, group), float("-inf"), dtype=dtype, device=device)
     total = torch.zeros_like(largest)
-    accumulated = torch.zeros((total_q, num_heads, value.shape[-1]), dtype=dtype, device=query.device)
+    accumulated = torch.zeros((num_kv_heads, total_q, group * value_dim), dtype=dtype, device=device)
     for tile in _tiles(block_indices, cu_seqlens_q, cu_seqlens_k, block_size, group):
-        heads = slice(tile.head * group, (tile.head + 1) * group)
-        scores = _tile_scores(
-            query[:, heads][tile.tokens].to(dtype), key[tile.keys, tile.head].to(dtype), tile, softmax_scale
-        )
-        before = largest[:, heads][tile.tokens]
+        head, tokens = tile.head, tile.tokens
+        query_rows = grouped_query[head].index_select(0, tokens).view(-1, head_dim)
+        scores = _tile_scores(query_rows, key[tile.keys, head].to(dtype), tile)
+        before = largest[head].index_select(0, tokens)
         # Each row sees at least one key of each of its blocks, so this is finite.
-        after = torch.maximum(before, scores.amax(-1, keepdim=True))
-        weights = scores.sub_(after).exp_()
+        after = torch.maximum(before, scores.amax(-1))
+        weights = scores.sub_(after.unsqueeze(-1)).exp_()
         decay = (before - after).exp_()
-        weighted = (weights.flatten(0, 1) @ value[tile.keys, tile.head].to(dtype)).unflatten(0, weights.shape[:2])
-        largest[:, heads].index_copy_(0, tile.tokens, after)
-        total[:, heads].index_copy_(
-            0, tile.tokens, total[:, heads][tile.tokens].mul_(decay).add_(weights.sum(-1, keepdim=True))
-        )
-        accumulated[:, heads].index_copy_(
-            0, tile.tokens, accumulated[:, heads][tile.tokens].mul_(decay).add_(weighted)
-        )
-    lse = (largest + total.log()).squeeze(-1)
+        new_total = total[head].index_select(0, tokens).mul_(decay).add_(weights.sum(-1))
+        rows = accumulated[head].index_select(0, tokens)
+        rows.view(-1, group, value_dim).mul_(decay.unsqueeze(-1))
+        rows.view(-1, value_dim).addmm_(weights.flatten(0, 1), value[tile.keys, head].to(dtype))
+        largest[head].index_copy_(0, tokens, after)
+        total[head].index_copy_(0, tokens, new_total)
+        accumulated[head].index_copy_(0, tokens, rows)
+    lse = _ungrouped(largest + total.log(), group, dtype).view(total_q, num_heads)
     # Rows that attend to nothing have a sum of 0 and stay 0.
-    out = accumulated.div_(total.masked_fill_(total == 0, 1.0))
-    return out.to(query.dtype), lse
+    accumulated.view(num_kv_heads, total_q, group, value_dim).div_(total.masked_fill_(total == 0, 1.0).unsqueeze(-1))
+    return _ungrouped(accumulated, group, query.dtype), lse
 
 
 def block_sparse_attention_backward(
@@ -242,26 +253,34 @@ def block_sparse_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value from the saved lse, deterministic."""
     dtype = compute_dtype(query)
-    group = query.shape[1] // key.shape[1]
-    grad_query = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    head_dim, num_kv_heads, value_dim = query.shape[2], key.shape[1], value.shape[2]
+    group = query.shape[1] // num_kv_heads
+    grouped_query = _grouped_rows(query, num_kv_heads) * softmax_scale
+    grouped_grad = _grouped_rows(grad_out, num_kv_heads)
+    # What each row's softmax subtracts from the gradient of its probabilities.
+    delta = _grouped_rows((grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True), num_kv_heads)
+    lse = _grouped_rows(lse.unsqueeze(-1), num_kv_heads)
+    grad_query = torch.zeros_like(grouped_query)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
-    # What each row's softmax subtracts from the gradient of its probabilities.
-    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
-    lse = lse.unsqueeze(-1)
     for tile in _tiles(block_indices, cu_seqlens_q, cu_seqlens_k, block_size, group):
-        heads = slice(tile.head * group, (tile.head + 1) * group)
-        query_rows = query[:, heads][tile.tokens].to(dtype)
-        grad_rows = grad_out[:, heads][tile.tokens].to(dtype).flatten(0, 1)
-        key_rows, value_rows = key[tile.keys, tile.head].to(dtype), value[tile.keys, tile.head].to(dtype)
-        scores = _tile_scores(query_rows, key_rows, tile, softmax_scale)
-        probs = scores.sub_(lse[:, heads][tile.tokens]).exp_().flatten(0, 1)
-        grad_value[tile.keys, tile.head] += probs.T @ grad_rows
-        grad_scores = (grad_rows @ value_rows.T).sub_(delta[:, heads][tile.tokens].flatten(0, 1)).mul_(probs)
-        grad_scores *= softmax_scale
-        grad_key[tile.keys, tile.head] += grad_scores.T @ query_rows.flatten(0, 1)
-        grad_query[:, heads].index_add_(0, tile.tokens, (grad_scores @ key_rows).unflatten(0, query_rows.shape[:2]))
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+        head, tokens = tile.head, tile.tokens
+        query_rows = grouped_query[head].index_select(0, tokens).view(-1, head_dim)
+        grad_rows = grouped_grad[head].index_select(0, tokens).view(-1, value_dim)
+        key_rows, value_rows = key[tile.keys, head].to(dtype), value[tile.keys, head].to(dtype)
+        scores = _tile_scores(query_rows, key_rows, tile)
+        probs = scores.sub_(lse[head].index_select(0, tokens).unsqueeze(-1)).exp_().flatten(0, 1)
+        grad_value[tile.keys, head] += probs.T @ grad_rows
+        grad_scores = grad_rows @ value_rows.T
+        grad_scores.sub_(delta[head].index_select(0, tokens).view(-1, 1)).mul_(probs)
+        # The queries carry the scale already.
+        grad_key[tile.keys, head] += grad_scores.T @ query_rows
+        # A token occurs once in a tile, so no two of its rows are added at the same place.
+        rows = grad_query[head].index_select(0, tokens)
+        rows.view(-1, head_dim).addmm_(grad_scores, key_rows)
+        grad_query[head].index_copy_(0, tokens, rows)
+    grad_query = _ungrouped(grad_query.mul_(softmax_scale), group, query.dtype)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 def _gathered_position(
