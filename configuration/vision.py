@@ -4,6 +4,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from .checks import require_at_least, require_divisible, require_one_of
@@ -38,7 +39,7 @@ class MiniMaxM3VLVisionConfig(PreTrainedConfig):
         spatial_merge_size (`int`, *optional*, defaults to 2):
             Side of the square of patches that becomes one token of the language model.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the MLPs and of the projector.
+            Activation of the MLPs, by the name that Transformers has for it.
         layer_norm_eps (`float`, *optional*, defaults to 1e-05):
             Epsilon of the layer norms.
         attention_dropout (`float`, *optional*, defaults to 0.0):
@@ -98,6 +99,7 @@ class MiniMaxM3VLVisionConfig(PreTrainedConfig):
                 "spatial_merge_size",
             ),
         )
+        require_one_of("hidden_act", self.hidden_act, ACT2FN)
         require_divisible(self, "hidden_size", "num_attention_heads")
         head_dim = self.hidden_size // self.num_attention_heads
         if head_dim < MINIMUM_HEAD_DIM:

@@ -19,8 +19,9 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from configuration_minimax_m3 import MiniMaxM3VLConfig
 
 from .moe import load_balancing_loss
+from .multimodal_generation import PIXEL_NAMES, TOKEN_TYPES, MultimodalGenerationMixin
 from .pretrained import MiniMaxM3VLPreTrainedModel
-from .text import MiniMaxM3GenerationMixin, MiniMaxM3VLTextModel, check_labels
+from .text import MiniMaxM3VLTextModel, check_labels
 from .vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
 
 logger = logging.get_logger(__name__)
@@ -72,13 +73,13 @@ class MiniMaxM3VLCausalLMOutputWithPast(ModelOutput):
 
 
 def _check_one_feature_per_placeholder(
-    modality: str, num_placeholders: torch.Tensor, num_features: int, token_id: int
+    modality: str, num_placeholders: torch.Tensor, num_features: int, token_id: int, hint: str
 ) -> None:
     torch_compilable_check(
         num_placeholders == num_features,
         lambda: (
             f"input_ids (or inputs_embeds) must hold one {modality} token (id {token_id}) for each {modality} feature, "
-            f"got {int(num_placeholders)} {modality} tokens and {num_features} {modality} features."
+            f"got {int(num_placeholders)} {modality} tokens and {num_features} {modality} features.{hint}"
         ),
     )
 
@@ -134,10 +135,27 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         outputs.pooler_output = features.split(tokens_per_entry.tolist())
         return outputs
 
-    def _locate_placeholders(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, token_id: int
+    def locate_placeholders(
+        self,
+        modality: str,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`(B, T)` mask of the positions that hold `token_id`."""
+        """Find the placeholders of `modality` ("image" or "video").
+
+        Args:
+            modality (`str`): One of the two.
+            input_ids (`torch.Tensor` or `None`): `(B, T)`.
+            inputs_embeds (`torch.Tensor`, *optional*): `(B, T, H)`; needed where the other two are None.
+            mm_token_type_ids (`torch.Tensor`, *optional*): `(B, T)`; decides alone where it is given.
+
+        Returns:
+            `(B, T)`, boolean.
+        """
+        if mm_token_type_ids is not None:
+            return mm_token_type_ids == TOKEN_TYPES[modality]
+        token_id = getattr(self.config, f"{modality}_token_id")
         if input_ids is not None:
             return input_ids == token_id
         # Without ids, a placeholder is a position that holds the placeholder's own embedding.
@@ -150,6 +168,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         inputs_embeds: torch.Tensor,
         image_features: torch.Tensor | None = None,
         video_features: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the image and the video placeholders, and check that they are as many as the features given.
 
@@ -158,6 +177,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             inputs_embeds (`torch.Tensor`): `(B, T, H)`.
             image_features (`torch.Tensor`, *optional*): `(tokens of all images, H)`.
             video_features (`torch.Tensor`, *optional*): `(tokens of all videos, H)`.
+            mm_token_type_ids (`torch.Tensor`, *optional*): `(B, T)`, 1 at image and 2 at video placeholders.
 
         Returns:
             Two boolean masks, each `(B, T, H)`.
@@ -165,19 +185,23 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         Raises:
             ValueError: The number of placeholders and of feature rows differ.
         """
-        masks = []
+        masks, hint = [], ""
+        if input_ids is None and mm_token_type_ids is None:
+            hint = (
+                " In inputs_embeds they are found by the embedding of that token, which another token may share: "
+                "mm_token_type_ids (1 at image, 2 at video tokens) says which are meant."
+            )
         for modality, features in (("image", image_features), ("video", video_features)):
-            token_id = getattr(self.config, f"{modality}_token_id")
-            mask = self._locate_placeholders(input_ids, inputs_embeds, token_id)
+            mask = self.locate_placeholders(modality, input_ids, inputs_embeds, mm_token_type_ids)
             if features is not None:
-                _check_one_feature_per_placeholder(modality, mask.sum(), features.shape[0], token_id)
+                token_id = getattr(self.config, f"{modality}_token_id")
+                _check_one_feature_per_placeholder(modality, mask.sum(), features.shape[0], token_id, hint)
             masks.append(mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device))
         return masks[0], masks[1]
 
     def _encode_modality(
         self,
         modality: str,
-        pixel_name: str,
         pixel_values: torch.Tensor | None,
         grid_thw: torch.Tensor | None,
         encoded: dict[str, BaseModelOutputWithPooling],
@@ -186,7 +210,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         """Features of one modality, from its pixels or already encoded; None where there are neither."""
         # Everything else in kwargs is the language model's (packing, output flags) and means nothing to the tower.
         precomputed = {name: kwargs.pop(name) for name in tuple(kwargs) if name.startswith(f"{modality}_")}
-        output = encoded.get(modality)
+        output, pixel_name = encoded.get(modality), PIXEL_NAMES[modality]
         if pixel_values is None:
             return None if output is None else output.pooler_output
         if output is not None:
@@ -211,6 +235,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MiniMaxM3VLModelOutputWithPast:
         """Run the backbone.
@@ -230,6 +255,9 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             inputs_embeds (`torch.Tensor`, *optional*): `(B, T, H)`.
             mm_encoder_outputs (`dict`, *optional*): Outputs of `get_image_features` and `get_video_features` under
                 `"image"` and `"video"`, in place of the pixels.
+            mm_token_type_ids (`torch.Tensor`, *optional*): `(B, T)`, as the processor returns it on request: 1 at
+                image placeholders, 2 at video placeholders, 0 at text, whatever the ids there. Default: the ids (or
+                their embeddings) say which tokens are placeholders.
             **kwargs: Passed to the language model, except names that begin with `image_` or `video_`: these are
                 precomputed values for the vision tower (`image_cu_seqlens`, `video_position_ids`, ...).
 
@@ -239,16 +267,21 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             came = "neither" if input_ids is None else "both"
             raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {came}.")
-
+        self._check_shapes(input_ids, inputs_embeds, mm_token_type_ids)
         encoded = mm_encoder_outputs or {}
-        image_features = self._encode_modality("image", "pixel_values", pixel_values, image_grid_thw, encoded, kwargs)
-        video_features = self._encode_modality(
-            "video", "pixel_values_videos", pixel_values_videos, video_grid_thw, encoded, kwargs
-        )
+        if unknown := sorted(set(encoded) - set(TOKEN_TYPES)):
+            raise ValueError(f"mm_encoder_outputs must have no keys but 'image' and 'video', got {unknown}.")
+
+        image_features = self._encode_modality("image", pixel_values, image_grid_thw, encoded, kwargs)
+        video_features = self._encode_modality("video", pixel_values_videos, video_grid_thw, encoded, kwargs)
         if inputs_embeds is None:
-            self._warn_about_lone_placeholders(input_ids, image=image_features, video=video_features)
+            self._warn_about_lone_placeholders(
+                input_ids, mm_token_type_ids, image=image_features, video=video_features
+            )
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        inputs_embeds = self._fill_placeholders(input_ids, inputs_embeds, image_features, video_features)
+        inputs_embeds = self._fill_placeholders(
+            input_ids, inputs_embeds, image_features, video_features, mm_token_type_ids
+        )
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -268,12 +301,30 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             router_logits=outputs.router_logits,
         )
 
+    @staticmethod
+    def _check_shapes(
+        input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None
+    ) -> None:
+        if input_ids is not None and input_ids.ndim != 2:
+            raise ValueError(f"input_ids must have shape (batch, tokens), got {tuple(input_ids.shape)}.")
+        if inputs_embeds is not None and inputs_embeds.ndim != 3:
+            raise ValueError(
+                f"inputs_embeds must have shape (batch, tokens, hidden), got {tuple(inputs_embeds.shape)}."
+            )
+        expected = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
+        if mm_token_type_ids is not None and mm_token_type_ids.shape != expected:
+            raise ValueError(
+                f"mm_token_type_ids must have one entry for each token, that is shape {tuple(expected)}, got "
+                f"{tuple(mm_token_type_ids.shape)}."
+            )
+
     def _fill_placeholders(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
         image_features: tuple[torch.Tensor, ...] | None,
         video_features: tuple[torch.Tensor, ...] | None,
+        mm_token_type_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         if image_features is None and video_features is None:
             return inputs_embeds
@@ -281,27 +332,30 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             None if features is None else torch.cat(tuple(features)).to(inputs_embeds)
             for features in (image_features, video_features)
         ]
-        masks = self.get_placeholder_mask(input_ids, inputs_embeds, image_features=rows[0], video_features=rows[1])
+        masks = self.get_placeholder_mask(input_ids, inputs_embeds, *rows, mm_token_type_ids)
         for mask, features in zip(masks, rows):
             if features is not None:
                 inputs_embeds = inputs_embeds.masked_scatter(mask, features)
         return inputs_embeds
 
     def _warn_about_lone_placeholders(
-        self, input_ids: torch.Tensor, **features: tuple[torch.Tensor, ...] | None
+        self,
+        input_ids: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None,
+        **features: tuple[torch.Tensor, ...] | None,
     ) -> None:
         """Tell a user who forgot the pixels; a prompt is long enough for the look at its ids to cost nothing."""
         if self.training or is_torchdynamo_compiling() or input_ids.shape[1] == 1:
             return
         for modality, given in features.items():
-            if given is None and (input_ids == getattr(self.config, f"{modality}_token_id")).any():
+            if given is None and self.locate_placeholders(modality, input_ids, None, mm_token_type_ids).any():
                 logger.warning_once(
                     f"input_ids holds {modality} tokens, but no {modality} inputs came with it (neither pixels nor "
                     f"mm_encoder_outputs['{modality}']): the model reads the tokens' own embeddings."
                 )
 
 
-class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixin):
+class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, MultimodalGenerationMixin):
     """MiniMax-M3: the backbone with a language-modelling head."""
 
     config: MiniMaxM3VLConfig
@@ -355,8 +409,6 @@ class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, MiniMa
                 weighted, to the loss. Default: `config.text_config.output_router_logits`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*): How many last tokens get logits (0: all), or which
                 positions. Default: 0.
-            mm_token_type_ids (`torch.Tensor`, *optional*): Accepted because the processor returns it on request. The
-                model finds images and videos by their tokens.
         """
         text_config = self.config.text_config
         if output_router_logits is None:
@@ -374,6 +426,7 @@ class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, MiniMa
             inputs_embeds=inputs_embeds,
             output_router_logits=output_router_logits,
             mm_encoder_outputs=mm_encoder_outputs,
+            mm_token_type_ids=mm_token_type_ids,
             return_dict=True,
             **kwargs,
         )

@@ -165,6 +165,7 @@ class MiniMaxM3VLVisionAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         segments: Segments,
+        implementation: str,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """Attend inside each segment.
 
@@ -172,6 +173,7 @@ class MiniMaxM3VLVisionAttention(nn.Module):
             hidden_states (`torch.Tensor`): `(N, C)`.
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cos and sin, `(N, rotary channels)`.
             segments (`Segments`): Where each segment begins.
+            implementation (`str`): As `attn_implementation` in Transformers.
 
         Returns:
             `(N, C)`, and one `(1, Hq, L, L)` tensor of probabilities per segment where the implementation gives them.
@@ -181,16 +183,19 @@ class MiniMaxM3VLVisionAttention(nn.Module):
         key = rotate(self.k_proj(hidden_states).view(heads), *position_embeddings)
         value = self.v_proj(hidden_states).view(heads)
         attend = self._attend_varlen if segments.runs is None else self._attend_runs
-        output, probabilities = attend(query, key, value, segments)
+        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, probabilities = attend(attention_function, query, key, value, segments)
         return self.out_proj(output.reshape(hidden_states.shape)), probabilities
 
-    def _attention_function(self) -> Callable:
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-
     def _attend_varlen(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+        self,
+        attention_function: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: Segments,
     ) -> tuple[torch.Tensor, None]:
-        output, _ = self._attention_function()(
+        output, _ = attention_function(
             self,
             *(states.transpose(0, 1).unsqueeze(0) for states in (query, key, value)),
             attention_mask=None,
@@ -205,12 +210,17 @@ class MiniMaxM3VLVisionAttention(nn.Module):
         return output, None
 
     def _attend_runs(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+        self,
+        attention_function: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: Segments,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         sizes = [count * length for count, length in segments.runs]
         outputs, probabilities = [], []
         for (count, length), *run in zip(segments.runs, *(states.split(sizes) for states in (query, key, value))):
-            output, weights = self._attention_function()(
+            output, weights = attention_function(
                 self,
                 *(states.view(count, length, self.num_heads, self.head_dim).transpose(1, 2) for states in run),
                 attention_mask=None,
@@ -249,8 +259,10 @@ class MiniMaxM3VLVisionEncoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         segments: Segments,
+        implementation: str,
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(self.layer_norm1(hidden_states).squeeze(0), position_embeddings, segments)
+        normed = self.layer_norm1(hidden_states).squeeze(0)
+        attended, _ = self.self_attn(normed, position_embeddings, segments, implementation)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
@@ -289,14 +301,15 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
             grid_thw (`torch.Tensor`): `(segments, 3)` integers: patches along time, height and width.
             **kwargs: Values that depend on `grid_thw` alone and may be given to save computing them here, which
                 matters under `torch.compile`: `cu_seqlens` `(segments + 1,)`, `max_seqlen`, and `position_ids`
-                `(N, 3)`. Nothing else that arrives is used.
+                `(N, 3)`. `output_attentions=True` runs the eager implementation, the only one that has
+                probabilities. Nothing else that arrives is used.
 
         Returns:
             `last_hidden_state` `(1, N, C)` and `pooler_output` `(1, C)`, its first patch.
 
         Raises:
             ValueError: `pixel_values` and `grid_thw` do not have these shapes, or disagree on N.
-            TypeError: `pixel_values` is not floating-point.
+            TypeError: `pixel_values` is not floating-point, or `grid_thw` not of integers.
         """
         self._check_inputs(pixel_values, grid_thw)
         cu_seqlens, max_seqlen = get_vision_attention_seqlens(
@@ -305,8 +318,10 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
         position_ids = get_vision_position_ids(
             grid_thw, self.config.spatial_merge_size, include_temporal=True, kwargs=kwargs
         )
+        needs_probabilities = kwargs.get("output_attentions", self.config.output_attentions)
+        implementation = "eager" if needs_probabilities else self.config._attn_implementation
         runs = None
-        if not is_flash_attention_requested(self.config):
+        if needs_probabilities or not is_flash_attention_requested(self.config):
             runs = split_into_runs(cu_seqlens, pixel_values.shape[0])
         segments = Segments(cu_seqlens.to(pixel_values.device), max_seqlen, runs)
 
@@ -315,7 +330,12 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
         position_embeddings = self.rotary_emb(embeddings, position_ids)
         hidden_states = self.pre_layrnorm(embeddings).unsqueeze(0)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, position_embeddings=position_embeddings, segments=segments)
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                segments=segments,
+                implementation=implementation,
+            )
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
 
     def _check_inputs(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> None:
@@ -334,6 +354,8 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
                 "The grid (image_grid_thw, video_grid_thw) must have shape (images, 3) with at least one row of "
                 f"time, height and width in patches, got {tuple(grid_thw.shape)}."
             )
+        if grid_thw.is_floating_point() or grid_thw.is_complex():
+            raise TypeError(f"The grid (image_grid_thw, video_grid_thw) must hold integers, got {grid_thw.dtype}.")
         if is_torchdynamo_compiling():
             return
         merge = config.spatial_merge_size

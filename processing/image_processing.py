@@ -15,9 +15,9 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .media import as_source, check_pixels, describe, flatten_images, read_image
+from .media import as_source, check_pixels, check_range, describe, flatten_images, read_image
 from .patches import patchify
-from .resize import fits_patch_grid, smart_resize
+from .resize import check_pixel_bounds, fits_patch_grid, smart_resize
 
 # The released preprocessor_config.json carries this size, which the released code never applied.
 UNUSED_RELEASED_SIZE = [672, 672]
@@ -102,6 +102,7 @@ class MiniMaxM3VLImageProcessor(TorchvisionBackend):
     @staticmethod
     def _merge_bounds(size: Any, min_pixels: int | None, max_pixels: int | None) -> Any:
         """Write the bounds into `size`, where older files name them `min_pixels` and `max_pixels`, too."""
+        check_pixel_bounds(min_pixels, max_pixels)
         if not isinstance(size, (dict, SizeDict)):
             if min_pixels is None and max_pixels is None:
                 return size
@@ -169,6 +170,8 @@ class MiniMaxM3VLImageProcessor(TorchvisionBackend):
         new_sizes = {}
         for index, image in enumerate(images):
             try:
+                if do_rescale:
+                    check_range(image)
                 new_sizes[image.shape[-2:]] = self._output_size(
                     *image.shape[-2:], do_resize=do_resize, size=size, patch_size=patch_size, merge_size=merge_size
                 )

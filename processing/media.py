@@ -3,6 +3,8 @@
 Everything here runs before any pixel is resized, so that a bad input costs nothing but its own loading.
 """
 
+import base64
+import io
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +12,10 @@ from urllib.parse import unquote, urlparse
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers.image_utils import load_image, load_image_as_tensor
+from huggingface_hub.utils import httpx
+from PIL import Image, ImageOps
+from transformers.image_transforms import convert_to_rgb
+from transformers.image_utils import load_image_as_tensor
 
 
 def as_source(item: Any) -> Any:
@@ -51,19 +55,67 @@ def is_frame(item: Any) -> bool:
 
 
 def read_image(source: str) -> torch.Tensor:
-    """Load a path, an http(s) address or base64 text to (3, height, width) uint8.
+    """Load a path, an http(s) address or base64 text to (3, height, width) uint8, upright, transparency over white.
 
     Raises:
-        ValueError: it cannot be read, or is no image.
+        ValueError: it cannot be read, is no image, or its pixels are no 8-bit ones.
     """
     try:
-        return load_image_as_tensor(source)
-    except Exception:
-        # Pillow knows more formats than torchvision's decoder (BMP, TIFF, ...)
-        try:
-            return torch.from_numpy(np.array(load_image(source))).permute(2, 0, 1)
-        except Exception as error:
-            raise ValueError(f"the image {shorten(source)!r} cannot be read: {shorten(str(error))}") from error
+        if source.startswith(("http://", "https://")):
+            content = httpx.get(source, follow_redirects=True).content
+            return decode_image(base64.encodebytes(content).decode(), content)
+        if os.path.isfile(source):
+            return decode_image(source, source)
+        return decode_image(source, base64.decodebytes(source.rpartition(",")[2].encode()))
+    except Exception as error:
+        raise ValueError(f"the image {shorten(source)!r} cannot be read: {shorten(str(error))}") from error
+
+
+def decode_image(source: str, content: str | bytes) -> torch.Tensor:
+    """Decode one image, given twice: as a path or base64 text, and as a path or bytes."""
+    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        # torchvision's decoder is fast, but drops transparency and keeps 16 bits; Pillow also knows more formats.
+        if not image.has_transparency_data and not has_wide_pixels(image):
+            try:
+                pixels = load_image_as_tensor(source)
+                if pixels.dtype == torch.uint8:
+                    return pixels
+            except Exception:
+                pass
+        return torch.from_numpy(to_rgb_array(ImageOps.exif_transpose(image))).permute(2, 0, 1)
+
+
+def has_wide_pixels(image: Image.Image) -> bool:
+    """Whether pixels may lie outside 0 to 255: 16 or 32 bits, integer or floating-point."""
+    return image.mode[0] in "IF"
+
+
+def to_rgb_array(image: Image.Image) -> np.ndarray:
+    """(height, width, 3) uint8, transparency over white.
+
+    Raises:
+        ValueError: pixels lie outside 0 to 255.
+    """
+    check_range(image)
+    return convert_to_rgb(image, return_numpy=True)
+
+
+def check_range(pixels: Image.Image | torch.Tensor) -> None:
+    """Refuse pixels that are neither 8-bit ones nor floating-point.
+
+    Raises:
+        ValueError: pixels lie outside 0 to 255.
+    """
+    if isinstance(pixels, Image.Image):
+        if not has_wide_pixels(pixels):
+            return
+        low, high = pixels.getextrema()
+    elif pixels.is_floating_point() or pixels.dtype in (torch.uint8, torch.bool):
+        return
+    else:
+        low, high = (bound.item() for bound in pixels.long().aminmax())
+    if low < 0 or high > 255:
+        raise ValueError(f"pixels must lie in 0 to 255, got {low} to {high}; scale them first (16 bits to 8, say).")
 
 
 def flatten_images(images: Any) -> list[Any]:
@@ -141,7 +193,7 @@ def stack_frames(frames: list[Any], name: str) -> np.ndarray | torch.Tensor:
     Raises:
         ValueError: the frames differ in size.
     """
-    frames = [np.asarray(frame.convert("RGB")) if isinstance(frame, Image.Image) else frame for frame in frames]
+    frames = [to_rgb_array(frame) if isinstance(frame, Image.Image) else frame for frame in frames]
     shapes = {tuple(frame.shape) for frame in frames}
     if len(shapes) > 1:
         raise ValueError(f"the frames of `{name}` must have one size, got {sorted(shapes)}.")
@@ -154,7 +206,8 @@ def check_pixels(pixels: Any, name: str) -> None:
     """Refuse arrays that no processor can turn into patches.
 
     Raises:
-        ValueError: an empty side, values that are not numbers, or values that are not finite.
+        ValueError: an empty side, values that are not numbers or not finite, or a PIL image with pixels outside 0 to
+            255, which its conversion would clip.
     """
     if isinstance(pixels, Image.Image):
         try:
@@ -163,6 +216,10 @@ def check_pixels(pixels: Any, name: str) -> None:
             raise ValueError(f"`{name}` cannot be decoded: {error}") from error
         if 0 in pixels.size:
             raise ValueError(f"`{name}` must have a height and a width of at least 1 pixel, got {pixels.size}.")
+        try:
+            check_range(pixels)
+        except ValueError as error:
+            raise ValueError(f"`{name}` cannot be used: {error}") from error
         return
     if 0 in pixels.shape:
         raise ValueError(f"`{name}` must not be empty, got shape {tuple(pixels.shape)}.")

@@ -47,6 +47,17 @@ def smart_resize(
     return new_height, new_width
 
 
+def check_pixel_bounds(min_pixels: int | None, max_pixels: int | None) -> None:
+    """Raise `ValueError` where both bounds are asked for and contradict each other.
+
+    One alone may contradict the default of the other: then `max_pixels` counts first.
+    """
+    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+        raise ValueError(
+            f"`min_pixels` must not exceed `max_pixels`, got min_pixels={min_pixels}, max_pixels={max_pixels}."
+        )
+
+
 def fits_patch_grid(height: int, width: int, factor: int) -> bool:
     """Whether an image of this size can be cut into merged patches as it is."""
     return height > 0 and width > 0 and height % factor == 0 and width % factor == 0

@@ -25,9 +25,9 @@ from transformers.video_utils import (
     reorder_videos,
 )
 
-from .media import as_source, check_pixels, flatten_videos, map_sources, read_image, stack_frames
+from .media import as_source, check_pixels, check_range, flatten_videos, map_sources, read_image, stack_frames
 from .patches import patchify
-from .resize import fits_patch_grid, smart_resize
+from .resize import check_pixel_bounds, fits_patch_grid, smart_resize
 from .sampling import sample_frame_indices
 from .video_decoding import decode_video
 
@@ -131,6 +131,7 @@ class MiniMaxM3VLVideoProcessor(BaseVideoProcessor):
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
             if kwargs.get(name, getattr(self, name)) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {kwargs.get(name, getattr(self, name))}.")
+        check_pixel_bounds(kwargs.get("min_pixels"), kwargs.get("max_pixels"))
         segment = kwargs.get("vision_segment_max_frames", self.vision_segment_max_frames)
         if segment is not None and segment < 1:
             raise ValueError(f"`vision_segment_max_frames` must be at least 1 or None, got {segment}.")
@@ -313,6 +314,8 @@ class MiniMaxM3VLVideoProcessor(BaseVideoProcessor):
         for index, video in enumerate(videos):
             shape = (len(video), *video.shape[-2:])
             try:
+                if do_rescale:
+                    check_range(video)
                 new_sizes[shape] = self._output_size(
                     *shape,
                     do_resize=do_resize,

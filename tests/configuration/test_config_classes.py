@@ -425,6 +425,7 @@ VISION_ERRORS = {
     "three-axes": ({"num_attention_heads": 12}, "must be >= 6.*got 48 / 12 = 4"),
     "patch": ({"patch_size": 0}, "`patch_size` must be an integer >= 1, got 0"),
     "temporal-patch": ({"temporal_patch_size": 0}, "`temporal_patch_size` must be an integer >= 1, got 0"),
+    "activation": ({"hidden_act": "bogus"}, "`hidden_act` must be 'gelu' or .*got 'bogus'"),
     "merge": ({"spatial_merge_size": -2}, "`spatial_merge_size` must be an integer >= 1, got -2"),
     "rope-type": (
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},

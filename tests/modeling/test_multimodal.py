@@ -1,16 +1,18 @@
 """The composite model: equal to stock where stock is right, and what a user does with it."""
 
 import inspect
+import re
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, DynamicCache
+from transformers import AutoProcessor, DynamicCache, StaticCache
 from transformers import MiniMaxM3VLProcessor as StockProcessor
 from transformers.utils import logging
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
+from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM, MiniMaxM3VLModel
 
 IMAGES = [[1, 4, 6], [1, 4, 4]]
 VIDEOS = [[1, 4, 4], [2, 4, 4]]
@@ -141,6 +143,19 @@ class TestForward:
             changed = model(**{**inputs, name: inputs[name] + 1}, output_hidden_states=True).hidden_states[0][0]
             moved = (changed != first).any(-1)
             torch.testing.assert_close(moved, inputs["input_ids"][0] == token_id)
+
+    def test_token_types_decide_where_they_are_given(self, model, inputs):
+        """Over the ids, and over embeddings that do not tell."""
+        expected = model(**inputs).logits
+        ids = inputs["input_ids"]
+        types = (ids == model.config.image_token_id) + 2 * (ids == model.config.video_token_id)
+        embeddings = model.get_input_embeddings()(torch.full_like(ids, model.config.image_token_id))
+        embeddings[types == 0] = model.get_input_embeddings()(ids[types == 0])
+        output = model(inputs_embeds=embeddings, mm_token_type_ids=types, **without(inputs, "input_ids")).logits
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+        types[0, -1] = 1
+        with pytest.raises(ValueError, match="11 image tokens and 10 image features"):
+            model(**inputs, mm_token_type_ids=types)
 
     def test_precomputed_values_reach_the_right_tower_call(self, model, inputs):
         joined = torch.tensor([0, 40], dtype=torch.int32)
@@ -351,6 +366,111 @@ class TestGenerate:
             expected = model(input_ids=ids, attention_mask=mask, **pixels).logits[:, 30:]
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.fixture
+    def warnings(self, monkeypatch):
+        """Complaints about images or videos that did not come with their tokens."""
+        messages = []
+        logger = logging.get_logger("modeling_minimax_m3.multimodal")
+        monkeypatch.setattr(
+            type(logger),
+            "warning_once",
+            lambda _, message: messages.append(message) if "inputs came" in message else None,
+        )
+        return messages
+
+    @pytest.mark.parametrize("lookup", [1, 4, 20])
+    def test_prompt_lookup_may_copy_placeholders(self, model, text, warnings, lookup):
+        ids = text["input_ids"]
+        ids[0, -1] = ids[0, 1]  # which the first image follows
+        expected = model.generate(**text)
+        passes = []
+        model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: passes.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        torch.testing.assert_close(model.generate(**text, prompt_lookup_num_tokens=lookup), expected)
+        assert passes[0] == 60 + lookup
+        assert warnings == []
+
+    @pytest.mark.parametrize("kind", ["composite", "text"])
+    def test_assistant(self, model, text, config, warnings, kind):
+        """The assistant drafts without the images, and nobody is told to have forgotten them."""
+        if kind == "composite":
+            assistant = MiniMaxM3SparseForConditionalGeneration(config).eval()
+        else:
+            assistant = MiniMaxM3VLForCausalLM(config.text_config).eval()
+        torch.testing.assert_close(model.generate(**text, assistant_model=assistant), model.generate(**text))
+        assert warnings == []
+
+    def test_a_generated_placeholder_is_a_token_like_any_other(self, model, make_inputs, config):
+        """In the first row, so that a search by count alone would shift the second row's features."""
+        rows = [make_inputs(config, images=[[1, 4, 4]], length=20, seed=seed) for seed in range(2)]
+        batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+        def force(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if input_ids.shape[1] == 22:
+                scores[0, config.image_token_id] = scores.max() + 1
+            return scores
+
+        options = {**batch, "max_new_tokens": self.new_tokens, "do_sample": False, "logits_processor": [force]}
+        expected = model.generate(**options)
+        assert expected[0, 22] == config.image_token_id
+        torch.testing.assert_close(model.generate(**options, use_cache=False), expected)
+
+    @pytest.mark.parametrize("given", ["all pixels", "new pixels", "all features"])
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"prefill_chunk_size": 7}, {"disable_compile": True, "cache_implementation": "static"}],
+        ids=["dynamic cache", "chunked prefill", "static cache"],
+    )
+    def test_a_chat_sent_again_with_its_cache(self, model, make_inputs, config, given, options):
+        """Of the second turn's images only the new one is encoded, and each feature finds its token."""
+        first = make_inputs(config, images=[[1, 4, 4], [1, 4, 6]], videos=[[1, 4, 4]], length=30, seed=1)
+        second = make_inputs(config, images=[[1, 2, 4]], videos=[[2, 4, 4]], length=20, seed=2)
+        options = {**options, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        options |= {"return_dict_in_generate": True, "output_logits": True}
+        if options.pop("cache_implementation", None):
+            cache = StaticCache(config=model.config, max_cache_len=80)
+        else:
+            cache = DynamicCache(config=model.config)
+        ids = model.generate(**first, **options, past_key_values=cache).sequences
+        ids = torch.cat((ids, second["input_ids"]), 1)
+        media = {name: torch.cat((first[name], second[name])) for name in second if "pixel" in name or "grid" in name}
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        expected = model.generate(**whole, **media, **{**options, "prefill_chunk_size": None})
+
+        if given == "new pixels":
+            media = {name: second[name] for name in media}
+        elif given == "all features":
+            media = {
+                "mm_encoder_outputs": {
+                    "image": model.get_image_features(media["pixel_values"], media["image_grid_thw"]),
+                    "video": model.get_video_features(media["pixel_values_videos"], media["video_grid_thw"]),
+                }
+            }
+        patches = []
+        model.model.vision_tower.register_forward_pre_hook(
+            lambda module, args, kwargs: patches.append(len(kwargs["pixel_values"])), with_kwargs=True
+        )
+        output = model.generate(**whole, **media, **options, past_key_values=cache)
+        torch.testing.assert_close(output.sequences, expected.sequences)
+        torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        assert patches == ([] if given == "all features" else [8, 32])
+
+    def test_a_chat_whose_images_are_all_cached(self, model, make_inputs, config):
+        first = make_inputs(config, images=[[1, 4, 4]], length=30)
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        cache = DynamicCache(config=model.config)
+        ids = model.generate(**first, **options, past_key_values=cache)
+        again = {**first, "input_ids": torch.nn.functional.pad(ids, (0, 7), value=5)}
+        again["attention_mask"] = torch.ones_like(again["input_ids"])
+        expected = model.generate(**again, **options)
+        torch.testing.assert_close(model.generate(**again, **options, past_key_values=cache), expected)
+
+    def test_embeddings_in_place_of_ids(self, model, text):
+        embeddings = model.get_input_embeddings()(text["input_ids"])
+        output = model.generate(inputs_embeds=embeddings, **without(text, "input_ids"))
+        torch.testing.assert_close(output, model.generate(**text)[:, 60:])
+
     def test_router_logits_while_decoding(self, model, text):
         output = model.generate(**text, output_router_logits=True)
         torch.testing.assert_close(output, model.generate(**text))
@@ -388,6 +508,36 @@ class TestBadInput:
         encoded = {"image": model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])}
         with pytest.raises(ValueError, match=r"got both pixel_values and mm_encoder_outputs\['image'\]"):
             model(**inputs, mm_encoder_outputs=encoded)
+
+    @pytest.mark.parametrize("shape", [(60,), (1, 1, 60)], ids=str)
+    def test_shape_of_ids(self, model, inputs, shape):
+        inputs["input_ids"] = inputs["input_ids"].view(shape)
+        with pytest.raises(
+            ValueError, match=rf"input_ids must have shape \(batch, tokens\), got {re.escape(str(shape))}"
+        ):
+            model(**inputs)
+
+    def test_shape_of_embeddings(self, model):
+        with pytest.raises(ValueError, match=r"inputs_embeds must have shape .* got \(60, 64\)"):
+            model(inputs_embeds=torch.zeros(60, 64))
+
+    def test_shape_of_token_types(self, model, inputs):
+        with pytest.raises(ValueError, match=r"mm_token_type_ids .* shape \(1, 60\), got \(1, 59\)"):
+            model(**inputs, mm_token_type_ids=torch.zeros(1, 59))
+
+    def test_unknown_modality(self, model, inputs):
+        encoded = {"images": model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])}
+        text = without(inputs, "pixel_values", "image_grid_thw")
+        for call in (model, partial(model.generate, max_new_tokens=1)):
+            with pytest.raises(ValueError, match=r"mm_encoder_outputs must have no keys but .* got \['images'\]"):
+                call(**text, mm_encoder_outputs=encoded)
+
+    def test_embeddings_that_two_tokens_share(self, model, inputs):
+        weight = model.get_input_embeddings().weight
+        weight.data[inputs["input_ids"][0, 0]] = weight.data[model.config.image_token_id]
+        embeddings = model.get_input_embeddings()(inputs["input_ids"])
+        with pytest.raises(ValueError, match="11 image tokens .* another token may share: mm_token_type_ids"):
+            model(inputs_embeds=embeddings, **without(inputs, "input_ids"))
 
     def test_grid_of_other_images(self, model, inputs):
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])

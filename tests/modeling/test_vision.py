@@ -65,6 +65,21 @@ def test_eager_attentions_equal_stock(make_towers, make_patches, config):
         torch.testing.assert_close(list(layer), expected_layer)
 
 
+def test_other_implementations_turn_eager_where_attentions_are_asked_for(make_towers, make_patches, config):
+    AttentionInterface.register(
+        "flash_attention_2_unused", lambda *args, **kwargs: pytest.fail("has no probabilities")
+    )
+    _, tower = make_towers("eager")
+    inputs = {"pixel_values": make_patches(config, MIXED_GRID), "grid_thw": MIXED_GRID, "output_attentions": True}
+    expected = tower(**inputs)
+    for implementation in ("sdpa", "flash_attention_2_unused"):
+        tower.config._attn_implementation_internal = implementation
+        output = tower(**inputs)
+        assert len(output.attentions) == tower.config.num_hidden_layers
+        torch.testing.assert_close(output.attentions, expected.attentions, rtol=0, atol=0)
+        torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, rtol=0, atol=0)
+
+
 def test_gradients_equal_stock_with_and_without_checkpointing(make_towers, make_patches, config):
     stock_tower, tower = make_towers(dtype=torch.float64)
     pixel_values = make_patches(config, MIXED_GRID, dtype=torch.float64)
@@ -218,11 +233,23 @@ WIDTH = 3 * 2 * 14 * 14
         (torch.zeros(8, WIDTH), [1, 2, 4], ValueError, r"image_grid_thw.*\(images, 3\).* got \(3,\)"),
         (torch.zeros(8, WIDTH), [[2, 4]], ValueError, r"image_grid_thw.*\(images, 3\).* got \(1, 2\)"),
         (torch.zeros(8, WIDTH), torch.zeros(0, 3), ValueError, r"image_grid_thw.* at least one row.* got \(0, 3\)"),
+        (torch.zeros(8, WIDTH), [[1.0, 2.0, 4.0]], TypeError, "grid .* must hold integers, got torch.float32"),
         (torch.zeros(9, WIDTH), [[1, 2, 4]], ValueError, "pixel_values .* 8 patches .* got 9 rows"),
         (torch.zeros(9, WIDTH), [[1, 2, 2], [1, 3, 4]], ValueError, r"Row 1 .* spatial_merge_size=2, got \[1, 3, 4\]"),
         (torch.zeros(0, WIDTH), [[0, 2, 2]], ValueError, r"Row 0 .* positive.* got \[0, 2, 2\]"),
     ],
-    ids=["width", "axes", "integers", "flat grid", "short grid", "no images", "count", "odd grid", "empty image"],
+    ids=[
+        "width",
+        "axes",
+        "integers",
+        "flat grid",
+        "short grid",
+        "no images",
+        "real grid",
+        "count",
+        "odd grid",
+        "empty image",
+    ],
 )
 def test_bad_input(make_towers, pixel_values, grid, error, message):
     _, tower = make_towers()

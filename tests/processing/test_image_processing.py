@@ -1,8 +1,14 @@
 """The image processor against stock's, over input forms and options, and its own promises."""
 
+import base64
+import struct
+import zlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import httpx
 from PIL import Image
 
 from processing_minimax_m3 import MiniMaxM3VLImageProcessor
@@ -93,6 +99,75 @@ def test_files(suffix, image_files, processor):
         # two JPEG decoders may differ by a rounding step
         tolerance = 0.1 if suffix in ("jpg", "webp") else 0.0
         torch.testing.assert_close(ours["pixel_values"], expected["pixel_values"], atol=tolerance, rtol=0)
+
+
+TRANSPARENT_FILES = {
+    "rgba.png": ("RGBA", {}),
+    "gray.png": ("LA", {}),
+    "palette.png": ("P", {}),
+    "rgba.webp": ("RGBA", {"lossless": True, "exact": True}),
+    "opaque.png": ("RGBA", {}),
+}
+
+
+@pytest.mark.parametrize("source", ["path", "base64", "address"])
+@pytest.mark.parametrize("name", TRANSPARENT_FILES)
+def test_transparent_files_equal_their_pil_image(name, source, tmp_path, pixels, processor, monkeypatch):
+    mode, options = TRANSPARENT_FILES[name]
+    array = pixels(56, 84, 4)
+    if name == "opaque.png":
+        array[..., 3] = 255
+    file = tmp_path / name
+    image = Image.fromarray(array if mode != "P" else array[..., :3]).convert(mode)
+    if mode == "P":
+        options = {"transparency": image.getpixel((0, 0))}
+    image.save(file, **options)
+    expected = processor.image_processor(Image.open(file))["pixel_values"]
+    if source == "path":
+        image = file
+    elif source == "base64":
+        image = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    else:
+        image = "https://example.org/image"
+        response = SimpleNamespace(content=file.read_bytes())
+        monkeypatch.setattr(httpx, "get", lambda address, **options: response)
+    torch.testing.assert_close(processor.image_processor(image)["pixel_values"], expected, rtol=0, atol=0)
+    if name == "opaque.png":
+        colours = processor.image_processor(array[..., :3])["pixel_values"]
+        torch.testing.assert_close(expected, colours, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32], ids=lambda dtype: dtype.__name__)
+def test_wide_pil_images_within_eight_bits(dtype, pixels, processor):
+    gray = pixels(60, 90)
+    output = processor.image_processor(Image.fromarray(gray.astype(dtype)))["pixel_values"]
+    torch.testing.assert_close(output, processor.image_processor(gray)["pixel_values"], rtol=0, atol=0)
+
+
+def test_sixteen_bit_colour_file_equals_its_pil_image(tmp_path, processor):
+    """Pillow keeps the upper byte."""
+    height, width = 28, 28
+    values = np.random.default_rng(0).integers(0, 65536, (height, width, 3), dtype=np.uint16)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    file = tmp_path / "colour.png"
+    file.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    output = processor.image_processor(file)["pixel_values"]
+    torch.testing.assert_close(output, processor.image_processor(Image.open(file))["pixel_values"], rtol=0, atol=0)
+    eight_bits = processor.image_processor((values >> 8).astype(np.uint8))["pixel_values"]
+    torch.testing.assert_close(output, eight_bits, rtol=0, atol=0)
+
+
+def test_any_integers_without_rescaling(pixels, processor, stock, assert_same_output):
+    image = pixels(60, 90, 3).astype(np.int32) * 200 - 1000
+    options = {"do_rescale": False}
+    assert_same_output(processor.image_processor(image, **options), stock.image(image, **options))
 
 
 def test_patches_hold_the_pixels_they_cover(pixels):

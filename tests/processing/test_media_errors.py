@@ -70,6 +70,27 @@ BAD_IMAGES = {
         {"max_pixels": -5},
         "`min_pixels` and `max_pixels` must be positive, got .* max_pixels=-5",
     ),
+    "bounds": (
+        [GOOD_IMAGE],
+        {"min_pixels": 200_000, "max_pixels": 100_000},
+        "`min_pixels` must not exceed `max_pixels`, got min_pixels=200000, max_pixels=100000",
+    ),
+    "16-bit-array": (
+        [GOOD_IMAGE, np.full((30, 40, 3), 256, np.uint16)],
+        {},
+        "images[1]: pixels must lie in 0 to 255, got 256 to 256; scale them first",
+    ),
+    "negative": ([torch.full((3, 30, 40), -1)], {}, "images[0]: pixels must lie in 0 to 255, got -1 to -1"),
+    "16-bit-pil": (
+        [GOOD_IMAGE, Image.fromarray(np.full((30, 40), 4000, np.uint16))],
+        {},
+        "`images[1]` cannot be used: pixels must lie in 0 to 255, got 4000 to 4000; scale them first",
+    ),
+    "real-pil": (
+        [Image.fromarray(np.full((30, 40), 256.5, np.float32))],
+        {},
+        "`images[0]` cannot be used: pixels must",
+    ),
 }
 
 
@@ -86,6 +107,13 @@ def test_corrupt_image_file(content, tmp_path):
     path = tmp_path / "corrupt.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"the image '.*corrupt.png' cannot be read"):
+        MiniMaxM3VLImageProcessor()([GOOD_IMAGE, path])
+
+
+def test_sixteen_bit_file(tmp_path):
+    path = tmp_path / "depth.png"
+    Image.fromarray(np.full((30, 40), 4000, np.uint16)).save(path)
+    with pytest.raises(ValueError, match=r"depth.png' cannot be read: pixels must lie in 0 to 255, got 4000 to 4000"):
         MiniMaxM3VLImageProcessor()([GOOD_IMAGE, path])
 
 
@@ -118,6 +146,16 @@ BAD_VIDEOS = {
         "videos[1]: one side may be at most 200 times the other",
     ),
     "nan": ([np.full((2, 3, 28, 28), np.nan)], {}, "`videos[0]` holds NaN or infinite pixels"),
+    "16-bit": (
+        [GOOD_VIDEO, np.full((2, 28, 56, 3), 256, np.uint16)],
+        {},
+        "videos[1]: pixels must lie in 0 to 255, got 256 to 256",
+    ),
+    "bounds": (
+        [GOOD_VIDEO],
+        {"min_pixels": 200_000, "max_pixels": 100_000},
+        "`min_pixels` must not exceed `max_pixels`, got min_pixels=200000, max_pixels=100000",
+    ),
     "segment": (
         [GOOD_VIDEO],
         {"vision_segment_max_frames": 0},

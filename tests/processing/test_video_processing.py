@@ -235,3 +235,17 @@ def test_device(pixels, processor):
     assert on_gpu.is_cuda
     on_cpu = processor.video_processor(video)["pixel_values_videos"]
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=0.05, rtol=0)
+
+
+def test_transparent_frames_lie_over_white(tmp_path, pixels, processor):
+    """As pictures do, whether given as files or as PIL images."""
+    frames = [Image.fromarray(pixels(28, 56, 4, seed=seed)) for seed in range(2)]
+    files = [tmp_path / f"{index}.png" for index in range(2)]
+    for frame, file in zip(frames, files):
+        frame.save(file)
+    output = processor.video_processor([frames])["pixel_values_videos"]
+    from_files = processor.video_processor([[[str(file) for file in files]]])["pixel_values_videos"]
+    torch.testing.assert_close(from_files, output, rtol=0, atol=0)
+    over_white = [Image.alpha_composite(Image.new("RGBA", frame.size, "white"), frame) for frame in frames]
+    expected = processor.video_processor([[frame.convert("RGB") for frame in over_white]])["pixel_values_videos"]
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
