@@ -15,13 +15,14 @@ CXX_SOURCES = $(shell find modeling_minimax_m3 -name '*.cu' -o -name '*.cuh' -o 
 # nothing here reads from a model hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test lint format benchmark clean
+.PHONY: help setup demo test lint format benchmark kernels check-kernels sanitize-kernels clean
 
 help:
 	@echo "make demo       build a tiny MiniMax-M3 and chat with a photograph, a video and a long text"
 	@echo "make test       run the tests (PYTEST_ARGS='-k name' to choose)"
 	@echo "make lint       check style"
 	@echo "make format     apply style"
+	@echo "make kernels    compile the CUDA kernels into the package (needs nvcc, but no GPU)"
 	@echo "make benchmark  time and measure ours beside stock Transformers"
 	@echo "make clean      remove the environment and what was built"
 
@@ -55,5 +56,17 @@ format: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
+kernels: $(INSTALLED)
+	$(BIN)/python scripts/build_kernels.py
+
+check-kernels: $(INSTALLED)
+	$(BIN)/python scripts/build_kernels.py --check
+
+# every tensor in an allocation of its own, so that an access past one is seen; without references, which take long
+sanitize-kernels: $(INSTALLED)
+	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+		$(BIN)/python -m pytest tests/msa/test_cuda_kernels.py -k "repeated or stay_inside" || exit 1; done
+
 clean:
+	rm -rf modeling_minimax_m3/msa/kernels-*.so
 	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -87,8 +87,8 @@ def _measure(implementation: str, layer: torch.nn.Module, run: Callable[[], Any]
     """
     with _recorded_selection(implementation, layer) as selections:
         (result, memory), first_seconds = measure.timed(lambda: measure.peak_extra_memory(run))
-    more = measure.repeat(run, first_seconds)
-    measured = {**measure.summarise(more or [first_seconds]), "extra_bytes": memory}
+    repeated = measure.repeat(run, first_seconds)
+    measured = {**measure.summarise(repeated), "seconds_first": first_seconds, "extra_bytes": memory}
     return {"selected": selections[0], **result}, measured
 
 

@@ -45,9 +45,12 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
-def repeat(function: Callable[[], Any], first_seconds: float, *, budget: float = 20.0, most: int = 5) -> list[float]:
-    """Seconds of further runs of `function`, at most `most` and as many as fit into `budget` seconds."""
-    count = min(most, int(budget / first_seconds))
+def repeat(function: Callable[[], Any], first_seconds: float, *, budget: float = 20.0) -> list[float]:
+    """Seconds of two to five further runs of `function`, as many as should fit into `budget` seconds.
+
+    The first run is not among them: it may wait for the system, or for a virtual machine's host, to find the memory.
+    """
+    count = min(5, max(2, int(budget / first_seconds)))
     return [timed(function)[1] for _ in range(count)]
 
 

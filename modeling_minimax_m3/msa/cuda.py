@@ -22,9 +22,13 @@ HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (64, 128)
 GROUP_SIZES = (1, 2, 4, 8, 16)
 MAX_TOPK = 64
+MAX_INDEX_HEADS = 64
 
 # Up to this many new tokens per row the cached forms have kernels of their own; above, rows run as packed sequences.
 MAX_DECODE_TOKENS = 16
+
+# The decoding kernels take the keys of a page in groups of this many.
+PAGE_MULTIPLE = 16
 
 _VECTOR_BYTES = 16  # the kernels read rows in vectors of this size
 
@@ -43,12 +47,14 @@ def unsupported(function: str, args: tuple) -> str | None:
         *tensors, block_size, topk, _, _ = args
         named = dict(zip(("index_query", "index_key"), tensors))
         group = 1
+        if tensors[0].shape[-2] > MAX_INDEX_HEADS:
+            return f"there must be at most {MAX_INDEX_HEADS} index heads, there are {tensors[0].shape[-2]}"
     else:
         *tensors, block_size, _ = args
         named = dict(zip(("query", "key", "value"), tensors))
         topk = tensors[3].shape[-1]
         group = tensors[0].shape[-2] // tensors[1].shape[-2]
-    query, *others = named.values()
+    query = next(iter(named.values()))
     if query.device.type != "cuda":
         return f"the tensors must be on a CUDA device, they are on {query.device}"
     if query.dtype not in DTYPES:
@@ -62,6 +68,11 @@ def unsupported(function: str, args: tuple) -> str | None:
         return f"there must be at most {MAX_TOPK} blocks per query, there are {topk}"
     if group not in GROUP_SIZES:
         return f"the query heads per key/value head must be one of {GROUP_SIZES}, they are {group}"
+    if function.endswith("_with_kvcache"):
+        cache, num_new = tensors[1], tensors[0].shape[1]
+        is_paged = tensors[-1] is not None
+        if is_paged and num_new <= MAX_DECODE_TOKENS and cache.shape[1] % PAGE_MULTIPLE:
+            return f"the page size must be a multiple of {PAGE_MULTIPLE}, it is {cache.shape[1]}"
     for name, tensor in named.items():
         if not _is_aligned(tensor):
             return (

@@ -6,13 +6,12 @@ result.
 
 Environment variables:
     MINIMAX_M3_MSA_CUDA: "auto" (the default), "off" (never use the extension), or "portable" (use no kernel that needs
-        more than an sm_80 GPU; at present all of them are such).
+        more than an sm_80 GPU).
     MINIMAX_M3_MSA_LIBRARY: path of the binary to load, whatever its name and sources.
     XDG_CACHE_HOME: the user's cache, ~/.cache by default; binaries built on first use go to `minimax_m3_msa` in it.
 """
 
 import ctypes
-import fcntl
 import functools
 import os
 import re
@@ -36,7 +35,9 @@ def mode() -> str:
     """The value of MINIMAX_M3_MSA_CUDA. Raises ValueError where it is none of `MODES`."""
     value = os.environ.get("MINIMAX_M3_MSA_CUDA", "auto")
     if value not in MODES:
-        raise ValueError(f"the environment variable MINIMAX_M3_MSA_CUDA must be one of {', '.join(MODES)}, got {value!r}")
+        raise ValueError(
+            f"the environment variable MINIMAX_M3_MSA_CUDA must be one of {', '.join(MODES)}, got {value!r}"
+        )
     return value
 
 
@@ -69,6 +70,11 @@ def device_reason(index: int) -> str | None:
     )
 
 
+@functools.cache
+def _library_pattern() -> str:
+    return kernel_build.library_name(0).replace("-cu0.so", "-cu*.so")
+
+
 def find_library() -> tuple[Path | None, str]:
     """The binary to load, or None and the reason why there is none. Loads and builds nothing."""
     named = os.environ.get("MINIMAX_M3_MSA_LIBRARY")
@@ -78,10 +84,9 @@ def find_library() -> tuple[Path | None, str]:
     driver = driver_version()
     if driver is None:
         return None, "there is no NVIDIA driver"
-    pattern = kernel_build.library_name(0).replace("-cu0.so", "-cu*.so")
     needed = []
     for folder in (_FOLDER, cache_folder()):
-        for path in sorted(folder.glob(pattern), reverse=True):
+        for path in sorted(folder.glob(_library_pattern()), reverse=True):
             major = int(re.search(r"-cu(\d+)\.so$", path.name)[1])
             if major <= driver[0]:
                 return path, ""
@@ -146,12 +151,14 @@ def _build(reason: str) -> tuple[Path | None, str]:
             return None, f"{reason}; {nvcc} is of CUDA {major}, but the driver runs CUDA {driver[0]}.{driver[1]}"
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
+        import fcntl  # not on every system that can import this module
+
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
             path, _ = find_library()  # another process may have built it meanwhile
             if path is None:
                 _say(f"building the CUDA kernels of {__package__} into {folder}, once; this takes some minutes")
-                path = kernel_build.build(folder, folder / "objects", say=_say)
+                path = kernel_build.build(folder, folder / "objects", say=_say, allow_spills=True)
                 _say(f"built {path}")
         return path, ""
     except (kernel_build.BuildError, OSError) as error:

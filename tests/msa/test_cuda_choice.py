@@ -99,6 +99,7 @@ UNSUPPORTED = {
     "float32": ("select_blocks", select_args(dtype=torch.float32), "float32"),
     "head_dim": ("select_blocks", select_args(head_dim=96), "96 for `index_query`"),
     "block_size": ("select_blocks", select_args(block_size=32), "`block_size`.*32"),
+    "index heads": ("select_blocks", select_args(index_query=on_device(8, 65, 128)), "64 index heads.*65"),
     "topk": ("select_blocks", select_args(topk=65), "64 blocks.*65"),
     "unaligned stride": (
         "select_blocks",

@@ -216,6 +216,39 @@ def test_attention_groups_and_widths(group, topk):
     assert_attention(out, lse, case, block_indices, 64, scale=0.3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [([2049], None), ([1500, 1, 0, 900, 60], [1500, 1, 0, 900, 0]), ([6001, 130], [2500, 130])],
+    ids=["one", "ragged", "chunked"],
+)
+def test_attention_of_many_queries(lengths, dtype):
+    """Enough queries of the released geometry for kernels that go from key blocks to their queries."""
+    case = Packed(lengths, dtype, group=16)
+    block_indices = case.random_blocks(16, 128)
+    poison(case.query, torch.empty(case.query.shape[:2], device="cuda"))
+    out, lse = block_sparse_attention(*case.qkv, block_indices, **case.lengths, return_lse=True, backend="cuda")
+    assert_attention(out, lse, case, block_indices, 128)
+    for _ in range(3):
+        again = block_sparse_attention(*case.qkv, block_indices, **case.lengths, return_lse=True, backend="cuda")
+        assert torch.equal(again[0], out)
+        assert torch.equal(again[1], lse)
+
+
+def test_attention_of_many_queries_is_captured():
+    case = Packed(([2500, 300], None), group=16)
+    block_indices = case.random_blocks(16, 128)
+    call = {**case.lengths, "backend": "cuda"}
+    block_sparse_attention(*case.qkv, block_indices, **call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = block_sparse_attention(*case.qkv, block_indices, **call)
+    case.query.neg_()
+    block_indices.copy_(case.random_blocks(16, 128))
+    graph.replay()
+    assert torch.equal(captured, block_sparse_attention(*case.qkv, block_indices, **call))
+
+
 def test_clustered_selection():
     """Neighbouring tokens that share most of their blocks."""
     case = Packed(([3000], None), group=16)
@@ -256,9 +289,10 @@ def test_strides():
     assert torch.equal(lse_again, lse)
 
 
-def test_wrong_ids_and_lengths_stay_inside():
+@pytest.mark.parametrize("lengths", ["ragged", ([2100, 40], None)], ids=["few queries", "many queries"])
+def test_wrong_ids_and_lengths_stay_inside(lengths):
     """Values are not checked on a GPU; wrong ones may give any result but no illegal access."""
-    case = Packed("ragged")
+    case = Packed(lengths, group=16)
     wild = torch.randint(-(2**31), 2**31 - 1, (len(case.query), 2, 8), dtype=torch.int32, device="cuda")
     block_sparse_attention(*case.qkv, wild, **case.lengths, backend="cuda")
     too_long = {name: value * 3 for name, value in case.lengths.items()}
@@ -387,6 +421,12 @@ def test_caches(inputs, rows, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_chunk_of_many_queries(inputs, form):
+    """As `test_attention_of_many_queries`, between slots that hold NaN."""
+    run_cached(inputs, on_gpu(inputs, [1900, 1111], 1100, group=16, topk=16, leftpad=[3, 70]), form)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim, block_size", GEOMETRIES)
 def test_cache_geometries(inputs, head_dim, block_size, dtype, form):
@@ -432,19 +472,19 @@ def test_wrong_cache_values_stay_inside(inputs):
 # --- how calls are made ------------------------------------------------------------------------------------------
 
 
-def calls(inputs):
+def calls(inputs, head_dim=128, block_size=128, dtype=torch.bfloat16):
     """Every operator's arguments, by its name among `torch.ops.minimax_m3_msa`."""
-    case = Packed(([300, 129], None), group=16)
+    case = Packed(([300, 129], None), dtype, head_dim, group=16)
     lengths = tuple(case.lengths.values())
     found = {
-        "select_blocks": (case.index_query, case.index_key, *lengths, 128, 2, 1, 0, "cuda"),
-        "block_sparse_attention": (*case.qkv, case.random_blocks(2, 128), *lengths, 128, 0.1, "cuda"),
+        "select_blocks": (case.index_query, case.index_key, *lengths, block_size, 2, 1, 0, "cuda"),
+        "block_sparse_attention": (*case.qkv, case.random_blocks(2, block_size), *lengths, block_size, 0.1, "cuda"),
     }
-    cached = on_gpu(inputs, [300, 40], 2, group=16)
+    cached = on_gpu(inputs, [300, 40], 2, head_dim=head_dim, block_size=block_size, dtype=dtype, group=16)
     where = cached.paged["where"]
     rows = (where["cache_seqlens"], None, where["block_table"])
-    found["select_blocks_with_kvcache"] = (*cached.selection("paged")[0], *rows, 128, 2, 1, 0, "cuda")
-    found["block_sparse_attention_with_kvcache"] = (*cached.attention("paged")[0], *rows, 128, 0.1, "cuda")
+    found["select_blocks_with_kvcache"] = (*cached.selection("paged")[0], *rows, block_size, 2, 1, 0, "cuda")
+    found["block_sparse_attention_with_kvcache"] = (*cached.attention("paged")[0], *rows, block_size, 0.1, "cuda")
     return found
 
 
@@ -466,9 +506,12 @@ def test_opcheck(inputs, name):
     torch.library.opcheck(getattr(torch.ops.minimax_m3_msa, name).default, calls(inputs)[name])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim, block_size", GEOMETRIES)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_repeated_calls_agree_bit_for_bit(inputs, name):
-    args = calls(inputs)[name]
+def test_repeated_calls_agree_bit_for_bit(inputs, name, head_dim, block_size, dtype):
+    """`make sanitize-kernels` runs these calls, too."""
+    args = calls(inputs, head_dim, block_size, dtype)[name]
     first = outputs(name, args)
     for _ in range(5):
         assert all(torch.equal(again, before) for again, before in zip(outputs(name, args), first))

@@ -42,7 +42,8 @@ def built(monkeypatch):
     """Folders that were built into, by a stand-in for the compiler."""
     folders = []
 
-    def build(folder, cache, say):
+    def build(folder, cache, say, allow_spills):
+        assert allow_spills, "a user's compiler may spill where ours does not"
         folders.append(folder)
         return place(folder)
 
@@ -134,7 +135,7 @@ def test_without_nvcc_it_says_so(machine, monkeypatch, built):
 def test_a_failed_build_is_not_tried_again(machine, monkeypatch):
     tries = []
 
-    def fail(folder, cache, say):
+    def fail(folder, cache, say, allow_spills):
         tries.append(folder)
         raise kernel_build.BuildError("the compiler said no")
 

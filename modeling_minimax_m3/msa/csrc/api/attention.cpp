@@ -1,0 +1,68 @@
+// Attention over the selected blocks of packed sequences.
+#include <limits>
+
+#include "operators.h"
+#include "sm80/forward/attention_forward.h"
+#include "sm90/forward/attention_forward.h"
+#include "tensors.h"
+
+namespace msa::api {
+
+std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Tensor& key,
+                                                  const Tensor& value, const Tensor& block_indices,
+                                                  const Tensor& cu_seqlens_q,
+                                                  const Tensor& cu_seqlens_k, int64_t block_size,
+                                                  double softmax_scale) {
+  const int64_t total_q = query.size(0), num_heads = query.size(1), head_dim = query.size(2);
+  Tensor out = torch::stable::new_empty(query, {total_q, num_heads, head_dim});
+  Tensor lse = torch::stable::new_empty(query, {total_q, num_heads}, ScalarType::Float);
+  if (out.numel() == 0) return {out, lse};
+  if (key.size(0) == 0 || block_indices.size(2) == 0) {
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+    return {torch::stable::fill_(out, 0), lse};
+  }
+  STD_TORCH_CHECK(block_indices.scalar_type() == ScalarType::Int &&
+                      (block_indices.size(2) == 1 || block_indices.stride(2) == 1),
+                  "`block_indices` must be int32 and contiguous in its last dimension");
+
+  ForwardParams params{};
+  params.query = vector_data("query", query);
+  params.key = vector_data("key", key);
+  params.value = vector_data("value", value);
+  params.block_indices = static_cast<const int32_t*>(block_indices.const_data_ptr());
+  params.cu_seqlens_q = int32_data("cu_seqlens_q", cu_seqlens_q);
+  params.cu_seqlens_k = int32_data("cu_seqlens_k", cu_seqlens_k);
+  params.out = out.mutable_data_ptr();
+  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  params.query_token_stride = query.stride(0);
+  params.query_head_stride = query.stride(1);
+  params.key_token_stride = key.stride(0);
+  params.key_head_stride = key.stride(1);
+  params.value_token_stride = value.stride(0);
+  params.value_head_stride = value.stride(1);
+  params.index_token_stride = block_indices.stride(0);
+  params.index_head_stride = block_indices.stride(1);
+  params.total_q = to_int("total_q", total_q);
+  params.total_k = to_int("total_k", key.size(0));
+  params.batch = to_int("batch", cu_seqlens_q.size(0) - 1);
+  params.num_heads = to_int("num_heads", num_heads);
+  params.num_kv_heads = to_int("num_kv_heads", key.size(1));
+  params.head_dim = to_int("head_dim", head_dim);
+  params.block_size = to_int("block_size", block_size);
+  params.topk = to_int("topk", block_indices.size(2));
+  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.dtype = dtype_of("query", query);
+
+  const DeviceScope device(query);
+  if (device.takes_hopper_kernels()) {
+    constexpr int64_t kFloatBytes = sizeof(float);
+    const int64_t bytes = sm90::attention_forward_workspace(params);
+    Tensor workspace = allocate_workspace(query, (bytes + kFloatBytes - 1) / kFloatBytes);
+    sm90::launch_attention_forward(params, workspace.mutable_data_ptr(), bytes, device.stream());
+  } else {
+    sm80::launch_attention_forward(params, device.stream());
+  }
+  return {out, lse};
+}
+
+}  // namespace msa::api

@@ -1,0 +1,50 @@
+// Block selection over packed sequences.
+#include "operators.h"
+#include "sm80/selection/select_blocks.h"
+#include "sm90/selection/select_blocks.h"
+#include "tensors.h"
+
+namespace msa::api {
+
+Tensor select_blocks(const Tensor& index_query, const Tensor& index_key, const Tensor& cu_seqlens_q,
+                     const Tensor& cu_seqlens_k, int64_t block_size, int64_t topk,
+                     int64_t local_blocks, int64_t init_blocks) {
+  const int64_t total_q = index_query.size(0), num_heads = index_query.size(1);
+  Tensor block_indices =
+      torch::stable::new_empty(index_query, {total_q, num_heads, topk}, ScalarType::Int);
+  if (block_indices.numel() == 0) return block_indices;
+  if (index_key.size(0) == 0) return torch::stable::fill_(block_indices, -1);
+
+  SelectParams params{};
+  params.index_query = vector_data("index_query", index_query);
+  params.index_key = vector_data("index_key", index_key);
+  params.cu_seqlens_q = int32_data("cu_seqlens_q", cu_seqlens_q);
+  params.cu_seqlens_k = int32_data("cu_seqlens_k", cu_seqlens_k);
+  params.block_indices = static_cast<int32_t*>(block_indices.mutable_data_ptr());
+  params.query_token_stride = index_query.stride(0);
+  params.query_head_stride = index_query.stride(1);
+  params.key_token_stride = index_key.stride(0);
+  params.total_q = to_int("total_q", total_q);
+  params.total_k = to_int("total_k", index_key.size(0));
+  params.batch = to_int("batch", cu_seqlens_q.size(0) - 1);
+  params.num_heads = to_int("num_heads", num_heads);
+  params.head_dim = to_int("head_dim", index_query.size(2));
+  params.block_size = to_int("block_size", block_size);
+  params.topk = to_int("topk", topk);
+  params.local_blocks = to_int("local_blocks", local_blocks);
+  params.init_blocks = to_int("init_blocks", init_blocks);
+  params.dtype = dtype_of("index_query", index_query);
+
+  const DeviceScope device(index_query);
+  params.workspace_elements = sm80::select_blocks_workspace(params);
+  Tensor workspace = allocate_workspace(index_query, params.workspace_elements);
+  params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  if (device.takes_hopper_kernels()) {
+    sm90::launch_select_blocks(params, device.stream());
+  } else {
+    sm80::launch_select_blocks(params, device.stream());
+  }
+  return block_indices;
+}
+
+}  // namespace msa::api

@@ -1,0 +1,58 @@
+// Block selection for decoding: two kernels, block scores and the best of them.
+#include <stdexcept>
+#include <string>
+
+#include "../../common/dispatch.h"
+#include "config.h"
+#include "index_scores.cuh"
+#include "launch.h"
+#include "top_blocks.cuh"
+
+namespace msa::sm80 {
+
+namespace {
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::runtime_error("decode_select: " + message);
+}
+
+void check(const DecodeSelectParams& params) {
+  require(params.block_size == 64 || params.block_size == 128,
+          "block_size must be 64 or 128, got " + std::to_string(params.block_size));
+  require(params.topk >= 1 && params.topk <= decode::kMaxTopk,
+          "topk must be 1 to 64, got " + std::to_string(params.topk));
+  require(params.init_blocks + params.local_blocks <= params.topk,
+          "init_blocks + local_blocks must not exceed topk");
+  require(params.cache.block_table == nullptr || params.cache.page_size % decode::kGroupKeys == 0,
+          "page_size must be a multiple of 16, got " + std::to_string(params.cache.page_size));
+  require(params.key_slot_stride <= decode::kMaxSlotStride, "slot stride of the keys too large");
+  require(params.workspace_elements >= decode_select_workspace(params), "workspace too small");
+}
+
+}  // namespace
+
+int64_t decode_select_workspace(const DecodeSelectParams& params) {
+  return int64_t{params.batch} * params.num_new * params.num_heads *
+         decode::score_row_stride(params);
+}
+
+void launch_decode_select(const DecodeSelectParams& params, cudaStream_t stream) {
+  check(params);
+  if (int64_t{params.batch} * params.num_new * params.num_heads == 0) return;
+  dispatch_dtype(params.dtype, [&](auto element) {
+    dispatch_head_dim(params.head_dim, [&](auto head_dim) {
+      decode::launch_index_scores<decltype(element), head_dim.value>(params, stream);
+    });
+  });
+  const int64_t stride = decode::score_row_stride(params);
+  const dim3 grid(params.batch * params.num_new, params.num_heads);
+  if (stride <= decode::kFewBlocks) {
+    decode::launch_dependent<decode::top_blocks_kernel<decode::kTopThreads>>(
+        grid, decode::kTopThreads, stream, params, stride);
+  } else {
+    decode::launch_dependent<decode::top_blocks_kernel<decode::kTopThreadsLong>>(
+        grid, decode::kTopThreadsLong, stream, params, stride);
+  }
+}
+
+}  // namespace msa::sm80

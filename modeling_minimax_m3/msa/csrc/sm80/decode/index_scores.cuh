@@ -1,0 +1,305 @@
+// Best index score of every key block for every new token and index head.
+//
+// The slabs (128 keys) of all rows stand in one line, which the CTAs cut into equal shares: ragged
+// rows and caches far larger than their contents stay balanced, and the host reads no length. Keys
+// are the n operand of the mma and go from global memory to its registers directly: the order of
+// the channels in a dot product is free, so a lane takes 16 contiguous bytes of a key and the
+// queries are arranged to match. Queries (token, head) are the m operand, from shared memory.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../../common/matrix.cuh"
+#include "../../params.h"
+#include "cache_rows.cuh"
+#include "config.h"
+#include "dependent_launch.cuh"
+
+namespace msa::sm80::decode {
+
+// 16 keys of one warp: lane (row g, part c) holds channels 32 j + 8 c .. + 7 of keys g and g + 8.
+template <int kHeadDim>
+struct KeyGroup {
+  uint4 keys[2][kHeadDim / 32];
+};
+
+template <int kHeadDim, int kRowTiles>
+struct ScoreShared {
+  static constexpr int kRows = kRowTile * kRowTiles;
+  static constexpr int kPhase = score_phase(kRowTiles);
+
+  uint4 queries[kRowTiles][kHeadDim / 16][32];  // a operands, one a k step and lane
+  float maxima[2][kPhase][kScoreWarps][kRows];
+  int64_t query_offset[kRows];  // of a query row within its batch row; -1 where there is none
+  int token[kRows];
+  int first_slab[kBatchChunk];  // running sum of slabs over the rows of the batch chunk
+  int end_slab[kBatchChunk];
+  int warp_totals[kScoreWarps];
+  int first_row;
+};
+
+// The part [begin, end) of the line of slabs that this CTA scores; shares differ by at most one.
+struct Share {
+  int begin, end;
+};
+
+__device__ __forceinline__ Share share_of_cta(int total) {
+  const int quotient = total / static_cast<int>(gridDim.x);
+  const int remainder = total - quotient * static_cast<int>(gridDim.x);
+  const int cta = blockIdx.x;
+  const int begin = cta * quotient + min(cta, remainder);
+  return {begin, begin + quotient + (cta < remainder)};
+}
+
+// This CTA's share where there are several rows: sums up their slabs and finds the first row.
+template <typename Shared>
+__device__ __forceinline__ Share share_of_rows(Shared& shared, int slabs) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int sum = slabs;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  if (lane == 31) shared.warp_totals[warp] = sum;
+  __syncthreads();
+  int total = 0;
+#pragma unroll
+  for (int i = 0; i < kScoreWarps; ++i) {
+    if (i < warp) sum += shared.warp_totals[i];
+    total += shared.warp_totals[i];
+  }
+  const Share share = share_of_cta(total);
+  shared.first_slab[threadIdx.x] = sum - slabs;
+  shared.end_slab[threadIdx.x] = sum;
+  if (sum - slabs <= share.begin && share.begin < sum) shared.first_row = threadIdx.x;
+  __syncthreads();
+  return share;
+}
+
+template <typename Element, int kHeadDim, int kRowTiles>
+__global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
+    index_scores_kernel(const DecodeSelectParams params, int64_t score_stride) {
+  using Shared = ScoreShared<kHeadDim, kRowTiles>;
+  constexpr int kChunks = kHeadDim / 32;
+  __shared__ Shared shared;
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int group_row = lane / 4, part = lane % 4;
+  const int num_rows = params.num_new * params.num_heads;
+  const int row_begin = blockIdx.y * Shared::kRows;
+  const int batch_begin = blockIdx.z * kBatchChunk;
+  const int batch_rows = min(params.batch - batch_begin, kBatchChunk);
+  if (threadIdx.x < Shared::kRows) {
+    const int query_row = row_begin + threadIdx.x;
+    const int token = query_row / params.num_heads;
+    const int head = query_row - token * params.num_heads;
+    shared.token[threadIdx.x] = token;
+    shared.query_offset[threadIdx.x] =
+        query_row < num_rows ? token * params.query_token_stride + head * params.query_head_stride
+                             : -1;
+  }
+  const int key_stride = static_cast<int>(params.key_slot_stride);  // fits, as the launch checks
+  if (threadIdx.x < batch_rows) {
+    prefetch_line(params.cache.cache_seqlens + batch_begin + threadIdx.x);
+  }
+  __syncthreads();
+  wait_for_previous_kernel(params.cache.cache_seqlens);
+
+  // Of this thread's row, or of the only one.
+  const bool single_row = batch_rows == 1;
+  CacheRow row{0, 0};
+  if (threadIdx.x < batch_rows || single_row) {
+    row = load_cache_row(params.cache, batch_begin + (single_row ? 0 : threadIdx.x));
+  }
+  const int slabs = (row.length + kSlabKeys - 1) / kSlabKeys;
+  const Share share = single_row ? share_of_cta(slabs) : share_of_rows(shared, slabs);
+  if (share.begin >= share.end) return;
+
+  int parity = 0;
+  int chunk_row = single_row ? 0 : shared.first_row;
+  for (int begin = share.begin; begin < share.end; ++chunk_row) {
+    const int first = begin - (single_row ? 0 : shared.first_slab[chunk_row]);
+    const int end = min(share.end, single_row ? slabs : shared.end_slab[chunk_row]);
+    const int count = end - begin;
+    if (count <= 0) continue;
+    begin = end;
+
+    const int batch_row = batch_begin + chunk_row;
+    if (!single_row) row = load_cache_row(params.cache, batch_row);
+    const int last_key = row.length - 1;
+    const int last_group = last_key & -kGroupKeys;
+    const int first_position = row.length - params.num_new;
+
+    // Groups past the row's end reread its last one, keys past its end its last key.
+    const auto group_begin = [&](int i) {
+      return min((first + i) * kSlabKeys + warp * kGroupKeys, last_group);
+    };
+    const auto find_page = [&](int i) {
+      return load_page(params.cache, batch_row, row.leftpad + group_begin(min(i, count - 1)));
+    };
+    const auto load_keys = [&](KeyGroup<kHeadDim>& group, int i, int page) {
+      const int key = group_begin(i);
+      const Element* base =
+          static_cast<const Element*>(params.index_key_cache) + page * params.key_row_stride +
+          int64_t{slot_in_page(params.cache, row.leftpad + key)} * key_stride + 8 * part;
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const Element* source = base + min(group_row + 8 * tile, last_key - key) * key_stride;
+#pragma unroll
+        for (int j = 0; j < kChunks; ++j) group.keys[tile][j] = load_streamed_16(source + 32 * j);
+      }
+    };
+    const auto score_group = [&](const KeyGroup<kHeadDim>& group, int i) {
+      const int key = (first + i) * kSlabKeys + warp * kGroupKeys;
+      float* maxima = shared.maxima[parity][i % Shared::kPhase][warp];
+#pragma unroll
+      for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+        // Four chains of mma, which are slow one after the other.
+        float score[2][2][4] = {};
+#pragma unroll
+        for (int j = 0; j < kChunks; ++j) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint4 a = shared.queries[row_tile][2 * j + half][lane];
+#pragma unroll
+            for (int tile = 0; tile < 2; ++tile) {
+              const uint4 b = group.keys[tile][j];
+              multiply_add<Element>(score[tile][half], {a.x, a.y, a.z, a.w}, half == 0 ? b.x : b.z,
+                                    half == 0 ? b.y : b.w);
+            }
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          score[0][0][k] += score[0][1][k];
+          score[1][0][k] += score[1][1][k];
+        }
+        const int query_row = kRowTile * row_tile + group_row;
+        if (key + kGroupKeys - 1 > first_position) {  // some key may come after some query
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int last = first_position + shared.token[query_row + 8 * (k / 2)] - key;
+            if (2 * part + k % 2 > last) score[0][0][k] = -INFINITY;
+            if (2 * part + k % 2 + 8 > last) score[1][0][k] = -INFINITY;
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float best = fmaxf(fmaxf(score[0][0][2 * half], score[0][0][2 * half + 1]),
+                             fmaxf(score[1][0][2 * half], score[1][0][2 * half + 1]));
+          best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+          best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+          if (part == 0) maxima[query_row + 8 * half] = best;
+        }
+      }
+    };
+
+    KeyGroup<kHeadDim> groups[2];
+    load_keys(groups[0], 0, find_page(0));
+    int next_page = find_page(1);
+
+    const Element* query = static_cast<const Element*>(params.index_query) +
+                           batch_row * params.query_batch_stride + 8 * part;
+    for (int step = warp; step < kHeadDim / 16; step += kScoreWarps) {
+#pragma unroll
+      for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+        uint2 half[2] = {};
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const int64_t offset = shared.query_offset[kRowTile * row_tile + group_row + 8 * k];
+          if (offset >= 0) {
+            half[k] =
+                *reinterpret_cast<const uint2*>(query + offset + step / 2 * 32 + 4 * (step % 2));
+          }
+        }
+        shared.queries[row_tile][step][lane] = {half[0].x, half[1].x, half[0].y, half[1].y};
+      }
+    }
+    __syncthreads();
+
+    // Two groups in turn: one in flight while the other is multiplied. Pages are looked up one
+    // step earlier still.
+#pragma unroll 1
+    for (int i = 0; i < count; i += 2) {
+      if (i + 1 < count) {
+        load_keys(groups[1], i + 1, next_page);
+        next_page = find_page(i + 2);
+      }
+      score_group(groups[0], i);
+      if (i + 1 < count) {
+        if (i + 2 < count) {
+          load_keys(groups[0], i + 2, next_page);
+          next_page = find_page(i + 3);
+        }
+        score_group(groups[1], i + 1);
+      }
+      const int phase_end = min(i + 2, count);
+      if (phase_end % Shared::kPhase != 0 && phase_end < count) continue;
+
+      // The warps meet once per phase; the other half of `maxima` is written meanwhile.
+      __syncthreads();
+      const int phase_begin = (phase_end - 1) / Shared::kPhase * Shared::kPhase;
+#pragma unroll 1
+      for (int index = threadIdx.x; index < Shared::kPhase * Shared::kRows;
+           index += kScoreThreads) {
+        const int query_row = row_begin + index / Shared::kPhase;
+        const int slab = phase_begin + index % Shared::kPhase;
+        if (slab >= phase_end || query_row >= num_rows) continue;
+        float best[2] = {-INFINITY, -INFINITY};  // of the slab's halves
+#pragma unroll
+        for (int w = 0; w < kScoreWarps; ++w) {
+          const float other =
+              shared.maxima[parity][index % Shared::kPhase][w][index / Shared::kPhase];
+          best[w / (kScoreWarps / 2)] = fmaxf(best[w / (kScoreWarps / 2)], other);
+        }
+        float* scores =
+            params.workspace + (int64_t{batch_row} * num_rows + query_row) * score_stride;
+        if (params.block_size == kSlabKeys) {
+          scores[first + slab] = fmaxf(best[0], best[1]);
+        } else {
+          scores[2 * (first + slab)] = best[0];
+          scores[2 * (first + slab) + 1] = best[1];
+        }
+      }
+      parity ^= 1;
+    }
+  }
+}
+
+// Launches the scores of all rows; defined in instantiations/.
+template <typename Element, int kHeadDim>
+void launch_index_scores(const DecodeSelectParams& params, cudaStream_t stream);
+
+template <typename Element, int kHeadDim, int kRowTiles>
+void launch_index_scores_tiled(const DecodeSelectParams& params, cudaStream_t stream) {
+  const int64_t slabs = std::max<int64_t>(ceil_div(params.cache.max_slots, kSlabKeys), 1);
+  const int batch = std::min(params.batch, kBatchChunk);
+  const int num_rows = params.num_new * params.num_heads;
+  const dim3 grid(
+      static_cast<unsigned>(std::min<int64_t>(kScoreCtasPerSm * params.num_sms, slabs * batch)),
+      static_cast<unsigned>(ceil_div(num_rows, kRowTile * kRowTiles)),
+      static_cast<unsigned>(ceil_div(params.batch, kBatchChunk)));
+  launch_dependent<index_scores_kernel<Element, kHeadDim, kRowTiles>>(
+      grid, kScoreThreads, stream, params, score_row_stride(params));
+}
+
+}  // namespace msa::sm80::decode
+
+// The definition that an instantiation file emits.
+#define MSA_INSTANTIATE_INDEX_SCORES(Element, kHeadDim)                           \
+  namespace msa::sm80::decode {                                                   \
+  template <>                                                                     \
+  void launch_index_scores<Element, kHeadDim>(const DecodeSelectParams& params,   \
+                                              cudaStream_t stream) {              \
+    const int num_rows = params.num_new * params.num_heads;                       \
+    if (num_rows <= kRowTile) {                                                   \
+      launch_index_scores_tiled<Element, kHeadDim, 1>(params, stream);            \
+    } else if (num_rows <= 2 * kRowTile) {                                        \
+      launch_index_scores_tiled<Element, kHeadDim, 2>(params, stream);            \
+    } else {                                                                      \
+      launch_index_scores_tiled<Element, kHeadDim, kMaxRowTiles>(params, stream); \
+    }                                                                             \
+  }                                                                               \
+  }  // namespace msa::sm80::decode

@@ -1,0 +1,5 @@
+#include <cuda_fp16.h>
+
+#include "../index_scores.cuh"
+
+MSA_INSTANTIATE_INDEX_SCORES(__half, 128)

@@ -1,0 +1,4 @@
+#include "../launch_forward.cuh"
+
+template void msa::sm80::launch_forward_kernel<__nv_bfloat16, 64>(const ForwardParams&,
+                                                                  cudaStream_t);

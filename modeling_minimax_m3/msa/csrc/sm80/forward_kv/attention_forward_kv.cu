@@ -1,0 +1,137 @@
+#include "attention_forward_kv.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../../common/cuda_check.h"
+#include "../../common/dispatch.h"
+#include "config.h"
+#include "inverse_lists.cuh"
+
+namespace msa::sm80 {
+
+namespace {
+
+constexpr int64_t kAlignment = 16;
+
+int64_t align(int64_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+void check_supported(const ForwardParams& params) {
+  if (params.num_kv_heads < 1 || params.num_heads != params.num_kv_heads * kGroup) {
+    throw std::runtime_error("the KV-major forward needs 16 query heads per key/value head, got " +
+                             std::to_string(params.num_heads) + " and " +
+                             std::to_string(params.num_kv_heads));
+  }
+  if (params.topk < 1 || params.topk > 64) {
+    throw std::runtime_error("topk must be 1 to 64, got " + std::to_string(params.topk));
+  }
+  if (params.block_size != 64 && params.block_size != 128) {
+    throw std::runtime_error("block_size must be 64 or 128, got " +
+                             std::to_string(params.block_size));
+  }
+}
+
+int buckets_per_head(const ForwardParams& params) {
+  return params.total_k / params.block_size + params.batch;
+}
+
+int64_t bucket_bytes(const ForwardParams& params) {
+  const int64_t buckets = static_cast<int64_t>(buckets_per_head(params)) * params.num_kv_heads;
+  return 4 * align((buckets + 1) * 4);
+}
+
+// Partial outputs and sums, and a place in the pair list, of one query token.
+int64_t token_pairs(const ForwardParams& params) {
+  return static_cast<int64_t>(params.num_kv_heads) * params.topk;
+}
+int64_t pair_bytes(const ForwardParams& params) {
+  return static_cast<int64_t>(kGroup) * (params.head_dim * 2 + 4) + 4;
+}
+
+}  // namespace
+
+int64_t attention_forward_kv_workspace(const ForwardParams& params) {
+  check_supported(params);
+  const int64_t token_bytes = token_pairs(params) * pair_bytes(params);
+  const int64_t tokens =
+      std::clamp<int64_t>(kPartialBytes / token_bytes, 1, std::max(params.total_q, 1));
+  return bucket_bytes(params) + tokens * token_bytes + 3 * kAlignment;
+}
+
+void launch_forward_kv(const ForwardParams& params, void* workspace, int64_t workspace_bytes,
+                       PartialAttentionLauncher launch_partial, cudaStream_t stream) {
+  check_supported(params);
+  if (params.total_q == 0) return;
+  const int64_t token_bytes = token_pairs(params) * pair_bytes(params);
+  const int64_t part = std::min<int64_t>(
+      (workspace_bytes - bucket_bytes(params) - 3 * kAlignment) / token_bytes, params.total_q);
+  if (part < 1) {
+    throw std::runtime_error("workspace holds " + std::to_string(workspace_bytes) +
+                             " bytes, the KV-major forward needs " +
+                             std::to_string(attention_forward_kv_workspace(params)));
+  }
+
+  constexpr double kLog2E = 1.44269504088896340736;
+  KvSchedule schedule;
+  schedule.buckets_per_head = buckets_per_head(params);
+  schedule.num_buckets = schedule.buckets_per_head * params.num_kv_heads;
+  schedule.scale_log2 = static_cast<float>(params.softmax_scale * kLog2E);
+  auto* bytes = static_cast<unsigned char*>(workspace);
+  auto take = [&](int64_t size) {
+    unsigned char* begin = bytes;
+    bytes += align(size);
+    return begin;
+  };
+  const int64_t max_pairs = part * token_pairs(params);
+  const int64_t buckets_size = (schedule.num_buckets + 1ll) * 4;
+  schedule.partial_out = take(max_pairs * kGroup * params.head_dim * 2);
+  schedule.partial_lse = reinterpret_cast<float*>(take(max_pairs * kGroup * 4));
+  schedule.pair_list = reinterpret_cast<int32_t*>(take(max_pairs * 4));
+  schedule.bucket_count = reinterpret_cast<int32_t*>(take(buckets_size));
+  schedule.bucket_next = reinterpret_cast<int32_t*>(take(buckets_size));
+  schedule.bucket_begin = reinterpret_cast<int32_t*>(take(buckets_size));
+  schedule.tile_begin = reinterpret_cast<int32_t*>(take(buckets_size));
+
+  constexpr int kThreads = 256;
+  for (int64_t begin = 0; begin < params.total_q; begin += part) {
+    const int64_t end = std::min<int64_t>(begin + part, params.total_q);
+    schedule.token_begin = static_cast<int>(begin);
+    schedule.token_end = static_cast<int>(end);
+    const auto grid =
+        static_cast<unsigned>(((end - begin) * token_pairs(params) + kThreads - 1) / kThreads);
+    MSA_CHECK_CUDA(cudaMemsetAsync(schedule.bucket_count, 0, buckets_size, stream));
+    count_pairs_kernel<<<grid, kThreads, 0, stream>>>(params, schedule);
+    MSA_CHECK_LAUNCH();
+    scan_buckets_kernel<<<1, 1024, 0, stream>>>(schedule);
+    MSA_CHECK_LAUNCH();
+    fill_lists_kernel<<<grid, kThreads, 0, stream>>>(params, schedule);
+    MSA_CHECK_LAUNCH();
+    launch_partial(params, schedule, stream);
+    dispatch_dtype(params.dtype, [&](auto element) {
+      dispatch_head_dim(params.head_dim, [&](auto head_dim) {
+        launch_combine_partials<decltype(element), decltype(head_dim)::value>(params, schedule,
+                                                                              stream);
+      });
+    });
+  }
+}
+
+void launch_partial_attention(const ForwardParams& params, const KvSchedule& schedule,
+                              cudaStream_t stream) {
+  dispatch_dtype(params.dtype, [&](auto element) {
+    dispatch_head_dim(params.head_dim, [&](auto head_dim) {
+      launch_partial_attention<decltype(element), decltype(head_dim)::value>(params, schedule,
+                                                                             stream);
+    });
+  });
+}
+
+void launch_attention_forward_kv(const ForwardParams& params, void* workspace,
+                                 int64_t workspace_bytes, cudaStream_t stream) {
+  launch_forward_kv(params, workspace, workspace_bytes, launch_partial_attention, stream);
+}
+
+}  // namespace msa::sm80

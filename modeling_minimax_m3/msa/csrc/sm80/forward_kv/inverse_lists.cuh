@@ -1,0 +1,86 @@
+// Which queries chose each block: the block lists turned around.
+//
+// Count, scan, fill: for one source file only, being no templates. The fill order within a bucket
+// depends on the run, but nothing else does: each pair's result is computed from its own rows and
+// stored at its own place.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../../params.h"
+#include "buckets.cuh"
+#include "config.h"
+#include "schedule.h"
+
+namespace msa::sm80 {
+
+__global__ void count_pairs_kernel(const ForwardParams params, const KvSchedule schedule) {
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t num_pairs = static_cast<int64_t>(schedule.token_end - schedule.token_begin) *
+                            params.num_kv_heads * params.topk;
+  if (pair >= num_pairs) return;
+  const int bucket = bucket_of_pair(params, schedule, pair);
+  if (bucket >= 0) atomicAdd(schedule.bucket_count + bucket, 1);
+}
+
+// Exclusive sums over the buckets, of pairs and of tiles; one thread block.
+__global__ void __launch_bounds__(1024) scan_buckets_kernel(const KvSchedule schedule) {
+  __shared__ int warp_pairs[32];
+  __shared__ int warp_tiles[32];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  int pairs_before = 0, tiles_before = 0;
+  for (int base = 0; base < schedule.num_buckets; base += 1024) {
+    const int bucket = base + threadIdx.x;
+    const int count = bucket < schedule.num_buckets ? schedule.bucket_count[bucket] : 0;
+    const int tiles = (count + kTileQueries - 1) / kTileQueries;
+    int pair_sum = count, tile_sum = tiles;  // inclusive, within the warp
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int pairs = __shfl_up_sync(0xffffffffu, pair_sum, distance);
+      const int other = __shfl_up_sync(0xffffffffu, tile_sum, distance);
+      if (lane >= distance) {
+        pair_sum += pairs;
+        tile_sum += other;
+      }
+    }
+    if (lane == 31) {
+      warp_pairs[warp] = pair_sum;
+      warp_tiles[warp] = tile_sum;
+    }
+    __syncthreads();
+    int pairs_total = 0, tiles_total = 0;
+    for (int i = 0; i < 32; ++i) {
+      if (i < warp) {
+        pair_sum += warp_pairs[i];
+        tile_sum += warp_tiles[i];
+      }
+      pairs_total += warp_pairs[i];
+      tiles_total += warp_tiles[i];
+    }
+    if (bucket < schedule.num_buckets) {
+      schedule.bucket_begin[bucket] = pairs_before + pair_sum - count;
+      schedule.bucket_next[bucket] = pairs_before + pair_sum - count;
+      schedule.tile_begin[bucket] = tiles_before + tile_sum - tiles;
+    }
+    pairs_before += pairs_total;
+    tiles_before += tiles_total;
+    __syncthreads();  // the sums are read
+  }
+  if (threadIdx.x == 0) {
+    schedule.bucket_begin[schedule.num_buckets] = pairs_before;
+    schedule.tile_begin[schedule.num_buckets] = tiles_before;
+  }
+}
+
+__global__ void fill_lists_kernel(const ForwardParams params, const KvSchedule schedule) {
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t num_pairs = static_cast<int64_t>(schedule.token_end - schedule.token_begin) *
+                            params.num_kv_heads * params.topk;
+  if (pair >= num_pairs) return;
+  const int bucket = bucket_of_pair(params, schedule, pair);
+  if (bucket < 0) return;
+  schedule.pair_list[atomicAdd(schedule.bucket_next + bucket, 1)] = static_cast<int>(pair);
+}
+
+}  // namespace msa::sm80

@@ -1,0 +1,39 @@
+// Tiles and shared memory of the block-selection kernels.
+#pragma once
+
+#include "schedule.h"
+
+namespace msa::sm80 {
+
+// Block scores: 256 query rows (tokens x index heads) stay in registers, 64 a warp, while tiles of
+// 64 keys stream through shared memory.
+template <int kHeadDim_>
+struct ScoreConfig {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRowTiles = 4;  // m16 tiles of a warp
+  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kRows = kWarps * kWarpRows;
+  static constexpr int kTileKeys = 64;
+  static constexpr int kStages = 4;
+  static constexpr int kRowChunks = kHeadDim / 8;  // 16-byte chunks of a row
+  static constexpr int kTileBytes = kTileKeys * kHeadDim * 2;
+  static constexpr int kQueryBytes = kRows * kHeadDim * 2;
+  static constexpr int kPositionBytes = kRows * 4;
+  // The queries pass through the key stages on their way to registers.
+  static constexpr int kSharedBytes = kStages * kTileBytes + kPositionBytes;
+  static constexpr int kBlocksPerSm = 2;
+  static_assert(kRows == kScoreRows);
+  static_assert(kQueryBytes <= kStages * kTileBytes);
+  static_assert(kSharedBytes <= 99 * 1024);
+};
+
+// Top-k: one warp per (token, index head) row.
+constexpr int kTopkWarps = 8;
+constexpr int kMaxTopk = 64;
+
+// Most floats of block scores that exist at a time: 256 MB.
+constexpr long long kWorkspaceElements = 64ll << 20;
+
+}  // namespace msa::sm80

@@ -1,0 +1,5 @@
+#include "../launch_scores.cuh"
+
+template void msa::sm80::launch_block_scores<__nv_bfloat16, 128>(const SelectParams&,
+                                                                 const ScoreSchedule&,
+                                                                 cudaStream_t);
