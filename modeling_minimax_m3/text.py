@@ -189,6 +189,12 @@ class MiniMaxM3GenerationMixin(GenerationMixin):
 
     create_masks_for_generate = staticmethod(create_masks_for_generate)
 
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # An offloaded cache moves between devices at every step, so a compiled step would be compiled again each time.
+        if getattr(model_kwargs.get("past_key_values"), "offloading", False):
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
         # Before any work: a forward would notice only when the tokens before it have been generated.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import CompileConfig, GenerationConfig, StaticCache
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
@@ -81,6 +82,16 @@ def test_assisted_by_a_model(model, make_pair, batch, greedy):
     assistant.generation_config = model.generation_config
     assisted = model.generate(batch["input_ids"][:1], max_new_tokens=NEW, do_sample=False, assistant_model=assistant)
     assert torch.equal(assisted, greedy[:1])
+
+
+def test_offloaded_static_caches_are_not_compiled(model):
+    """Transformers compiles for static caches by itself, but an offloaded one is never where it was."""
+    config = GenerationConfig(compile_config=CompileConfig())
+    config.compile_config._compile_all_devices = True
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    assert model._valid_auto_compile_criteria({"past_key_values": cache}, config)
+    cache.offloading = True
+    assert not model._valid_auto_compile_criteria({"past_key_values": cache}, config)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
