@@ -2,6 +2,7 @@
 
 from .attention import block_sparse_attention, block_sparse_attention_with_kvcache
 from .backends import available_backends
+from .indexer_loss import indexer_kl_loss
 from .selection import select_blocks, select_blocks_with_kvcache
 from .structured import StructuredPattern, structured_blocks, structured_blocks_of
 
@@ -10,6 +11,7 @@ __all__ = [
     "available_backends",
     "block_sparse_attention",
     "block_sparse_attention_with_kvcache",
+    "indexer_kl_loss",
     "select_blocks",
     "select_blocks_with_kvcache",
     "structured_blocks",

@@ -4,6 +4,7 @@ import torch
 
 from . import checks
 from .backends import check_backend, run_on_backend
+from .sequences import compute_dtype
 
 
 def block_sparse_attention(
@@ -59,21 +60,10 @@ def block_sparse_attention(
         checks.check_unit_stride(name, tensor)
     checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, query.device)
     out, lse = torch.ops.minimax_m3_msa.block_sparse_attention(
-        query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, _scale(softmax_scale, query),
-        check_backend(backend),
+        query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size,
+        checks.scale("softmax_scale", softmax_scale, query), check_backend(backend),
     )  # fmt: skip
     return (out, lse) if return_lse else out
-
-
-def _scale(softmax_scale: float | None, query: torch.Tensor) -> float:
-    if softmax_scale is None:
-        return query.shape[-1] ** -0.5
-    checks.check_finite("softmax_scale", softmax_scale)
-    return float(softmax_scale)
-
-
-def _lse_dtype(query: torch.Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("minimax_m3_msa::block_sparse_attention", mutates_args=())
@@ -107,7 +97,7 @@ def _block_sparse_attention(
 @_block_sparse_attention.register_fake
 def _(query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale, backend):
     out = query.new_empty((*query.shape[:2], value.shape[-1]))
-    return out, query.new_empty(query.shape[:2], dtype=_lse_dtype(query))
+    return out, query.new_empty(query.shape[:2], dtype=compute_dtype(query))
 
 
 @torch.library.custom_op("minimax_m3_msa::block_sparse_attention_backward", mutates_args=())
@@ -224,7 +214,7 @@ def block_sparse_attention_with_kvcache(
         )
     return torch.ops.minimax_m3_msa.block_sparse_attention_with_kvcache(
         query, key_cache, value_cache, block_indices, cache_seqlens, cache_leftpad, block_table, block_size,
-        _scale(softmax_scale, query), check_backend(backend),
+        checks.scale("softmax_scale", softmax_scale, query), check_backend(backend),
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def resolve_backend(backend: str, function: str, args: tuple) -> str:
     if backend == "auto":
         if args[0].device.type != "cuda" or cuda.unsupported(function, args) is not None:
             return "torch"
-        reason = extension.load(build=False)
+        reason = extension.load(build=False) or cuda.missing_kernel(function)
         if reason is None:
             return "cuda"
         if reason not in _told and extension.mode() != "off":
@@ -51,7 +51,7 @@ def resolve_backend(backend: str, function: str, args: tuple) -> str:
             warnings.warn(f"MSA runs on the `torch` backend: {reason}", stacklevel=2)
         return "torch"
     if backend == "cuda":
-        reason = cuda.unsupported(function, args) or extension.load(build=True)
+        reason = cuda.unsupported(function, args) or extension.load(build=True) or cuda.missing_kernel(function)
         if reason is not None:
             raise NotImplementedError(
                 f"`backend`='cuda' cannot run this call of `{function}`: {reason}. "

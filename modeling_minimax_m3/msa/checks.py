@@ -63,6 +63,14 @@ def check_finite(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be finite, got {value}")
 
 
+def scale(name: str, value: float | None, states: torch.Tensor) -> float:
+    """The factor of the scores of `states` (..., D): `value` once checked, or 1 / sqrt(D) for None."""
+    if value is None:
+        return states.shape[-1] ** -0.5
+    check_finite(name, value)
+    return float(value)
+
+
 def check_selection_options(block_size: int, topk: int, local_blocks: int, init_blocks: int) -> None:
     check_at_least("block_size", block_size, 1)
     check_at_least("topk", topk, 1)

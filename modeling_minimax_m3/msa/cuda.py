@@ -1,19 +1,20 @@
-"""The `cuda` backend: what the compiled kernels support, and the calls into them, with the signatures of `reference`.
-
-The gradient is that of the `torch` backend, from the kernels' out and lse, until it has kernels of its own.
-"""
+"""The `cuda` backend: what the compiled kernels support, and the calls into them, with the signatures of `reference`."""
 
 import torch
 
-from . import extension
-from .portable import block_sparse_attention_backward
+from . import extension, portable
 
 __all__ = [
+    "attention_lse",
     "block_sparse_attention",
     "block_sparse_attention_backward",
     "block_sparse_attention_with_kvcache",
+    "indexer_kl_loss",
+    "indexer_kl_loss_backward",
+    "missing_kernel",
     "select_blocks",
     "select_blocks_with_kvcache",
+    "structured_blocks_of",
     "unsupported",
 ]
 
@@ -23,6 +24,7 @@ BLOCK_SIZES = (64, 128)
 GROUP_SIZES = (1, 2, 4, 8, 16)
 MAX_TOPK = 64
 MAX_INDEX_HEADS = 64
+MAX_STRUCTURED_HEADS = 64
 
 # Up to this many new tokens per row the cached forms have kernels of their own; above, rows run as packed sequences.
 MAX_DECODE_TOKENS = 16
@@ -42,13 +44,21 @@ def unsupported(function: str, args: tuple) -> str | None:
     Looks at dtypes, shapes and strides only, not at whether there is a binary to run.
     """
     if function == "block_sparse_attention_backward":
-        return None
+        # As the forward; what else comes is made to fit.
+        _, query, key, value, _, _, *rest = args
+        return unsupported("block_sparse_attention", (query, key, value, *rest))
+    if function == "structured_blocks_of":
+        return _structured_unsupported(*args)
     if function in ("select_blocks", "select_blocks_with_kvcache"):
         *tensors, block_size, topk, _, _ = args
         named = dict(zip(("index_query", "index_key"), tensors))
         group = 1
         if tensors[0].shape[-2] > MAX_INDEX_HEADS:
             return f"there must be at most {MAX_INDEX_HEADS} index heads, there are {tensors[0].shape[-2]}"
+    elif function in ("attention_lse", "indexer_kl_loss", "indexer_kl_loss_backward"):
+        named, block_indices, block_size = _indexer_loss_arguments(function, args)
+        topk = 0 if block_indices is None else block_indices.shape[-1]
+        group = named["query"].shape[-2] // named["key"].shape[-2]
     else:
         *tensors, block_size, _ = args
         named = dict(zip(("query", "key", "value"), tensors))
@@ -59,9 +69,10 @@ def unsupported(function: str, args: tuple) -> str | None:
         return f"the tensors must be on a CUDA device, they are on {query.device}"
     if query.dtype not in DTYPES:
         return f"the dtype must be float16 or bfloat16, it is {str(query.dtype).removeprefix('torch.')}"
-    if any(tensor.shape[-1] not in HEAD_DIMS or tensor.shape[-1] != query.shape[-1] for tensor in named.values()):
-        sizes = ", ".join(f"{tensor.shape[-1]} for `{name}`" for name, tensor in named.items())
-        return f"the head dimension must be one of {HEAD_DIMS} and the same for all, it is {sizes}"
+    sizes = {name: tensor.shape[-1] for name, tensor in named.items()}
+    if any(size not in HEAD_DIMS for size in sizes.values()) or sizes.get("value", query.shape[-1]) != query.shape[-1]:
+        came = ", ".join(f"{size} for `{name}`" for name, size in sizes.items())
+        return f"the head dimension must be one of {HEAD_DIMS} and the same for query, key and value, it is {came}"
     if block_size not in BLOCK_SIZES:
         return f"`block_size` must be one of {BLOCK_SIZES}, it is {block_size}"
     if topk > MAX_TOPK:
@@ -80,6 +91,38 @@ def unsupported(function: str, args: tuple) -> str | None:
                 f"{_VECTOR_BYTES // tensor.element_size()} elements, they are {tuple(tensor.stride())}"
             )
     return extension.device_reason(query.device.index)
+
+
+def _indexer_loss_arguments(function: str, args: tuple) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, int]:
+    """The tensors whose rows a kernel reads, by name, `block_indices`, and `block_size`."""
+    if function == "attention_lse":
+        query, key, block_indices, _, _, block_size, _ = args
+        return {"query": query, "key": key}, block_indices, block_size
+    if function == "indexer_kl_loss_backward":
+        args = (*args[1:6], *args[7:])  # without grad_kl and index_lse
+    *tensors, _, block_indices, _, _, block_size, _, _ = args
+    return dict(zip(("index_query", "index_key", "query", "key"), tensors)), block_indices, block_size
+
+
+def missing_kernel(function: str) -> str | None:
+    """Why the loaded binary cannot run `function`: one named by MINIMAX_M3_MSA_LIBRARY may be older than the loss."""
+    if function.startswith("indexer_kl_loss") and not hasattr(torch.ops.minimax_m3_msa_cuda, function):
+        return "the compiled extension has no kernel for it"
+    return None
+
+
+def _structured_unsupported(
+    own_block: torch.Tensor, num_kv_heads: int, layer_idx: int, local_blocks: int, anchor_blocks: int,
+    anchor_stride: int, random_blocks: int, seed: int,
+) -> str | None:  # fmt: skip
+    if own_block.device.type != "cuda":
+        return f"the tensors must be on a CUDA device, they are on {own_block.device}"
+    width = local_blocks + anchor_blocks + random_blocks
+    if width > MAX_TOPK:
+        return f"there must be at most {MAX_TOPK} blocks per query, there are {width}"
+    if num_kv_heads > MAX_STRUCTURED_HEADS:
+        return f"there must be at most {MAX_STRUCTURED_HEADS} key/value heads, there are {num_kv_heads}"
+    return extension.device_reason(own_block.device.index)
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
@@ -109,6 +152,24 @@ def select_blocks(
     )  # fmt: skip
 
 
+def structured_blocks_of(
+    own_block: torch.Tensor,
+    num_kv_heads: int,
+    layer_idx: int,
+    local_blocks: int,
+    anchor_blocks: int,
+    anchor_stride: int,
+    random_blocks: int,
+    seed: int,
+) -> torch.Tensor:
+    """As `reference.structured_blocks_of`."""
+    lists = torch.ops.minimax_m3_msa_cuda.structured_blocks_of(
+        own_block.flatten().contiguous(), num_kv_heads, layer_idx, local_blocks, anchor_blocks, anchor_stride,
+        random_blocks, seed,
+    )  # fmt: skip
+    return lists.view(*own_block.shape, *lists.shape[1:])
+
+
 def block_sparse_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -123,6 +184,90 @@ def block_sparse_attention(
     return torch.ops.minimax_m3_msa_cuda.block_sparse_attention(
         query, key, value, block_indices, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), block_size,
         softmax_scale,
+    )  # fmt: skip
+
+
+def attention_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """As `reference.attention_lse`, by a whole attention whose output nobody uses; over all keys on the `torch` backend,
+    which waits for the device."""
+    if block_indices is None:
+        return portable.attention_lse(query, key, None, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale)
+    return block_sparse_attention(
+        query, key, key, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale
+    )[1]
+
+
+def indexer_kl_loss(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.indexer_kl_loss`."""
+    return torch.ops.minimax_m3_msa_cuda.indexer_kl_loss(
+        index_query, index_key, query, key, *_contiguous(lse, block_indices, cu_seqlens_q, cu_seqlens_k), block_size,
+        softmax_scale, index_scale,
+    )  # fmt: skip
+
+
+def indexer_kl_loss_backward(
+    grad_kl: torch.Tensor,
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    index_lse: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.indexer_kl_loss_backward`."""
+    return torch.ops.minimax_m3_msa_cuda.indexer_kl_loss_backward(
+        grad_kl.contiguous(), index_query, index_key, query, key,
+        *_contiguous(lse, index_lse, block_indices, cu_seqlens_q, cu_seqlens_k), block_size, softmax_scale,
+        index_scale,
+    )  # fmt: skip
+
+
+def block_sparse_attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value from the saved out and lse; they repeat bit for bit."""
+    # A gradient may come expanded, so that elements share memory, or as any view.
+    if not _is_aligned(grad_out) or grad_out.stride(-1) != 1 or 0 in grad_out.stride():
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    return torch.ops.minimax_m3_msa_cuda.block_sparse_attention_backward(
+        grad_out, query, key, value, out.contiguous(), lse.contiguous(), block_indices, cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(), block_size, softmax_scale,
     )  # fmt: skip
 
 

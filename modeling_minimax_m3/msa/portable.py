@@ -26,6 +26,11 @@ from .sequences import cached_sequences, compute_dtype, packed_sequences
 _SELECTION_TILE = 2**22
 _ATTENTION_TILE = 2**20
 
+# The same where every query attends to all keys, on devices that want few and large products, and the keys of such a
+# tile.
+_DEVICE_TILE = 2**25
+_DENSE_KEYS = 512
+
 # Up to this many new tokens per row the cached forms gather; above, they run as one variable-length call per row.
 _MAX_GATHERED_TOKENS = 16
 
@@ -176,6 +181,40 @@ def _tiles(
         offset += count
 
 
+def _causal_tiles(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, num_heads: int, group: int
+) -> Iterator[_Tile]:
+    """As `_tiles`, for queries that attend to every key before and at their own; the tiles' keys are no blocks."""
+    device = cu_seqlens_q.device
+    elements = _ATTENTION_TILE if device.type == "cpu" else _DEVICE_TILE
+    tile = max(1, elements // (group * _DENSE_KEYS))
+    for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
+        shift = keys.stop - queries.stop  # from a query's row to the row of its own key
+        for first_key in range(keys.start, keys.stop, _DENSE_KEYS):
+            block = slice(first_key, min(first_key + _DENSE_KEYS, keys.stop))
+            for start in range(max(queries.start, first_key - shift), queries.stop, tile):
+                tokens = torch.arange(start, min(start + tile, queries.stop), device=device)
+                future = None
+                if start + shift < block.stop - 1:
+                    own_key = tokens[: block.stop - 1 - shift - start] + shift
+                    future = (torch.arange(block.start, block.stop, device=device) > own_key[:, None]).unsqueeze(1)
+                for head in range(num_heads):
+                    yield _Tile(head, tokens, block, future)
+
+
+def _tiles_of(
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    num_heads: int,
+    block_size: int,
+    group: int,
+) -> Iterator[_Tile]:
+    if block_indices is None:
+        return _causal_tiles(cu_seqlens_q, cu_seqlens_k, num_heads, group)
+    return _tiles(block_indices, cu_seqlens_q, cu_seqlens_k, block_size, group)
+
+
 def _grouped_rows(states: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """(total_q, H_q, D) as (H_kv, total_q, G * D) in the dtype of the sums: the rows of one key/value head lie next to
     each other, so that gathering a token's rows is one copy."""
@@ -281,6 +320,149 @@ def block_sparse_attention_backward(
         grad_query[head].index_copy_(0, tokens, rows)
     grad_query = _ungrouped(grad_query.mul_(softmax_scale), group, query.dtype)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+class _RunningSum:
+    """Log-sum-exp of (rows, ...) scores that arrive in pieces, relative to the largest seen so far."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self.largest = torch.full(shape, float("-inf"), dtype=dtype, device=device)
+        self.total = torch.zeros(shape, dtype=dtype, device=device)
+
+    def add(self, head: int, tokens: torch.Tensor, scores: torch.Tensor) -> None:
+        """Adds the exponentials of `scores` (n, ..., keys), each row with a finite one, in place, to rows `tokens`."""
+        before = self.largest[head].index_select(0, tokens)
+        after = torch.maximum(before, scores.amax(-1))
+        total = self.total[head].index_select(0, tokens).mul_((before - after).exp_())
+        total.add_(scores.sub_(after.unsqueeze(-1)).exp_().sum(-1))
+        self.largest[head].index_copy_(0, tokens, after)
+        self.total[head].index_copy_(0, tokens, total)
+
+    def log(self) -> torch.Tensor:
+        """The log-sum-exp, -inf for rows that nothing was added to."""
+        return self.largest + self.total.log()
+
+
+def attention_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """As `reference.attention_lse`."""
+    dtype = compute_dtype(query)
+    (total_q, num_heads, head_dim), num_kv_heads = query.shape, key.shape[1]
+    group = num_heads // num_kv_heads
+    grouped_query = _grouped_rows(query, num_kv_heads) * softmax_scale
+    sums = _RunningSum((num_kv_heads, total_q, group), dtype, query.device)
+    for tile in _tiles_of(block_indices, cu_seqlens_q, cu_seqlens_k, num_kv_heads, block_size, group):
+        query_rows = grouped_query[tile.head].index_select(0, tile.tokens).view(-1, head_dim)
+        scores = _tile_scores(query_rows, key[tile.keys, tile.head].to(dtype), tile)
+        sums.add(tile.head, tile.tokens, scores)
+    return _ungrouped(sums.log(), group, dtype).view(total_q, num_heads)
+
+
+def _index_tiles(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+) -> Iterator[tuple[_Tile, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Tiles with the main attention's mean probabilities (n, keys), scaled index queries (n, D_idx), index keys."""
+    dtype = compute_dtype(query)
+    num_kv_heads, head_dim = key.shape[1:]
+    group = query.shape[1] // num_kv_heads
+    grouped_query = _grouped_rows(query, num_kv_heads) * softmax_scale
+    grouped_lse = _grouped_rows(lse.unsqueeze(-1), num_kv_heads)
+    grouped_index_query = _grouped_rows(index_query, num_kv_heads) * index_scale
+    for tile in _tiles_of(block_indices, cu_seqlens_q, cu_seqlens_k, num_kv_heads, block_size, group):
+        head, tokens = tile.head, tile.tokens
+        query_rows = grouped_query[head].index_select(0, tokens).view(-1, head_dim)
+        scores = _tile_scores(query_rows, key[tile.keys, head].to(dtype), tile)
+        probs = scores.sub_(grouped_lse[head].index_select(0, tokens).unsqueeze(-1)).exp_().mean(1)
+        yield tile, probs, grouped_index_query[head].index_select(0, tokens), index_key[tile.keys].to(dtype)
+
+
+def indexer_kl_loss(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.indexer_kl_loss`, in one pass: with z the scaled index scores, kl is the sum of p * (log p - z)
+    plus the sum of p times the log-sum-exp of z."""
+    dtype, device = compute_dtype(index_query), index_query.device
+    shape = (index_query.shape[1], index_query.shape[0])
+    sums = _RunningSum(shape, dtype, device)
+    divergence, mass = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    for tile, probs, rows, keys in _index_tiles(
+        index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale,
+        index_scale,
+    ):  # fmt: skip
+        head, tokens = tile.head, tile.tokens
+        scores = rows @ keys.T
+        terms = torch.xlogy(probs, probs).sub_(probs * scores).sum(-1)
+        divergence[head].index_copy_(0, tokens, terms.add_(divergence[head].index_select(0, tokens)))
+        mass[head].index_copy_(0, tokens, probs.sum(-1).add_(mass[head].index_select(0, tokens)))
+        if tile.future is not None:
+            scores[: len(tile.future)].masked_fill_(tile.future.squeeze(1), float("-inf"))
+        sums.add(head, tokens, scores)
+    index_lse = sums.log()
+    kl = divergence.add_(mass.mul_(index_lse.masked_fill(sums.total == 0, 0.0)))
+    return kl.T.contiguous(), index_lse.T.contiguous()
+
+
+def indexer_kl_loss_backward(
+    grad_kl: torch.Tensor,
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    index_lse: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.indexer_kl_loss_backward`, deterministic."""
+    dtype = compute_dtype(index_query)
+    grad_rows = torch.zeros_like(index_query.transpose(0, 1), dtype=dtype).contiguous()
+    grad_index_key = torch.zeros(index_key.shape, dtype=dtype, device=index_key.device)
+    for tile, probs, rows, keys in _index_tiles(
+        index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale,
+        index_scale,
+    ):  # fmt: skip
+        head, tokens = tile.head, tile.tokens
+        scores = rows @ keys.T
+        if tile.future is not None:
+            scores[: len(tile.future)].masked_fill_(tile.future.squeeze(1), float("-inf"))
+        grad_scores = scores.sub_(index_lse[:, head].index_select(0, tokens).unsqueeze(-1)).exp_().sub_(probs)
+        grad_scores.mul_(grad_kl[:, head].index_select(0, tokens).unsqueeze(-1))
+        # The rows carry the scale already.
+        grad_index_key[tile.keys] += grad_scores.T @ rows
+        grad_rows[head].index_copy_(0, tokens, grad_rows[head].index_select(0, tokens).addmm_(grad_scores, keys))
+    grad_index_query = grad_rows.mul_(index_scale).transpose(0, 1).to(index_query.dtype).contiguous()
+    return grad_index_query, grad_index_key.to(index_key.dtype)
 
 
 def _gathered_position(

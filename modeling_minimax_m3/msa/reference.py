@@ -134,6 +134,129 @@ def block_sparse_attention_backward(
     return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, (query, key, value)))
 
 
+def _attention_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    queries: slice,
+    keys: slice,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled scores (Lq, H_kv, G, Lk) of one sequence, and which keys each group attends to: bool (Lq, H_kv, Lk)."""
+    dtype = compute_dtype(query)
+    query_rows = query[queries].to(dtype).unflatten(1, (key.shape[1], -1))
+    scores = torch.einsum("qhgd,khd->qhgk", query_rows, key[keys].to(dtype)) * softmax_scale
+    if block_indices is not None:
+        return scores, _attended(block_indices, queries, keys, block_size, group=1)
+    position = _positions(queries, keys, query.device)[:, None]
+    causal = torch.arange(keys.stop - keys.start, device=query.device) <= position
+    return scores, causal.unsqueeze(1).expand(-1, key.shape[1], -1)
+
+
+def attention_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Log-sum-exp (total_q, H_q) of the scores of the listed blocks, or of all keys s <= t for None; natural log."""
+    lse = torch.full(query.shape[:2], float("-inf"), dtype=compute_dtype(query), device=query.device)
+    for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
+        scores, attended = _attention_scores(query, key, block_indices, queries, keys, block_size, softmax_scale)
+        lse[queries] = scores.masked_fill(~attended.unsqueeze(2), float("-inf")).logsumexp(-1).flatten(1)
+    return lse
+
+
+def _teacher_and_student(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    queries: slice,
+    keys: slice,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of one sequence: the main attention's mean probabilities p (Lq, H_idx, Lk), 0 where not attended, the scaled
+    index scores of the same shape, -inf where not attended, and their log-sum-exp (Lq, H_idx)."""
+    scores, attended = _attention_scores(query, key, block_indices, queries, keys, block_size, softmax_scale)
+    grouped_lse = lse[queries].to(scores.dtype).unflatten(1, (key.shape[1], -1))
+    # Masked before exp: an empty row's lse is -inf, and its differences would be NaN or inf.
+    probs = (scores - grouped_lse.unsqueeze(-1)).masked_fill(~attended.unsqueeze(2), float("-inf")).exp().mean(2)
+    index_rows = index_query[queries].to(scores.dtype)
+    index_scores = torch.einsum("qhd,kd->qhk", index_rows, index_key[keys].to(scores.dtype)) * index_scale
+    index_scores = index_scores.masked_fill(~attended, float("-inf"))
+    return probs, index_scores, index_scores.logsumexp(-1)
+
+
+def indexer_kl_loss(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL divergence (total_q, H_idx) of the index softmax from the main attention's mean over each group, over the
+    listed blocks, or all keys s <= t for None; and the log-sum-exp (total_q, H_idx) of the index scores."""
+    dtype, device = compute_dtype(index_query), index_query.device
+    kl = torch.zeros(index_query.shape[:2], dtype=dtype, device=device)
+    index_lse = torch.full(index_query.shape[:2], float("-inf"), dtype=dtype, device=device)
+    for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
+        probs, index_scores, index_lse[queries] = _teacher_and_student(
+            index_query, index_key, query, key, lse, block_indices, queries, keys, block_size, softmax_scale,
+            index_scale,
+        )  # fmt: skip
+        log_r = index_scores - index_lse[queries].unsqueeze(-1)
+        # Keys that are not attended have p = 0 and log r = -inf, and add nothing; so do probabilities that underflow.
+        kl[queries] = torch.where(probs > 0, probs * (probs.log() - log_r), 0.0).sum(-1)
+    return kl, index_lse
+
+
+def indexer_kl_loss_backward(
+    grad_kl: torch.Tensor,
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    index_lse: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of index_query and index_key: r - p is that of the scaled index scores."""
+    dtype = compute_dtype(index_query)
+    grad_index_query = torch.zeros(index_query.shape, dtype=dtype, device=index_query.device)
+    grad_index_key = torch.zeros(index_key.shape, dtype=dtype, device=index_key.device)
+    for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
+        probs, index_scores, _ = _teacher_and_student(
+            index_query, index_key, query, key, lse, block_indices, queries, keys, block_size, softmax_scale,
+            index_scale,
+        )  # fmt: skip
+        # Rows of -inf are empty rows.
+        index_probs = (index_scores - index_lse[queries].unsqueeze(-1)).exp().nan_to_num(0.0)
+        grad_scores = (index_probs - probs) * grad_kl[queries].unsqueeze(-1).to(dtype) * index_scale
+        grad_index_query[queries] = torch.einsum("qhk,kd->qhd", grad_scores, index_key[keys].to(dtype))
+        grad_index_key[keys] = torch.einsum("qhk,qhd->kd", grad_scores, index_query[queries].to(dtype))
+    return grad_index_query.to(index_query.dtype), grad_index_key.to(index_key.dtype)
+
+
 def select_blocks_with_kvcache(
     index_query: torch.Tensor,
     index_key_cache: torch.Tensor,
@@ -240,26 +363,24 @@ def structured_block_list(
     return sorted(listed | {unlisted[number] for number in drawn})
 
 
-def structured_blocks(
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
+def structured_blocks_of(
+    own_block: torch.Tensor,
     num_kv_heads: int,
-    block_size: int,
+    layer_idx: int,
     local_blocks: int,
     anchor_blocks: int,
     anchor_stride: int,
     random_blocks: int,
     seed: int,
-    layer_idx: int,
 ) -> torch.Tensor:
-    """Key blocks chosen by position alone: int32 (total_q, num_kv_heads, width), ascending, -1 after the last."""
+    """Key blocks chosen by position alone, for queries in `own_block` (...): int32 (..., num_kv_heads, width),
+    ascending, -1 after the last. `seed` may be that of `structured_block_list` minus 2**64, to fit 64 signed bits."""
     width = local_blocks + anchor_blocks + random_blocks
-    blocks = torch.full((int(cu_seqlens_q[-1]), num_kv_heads, width), -1, dtype=torch.int32)
-    pattern = (layer_idx, local_blocks, anchor_blocks, anchor_stride, random_blocks, seed)
-    for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
-        positions = _positions(queries, keys, torch.device("cpu")).tolist()
-        for query, position in zip(range(queries.start, queries.stop), positions):
-            for head in range(num_kv_heads):
-                listed = structured_block_list(position // block_size, head, *pattern)
-                blocks[query, head, : len(listed)] = torch.tensor(listed, dtype=torch.int32)
-    return blocks.to(cu_seqlens_q.device)
+    pattern = (layer_idx, local_blocks, anchor_blocks, anchor_stride, random_blocks, seed % 2**64)
+    rows = []
+    for block in own_block.flatten().tolist():
+        for head in range(num_kv_heads):
+            listed = structured_block_list(block, head, *pattern)
+            rows.append(listed + [-1] * (width - len(listed)))
+    lists = torch.tensor(rows, dtype=torch.int32, device=own_block.device)
+    return lists.view(*own_block.shape, num_kv_heads, width)

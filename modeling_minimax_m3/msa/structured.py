@@ -9,15 +9,16 @@ visible block. Otherwise:
   at most `anchor_blocks` of them;
 - random: all remaining places, drawn without replacement from the blocks that are not listed yet.
 
-`reference.structured_blocks` is the definition, with the random numbers written out; here the same integers come from
-tensor operations.
+`reference.structured_block_list` is the definition, with the random numbers written out. The `torch` backend gets the
+same integers from tensor operations, and the `cuda` backend from a kernel.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from . import checks
+from . import checks, cuda, reference
+from .backends import check_backend, resolve_backend
 from .reference import PHILOX_KEY_STEPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
 
 _WORD = 0xFFFFFFFF
@@ -61,6 +62,7 @@ def structured_blocks_of(
     layer_idx: int,
     pattern: StructuredPattern,
     num_blocks: int | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The lists of queries in the given blocks: int32 (..., H_kv, W), ascending ids, -1 after them.
 
@@ -70,14 +72,110 @@ def structured_blocks_of(
         layer_idx: Index of the layer, which the random blocks depend on.
         pattern: What to list.
         num_blocks: A number that all of `own_block` are below, if known. Where there are more queries than that, the
-            lists are worked out once per block.
+            `torch` backend works the lists out once per block.
+        backend: "auto", "cuda", "torch" or "reference"; they list the same blocks.
+
+    Raises:
+        ValueError, TypeError: an argument's dtype or value is not as above.
+        NotImplementedError: the named backend cannot run the call.
     """
-    if num_blocks is not None and num_blocks < own_block.numel():
-        lists = structured_blocks_of(
-            torch.arange(num_blocks, device=own_block.device), num_kv_heads, layer_idx, pattern
-        )
-        return lists[own_block.clamp(min=0)].masked_fill(own_block[..., None, None] < 0, -1)
-    block = own_block.long().unsqueeze(-1).expand(*own_block.shape, num_kv_heads)
+    checks.check_at_least("num_kv_heads", num_kv_heads, 1)
+    checks.check_at_least("layer_idx", layer_idx, 0)
+    if not isinstance(own_block, torch.Tensor) or own_block.is_floating_point():
+        raise TypeError(f"`own_block` must be a tensor of integers, got {getattr(own_block, 'dtype', own_block)}")
+    seed = pattern.seed - 2**64 if pattern.seed >= 2**63 else pattern.seed  # operators take signed integers
+    return torch.ops.minimax_m3_msa.structured_blocks_of(
+        own_block.long(), num_kv_heads, layer_idx, pattern.local_blocks, pattern.anchor_blocks,
+        min(pattern.anchor_stride, 2**31), pattern.random_blocks, seed, num_blocks, check_backend(backend),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("minimax_m3_msa::structured_blocks_of", mutates_args=())
+def _structured_blocks_of(
+    own_block: torch.Tensor,
+    num_kv_heads: int,
+    layer_idx: int,
+    local_blocks: int,
+    anchor_blocks: int,
+    anchor_stride: int,
+    random_blocks: int,
+    seed: int,
+    num_blocks: int | None,
+    backend: str,
+) -> torch.Tensor:
+    args = (own_block, num_kv_heads, layer_idx, local_blocks, anchor_blocks, anchor_stride, random_blocks, seed)
+    run_on = {"reference": reference.structured_blocks_of, "cuda": cuda.structured_blocks_of}
+    backend = resolve_backend(backend, "structured_blocks_of", args)
+    if backend in run_on:
+        return run_on[backend](*args)
+    pattern = StructuredPattern(local_blocks, anchor_blocks, anchor_stride, random_blocks, seed % 2**64)
+    if num_blocks is None and own_block.device.type == "cpu" and own_block.numel() > 0:
+        num_blocks = int(own_block.max()) + 1
+    if num_blocks is None or num_blocks >= own_block.numel():
+        return _lists(own_block, num_kv_heads, layer_idx, pattern)
+    lists = _lists(torch.arange(num_blocks, device=own_block.device), num_kv_heads, layer_idx, pattern)
+    return lists[own_block.clamp(min=0)].masked_fill(own_block[..., None, None] < 0, -1)
+
+
+@_structured_blocks_of.register_fake
+def _(
+    own_block, num_kv_heads, layer_idx, local_blocks, anchor_blocks, anchor_stride, random_blocks, seed, num_blocks,
+    backend,
+):  # fmt: skip
+    width = local_blocks + anchor_blocks + random_blocks
+    return own_block.new_empty((*own_block.shape, num_kv_heads, width), dtype=torch.int32)
+
+
+def structured_blocks(
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    num_kv_heads: int,
+    block_size: int,
+    local_blocks: int,
+    anchor_blocks: int,
+    anchor_stride: int,
+    random_blocks: int,
+    seed: int,
+    layer_idx: int,
+    total_q: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The lists of all queries of a variable-length batch.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k (batch + 1): int32 offsets of the sequences, starting at 0; query i of a sequence
+            sits at position len_k - len_q + i.
+        num_kv_heads: H_kv.
+        block_size: Keys per block.
+        local_blocks, anchor_blocks, anchor_stride, random_blocks, seed: As in `StructuredPattern`.
+        layer_idx: Index of the layer.
+        total_q: Number of queries; without it the last offset is read, which waits for the device.
+        backend: "auto", "cuda", "torch" or "reference"; they list the same blocks.
+
+    Returns:
+        int32 (total_q, H_kv, W): block ids, ascending, -1 where fewer are visible.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
+        NotImplementedError: the named backend cannot run the call.
+    """
+    pattern = StructuredPattern(local_blocks, anchor_blocks, anchor_stride, random_blocks, seed)
+    checks.check_at_least("block_size", block_size, 1)
+    checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.device)
+    if total_q is None:
+        total_q = int(cu_seqlens_q[-1])
+    token = torch.arange(total_q, device=cu_seqlens_q.device)
+    sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True).clamp(max=max(len(cu_seqlens_q) - 2, 0))
+    past = cu_seqlens_k.diff() - cu_seqlens_q.diff()
+    position = token - cu_seqlens_q[sequence] + past[sequence]
+    own_block = torch.div(position, block_size, rounding_mode="floor")
+    return structured_blocks_of(own_block, num_kv_heads, layer_idx, pattern, backend=backend)
+
+
+def _lists(own_block: torch.Tensor, num_kv_heads: int, layer_idx: int, pattern: StructuredPattern) -> torch.Tensor:
+    """The `torch` backend of `structured_blocks_of`."""
+    block = own_block.unsqueeze(-1).expand(*own_block.shape, num_kv_heads)
     device, width = block.device, pattern.width
     every = torch.arange(width, device=device)
     everything = torch.where(every <= block[..., None], every, -1)  # what queries with few visible blocks list
@@ -107,52 +205,6 @@ def structured_blocks_of(
     drawn = torch.where(is_drawn, drawn, last[..., None] + 1)
     chosen = torch.cat((fixed, drawn), dim=-1).sort(dim=-1).values[..., :width]
     return torch.where(block[..., None] < width, everything, chosen).to(torch.int32)
-
-
-def structured_blocks(
-    *,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    num_kv_heads: int,
-    block_size: int,
-    local_blocks: int,
-    anchor_blocks: int,
-    anchor_stride: int,
-    random_blocks: int,
-    seed: int,
-    layer_idx: int,
-    total_q: int | None = None,
-) -> torch.Tensor:
-    """The lists of all queries of a variable-length batch.
-
-    Args:
-        cu_seqlens_q, cu_seqlens_k (batch + 1): int32 offsets of the sequences, starting at 0; query i of a sequence
-            sits at position len_k - len_q + i.
-        num_kv_heads: H_kv.
-        block_size: Keys per block.
-        local_blocks, anchor_blocks, anchor_stride, random_blocks, seed: As in `StructuredPattern`.
-        layer_idx: Index of the layer.
-        total_q: Number of queries; without it the last offset is read, which waits for the device.
-
-    Returns:
-        int32 (total_q, H_kv, W): block ids, ascending, -1 where fewer are visible.
-
-    Raises:
-        ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
-    """
-    pattern = StructuredPattern(local_blocks, anchor_blocks, anchor_stride, random_blocks, seed)
-    checks.check_at_least("num_kv_heads", num_kv_heads, 1)
-    checks.check_at_least("block_size", block_size, 1)
-    checks.check_at_least("layer_idx", layer_idx, 0)
-    checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.device)
-    if total_q is None:
-        total_q = int(cu_seqlens_q[-1])
-    token = torch.arange(total_q, device=cu_seqlens_q.device)
-    sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True).clamp(max=max(len(cu_seqlens_q) - 2, 0))
-    past = cu_seqlens_k.diff() - cu_seqlens_q.diff()
-    position = token - cu_seqlens_q[sequence] + past[sequence]
-    own_block = torch.div(position, block_size, rounding_mode="floor")
-    return structured_blocks_of(own_block, num_kv_heads, layer_idx, pattern)
 
 
 def _anchor_stride(block: torch.Tensor, pattern: StructuredPattern) -> torch.Tensor:

@@ -162,9 +162,24 @@ def test_the_other_backends_are_taken_by_name(binary):
     assert not binary
 
 
-def test_the_gradient_never_waits_for_the_extension(binary):
-    args = (on_device(8, 32, 128), *attention_args()[:3])
-    assert cuda.unsupported("block_sparse_attention_backward", args) is None
+def backward_args(grad_out, *forward_args):
+    """`forward_args` as `attention_args` gives them."""
+    query, key, value, *rest = forward_args
+    return (grad_out, query, key, value, query, on_device(*query.shape[:2], dtype=torch.float32), *rest)
+
+
+def test_the_gradient_is_supported_where_the_attention_is(binary):
+    function = "block_sparse_attention_backward"
+    # A gradient of any layout: it is copied where the kernels could not read it.
+    grad_out = on_device(32, 128, 8).permute(2, 0, 1)
+    assert backends.resolve_backend("auto", function, backward_args(grad_out, *attention_args())) == "cuda"
+    for changed, reason in (
+        ({"group": 3}, "1, 2, 4, 8, 16"),
+        ({"query": on_device(8, 32, 132)[..., :128]}, "`query`"),
+    ):
+        args = backward_args(grad_out, *attention_args(**changed))
+        assert backends.resolve_backend("auto", function, args) == "torch"
+        assert reason in cuda.unsupported(function, args)
 
 
 def test_without_a_binary_auto_says_so_once(no_binary):

@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from modeling_minimax_m3.msa import (
     block_sparse_attention,
     block_sparse_attention_with_kvcache,
+    indexer_kl_loss,
     select_blocks,
     select_blocks_with_kvcache,
 )
@@ -46,6 +47,18 @@ def forward_and_backward(inputs, tokens):
     return call
 
 
+def indexer_loss(inputs, tokens):
+    """Value and gradients over all keys, without the attention's lse."""
+    case = inputs.make_varlen([tokens], **OPTIONS)
+    leaves = [case.index_query.requires_grad_(), case.index_key.requires_grad_()]
+
+    def call():
+        kl = indexer_kl_loss(*leaves, case.query, case.key, None, **case.lengths, backend="torch")
+        torch.autograd.grad(kl.sum(), leaves)
+
+    return call
+
+
 def cached_prefill(inputs, tokens):
     """All tokens as new ones of a cache that is just full."""
     case = inputs.make_varlen([tokens], **OPTIONS)
@@ -69,7 +82,7 @@ def test_the_recorder_sees_inside_operators(inputs):
 
 @pytest.mark.parametrize(
     ("scenario", "tokens"),
-    [(selection, 8192), (forward_and_backward, 4096), (cached_prefill, 8192)],
+    [(selection, 8192), (forward_and_backward, 4096), (indexer_loss, 4096), (cached_prefill, 8192)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_memory_is_linear(inputs, scenario, tokens):

@@ -2,12 +2,13 @@
 
 import random
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
 from modeling_minimax_m3 import msa
-from modeling_minimax_m3.msa import reference
+from modeling_minimax_m3.msa import cuda, extension, reference
 
 DEFAULT = {"local_blocks": 2, "anchor_blocks": 6, "anchor_stride": 8, "random_blocks": 8, "seed": 0}
 
@@ -36,11 +37,18 @@ def test_equals_the_definition(seed):
     options = {"num_kv_heads": choose([1, 2, 4]), "block_size": choose([1, 2, 5]), "layer_idx": choose([0, 3, 59])}
     lengths_k = [choose(range(130)) for _ in range(3)]
     lengths_q = [choose(range(length + 1)) for length in lengths_k]
+    positions = [range(k - q, k) for q, k in zip(lengths_q, lengths_k)]
+    own_block = torch.tensor([t // options["block_size"] for p in positions for t in p])
+    heads, layer_idx = options["num_kv_heads"], options["layer_idx"]
+    expected = reference.structured_blocks_of(own_block, heads, layer_idx, *pattern.values())
+
     cu_seqlens = {"cu_seqlens_q": offsets(lengths_q), "cu_seqlens_k": offsets(lengths_k)}
-    expected = reference.structured_blocks(**cu_seqlens, **options, **pattern)
-    assert torch.equal(msa.structured_blocks(**cu_seqlens, **options, **pattern), expected)
-    total = int(sum(lengths_q))
-    assert torch.equal(msa.structured_blocks(**cu_seqlens, **options, **pattern, total_q=total), expected)
+    for backend in ("auto", "torch", "reference"):
+        choose = partial(msa.structured_blocks, **cu_seqlens, **options, **pattern, backend=backend)
+        assert torch.equal(choose(), expected)
+        assert torch.equal(choose(total_q=sum(lengths_q)), expected)
+    lists = msa.structured_blocks_of(own_block, heads, layer_idx, msa.StructuredPattern(**pattern), num_blocks=130)
+    assert torch.equal(lists, expected)
 
 
 def lists(num_blocks: int, heads: int = 1, layer_idx: int = 0, **pattern) -> torch.Tensor:
@@ -159,6 +167,44 @@ def test_bad_patterns_are_named(name):
     value, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         msa.StructuredPattern(**{**DEFAULT, name: value})
+
+
+def test_arguments_are_checked():
+    pattern = msa.StructuredPattern(**DEFAULT)
+    with pytest.raises(TypeError, match="`own_block` must be a tensor of integers, got torch.float32"):
+        msa.structured_blocks_of(torch.zeros(3), 2, 0, pattern)
+    with pytest.raises(ValueError, match="`num_kv_heads` must be at least 1, got 0"):
+        msa.structured_blocks_of(torch.arange(3), 0, 0, pattern)
+    with pytest.raises(ValueError, match="`layer_idx` must be at least 0, got -1"):
+        msa.structured_blocks_of(torch.arange(3), 1, -1, pattern)
+    with pytest.raises(ValueError, match="`backend` must be one of"):
+        msa.structured_blocks_of(torch.arange(3), 1, 0, pattern, backend="triton")
+    with pytest.raises(NotImplementedError, match="tensors must be on a CUDA device, they are on cpu"):
+        msa.structured_blocks_of(torch.arange(3), 1, 0, pattern, backend="cuda")
+
+
+def test_operator_is_registered_whole():
+    args = (torch.tensor([[3, -1], [40, 7]]), 2, 1, 2, 6, 8, 8, -(2**63), None)
+    for backend in ("torch", "reference"):
+        torch.library.opcheck(torch.ops.minimax_m3_msa.structured_blocks_of.default, (*args, backend))
+
+
+def test_what_the_kernel_supports(monkeypatch):
+    class OnDevice(torch.Tensor):
+        """A CPU tensor that says it is on the first GPU."""
+
+        device = property(lambda self: torch.device("cuda", 0))
+
+    monkeypatch.setattr(extension, "device_reason", lambda index: None)
+
+    def reason(heads=4, random_blocks=8):
+        args = (torch.arange(3).as_subclass(OnDevice), heads, 0, 2, 6, 8, random_blocks, 0)
+        return cuda.unsupported("structured_blocks_of", args)
+
+    assert reason() is None
+    assert reason(random_blocks=56) is None
+    assert reason(random_blocks=57) == "there must be at most 64 blocks per query, there are 65"
+    assert reason(heads=65) == "there must be at most 64 key/value heads, there are 65"
 
 
 def test_compiles_without_graph_break():

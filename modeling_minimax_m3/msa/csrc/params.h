@@ -36,6 +36,22 @@ struct SelectParams {
   Dtype dtype;
 };
 
+// Block lists by position alone: local window, anchors, random blocks.
+struct StructuredParams {
+  const int64_t* own_block;  // (num_queries), block of each query; a negative one lists nothing
+  int32_t* block_indices;    // (num_queries, num_kv_heads, width), contiguous output
+  int num_queries;
+  int num_kv_heads;
+  int width;  // local_blocks + anchor_blocks + the least number of random blocks
+  int local_blocks;
+  int anchor_blocks;
+  int64_t anchor_stride;  // at most 2^31, which is as good as anything above
+  uint32_t layer;
+  uint32_t seed_low;
+  uint32_t seed_high;
+  int num_sms;  // of the current device, to choose how many queries a thread block takes
+};
+
 // Attention over the selected blocks of packed sequences.
 struct ForwardParams {
   const void* query;             // (total_q, num_heads, head_dim), strided
@@ -64,6 +80,37 @@ struct ForwardParams {
   int topk;
   float softmax_scale;
   Dtype dtype;
+};
+
+// Gradient of attention over the selected blocks of packed sequences.
+struct BackwardParams {
+  ForwardParams forward;  // the call whose gradient this is; its out and lse are inputs here
+  const void* grad_out;   // (total_q, num_heads, head_dim), strided
+  void* grad_query;       // (total_q, num_heads, head_dim), contiguous output
+  void* grad_key;         // (total_k, num_kv_heads, head_dim), contiguous output
+  void* grad_value;       // (total_k, num_kv_heads, head_dim), contiguous output
+  int64_t grad_out_token_stride;
+  int64_t grad_out_head_stride;
+};
+
+// KL divergence of the indexer's softmax from the main attention's over the same keys, and its
+// gradient. `attention` describes the main attention: its value and out are unused, its lse is an
+// input, and its block_indices may be nullptr, for all keys up to the query's own; topk is then the
+// number of blocks that a sequence of all keys would have.
+struct IndexerLossParams {
+  ForwardParams attention;
+  const void* index_query;  // (total_q, num_kv_heads, index_dim), strided
+  const void* index_key;    // (total_k, index_dim), strided; one head shared by all query heads
+  int64_t index_query_token_stride;
+  int64_t index_query_head_stride;
+  int64_t index_key_token_stride;
+  int index_dim;
+  float index_scale;
+  float* kl;         // (total_q, num_kv_heads), contiguous output of the value
+  float* index_lse;  // (total_q, num_kv_heads), contiguous; natural log; written by the value
+  const float* grad_kl;    // (total_q, num_kv_heads), contiguous; the gradient only, as all below
+  void* grad_index_query;  // (total_q, num_kv_heads, index_dim), contiguous output
+  void* grad_index_key;    // (total_k, index_dim), contiguous output
 };
 
 // Where the rows of a key-value cache lie and how far they are filled.

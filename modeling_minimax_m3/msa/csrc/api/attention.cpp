@@ -2,11 +2,46 @@
 #include <limits>
 
 #include "operators.h"
-#include "sm80/forward/attention_forward.h"
+#include "sm80/forward_order/attention_forward.h"
 #include "sm90/forward/attention_forward.h"
 #include "tensors.h"
 
 namespace msa::api {
+
+ForwardParams forward_params(const Tensor& query, const Tensor& key, const Tensor& value,
+                             const Tensor& block_indices, const Tensor& cu_seqlens_q,
+                             const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale) {
+  STD_TORCH_CHECK(block_indices.scalar_type() == ScalarType::Int &&
+                      (block_indices.size(2) == 1 || block_indices.stride(2) == 1),
+                  "`block_indices` must be int32 and contiguous in its last dimension");
+
+  ForwardParams params{};
+  params.query = vector_data("query", query);
+  params.key = vector_data("key", key);
+  params.value = vector_data("value", value);
+  params.block_indices = static_cast<const int32_t*>(block_indices.const_data_ptr());
+  params.cu_seqlens_q = int32_data("cu_seqlens_q", cu_seqlens_q);
+  params.cu_seqlens_k = int32_data("cu_seqlens_k", cu_seqlens_k);
+  params.query_token_stride = query.stride(0);
+  params.query_head_stride = query.stride(1);
+  params.key_token_stride = key.stride(0);
+  params.key_head_stride = key.stride(1);
+  params.value_token_stride = value.stride(0);
+  params.value_head_stride = value.stride(1);
+  params.index_token_stride = block_indices.stride(0);
+  params.index_head_stride = block_indices.stride(1);
+  params.total_q = to_int("total_q", query.size(0));
+  params.total_k = to_int("total_k", key.size(0));
+  params.batch = to_int("batch", cu_seqlens_q.size(0) - 1);
+  params.num_heads = to_int("num_heads", query.size(1));
+  params.num_kv_heads = to_int("num_kv_heads", key.size(1));
+  params.head_dim = to_int("head_dim", query.size(2));
+  params.block_size = to_int("block_size", block_size);
+  params.topk = to_int("topk", block_indices.size(2));
+  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.dtype = dtype_of("query", query);
+  return params;
+}
 
 std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Tensor& key,
                                                   const Tensor& value, const Tensor& block_indices,
@@ -21,46 +56,18 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
     return {torch::stable::fill_(out, 0), lse};
   }
-  STD_TORCH_CHECK(block_indices.scalar_type() == ScalarType::Int &&
-                      (block_indices.size(2) == 1 || block_indices.stride(2) == 1),
-                  "`block_indices` must be int32 and contiguous in its last dimension");
-
-  ForwardParams params{};
-  params.query = vector_data("query", query);
-  params.key = vector_data("key", key);
-  params.value = vector_data("value", value);
-  params.block_indices = static_cast<const int32_t*>(block_indices.const_data_ptr());
-  params.cu_seqlens_q = int32_data("cu_seqlens_q", cu_seqlens_q);
-  params.cu_seqlens_k = int32_data("cu_seqlens_k", cu_seqlens_k);
+  ForwardParams params = forward_params(query, key, value, block_indices, cu_seqlens_q,
+                                        cu_seqlens_k, block_size, softmax_scale);
   params.out = out.mutable_data_ptr();
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  params.query_token_stride = query.stride(0);
-  params.query_head_stride = query.stride(1);
-  params.key_token_stride = key.stride(0);
-  params.key_head_stride = key.stride(1);
-  params.value_token_stride = value.stride(0);
-  params.value_head_stride = value.stride(1);
-  params.index_token_stride = block_indices.stride(0);
-  params.index_head_stride = block_indices.stride(1);
-  params.total_q = to_int("total_q", total_q);
-  params.total_k = to_int("total_k", key.size(0));
-  params.batch = to_int("batch", cu_seqlens_q.size(0) - 1);
-  params.num_heads = to_int("num_heads", num_heads);
-  params.num_kv_heads = to_int("num_kv_heads", key.size(1));
-  params.head_dim = to_int("head_dim", head_dim);
-  params.block_size = to_int("block_size", block_size);
-  params.topk = to_int("topk", block_indices.size(2));
-  params.softmax_scale = static_cast<float>(softmax_scale);
-  params.dtype = dtype_of("query", query);
 
   const DeviceScope device(query);
+  const int64_t bytes = sm80::attention_forward_workspace(params);
+  Tensor workspace = allocate_workspace(query, (bytes + 3) / static_cast<int64_t>(sizeof(float)));
   if (device.takes_hopper_kernels()) {
-    constexpr int64_t kFloatBytes = sizeof(float);
-    const int64_t bytes = sm90::attention_forward_workspace(params);
-    Tensor workspace = allocate_workspace(query, (bytes + kFloatBytes - 1) / kFloatBytes);
     sm90::launch_attention_forward(params, workspace.mutable_data_ptr(), bytes, device.stream());
   } else {
-    sm80::launch_attention_forward(params, device.stream());
+    sm80::launch_attention_forward(params, workspace.mutable_data_ptr(), bytes, device.stream());
   }
   return {out, lse};
 }

@@ -8,7 +8,8 @@
 
 namespace msa::sm80 {
 
-void launch_attention_forward(const ForwardParams& params, cudaStream_t stream) {
+void launch_attention_forward_q(const ForwardParams& params, const TileOrder* order,
+                                cudaStream_t stream) {
   if (params.num_kv_heads < 1 || params.num_heads % params.num_kv_heads != 0) {
     throw std::runtime_error("query heads must be a multiple of the key/value heads, got " +
                              std::to_string(params.num_heads) + " and " +
@@ -30,7 +31,7 @@ void launch_attention_forward(const ForwardParams& params, cudaStream_t stream) 
   if (params.total_q == 0) return;
   dispatch_dtype(params.dtype, [&](auto element) {
     dispatch_head_dim(params.head_dim, [&](auto head_dim) {
-      launch_forward_kernel<decltype(element), decltype(head_dim)::value>(params, stream);
+      launch_forward_kernel<decltype(element), decltype(head_dim)::value>(params, order, stream);
     });
   });
 }

@@ -20,10 +20,11 @@
 namespace msa::sm80 {
 
 struct ForwardSchedule {
-  int num_tiles;     // query tiles of one key/value head
-  int group_shift;   // log2 of the query heads of a key/value head
-  int entry_count;   // power of two, at least the tokens of a tile times topk
-  float scale_log2;  // softmax_scale * log2(e)
+  int num_tiles;                  // query tiles of one key/value head
+  int group_shift;                // log2 of the query heads of a key/value head
+  int entry_count;                // power of two, at least the tokens of a tile times topk
+  float scale_log2;               // softmax_scale * log2(e)
+  const uint8_t* is_query_major;  // tiles to work on, see forward_order/; nullptr: all
 };
 
 // The keys that a warp's rows see, counted from the first key of a tile.
@@ -66,6 +67,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int kv_head = blockIdx.x / schedule.num_tiles;
+  if (schedule.is_query_major != nullptr &&
+      schedule.is_query_major[static_cast<int64_t>(blockIdx.x % schedule.num_tiles) *
+                                  params.num_kv_heads +
+                              kv_head] == 0) {
+    return;
+  }
   const int group = 1 << schedule.group_shift;
   const int tile_tokens = Config::kRows >> schedule.group_shift;
   const int warp_tokens = Config::kWarpRows >> schedule.group_shift;

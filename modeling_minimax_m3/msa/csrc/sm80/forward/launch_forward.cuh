@@ -10,7 +10,8 @@
 namespace msa::sm80 {
 
 template <typename Element, int kHeadDim>
-void launch_forward_kernel(const ForwardParams& params, cudaStream_t stream) {
+void launch_forward_kernel(const ForwardParams& params, const TileOrder* order,
+                           cudaStream_t stream) {
   using Config = ForwardConfig<kHeadDim>;
   constexpr double kLog2E = 1.44269504088896340736;
   const unsigned group = params.num_heads / params.num_kv_heads;
@@ -20,6 +21,7 @@ void launch_forward_kernel(const ForwardParams& params, cudaStream_t stream) {
   schedule.num_tiles = (params.total_q + tile_tokens - 1) / tile_tokens;
   schedule.entry_count =
       static_cast<int>(std::bit_ceil(static_cast<unsigned>(tile_tokens * params.topk)));
+  schedule.is_query_major = order == nullptr ? nullptr : order->is_query_major;
   schedule.scale_log2 = static_cast<float>(params.softmax_scale * kLog2E);
 
   auto* kernel = attention_forward_kernel<Element, Config>;

@@ -34,10 +34,6 @@ void check_supported(const ForwardParams& params) {
   }
 }
 
-int buckets_per_head(const ForwardParams& params) {
-  return params.total_k / params.block_size + params.batch;
-}
-
 int64_t bucket_bytes(const ForwardParams& params) {
   const int64_t buckets = static_cast<int64_t>(buckets_per_head(params)) * params.num_kv_heads;
   return 4 * align((buckets + 1) * 4);
@@ -53,26 +49,44 @@ int64_t pair_bytes(const ForwardParams& params) {
 
 }  // namespace
 
-int64_t attention_forward_kv_workspace(const ForwardParams& params) {
-  check_supported(params);
+int64_t forward_kv_part_tokens(const ForwardParams& params) {
+  constexpr int64_t kTile = 8;
   const int64_t token_bytes = token_pairs(params) * pair_bytes(params);
-  const int64_t tokens =
-      std::clamp<int64_t>(kPartialBytes / token_bytes, 1, std::max(params.total_q, 1));
-  return bucket_bytes(params) + tokens * token_bytes + 3 * kAlignment;
+  const int64_t wanted = kWantedQueries * params.total_k / params.block_size / params.topk;
+  const int64_t bytes = std::clamp(wanted * token_bytes, kPartialBytes, kMostPartialBytes);
+  const int64_t all = (params.total_q + kTile - 1) / kTile * kTile;
+  return std::clamp(bytes / token_bytes / kTile * kTile, kTile, std::max(all, kTile));
 }
 
-void launch_forward_kv(const ForwardParams& params, void* workspace, int64_t workspace_bytes,
-                       PartialAttentionLauncher launch_partial, cudaStream_t stream) {
+int64_t attention_forward_kv_workspace(const ForwardParams& params) {
   check_supported(params);
-  if (params.total_q == 0) return;
-  const int64_t token_bytes = token_pairs(params) * pair_bytes(params);
-  const int64_t part = std::min<int64_t>(
-      (workspace_bytes - bucket_bytes(params) - 3 * kAlignment) / token_bytes, params.total_q);
-  if (part < 1) {
+  return bucket_bytes(params) +
+         forward_kv_part_tokens(params) * token_pairs(params) * pair_bytes(params) + 3 * kAlignment;
+}
+
+void launch_inverse_lists(const ForwardParams& params, const KvSchedule& schedule, int tile_queries,
+                          cudaStream_t stream) {
+  constexpr int kThreads = 256;
+  const int64_t tokens = schedule.token_end - schedule.token_begin;
+  const auto grid = static_cast<unsigned>((tokens * token_pairs(params) + kThreads - 1) / kThreads);
+  MSA_CHECK_CUDA(cudaMemsetAsync(schedule.bucket_count, 0, schedule.num_buckets * 4ll, stream));
+  count_pairs_kernel<<<grid, kThreads, 0, stream>>>(params, schedule);
+  MSA_CHECK_LAUNCH();
+  scan_buckets_kernel<<<1, 1024, 0, stream>>>(schedule, tile_queries);
+  MSA_CHECK_LAUNCH();
+  fill_lists_kernel<<<grid, kThreads, 0, stream>>>(params, schedule);
+  MSA_CHECK_LAUNCH();
+}
+
+void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void* workspace,
+                       int64_t workspace_bytes, PartialAttentionLauncher launch_partial,
+                       cudaStream_t stream) {
+  const int64_t needed = attention_forward_kv_workspace(params);
+  if (workspace_bytes < needed) {
     throw std::runtime_error("workspace holds " + std::to_string(workspace_bytes) +
-                             " bytes, the KV-major forward needs " +
-                             std::to_string(attention_forward_kv_workspace(params)));
+                             " bytes, the KV-major forward needs " + std::to_string(needed));
   }
+  const int64_t part = forward_kv_part_tokens(params);
 
   constexpr double kLog2E = 1.44269504088896340736;
   KvSchedule schedule;
@@ -95,20 +109,15 @@ void launch_forward_kv(const ForwardParams& params, void* workspace, int64_t wor
   schedule.bucket_begin = reinterpret_cast<int32_t*>(take(buckets_size));
   schedule.tile_begin = reinterpret_cast<int32_t*>(take(buckets_size));
 
-  constexpr int kThreads = 256;
   for (int64_t begin = 0; begin < params.total_q; begin += part) {
     const int64_t end = std::min<int64_t>(begin + part, params.total_q);
     schedule.token_begin = static_cast<int>(begin);
     schedule.token_end = static_cast<int>(end);
-    const auto grid =
-        static_cast<unsigned>(((end - begin) * token_pairs(params) + kThreads - 1) / kThreads);
-    MSA_CHECK_CUDA(cudaMemsetAsync(schedule.bucket_count, 0, buckets_size, stream));
-    count_pairs_kernel<<<grid, kThreads, 0, stream>>>(params, schedule);
-    MSA_CHECK_LAUNCH();
-    scan_buckets_kernel<<<1, 1024, 0, stream>>>(schedule);
-    MSA_CHECK_LAUNCH();
-    fill_lists_kernel<<<grid, kThreads, 0, stream>>>(params, schedule);
-    MSA_CHECK_LAUNCH();
+    if (order != nullptr) {
+      schedule.is_query_major = order->is_query_major;
+      schedule.has_kv = order->has_kv + begin / part;
+    }
+    launch_inverse_lists(params, schedule, kTileQueries, stream);
     launch_partial(params, schedule, stream);
     dispatch_dtype(params.dtype, [&](auto element) {
       dispatch_head_dim(params.head_dim, [&](auto head_dim) {
@@ -127,11 +136,6 @@ void launch_partial_attention(const ForwardParams& params, const KvSchedule& sch
                                                                              stream);
     });
   });
-}
-
-void launch_attention_forward_kv(const ForwardParams& params, void* workspace,
-                                 int64_t workspace_bytes, cudaStream_t stream) {
-  launch_forward_kv(params, workspace, workspace_bytes, launch_partial_attention, stream);
 }
 
 }  // namespace msa::sm80

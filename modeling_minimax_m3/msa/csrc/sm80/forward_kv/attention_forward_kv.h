@@ -7,18 +7,18 @@
 #include <cstdint>
 
 #include "../../params.h"
+#include "../forward_order/tile_order.h"
 #include "schedule.h"
 
 namespace msa::sm80 {
 
-// Bytes of scratch to allocate (16-byte aligned): partial outputs of all queries at once, or 1 GB
-// of them if that is less, and integers.
+// Bytes of scratch to allocate (16-byte aligned): partial outputs of a part of the queries, and
+// integers.
 int64_t attention_forward_kv_workspace(const ForwardParams& params);
 
-// Writes params.out and params.lse. Asynchronous on `stream`; reads nothing on the host, allocates
-// nothing. Throws std::runtime_error on unsupported sizes, a short workspace or a CUDA error.
-void launch_attention_forward_kv(const ForwardParams& params, void* workspace,
-                                 int64_t workspace_bytes, cudaStream_t stream);
+// Query tokens of a part, a multiple of 8: as many as 1 GB of partial outputs takes, or up to 2
+// GB for long sequences, if there are so many.
+int64_t forward_kv_part_tokens(const ForwardParams& params);
 
 // The kernels of one part, all of its tiles and all of its rows; each instantiation is compiled in
 // a file of its own.
@@ -29,10 +29,19 @@ template <typename Element, int kHeadDim>
 void launch_combine_partials(const ForwardParams& params, const KvSchedule& schedule,
                              cudaStream_t stream);
 
-// The same with another kernel for the partial outputs.
+// Writes params.out and params.lse of the tiles that are KV-major by `order`, or of all of them if
+// it is nullptr; `launch_partial` gives the partial outputs. Asynchronous on `stream`; reads
+// nothing on the host, allocates nothing. Throws std::runtime_error on unsupported sizes, a short
+// workspace or a CUDA error.
 using PartialAttentionLauncher = void (*)(const ForwardParams&, const KvSchedule&, cudaStream_t);
-void launch_forward_kv(const ForwardParams& params, void* workspace, int64_t workspace_bytes,
-                       PartialAttentionLauncher launch_partial, cudaStream_t stream);
+void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void* workspace,
+                       int64_t workspace_bytes, PartialAttentionLauncher launch_partial,
+                       cudaStream_t stream);
+
+// The inverse lists of a part, whose tokens and integer arrays are set; a tile has at most
+// `tile_queries` query tokens. The order within a bucket varies from run to run.
+void launch_inverse_lists(const ForwardParams& params, const KvSchedule& schedule, int tile_queries,
+                          cudaStream_t stream);
 
 // The portable kernel for the partial outputs, for any supported type and head dimension.
 void launch_partial_attention(const ForwardParams& params, const KvSchedule& schedule,

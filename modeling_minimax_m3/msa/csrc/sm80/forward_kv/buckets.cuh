@@ -5,6 +5,7 @@
 
 #include "../../common/sequences.cuh"
 #include "../../params.h"
+#include "../forward_order/tile_union.cuh"
 #include "schedule.h"
 
 namespace msa::sm80 {
@@ -15,15 +16,32 @@ __device__ __forceinline__ int first_bucket(int key_begin, int sequence, int blo
   return key_begin / block_size + sequence;
 }
 
-// A pair's bucket, or -1 where the slot names no block that its query sees.
+// Whether nothing of this part is to be done.
+__device__ __forceinline__ bool is_idle(const KvSchedule& schedule) {
+  return schedule.has_kv != nullptr && *schedule.has_kv == 0;
+}
+
+// Whether a query-major kernel takes this query token.
+__device__ __forceinline__ bool is_query_major(const ForwardParams& params,
+                                               const KvSchedule& schedule, int token, int head) {
+  return schedule.is_query_major != nullptr &&
+         schedule.is_query_major[static_cast<int64_t>(token / kTileTokens) * params.num_kv_heads +
+                                 head] != 0;
+}
+
+// A pair's bucket, or -1 where the slot names no block that its query sees. Without block_indices,
+// slot j names block j.
 __device__ __forceinline__ int bucket_of_pair(const ForwardParams& params,
                                               const KvSchedule& schedule, int64_t pair) {
   const int slot = static_cast<int>(pair % params.topk);
   const int head = static_cast<int>(pair / params.topk % params.num_kv_heads);
   const int token =
       schedule.token_begin + static_cast<int>(pair / params.topk / params.num_kv_heads);
-  const int block = params.block_indices[token * params.index_token_stride +
-                                         head * params.index_head_stride + slot];
+  if (is_query_major(params, schedule, token, head)) return -1;
+  const int block = params.block_indices == nullptr
+                        ? slot
+                        : params.block_indices[token * params.index_token_stride +
+                                               head * params.index_head_stride + slot];
   if (block < 0) return -1;
   const int index = find_sequence(params.cu_seqlens_q, params.batch, token);
   if (index >= params.batch) return -1;
@@ -39,6 +57,7 @@ __device__ __forceinline__ int bucket_of_pair(const ForwardParams& params,
 struct KvTile {
   int num_queries;  // 0: the tile does not exist
   int list_begin;   // its first pair in pair_list
+  int bucket;
   int kv_head;
   int first_key;  // of the block, among the sequence's keys
   Sequence sequence;
@@ -58,15 +77,17 @@ __device__ __forceinline__ int find_bucket(const int32_t* begins, int count, int
   return low;
 }
 
+// With `tile_queries` query tokens a tile at most, as the buckets were scanned.
 __device__ __forceinline__ KvTile find_tile(const ForwardParams& params, const KvSchedule& schedule,
-                                            int tile) {
+                                            int tile, int tile_queries = kTileQueries) {
   KvTile result = {};
-  if (tile >= schedule.tile_begin[schedule.num_buckets]) return result;
+  if (is_idle(schedule) || tile >= schedule.tile_begin[schedule.num_buckets]) return result;
   // Empty buckets share their first tile with the next one; the last of them is the right one.
   const int bucket = find_bucket(schedule.tile_begin, schedule.num_buckets, tile);
   result.list_begin =
-      schedule.bucket_begin[bucket] + (tile - schedule.tile_begin[bucket]) * kTileQueries;
-  result.num_queries = min(schedule.bucket_begin[bucket + 1] - result.list_begin, kTileQueries);
+      schedule.bucket_begin[bucket] + (tile - schedule.tile_begin[bucket]) * tile_queries;
+  result.num_queries = min(schedule.bucket_begin[bucket + 1] - result.list_begin, tile_queries);
+  result.bucket = bucket;
   result.kv_head = bucket / schedule.buckets_per_head;
 
   const int head_bucket = bucket % schedule.buckets_per_head;

@@ -34,12 +34,14 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const int lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / 32;
   if (row >=
-      static_cast<int64_t>(schedule.token_end - schedule.token_begin) * params.num_kv_heads) {
+          static_cast<int64_t>(schedule.token_end - schedule.token_begin) * params.num_kv_heads ||
+      is_idle(schedule)) {
     return;
   }
   const int64_t first_pair = row * params.topk;
   const int token = schedule.token_begin + static_cast<int>(row / params.num_kv_heads);
   const int kv_head = static_cast<int>(row % params.num_kv_heads);
+  if (is_query_major(params, schedule, token, kv_head)) return;
 
   // Slots without a visible block were never written: a bit each for those that were.
   uint64_t written = 0;

@@ -18,30 +18,39 @@ __global__ void count_pairs_kernel(const ForwardParams params, const KvSchedule 
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t num_pairs = static_cast<int64_t>(schedule.token_end - schedule.token_begin) *
                             params.num_kv_heads * params.topk;
-  if (pair >= num_pairs) return;
+  if (pair >= num_pairs || is_idle(schedule)) return;
   const int bucket = bucket_of_pair(params, schedule, pair);
   if (bucket >= 0) atomicAdd(schedule.bucket_count + bucket, 1);
 }
 
 // Exclusive sums over the buckets, of pairs and of tiles; one thread block.
-__global__ void __launch_bounds__(1024) scan_buckets_kernel(const KvSchedule schedule) {
+__global__ void __launch_bounds__(1024)
+    scan_buckets_kernel(const KvSchedule schedule, int tile_queries) {
+  constexpr int kPerThread = 4;
   __shared__ int warp_pairs[32];
   __shared__ int warp_tiles[32];
+  if (is_idle(schedule)) return;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   int pairs_before = 0, tiles_before = 0;
-  for (int base = 0; base < schedule.num_buckets; base += 1024) {
-    const int bucket = base + threadIdx.x;
-    const int count = bucket < schedule.num_buckets ? schedule.bucket_count[bucket] : 0;
-    const int tiles = (count + kTileQueries - 1) / kTileQueries;
-    int pair_sum = count, tile_sum = tiles;  // inclusive, within the warp
+  for (int base = 0; base < schedule.num_buckets; base += 1024 * kPerThread) {
+    const int first = base + static_cast<int>(threadIdx.x) * kPerThread;
+    int count[kPerThread];
+    int pairs = 0, tiles = 0;  // of this thread
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      count[i] = first + i < schedule.num_buckets ? schedule.bucket_count[first + i] : 0;
+      pairs += count[i];
+      tiles += (count[i] + tile_queries - 1) / tile_queries;
+    }
+    int pair_sum = pairs, tile_sum = tiles;  // inclusive, within the warp
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int pairs = __shfl_up_sync(0xffffffffu, pair_sum, distance);
-      const int other = __shfl_up_sync(0xffffffffu, tile_sum, distance);
+      const int other_pairs = __shfl_up_sync(0xffffffffu, pair_sum, distance);
+      const int other_tiles = __shfl_up_sync(0xffffffffu, tile_sum, distance);
       if (lane >= distance) {
-        pair_sum += pairs;
-        tile_sum += other;
+        pair_sum += other_pairs;
+        tile_sum += other_tiles;
       }
     }
     if (lane == 31) {
@@ -58,10 +67,17 @@ __global__ void __launch_bounds__(1024) scan_buckets_kernel(const KvSchedule sch
       pairs_total += warp_pairs[i];
       tiles_total += warp_tiles[i];
     }
-    if (bucket < schedule.num_buckets) {
-      schedule.bucket_begin[bucket] = pairs_before + pair_sum - count;
-      schedule.bucket_next[bucket] = pairs_before + pair_sum - count;
-      schedule.tile_begin[bucket] = tiles_before + tile_sum - tiles;
+    int pair_begin = pairs_before + pair_sum - pairs;
+    int tile_begin = tiles_before + tile_sum - tiles;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (first + i < schedule.num_buckets) {
+        schedule.bucket_begin[first + i] = pair_begin;
+        schedule.bucket_next[first + i] = pair_begin;
+        schedule.tile_begin[first + i] = tile_begin;
+      }
+      pair_begin += count[i];
+      tile_begin += (count[i] + tile_queries - 1) / tile_queries;
     }
     pairs_before += pairs_total;
     tiles_before += tiles_total;
@@ -77,7 +93,7 @@ __global__ void fill_lists_kernel(const ForwardParams params, const KvSchedule s
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t num_pairs = static_cast<int64_t>(schedule.token_end - schedule.token_begin) *
                             params.num_kv_heads * params.topk;
-  if (pair >= num_pairs) return;
+  if (pair >= num_pairs || is_idle(schedule)) return;
   const int bucket = bucket_of_pair(params, schedule, pair);
   if (bucket < 0) return;
   schedule.pair_list[atomicAdd(schedule.bucket_next + bucket, 1)] = static_cast<int>(pair);

@@ -16,7 +16,7 @@ void launch_partial_attention(const ForwardParams& params, const KvSchedule& sch
   const int shared_bytes = Config::shared_bytes(params.block_size);
   MSA_CHECK_CUDA(
       cudaFuncSetAttribute(attend, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  attend<<<max_tiles(params, schedule), Config::kThreads, shared_bytes, stream>>>(params, schedule);
+  attend<<<tile_grid(params, schedule), Config::kThreads, shared_bytes, stream>>>(params, schedule);
   MSA_CHECK_LAUNCH();
 }
 

@@ -1,6 +1,7 @@
 // One part of a KV-major forward: its queries, and where its parts lie in the workspace.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../../params.h"
@@ -24,14 +25,30 @@ struct KvSchedule {
   int32_t* bucket_begin;  // (num_buckets + 1), first pair of each bucket in pair_list
   int32_t* tile_begin;    // (num_buckets + 1), first tile of each bucket
   int32_t* pair_list;     // (pairs), pairs of bucket 0, of bucket 1, ...
+
+  // Tiles of queries that belong to a query-major kernel, see forward_order/tile_order.h, and
+  // whether the part has any other; nullptr: every query of every part is KV-major.
+  const uint8_t* is_query_major = nullptr;
+  const int32_t* has_kv = nullptr;
 };
 
-// Thread blocks of a launch over the tiles: room for full tiles and for a last one of every bucket.
-// Those that turn out not to exist return at once.
+// Most tiles that a part can have: room for full ones and for a last one of every bucket.
 inline unsigned max_tiles(const ForwardParams& params, const KvSchedule& schedule) {
   const int64_t pairs = static_cast<int64_t>(schedule.token_end - schedule.token_begin) *
                         params.num_kv_heads * params.topk;
   return static_cast<unsigned>(pairs / kTileQueries + schedule.num_buckets);
+}
+
+// Buckets of one key/value head, for any lengths of the sequences.
+inline int buckets_per_head(const ForwardParams& params) {
+  return params.total_k / params.block_size + params.batch;
+}
+
+// Thread blocks of a launch over the tiles when each takes tiles from grid to grid. So few, that
+// they cost little where the part turns out to have no tile.
+inline unsigned tile_grid(const ForwardParams& params, const KvSchedule& schedule) {
+  constexpr unsigned kMost = 4096;
+  return std::min(max_tiles(params, schedule), kMost);
 }
 
 }  // namespace msa::sm80

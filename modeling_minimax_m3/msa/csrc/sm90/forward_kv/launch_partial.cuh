@@ -14,7 +14,7 @@ void launch_partial_attention(const ForwardParams& params, const sm80::KvSchedul
   auto* kernel = partial_attention_kernel<Element, Config>;
   MSA_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       Config::kSharedBytes));
-  kernel<<<sm80::max_tiles(params, schedule), Config::kThreads, Config::kSharedBytes, stream>>>(
+  kernel<<<sm80::tile_grid(params, schedule), Config::kThreads, Config::kSharedBytes, stream>>>(
       params, schedule);
   MSA_CHECK_LAUNCH();
 }

@@ -1,0 +1,192 @@
+#include "attention_backward.h"
+
+#include <algorithm>
+#include <bit>
+#include <stdexcept>
+#include <string>
+
+#include "../../common/cuda_check.h"
+#include "../../common/dispatch.h"
+#include "../forward_kv/attention_forward_kv.h"
+#include "config.h"
+#include "row_kernels.cuh"
+#include "sort_lists.cuh"
+
+namespace msa::sm80 {
+
+namespace {
+
+constexpr int64_t kAlignment = 16;
+
+int64_t align(int64_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+unsigned blocks_of(int64_t count, int64_t each) {
+  return static_cast<unsigned>((count + each - 1) / each);
+}
+
+void check_supported(const ForwardParams& params) {
+  const int group = params.num_kv_heads < 1 ? 0 : params.num_heads / params.num_kv_heads;
+  if (group < 1 || group > 16 || !std::has_single_bit(static_cast<unsigned>(group)) ||
+      params.num_heads % params.num_kv_heads != 0) {
+    throw std::runtime_error("query heads per key/value head must be 1, 2, 4, 8 or 16, got " +
+                             std::to_string(params.num_heads) + " and " +
+                             std::to_string(params.num_kv_heads) + " heads");
+  }
+  if (params.topk < 1 || params.topk > kMaxBackwardTopk) {
+    throw std::runtime_error("topk must be 1 to " + std::to_string(kMaxBackwardTopk) + ", got " +
+                             std::to_string(params.topk));
+  }
+  if (params.block_size != 64 && params.block_size != 128) {
+    throw std::runtime_error("block_size must be 64 or 128, got " +
+                             std::to_string(params.block_size));
+  }
+}
+
+int64_t num_buckets(const ForwardParams& params) {
+  return static_cast<int64_t>(buckets_per_head(params)) * params.num_kv_heads;
+}
+
+int64_t key_elements(const ForwardParams& params) {
+  return static_cast<int64_t>(params.total_k) * params.num_kv_heads * params.head_dim;
+}
+
+// Partial gradients, and places in the pair list, of one query token.
+int64_t token_pairs(const ForwardParams& params) {
+  return static_cast<int64_t>(params.num_kv_heads) * params.topk;
+}
+int64_t token_bytes(const ForwardParams& params) {
+  return static_cast<int64_t>(params.num_heads) * params.topk * params.head_dim * 2 +
+         token_pairs(params) * 4;
+}
+
+// Everything but the pairs.
+int64_t fixed_bytes(const ForwardParams& params) {
+  return align(static_cast<int64_t>(params.total_q) * params.num_heads * 4) +
+         2 * align(key_elements(params) * 4) + 5 * align((num_buckets(params) + 1) * 4) +
+         3 * kAlignment;
+}
+
+// Few tiles mean that loading a block and adding its sums weigh little; many, that all
+// multiprocessors are busy.
+int choose_tile_queries(int64_t pairs, int group) {
+  constexpr int64_t kTiles = 1024;
+  constexpr int64_t kLeastRows = 1024, kMostRows = 8192;
+  constexpr int64_t kStep = 64;
+  const int64_t queries = std::clamp(pairs / kTiles, kLeastRows / group, kMostRows / group);
+  return static_cast<int>((queries + kStep - 1) / kStep * kStep);
+}
+
+}  // namespace
+
+int64_t attention_backward_workspace(const BackwardParams& params) {
+  check_supported(params.forward);
+  const int64_t tokens = std::clamp<int64_t>(kPartialGradBytes / token_bytes(params.forward), 1,
+                                             std::max(params.forward.total_q, 1));
+  return fixed_bytes(params.forward) + tokens * token_bytes(params.forward);
+}
+
+void launch_backward(const BackwardParams& params, void* workspace, int64_t workspace_bytes,
+                     BlockGradientsLauncher launch_gradients, cudaStream_t stream) {
+  const ForwardParams& forward = params.forward;
+  check_supported(forward);
+  if (forward.total_q == 0 || forward.total_k == 0) return;
+  const int64_t part = std::min<int64_t>(
+      (workspace_bytes - fixed_bytes(forward)) / token_bytes(forward), forward.total_q);
+  if (part < 1) {
+    throw std::runtime_error("workspace holds " + std::to_string(workspace_bytes) +
+                             " bytes, the backward needs " +
+                             std::to_string(attention_backward_workspace(params)));
+  }
+
+  constexpr double kLog2E = 1.44269504088896340736;
+  const int group = forward.num_heads / forward.num_kv_heads;
+  BackwardSchedule schedule{};
+  schedule.lists.buckets_per_head = buckets_per_head(forward);
+  schedule.lists.num_buckets = static_cast<int>(num_buckets(forward));
+  schedule.lists.scale_log2 = static_cast<float>(forward.softmax_scale * kLog2E);
+  schedule.group_shift = std::countr_zero(static_cast<unsigned>(group));
+  auto* bytes = static_cast<unsigned char*>(workspace);
+  auto take = [&](int64_t size) {
+    unsigned char* begin = bytes;
+    bytes += align(size);
+    return begin;
+  };
+  const int64_t delta_rows = static_cast<int64_t>(forward.total_q) * forward.num_heads;
+  auto* delta = reinterpret_cast<float*>(take(delta_rows * 4));
+  schedule.delta = delta;
+  schedule.grad_key = reinterpret_cast<float*>(take(key_elements(forward) * 4));
+  schedule.grad_value = reinterpret_cast<float*>(take(key_elements(forward) * 4));
+  const int64_t buckets_size = (num_buckets(forward) + 1) * 4;
+  auto take_buckets = [&] { return reinterpret_cast<int32_t*>(take(buckets_size)); };
+  schedule.lists.bucket_count = take_buckets();
+  schedule.lists.bucket_next = take_buckets();
+  schedule.lists.bucket_begin = take_buckets();
+  schedule.lists.tile_begin = take_buckets();
+  schedule.bucket_turn = take_buckets();
+  schedule.next_tile = schedule.bucket_turn + schedule.lists.num_buckets;
+  const int64_t max_pairs = part * token_pairs(forward);
+  schedule.partial_grad_query = take(max_pairs * group * forward.head_dim * 2);
+  schedule.lists.pair_list = reinterpret_cast<int32_t*>(take(max_pairs * 4));
+
+  MSA_CHECK_CUDA(cudaMemsetAsync(schedule.grad_key, 0, key_elements(forward) * 4, stream));
+  MSA_CHECK_CUDA(cudaMemsetAsync(schedule.grad_value, 0, key_elements(forward) * 4, stream));
+  dispatch_dtype(forward.dtype, [&](auto element) {
+    dispatch_head_dim(forward.head_dim, [&](auto head_dim) {
+      constexpr int kHeadDim = decltype(head_dim)::value;
+      output_products_kernel<decltype(element), kHeadDim>
+          <<<blocks_of(delta_rows, kRowThreads / (kHeadDim / 8)), kRowThreads, 0, stream>>>(params,
+                                                                                            delta);
+    });
+  });
+  MSA_CHECK_LAUNCH();
+
+  for (int64_t begin = 0; begin < forward.total_q; begin += part) {
+    const int64_t end = std::min<int64_t>(begin + part, forward.total_q);
+    const int64_t pairs = (end - begin) * token_pairs(forward);
+    schedule.lists.token_begin = static_cast<int>(begin);
+    schedule.lists.token_end = static_cast<int>(end);
+    schedule.tile_queries = choose_tile_queries(pairs, group);
+    schedule.max_tiles =
+        static_cast<int>(pairs / schedule.tile_queries + schedule.lists.num_buckets);
+    launch_inverse_lists(forward, schedule.lists, schedule.tile_queries, stream);
+    sort_lists_kernel<<<schedule.lists.num_buckets, kSortThreads, 0, stream>>>(forward, schedule);
+    MSA_CHECK_LAUNCH();
+    launch_gradients(params, schedule, stream);
+    const unsigned grid = blocks_of((end - begin) * forward.num_kv_heads, kRowThreads / 32);
+    dispatch_dtype(forward.dtype, [&](auto element) {
+      dispatch_head_dim(forward.head_dim, [&](auto head_dim) {
+        add_query_gradients_kernel<decltype(element), decltype(head_dim)::value>
+            <<<grid, kRowThreads, 0, stream>>>(params, schedule);
+      });
+    });
+    MSA_CHECK_LAUNCH();
+  }
+
+  const int64_t vectors = key_elements(forward) / 8;
+  dispatch_dtype(forward.dtype, [&](auto element) {
+    auto* round = round_gradients_kernel<decltype(element)>;
+    const unsigned grid = blocks_of(vectors, kRowThreads);
+    round<<<grid, kRowThreads, 0, stream>>>(schedule.grad_key, params.grad_key, vectors);
+    MSA_CHECK_LAUNCH();
+    round<<<grid, kRowThreads, 0, stream>>>(schedule.grad_value, params.grad_value, vectors);
+    MSA_CHECK_LAUNCH();
+  });
+}
+
+void launch_attention_backward(const BackwardParams& params, void* workspace,
+                               int64_t workspace_bytes, cudaStream_t stream) {
+  auto launch = [](const BackwardParams& params, const BackwardSchedule& schedule,
+                   cudaStream_t stream) {
+    dispatch_dtype(params.forward.dtype, [&](auto element) {
+      dispatch_head_dim(params.forward.head_dim, [&](auto head_dim) {
+        launch_block_gradients<decltype(element), decltype(head_dim)::value>(params, schedule,
+                                                                             stream);
+      });
+    });
+  };
+  launch_backward(params, workspace, workspace_bytes, launch, stream);
+}
+
+}  // namespace msa::sm80

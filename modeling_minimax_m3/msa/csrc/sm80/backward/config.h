@@ -1,0 +1,38 @@
+// Tiles, shared memory and workspace of the attention backward.
+#pragma once
+
+#include <cstdint>
+
+namespace msa::sm80 {
+
+// A warp owns 16 keys: their keys and values are operands in its registers, and so are the sums of
+// their gradients. Query rows pass through shared memory, kRows at a time.
+template <int kHeadDim_, int kBlockSize_>
+struct BackwardConfig {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockSize = kBlockSize_;
+  static constexpr int kWarps = kBlockSize / 16;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRowChunks = kHeadDim / 8;  // 16-byte chunks of a row
+  static constexpr int kRowBytes = kHeadDim * 2;
+  static constexpr int kRows = 4096 / kHeadDim;  // query rows of a step: tokens x heads of a group
+  static constexpr int kRowsBytes = kRows * kRowBytes;  // of queries; as much of output gradients
+  static constexpr int kStages = 2;
+  static constexpr int kStageBytes = 2 * kRowsBytes;
+  static constexpr int kKeyBytes = kBlockSize * kRowBytes;
+  static constexpr int kScoreBytes = kRows * kBlockSize * 2;  // gradients of a step's scores
+  static constexpr int kKeyOffset = kStages * kStageBytes;
+  static constexpr int kScoreOffset = kKeyOffset + kKeyBytes;
+  static constexpr int kInfoOffset = kScoreOffset + 2 * kScoreBytes;
+  static constexpr int kInfoSteps = 4;  // steps whose row infos exist at a time, a power of two
+  static constexpr int kSharedBytes = kInfoOffset + kInfoSteps * kRows * 16;
+  static_assert(kKeyBytes <= kStages * kStageBytes, "values pass through the stages");
+  static_assert(kSharedBytes + 1024 <= 99 * 1024);
+};
+
+// Most bytes of partial query gradients that exist at a time.
+constexpr int64_t kPartialGradBytes = 2ll << 30;
+
+constexpr int kMaxBackwardTopk = 64;
+
+}  // namespace msa::sm80

@@ -1,0 +1,4 @@
+#include "../launch_gradients.cuh"
+
+template void msa::sm80::launch_block_gradients<__nv_bfloat16, 64>(
+    const msa::BackwardParams&, const msa::sm80::BackwardSchedule&, cudaStream_t);

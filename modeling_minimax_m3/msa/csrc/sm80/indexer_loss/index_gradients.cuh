@@ -1,0 +1,238 @@
+// From score gradients to those of index queries and index keys, KV-major.
+//
+// A thread block keeps the index keys of one block and the sums of their gradients (registers) and
+// passes its pairs by, 64 at a time: score gradients times index keys are the pairs' part of the
+// gradients of their queries, score gradients transposed times index queries are added to the sums.
+// Those go to float32 sums in global memory, tile after tile of a block in ascending order of
+// heads and tokens, so that results repeat bit for bit: a tile may wait for those before it, which
+// are running, because thread blocks take tiles in ascending order when they start.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../../common/async_copy.cuh"
+#include "../../common/matrix.cuh"
+#include "../forward_kv/buckets.cuh"
+#include "config.h"
+#include "operands.cuh"
+#include "schedule.h"
+
+namespace msa::sm80 {
+
+// How many tiles of the same block, of this head and those before it, come first.
+__device__ __forceinline__ int turn_of(const KvSchedule& lists, const KvTile& tile) {
+  const int block = tile.bucket % lists.buckets_per_head;
+  int turn = (tile.list_begin - lists.bucket_begin[tile.bucket]) / IndexerLossConfig::kTilePairs;
+  for (int bucket = block; bucket < tile.bucket; bucket += lists.buckets_per_head) {
+    turn += lists.tile_begin[bucket + 1] - lists.tile_begin[bucket];
+  }
+  return turn;
+}
+
+// Adds to two floats that nobody else adds to meanwhile.
+__device__ __forceinline__ void add_without_waiting(float* target, float2 values) {
+#if __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float2*>(target), values);
+#else
+  atomicAdd(target, values.x);
+  atomicAdd(target + 1, values.y);
+#endif
+}
+
+// The products of a thread block with mma.sync.
+template <typename Element, int kIndexDim>
+class WarpProducts {
+ public:
+  // Makes this thread's copies, which have landed, visible to the products; before a barrier.
+  __device__ __forceinline__ static void publish_copies() {}
+
+  // Of 64 pairs: adds to the sums of the index keys' gradients, and gives those of their index
+  // queries to `store`(row, channel, values of this channel and the next). Operands in panels.
+  template <typename Store>
+  __device__ __forceinline__ void pass(uint32_t gradients, uint32_t queries, uint32_t keys,
+                                       int block_size, Store store) {
+    const int warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    // Of the 8x8 matrices that a lane addresses, those of 16 rows and 16 columns at the origin.
+    const uint32_t lane_offset = swizzled_offset<8>(lane & 15, lane >> 4);
+    if (warp * 16 < block_size) {  // a warp sums the gradients of 16 keys
+      const uint32_t transposed =
+          gradients + panel_offset((lane & 7) + (lane >> 4) * 8, warp * 2 + ((lane >> 3) & 1), 64);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        uint32_t a[4];
+        load_matrix_x4_transposed(a, transposed + step * 2048);
+#pragma unroll
+        for (int chunk = 0; chunk < kRowChunks; chunk += 2) {
+          uint32_t b[4];
+          load_matrix_x4_transposed(
+              b, (queries + lane_offset + step * 2048 + chunk / 8 * 8192) ^ (chunk % 8 * 16));
+          multiply_add<Element>(key_sums_[chunk], a, b[0], b[1]);
+          multiply_add<Element>(key_sums_[chunk + 1], a, b[2], b[3]);
+        }
+      }
+    }
+
+    // And computes those of 16 queries, half of the channels; four chunks at a time, for want of
+    // registers.
+    const int row = warp % 4 * 16;
+    const int first_chunk = warp / 4 * (kRowChunks / 2);
+#pragma unroll 1
+    for (int begin = first_chunk; begin < first_chunk + kRowChunks / 2; begin += 4) {
+      float sums[4][4] = {};
+      const uint32_t rows = gradients + row * 128 + lane_offset;
+      const uint32_t columns = keys + begin / 8 * block_size * 128 + lane_offset;
+#pragma unroll 4
+      for (int key = 0; key < block_size; key += 16) {
+        uint32_t a[4];
+        load_matrix_x4(a, (rows + key / 64 * 8192) ^ (key % 64 * 2));
+#pragma unroll
+        for (int chunk = 0; chunk < 4; chunk += 2) {
+          uint32_t b[4];
+          load_matrix_x4_transposed(b, (columns + key * 128) ^ ((begin % 8 + chunk) * 16));
+          multiply_add<Element>(sums[chunk], a, b[0], b[1]);
+          multiply_add<Element>(sums[chunk + 1], a, b[2], b[3]);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int chunk = 0; chunk < 4; ++chunk) {
+          store(row + half * 8 + lane / 4, (begin + chunk) * 8 + lane % 4 * 2,
+                make_float2(sums[chunk][2 * half], sums[chunk][2 * half + 1]));
+        }
+      }
+    }
+  }
+
+  // Gives the sums of the index keys' gradients to `add`, as to `store`.
+  template <typename Add>
+  __device__ __forceinline__ void finish(Add add) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int chunk = 0; chunk < kRowChunks; ++chunk) {
+        add(static_cast<int>(threadIdx.x) / 32 * 16 + half * 8 + lane / 4, chunk * 8 + lane % 4 * 2,
+            make_float2(key_sums_[chunk][2 * half], key_sums_[chunk][2 * half + 1]));
+      }
+    }
+  }
+
+ private:
+  static constexpr int kRowChunks = kIndexDim / 8;
+  float key_sums_[kRowChunks][4] = {};
+};
+
+template <typename Element, typename Config, typename Products>
+__global__ void __launch_bounds__(Config::kThreads, 2)
+    index_gradients_kernel(const IndexerLossParams params, const IndexerLossSchedule schedule) {
+  constexpr int kIndexDim = Config::kIndexDim;
+  constexpr int kRowChunks = kIndexDim / 8;
+  constexpr int kTilePairs = IndexerLossConfig::kTilePairs;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int block_size = params.attention.block_size;
+  const int stage_bytes = Config::stage_bytes(block_size);
+  auto* pairs = reinterpret_cast<int32_t*>(shared + block_size * kIndexDim * 2 +
+                                           Config::kStages * stage_bytes);
+  if (threadIdx.x == 0) pairs[0] = atomicAdd(schedule.next_tile, 1);
+  __syncthreads();
+  const KvTile tile = find_tile(params.attention, schedule.lists, pairs[0], kTilePairs);
+  if (tile.num_queries == 0) return;
+  __syncthreads();  // its number is read
+
+  const uint32_t keys_address = shared_address(shared);
+  const uint32_t stages_address = keys_address + block_size * kIndexDim * 2;
+  const int gradient_bytes = stage_bytes - Config::kQueryBytes;
+  for (int i = threadIdx.x; i < kTilePairs; i += Config::kThreads) {
+    pairs[i] = i < tile.num_queries ? schedule.lists.pair_list[tile.list_begin + i] : -1;
+  }
+  const int64_t first_key = tile.sequence.key_begin + tile.first_key;
+  const int num_keys = min(tile.sequence.len_k - tile.first_key, block_size);
+  {
+    const auto* keys = static_cast<const Element*>(params.index_key);
+    for (int i = threadIdx.x; i < block_size * kRowChunks; i += Config::kThreads) {
+      const int row = i / kRowChunks, chunk = i % kRowChunks;
+      const bool valid = row < num_keys;
+      copy_async_16(
+          keys_address + panel_offset(row, chunk, block_size),
+          keys + (first_key + (valid ? row : 0)) * params.index_key_token_stride + chunk * 8,
+          valid);
+    }
+  }
+  __syncthreads();  // the pairs are there
+
+  const int pairs_per_token = params.attention.num_kv_heads * params.attention.topk;
+  auto copy_pass = [&](int first, int stage) {
+    const uint32_t gradients = stages_address + stage * stage_bytes;
+    const uint32_t queries = gradients + gradient_bytes;
+    const int gradient_chunks = block_size / 8;
+    const auto* source = static_cast<const Element*>(schedule.score_gradients) +
+                         static_cast<int64_t>(tile.list_begin + first) * block_size;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Config::kPassPairs * gradient_chunks; i += Config::kThreads) {
+      const int row = i / gradient_chunks, chunk = i % gradient_chunks;
+      const bool valid = first + row < tile.num_queries;
+      copy_async_16(gradients + panel_offset(row, chunk, Config::kPassPairs),
+                    source + (valid ? i : 0) * 8, valid);
+    }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Config::kPassPairs * kRowChunks; i += Config::kThreads) {
+      const int row = i / kRowChunks, chunk = i % kRowChunks;
+      const int pair = pairs[first + row];
+      const int token = schedule.lists.token_begin + max(pair, 0) / pairs_per_token;
+      copy_async_16(queries + panel_offset(row, chunk, Config::kPassPairs),
+                    static_cast<const Element*>(params.index_query) +
+                        token * params.index_query_token_stride +
+                        tile.kv_head * params.index_query_head_stride + chunk * 8,
+                    pair >= 0);
+    }
+    commit_copies();
+  };
+
+  Products products;
+  copy_pass(0, 0);
+  for (int first = 0, stage = 0; first < tile.num_queries;
+       first += Config::kPassPairs, stage ^= 1) {
+    wait_copies<0>();
+    Products::publish_copies();
+    __syncthreads();  // this pass, and at first the keys, have landed; the last one is read
+    if (first + Config::kPassPairs < tile.num_queries) {
+      copy_pass(first + Config::kPassPairs, stage ^ 1);
+    }
+    const uint32_t gradients = stages_address + stage * stage_bytes;
+    products.pass(gradients, gradients + gradient_bytes, keys_address, block_size,
+                  [&](int row, int channel, float2 values) {
+                    const int pair = pairs[first + row];
+                    if (pair < 0) return;
+                    float* target =
+                        schedule.partial_index_query + static_cast<int64_t>(pair) * kIndexDim;
+                    *reinterpret_cast<float2*>(target + channel) = values;
+                  });
+  }
+
+  int32_t* block_turn = schedule.block_turn + tile.bucket % schedule.lists.buckets_per_head;
+  const int turn = turn_of(schedule.lists, tile);
+  if (threadIdx.x == 0) {
+    int32_t passed;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n"
+                   : "=r"(passed)
+                   : "l"(block_turn)
+                   : "memory");
+    } while (passed != turn);
+  }
+  __syncthreads();
+  products.finish([&](int row, int channel, float2 values) {
+    if (row >= num_keys) return;
+    add_without_waiting(schedule.index_key_sums + (first_key + row) * kIndexDim + channel, values);
+  });
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;\n" ::"l"(block_turn), "r"(turn + 1)
+                 : "memory");
+  }
+}
+
+}  // namespace msa::sm80

@@ -1,0 +1,202 @@
+#include "indexer_loss.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../../common/cuda_check.h"
+#include "../../common/dispatch.h"
+#include "../forward_kv/attention_forward_kv.h"
+#include "config.h"
+#include "loss_sums.cuh"
+#include "sorted_lists.cuh"
+
+namespace msa::sm80 {
+
+namespace {
+
+constexpr int64_t kAlignment = 16;
+
+int64_t align(int64_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+void check_supported(const IndexerLossParams& params) {
+  const ForwardParams& attention = params.attention;
+  const int group = attention.num_kv_heads < 1 ? 0 : attention.num_heads / attention.num_kv_heads;
+  const bool is_group = group == 1 || group == 2 || group == 4 || group == 8 || group == 16;
+  if (!is_group || attention.num_heads != attention.num_kv_heads * group) {
+    throw std::runtime_error("query heads per key/value head must be 1, 2, 4, 8 or 16, got " +
+                             std::to_string(attention.num_heads) + " and " +
+                             std::to_string(attention.num_kv_heads));
+  }
+  if (attention.topk < 1 || (attention.topk > 64 && attention.block_indices != nullptr)) {
+    throw std::runtime_error("topk must be 1 to 64, got " + std::to_string(attention.topk));
+  }
+  if (attention.block_size != 64 && attention.block_size != 128) {
+    throw std::runtime_error("block_size must be 64 or 128, got " +
+                             std::to_string(attention.block_size));
+  }
+}
+
+int64_t token_pairs(const ForwardParams& params) {
+  return static_cast<int64_t>(params.num_kv_heads) * params.topk;
+}
+
+// What grows with the keys.
+int64_t key_bytes(const IndexerLossParams& params, LossPass pass) {
+  const int64_t per_head = buckets_per_head(params.attention);
+  const int64_t buckets = per_head * params.attention.num_kv_heads;
+  const int64_t lists = 4 * align((buckets + 1) * 4);
+  if (pass == LossPass::kValue) return lists;
+  const int64_t sums = static_cast<int64_t>(params.attention.total_k) * params.index_dim * 4;
+  return lists + align(sums) + align((per_head + 1) * 4) + kAlignment;
+}
+
+// A place in the pair list, and terms or, of the gradient, an unsorted list, score gradients and
+// the sums for the index query.
+int64_t pair_bytes(const IndexerLossParams& params, LossPass pass) {
+  if (pass == LossPass::kValue) return 4 + 16;
+  return 4 + 4 + params.attention.block_size * 2 + params.index_dim * 4;
+}
+
+constexpr int kAllocations = 4;  // that grow with the pairs, at most
+
+}  // namespace
+
+int64_t indexer_loss_workspace(const IndexerLossParams& params, LossPass pass) {
+  check_supported(params);
+  const int64_t token_bytes = token_pairs(params.attention) * pair_bytes(params, pass);
+  const int64_t tokens = std::clamp<int64_t>(kIndexerLossBytes / token_bytes, 1,
+                                             std::max(params.attention.total_q, 1));
+  return key_bytes(params, pass) + tokens * token_bytes + kAllocations * kAlignment;
+}
+
+void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
+                         const IndexerLossKernels& kernels, void* workspace,
+                         int64_t workspace_bytes, cudaStream_t stream) {
+  check_supported(params);
+  const ForwardParams& attention = params.attention;
+  if (attention.total_q == 0) return;
+  const bool is_gradient = pass == LossPass::kGradient;
+  const int64_t room = workspace_bytes - key_bytes(params, pass) - kAllocations * kAlignment;
+  int64_t part = std::min<int64_t>(room / (token_pairs(attention) * pair_bytes(params, pass)),
+                                   attention.total_q);
+  if (is_gradient) part = std::min(part, kMaxSortedTokens);
+  if (part < 1) {
+    throw std::runtime_error("workspace holds " + std::to_string(workspace_bytes) +
+                             " bytes, the indexer's loss needs " +
+                             std::to_string(indexer_loss_workspace(params, pass)));
+  }
+
+  constexpr double kLog2E = 1.44269504088896340736;
+  IndexerLossSchedule schedule = {};
+  KvSchedule& lists = schedule.lists;
+  lists.buckets_per_head = buckets_per_head(attention);
+  lists.num_buckets = lists.buckets_per_head * attention.num_kv_heads;
+  lists.scale_log2 = static_cast<float>(attention.softmax_scale * kLog2E);
+  schedule.index_scale_log2 = static_cast<float>(params.index_scale * kLog2E);
+  auto* bytes = static_cast<unsigned char*>(workspace);
+  auto take = [&](int64_t size) {
+    unsigned char* begin = bytes;
+    bytes += align(size);
+    return begin;
+  };
+  auto take_integers = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count * 4)); };
+  const int64_t max_pairs = part * token_pairs(attention);
+  lists.bucket_count = take_integers(lists.num_buckets + 1);
+  lists.bucket_next = take_integers(lists.num_buckets + 1);
+  lists.bucket_begin = take_integers(lists.num_buckets + 1);
+  lists.tile_begin = take_integers(lists.num_buckets + 1);
+  lists.pair_list = take_integers(max_pairs);
+  int32_t* sorted_list = nullptr;
+  int64_t sums_bytes = 0;
+  if (is_gradient) {
+    sorted_list = take_integers(max_pairs);
+    schedule.score_gradients = take(max_pairs * attention.block_size * 2);
+    schedule.partial_index_query = reinterpret_cast<float*>(take(max_pairs * params.index_dim * 4));
+    schedule.factors = reinterpret_cast<float*>(take(8));
+    schedule.block_turn = take_integers(lists.buckets_per_head + 1);
+    schedule.next_tile = schedule.block_turn + lists.buckets_per_head;
+    sums_bytes = static_cast<int64_t>(attention.total_k) * params.index_dim * 4;
+    schedule.index_key_sums = reinterpret_cast<float*>(take(sums_bytes));
+    MSA_CHECK_CUDA(cudaMemsetAsync(schedule.index_key_sums, 0, sums_bytes, stream));
+    scale_gradients_kernel<<<1, 1024, 0, stream>>>(params, schedule.factors);
+    MSA_CHECK_LAUNCH();
+  } else {
+    schedule.terms = reinterpret_cast<float4*>(take(max_pairs * 16));
+  }
+
+  for (int64_t begin = 0; begin < attention.total_q; begin += part) {
+    const int64_t end = std::min<int64_t>(begin + part, attention.total_q);
+    const int tokens = static_cast<int>(end - begin);
+    lists.token_begin = static_cast<int>(begin);
+    lists.token_end = static_cast<int>(end);
+    schedule.max_tiles = static_cast<int>(
+        tokens * token_pairs(attention) / IndexerLossConfig::kTilePairs + lists.num_buckets);
+    launch_inverse_lists(attention, lists, IndexerLossConfig::kTilePairs, stream);
+    if (!is_gradient) {
+      kernels.launch_block_terms(params, schedule, pass, stream);
+      const int64_t rows = static_cast<int64_t>(tokens) * attention.num_kv_heads;
+      const auto grid = static_cast<unsigned>((rows + kCombineRowWarps - 1) / kCombineRowWarps);
+      combine_terms_kernel<<<grid, 32 * kCombineRowWarps, 0, stream>>>(params, schedule);
+      MSA_CHECK_LAUNCH();
+      continue;
+    }
+    IndexerLossSchedule sorted = schedule;
+    sorted.lists.pair_list = sorted_list;
+    sort_lists_kernel<<<lists.num_buckets, kSortThreads, sort_bytes(tokens), stream>>>(
+        sorted.lists, lists.pair_list, static_cast<int>(token_pairs(attention)));
+    MSA_CHECK_LAUNCH();
+    kernels.launch_block_terms(params, sorted, pass, stream);
+    MSA_CHECK_CUDA(
+        cudaMemsetAsync(schedule.block_turn, 0, (lists.buckets_per_head + 1ll) * 4, stream));
+    kernels.launch_index_gradients(params, sorted, stream);
+    dispatch_dtype(attention.dtype, [&](auto element) {
+      dispatch_head_dim(params.index_dim, [&](auto index_dim) {
+        launch_combine_index_query<decltype(element), decltype(index_dim)::value>(params, sorted,
+                                                                                  stream);
+      });
+    });
+  }
+
+  if (!is_gradient) return;
+  constexpr int kThreads = 256;
+  const int64_t channel_pairs = static_cast<int64_t>(attention.total_k) * params.index_dim / 2;
+  const auto grid = static_cast<unsigned>((channel_pairs + kThreads - 1) / kThreads);
+  dispatch_dtype(attention.dtype, [&](auto element) {
+    round_index_key_kernel<decltype(element)><<<grid, kThreads, 0, stream>>>(params, schedule);
+    MSA_CHECK_LAUNCH();
+  });
+}
+
+IndexerLossKernels indexer_loss_kernels() {
+  IndexerLossKernels kernels;
+  kernels.launch_block_terms = [](const IndexerLossParams& params,
+                                  const IndexerLossSchedule& schedule, LossPass pass,
+                                  cudaStream_t stream) {
+    dispatch_dtype(params.attention.dtype, [&](auto element) {
+      dispatch_head_dim(params.attention.head_dim, [&](auto head_dim) {
+        launch_block_terms<decltype(element), decltype(head_dim)::value>(params, schedule, pass,
+                                                                         stream);
+      });
+    });
+  };
+  kernels.launch_index_gradients = [](const IndexerLossParams& params,
+                                      const IndexerLossSchedule& schedule, cudaStream_t stream) {
+    dispatch_dtype(params.attention.dtype, [&](auto element) {
+      dispatch_head_dim(params.index_dim, [&](auto index_dim) {
+        launch_index_gradients<decltype(element), decltype(index_dim)::value>(params, schedule,
+                                                                              stream);
+      });
+    });
+  };
+  return kernels;
+}
+
+void launch_indexer_loss(const IndexerLossParams& params, LossPass pass, void* workspace,
+                         int64_t workspace_bytes, cudaStream_t stream) {
+  launch_indexer_loss(params, pass, indexer_loss_kernels(), workspace, workspace_bytes, stream);
+}
+
+}  // namespace msa::sm80

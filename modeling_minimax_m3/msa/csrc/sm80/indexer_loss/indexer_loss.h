@@ -1,0 +1,55 @@
+// The indexer's loss, KV-major: per query and head, the KL divergence of the indexer's softmax from
+// the main attention's mean over the heads of a group, and its gradient.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../../params.h"
+#include "schedule.h"
+
+namespace msa::sm80 {
+
+enum class LossPass { kValue, kGradient };
+
+// Bytes of scratch to allocate (16-byte aligned): for all queries at once or 1 GB, if that is less,
+// and what grows with the keys: integers, and for the gradient 4 bytes per channel of an index key.
+int64_t indexer_loss_workspace(const IndexerLossParams& params, LossPass pass);
+
+// The value writes params.kl and params.index_lse, the gradient params.grad_index_query and
+// params.grad_index_key. Asynchronous on `stream`; reads nothing on the host, allocates nothing;
+// results repeat bit for bit. Throws std::runtime_error on unsupported sizes, a short workspace or
+// a CUDA error.
+void launch_indexer_loss(const IndexerLossParams& params, LossPass pass, void* workspace,
+                         int64_t workspace_bytes, cudaStream_t stream);
+
+// The kernels of one part, all of its tiles; each instantiation is compiled in a file of its own.
+// Teacher and student; the second step of the gradient; its last for the index queries.
+template <typename Element, int kHeadDim>
+void launch_block_terms(const IndexerLossParams& params, const IndexerLossSchedule& schedule,
+                        LossPass pass, cudaStream_t stream);
+template <typename Element, int kIndexDim>
+void launch_index_gradients(const IndexerLossParams& params, const IndexerLossSchedule& schedule,
+                            cudaStream_t stream);
+template <typename Element, int kIndexDim>
+void launch_combine_index_query(const IndexerLossParams& params,
+                                const IndexerLossSchedule& schedule, cudaStream_t stream);
+
+// The kernels that have versions for other architectures.
+struct IndexerLossKernels {
+  void (*launch_block_terms)(const IndexerLossParams&, const IndexerLossSchedule&, LossPass,
+                             cudaStream_t);
+  void (*launch_index_gradients)(const IndexerLossParams&, const IndexerLossSchedule&,
+                                 cudaStream_t);
+};
+
+// The portable ones, for any supported type and shape.
+IndexerLossKernels indexer_loss_kernels();
+
+// launch_indexer_loss with these kernels.
+void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
+                         const IndexerLossKernels& kernels, void* workspace,
+                         int64_t workspace_bytes, cudaStream_t stream);
+
+}  // namespace msa::sm80

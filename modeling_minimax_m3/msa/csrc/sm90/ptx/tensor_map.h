@@ -1,0 +1,59 @@
+// Host side of tensor copies: the description of a tensor and of its tiles.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../../common/cuda_check.h"
+#include "../../params.h"
+
+namespace msa::sm90 {
+
+// A four-dimensional tensor of 16-bit elements, fastest dimension first and contiguous, and the box
+// that one copy takes from it. Strides are in elements and multiples of 8. Rows of the box are 64
+// elements and lie in shared memory with the 128-byte swizzle.
+struct TensorTiles {
+  const void* base;
+  uint64_t sizes[4];
+  int64_t strides[3];  // of dimensions 1, 2, 3
+  uint32_t box[4];
+};
+
+inline CUtensorMap make_tensor_map(const TensorTiles& tiles, Dtype dtype) {
+  // Found at run time, so that the binary does not link against the driver.
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    MSA_CHECK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                    cudaEnableDefault, &result));
+    if (result != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
+    }
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  cuuint64_t sizes[4], strides[3];
+  cuuint32_t box[4], steps[4] = {1, 1, 1, 1};
+  for (int i = 0; i < 4; ++i) {
+    sizes[i] = tiles.sizes[i];
+    box[i] = tiles.box[i];
+    // The stride of a dimension of one element means nothing, and may be anything.
+    if (i > 0) strides[i - 1] = tiles.sizes[i] > 1 ? tiles.strides[i - 1] * 2 : 16;
+  }
+  CUtensorMap map;
+  const CUresult status = encode(
+      &map,
+      dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      4, const_cast<void*>(tiles.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled failed with error " + std::to_string(status));
+  }
+  return map;
+}
+
+}  // namespace msa::sm90

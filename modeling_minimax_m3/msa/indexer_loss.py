@@ -1,0 +1,192 @@
+"""`indexer_kl_loss`: how far the indexer's attention is from the main attention. Operators, gradient, dispatch."""
+
+import torch
+
+from . import checks
+from .backends import check_backend, run_on_backend
+from .sequences import compute_dtype
+
+
+def indexer_kl_loss(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    lse: torch.Tensor | None = None,
+    block_size: int = 128,
+    softmax_scale: float | None = None,
+    index_scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """KL divergence of the indexer's softmax from the main attention's, for every query and index head.
+
+    The keys s that query t and index head h attend to are those of its blocks, or all s <= t. Over them
+
+        p(s) = mean over the query heads of group h of exp(softmax_scale * query . key[s] - lse)
+        r(s) = softmax of index_scale * index_query . index_key[s]
+        kl   = sum over s of p(s) * (log p(s) - log r(s))
+
+    Differentiable in `index_query` and `index_key`, with r(s) - p(s) as the gradient of the scaled index scores: p
+    counts as a constant that sums to one. `query`, `key` and `lse` get no gradient.
+
+    Args:
+        index_query (total_q, H_idx, D_idx), index_key (total_k, D_idx): The indexer's queries, one head per key/value
+            head, and keys; same dtype.
+        query (total_q, H_q, D), key (total_k, H_kv, D): The main attention's, in the dtype of `index_query`.
+        block_indices (total_q, H_kv, topk): int32, as for `block_sparse_attention`; or None for all keys s <= t.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size: As in `block_sparse_attention`.
+        lse (total_q, H_q): The log-sum-exp that `block_sparse_attention` returns for the same keys and scale, float32
+            (float64 for float64 inputs). None: computed, which costs another pass over the keys.
+        softmax_scale, index_scale: Factors of the scores; None means 1 / sqrt(D) and 1 / sqrt(D_idx).
+        backend: "auto", "cuda", "torch" or "reference".
+
+    Returns:
+        (total_q, H_idx), float32 (float64 for float64 inputs), in nats; 0 for rows without any key.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
+        NotImplementedError: the named backend cannot run the call.
+    """
+    checks.check_at_least("block_size", block_size, 1)
+    checks.check_tensor("index_query", index_query, ("total_q", "H_idx", "D_idx"), checks.FLOATING_DTYPES)
+    dtype, device = (index_query.dtype,), index_query.device
+    total_q, num_index_heads, index_dim = index_query.shape
+    checks.check_tensor("index_key", index_key, ("total_k", index_dim), dtype, device)
+    checks.check_tensor("query", query, (total_q, "H_q", "D"), dtype, device)
+    checks.check_tensor("key", key, (index_key.shape[0], num_index_heads, query.shape[-1]), dtype, device)
+    checks.check_head_groups(query, num_index_heads)
+    named = {"index_query": index_query, "index_key": index_key, "query": query, "key": key}
+    if block_indices is not None:
+        checks.check_tensor("block_indices", block_indices, (total_q, num_index_heads, "topk"), (torch.int32,), device)
+        named["block_indices"] = block_indices
+    if lse is not None:
+        checks.check_tensor("lse", lse, tuple(query.shape[:2]), (compute_dtype(query),), device)
+    for name, tensor in named.items():
+        checks.check_unit_stride(name, tensor)
+    checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, device)
+    softmax_scale = checks.scale("softmax_scale", softmax_scale, query)
+    index_scale = checks.scale("index_scale", index_scale, index_query)
+    check_backend(backend)
+
+    query, key = query.detach(), key.detach()
+    if lse is None:
+        lse = torch.ops.minimax_m3_msa.attention_lse(
+            query, key, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale, backend
+        )
+    kl, _ = torch.ops.minimax_m3_msa.indexer_kl_loss(
+        index_query, index_key, query, key, lse.detach(), block_indices, cu_seqlens_q, cu_seqlens_k, block_size,
+        softmax_scale, index_scale, backend,
+    )  # fmt: skip
+    return kl
+
+
+@torch.library.custom_op("minimax_m3_msa::attention_lse", mutates_args=())
+def _attention_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    backend: str,
+) -> torch.Tensor:
+    checks.check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
+    if block_indices is not None:
+        checks.check_block_indices_values(block_indices)
+    return run_on_backend(
+        backend, "attention_lse", query, key, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale
+    )
+
+
+@_attention_lse.register_fake
+def _(query, key, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale, backend):
+    return query.new_empty(query.shape[:2], dtype=compute_dtype(query))
+
+
+@torch.library.custom_op("minimax_m3_msa::indexer_kl_loss", mutates_args=())
+def _indexer_kl_loss(
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    checks.check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
+    if block_indices is not None:
+        checks.check_block_indices_values(block_indices)
+    return run_on_backend(
+        backend, "indexer_kl_loss", index_query, index_key, query, key, lse, block_indices, cu_seqlens_q,
+        cu_seqlens_k, block_size, softmax_scale, index_scale,
+    )  # fmt: skip
+
+
+@_indexer_kl_loss.register_fake
+def _(
+    index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale,
+    index_scale, backend,
+):  # fmt: skip
+    kl = index_query.new_empty(index_query.shape[:2], dtype=compute_dtype(index_query))
+    return kl, torch.empty_like(kl)
+
+
+@torch.library.custom_op("minimax_m3_msa::indexer_kl_loss_backward", mutates_args=())
+def _indexer_kl_loss_backward(
+    grad_kl: torch.Tensor,
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    index_lse: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return run_on_backend(
+        backend, "indexer_kl_loss_backward", grad_kl, index_query, index_key, query, key, lse, index_lse,
+        block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale, index_scale,
+    )  # fmt: skip
+
+
+@_indexer_kl_loss_backward.register_fake
+def _(
+    grad_kl, index_query, index_key, query, key, lse, index_lse, block_indices, cu_seqlens_q, cu_seqlens_k,
+    block_size, softmax_scale, index_scale, backend,
+):  # fmt: skip
+    return index_query.new_empty(index_query.shape), index_key.new_empty(index_key.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, *options = inputs
+    index_lse = output[1]
+    ctx.mark_non_differentiable(index_lse)
+    ctx.save_for_backward(
+        index_query, index_key, query, key, lse, index_lse, block_indices, cu_seqlens_q, cu_seqlens_k
+    )
+    ctx.options = options
+
+
+def _backward(ctx, grad_kl, grad_index_lse):
+    grads = torch.ops.minimax_m3_msa.indexer_kl_loss_backward(grad_kl, *ctx.saved_tensors, *ctx.options)
+    return *grads, *[None] * 10
+
+
+_indexer_kl_loss.register_autograd(_backward, setup_context=_setup_context)

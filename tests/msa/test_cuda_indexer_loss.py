@@ -1,0 +1,233 @@
+"""The kernels of `indexer_kl_loss` on a GPU, value and gradients, against the definition in float64 on the same inputs.
+
+With MINIMAX_M3_MSA_CUDA=portable the same tests run on the kernels that every GPU from sm_80 on can run.
+"""
+
+import math
+
+import pytest
+import torch
+
+from modeling_minimax_m3.msa import extension, indexer_kl_loss
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+OPS = torch.ops.minimax_m3_msa
+DTYPES = [torch.bfloat16, torch.float16]
+GRADIENT_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+# name: lengths of keys, lengths of queries
+LENGTHS = {
+    "1": ([1], [1]),
+    "128": ([128], [128]),
+    "129": ([129], [129]),
+    "2049": ([2049], [2049]),
+    "ragged": ([129, 1, 640, 127, 1000], [129, 1, 640, 127, 1000]),
+    "chunked": ([700, 300, 2049], [100, 300, 1]),
+    "gaps": ([130, 0, 70, 5, 0, 257], [0, 0, 70, 0, 0, 3]),
+    "many": ([3] * 300 + [200], [3] * 300 + [200]),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    reason = extension.load(build=True)
+    assert reason is None, reason
+
+
+def offsets(lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+
+
+class Case:
+    """Random inputs between NaN: rows, heads and channels that belong to no argument must not be read."""
+
+    def __init__(self, lengths="ragged", dtype=torch.bfloat16, head_dim=128, index_dim=128, group=16, num_kv_heads=2):
+        keys, queries = LENGTHS[lengths] if isinstance(lengths, str) else lengths
+        self.generator = torch.Generator("cuda").manual_seed(sum(keys) + group)
+        self.index_query = self.normal(sum(queries), num_kv_heads, index_dim, dtype=dtype)
+        self.index_key = self.normal(sum(keys), 1, index_dim, dtype=dtype)[:, 0]
+        self.query = self.normal(sum(queries), num_kv_heads * group, head_dim, dtype=dtype)
+        self.key = self.normal(sum(keys), num_kv_heads, head_dim, dtype=dtype)
+        self.grad_kl = torch.randn(self.index_query.shape[:2], generator=self.generator, device="cuda")
+        self.lengths = {"cu_seqlens_q": offsets(queries), "cu_seqlens_k": offsets(keys)}
+        self.longest = max(keys)
+
+    def normal(self, *shape, dtype):
+        roomy = torch.full([size + 8 * (1 + (i == 0) * 20) for i, size in enumerate(shape)], math.nan, device="cuda")
+        view = roomy.to(dtype)[tuple(map(slice, shape))]
+        return view.copy_(torch.randn(shape, generator=self.generator, device="cuda"))
+
+    def random_blocks(self, topk, block_size):
+        """Up to `topk` ids per query and head in random order, some of them in the future or past the sequence."""
+        rows, width = (len(self.query), self.key.shape[1]), -(-self.longest // block_size) + 1
+        order = torch.rand((*rows, width), generator=self.generator, device="cuda").argsort(-1)[..., :topk]
+        order = torch.nn.functional.pad(order, (0, topk - order.shape[-1]), value=-1)
+        count = torch.randint(0, topk + 1, (*rows, 1), generator=self.generator, device="cuda")
+        return order.masked_fill(torch.arange(topk, device="cuda") >= count, -1).to(torch.int32)
+
+    def run(self, block_indices, block_size, backend="cuda", dtype=None, grad_kl=None):
+        """(kl, gradient of index_query, of index_key)"""
+        states = [
+            x if dtype is None else x.to(dtype) for x in (self.index_query, self.index_key, self.query, self.key)
+        ]
+        leaves = [state.detach().requires_grad_() for state in states[:2]]
+        kl = indexer_kl_loss(
+            *leaves, *states[2:], block_indices, **self.lengths, block_size=block_size, backend=backend
+        )
+        kl.backward((self.grad_kl if grad_kl is None else grad_kl).to(kl.dtype))
+        return kl.detach(), *(leaf.grad for leaf in leaves)
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def poison():
+    """Leaves NaN where the next workspace and outputs will lie."""
+    torch.full((2**25,), math.nan, device="cuda")
+
+
+def check(case, block_indices, block_size):
+    poison()
+    kl, *grads = case.run(block_indices, block_size)
+    expected_kl, *expected_grads = case.run(block_indices, block_size, "reference", torch.float64)
+    assert kl.dtype == torch.float32
+    torch.testing.assert_close(kl.double(), expected_kl, atol=5e-5, rtol=5e-5)
+    for grad, expected in zip(grads, expected_grads):
+        assert grad.dtype == case.index_query.dtype
+        # Where all rows attend to a single key, gradients are rounding only.
+        assert relative_error(grad, expected) < GRADIENT_TOLERANCE[grad.dtype] or expected.norm() < 1e-4
+        assert (grad[(expected == 0).all(-1)].abs() < 1e-4).all(), "rows that no key or a single one decides"
+    return kl, *grads
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [16, 4])
+def test_lengths(group, dtype, lengths):
+    case = Case(lengths, dtype, group=group)
+    check(case, case.random_blocks(6, 128), 128)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("head_dim, index_dim", [(128, 128), (64, 64), (128, 64), (64, 128)])
+def test_geometries(head_dim, index_dim, block_size, dtype):
+    case = Case("ragged", dtype, head_dim, index_dim, group=8)
+    check(case, case.random_blocks(6, block_size), block_size)
+
+
+@pytest.mark.parametrize("topk", [1, 7, 33, 64])
+@pytest.mark.parametrize("group, block_size", [(1, 64), (2, 64), (4, 128), (8, 64), (16, 64), (16, 128)])
+def test_groups_and_widths(group, block_size, topk):
+    case = Case(([700, 300], [500, 300]), group=group)
+    check(case, case.random_blocks(topk, block_size), block_size)
+
+
+@pytest.mark.parametrize("group", [1, 16])
+def test_all_keys(group):
+    """The dense warm-up form."""
+    check(Case("chunked", group=group, num_kv_heads=1), None, 128)
+
+
+def test_one_block_that_all_choose():
+    """A list of several tiles, whose sums wait for each other."""
+    case = Case(([2500], [2500]))
+    block_indices = case.random_blocks(4, 128)
+    block_indices = block_indices.masked_fill(block_indices == 0, -1)
+    block_indices[..., 0] = 0
+    check(case, block_indices, 128)
+
+
+@pytest.mark.parametrize("topk", [64, None], ids=["sparse", "dense"])
+def test_more_queries_than_a_workspace_holds(topk):
+    """Several parts; against the `torch` backend, whose memory is linear."""
+    case = Case(([24000] if topk else [12000],) * 2, group=1, num_kv_heads=4, head_dim=64, index_dim=64)
+    block_indices = topk and case.random_blocks(topk, 64)
+    kl, *grads = case.run(block_indices, 64)
+    expected_kl, *expected_grads = case.run(block_indices, 64, "torch", torch.float32)
+    torch.testing.assert_close(kl, expected_kl, atol=5e-5, rtol=5e-5)
+    for grad, expected in zip(grads, expected_grads):
+        assert relative_error(grad, expected.double()) < 1e-2
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_size_of_the_upstream_gradient(dtype, size):
+    """Small ones must not vanish between the kernels, even where 16 bits hold them in the end."""
+    case = Case("ragged", dtype)
+    block_indices = case.random_blocks(6, 128)
+    _, *unit = case.run(block_indices, 128)
+    _, *grads = case.run(block_indices, 128, grad_kl=case.grad_kl * size)
+    for grad, expected in zip(grads, unit):
+        expected = (expected.double() * size).to(dtype)
+        lost = torch.finfo(dtype).smallest_normal * expected.numel() ** 0.5  # by rounding to subnormal numbers
+        if expected.isfinite().all():
+            assert (grad.double() - expected.double()).norm() < 1e-2 * expected.double().norm() + lost
+
+
+def test_results_repeat():
+    case = Case(([1500, 700], [1500, 700]))
+    block_indices = case.random_blocks(16, 128)
+    first = case.run(block_indices, 128)
+    for _ in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(case.run(block_indices, 128), first))
+
+
+def arguments(case, block_indices):
+    where = (block_indices, *case.lengths.values(), 128)
+    lse = OPS.attention_lse(case.query, case.key, *where, 0.09, "cuda")
+    states = (state.contiguous() for state in (case.index_query, case.index_key, case.query, case.key))
+    return *states, lse, *where, 0.09, 0.1, "cuda"
+
+
+def test_operators():
+    case = Case("chunked")
+    args = arguments(case, case.random_blocks(6, 128))
+    torch.library.opcheck(OPS.indexer_kl_loss.default, args)
+    leaves = [x.detach().requires_grad_() for x in args[:2]]
+    torch.library.opcheck(OPS.indexer_kl_loss.default, (*leaves, *args[2:]))
+    index_lse = OPS.indexer_kl_loss(*args)[1]
+    torch.library.opcheck(OPS.indexer_kl_loss_backward.default, (case.grad_kl, *args[:5], index_lse, *args[5:]))
+
+
+def test_capture():
+    case = Case("ragged")
+    block_indices = case.random_blocks(6, 128)
+    args = arguments(case, block_indices)
+
+    def both():
+        kl, index_lse = OPS.indexer_kl_loss(*args)
+        return kl, *OPS.indexer_kl_loss_backward(case.grad_kl, *args[:5], index_lse, *args[5:])
+
+    both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    args[0].neg_()
+    block_indices.copy_(case.random_blocks(6, 128))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, both()))
+
+
+def test_wrong_values_stay_inside():
+    """Values are not checked on a GPU; wrong ones may give any result but no illegal access."""
+    case = Case("ragged")
+    wild = torch.randint(-(2**31), 2**31 - 1, (len(case.query), 2, 8), dtype=torch.int32, device="cuda")
+    case.run(wild, 128)
+    case.run(torch.zeros_like(wild), 128)  # one block eight times
+    case.lengths = {name: value * 3 for name, value in case.lengths.items()}
+    case.run(case.random_blocks(4, 128), 128)
+    torch.cuda.synchronize()
+
+
+def test_nothing_to_do():
+    for keys, queries, topk in (([64], [0], 4), ([0], [0], 4), ([70], [70], 0)):
+        case = Case((keys, queries))
+        kl, *grads = case.run(torch.zeros((len(case.query), 2, topk), dtype=torch.int32, device="cuda"), 128)
+        assert kl.shape == case.index_query.shape[:2]
+        assert not any(x.any() for x in (kl, *grads))
