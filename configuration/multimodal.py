@@ -38,6 +38,7 @@ class MiniMaxM3VLConfig(PreTrainedConfig):
     """
 
     model_type = "minimax_m3_vl"
+    keys_to_ignore_at_inference = MiniMaxM3VLTextConfig.keys_to_ignore_at_inference
     sub_configs_defaults = {
         "text_config": MiniMaxM3VLTextConfig,
         "vision_config": MiniMaxM3VLVisionConfig,

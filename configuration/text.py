@@ -129,6 +129,13 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
             Whether structured layers read packed documents as one sequence, so that anchors and random blocks reach
             earlier documents. The one case in which packing changes a token's output. The structured fields are
             written to the file only when they are not at their default.
+        indexer_loss_coef (`float`, *optional*, defaults to 0.0):
+            Weight of the indexers' loss, the KL divergence of their scores from the main attention, which trains the
+            indexers and nothing else. With 0 they are frozen: no other loss reaches them.
+        indexer_warmup (`bool`, *optional*, defaults to `False`):
+            Whether sparse layers attend to all keys, and the indexers' loss runs over all keys: for indexers that
+            cannot select yet. Costs what dense attention costs. These two fields are written to the file only when
+            they are not at their default.
         msa_backend (`str`, *optional*, defaults to `"auto"`):
             Backend of the sparse layers: `"auto"`, `"reference"`, `"torch"` or `"cuda"`. Written to the file only
             when it is not `"auto"`.
@@ -159,7 +166,7 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
 
     model_type = "minimax_m3_vl_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "indexer_loss"]
     attribute_map = {"num_experts": "num_local_experts"}
     default_theta = 5000000.0
 
@@ -192,6 +199,8 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
         "structured_random_blocks",
         "structured_seed",
         "structured_cross_document",
+        "indexer_loss_coef",
+        "indexer_warmup",
         "msa_backend",
     )
 
@@ -230,6 +239,8 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
     structured_random_blocks: int = 8
     structured_seed: int = 0
     structured_cross_document: bool = False
+    indexer_loss_coef: float | int = 0.0
+    indexer_warmup: bool = False
     msa_backend: str = "auto"
     rms_norm_eps: float | int = 1e-06
     attention_dropout: float | int = 0.0
@@ -369,8 +380,9 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be > 0 and finite, got {getattr(self, name)}.")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"`attention_dropout` must be at least 0 and below 1, got {self.attention_dropout}.")
-        if not 0 <= self.initializer_range < math.inf:
-            raise ValueError(f"`initializer_range` must be at least 0 and finite, got {self.initializer_range}.")
+        for name in ("initializer_range", "indexer_loss_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
 
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(

@@ -12,7 +12,7 @@ from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 from . import msa
 from .cache import SPARSE_LAYER_TYPE, STRUCTURED_LAYER_TYPE
 from .dense_attention import dense_attention
-from .indexer import MiniMaxM3VLIndexer
+from .indexer import MiniMaxM3VLIndexer, with_zero_gradients
 from .materialized import select_blocks_under_mask, sparse_attention_weights
 from .normalization import MiniMaxM3VLRMSNorm
 from .rotary import apply_rotary
@@ -70,8 +70,9 @@ class MiniMaxM3VLAttention(nn.Module):
         attention_mask: SequenceLayout,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
+        output_indexer_loss: bool = False,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states (`torch.Tensor`): (B, T, hidden).
@@ -79,9 +80,11 @@ class MiniMaxM3VLAttention(nn.Module):
             attention_mask (`SequenceLayout`): Where the sequences lie.
             past_key_values (`Cache`, *optional*): Receives the keys and values of this pass.
             output_attentions (`bool`): Whether to build the attention weights, at quadratic memory.
+            output_indexer_loss (`bool`): Whether to compute the divergence of the indexer from the attention.
 
         Returns:
-            (B, T, hidden), and the weights (B, H_q, T, S) or None.
+            (B, T, hidden), the weights (B, H_q, T, S) or None, and the divergence (B, T) in nats, mean over the index
+            heads, or None; also None for layers without an indexer.
         """
         layout = attention_mask
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
@@ -94,14 +97,6 @@ class MiniMaxM3VLAttention(nn.Module):
             if layout.is_cached or layout.allowed is not None:
                 key, value = (states.transpose(1, 2) for states in cached)
 
-        if self.is_dense:
-            implementation = "eager" if output_attentions else self.config._attn_implementation
-            dropout = self.attention_dropout if self.training else 0.0
-            out, weights = dense_attention(
-                self, query, key, value, layout, implementation, self.scaling, dropout, **kwargs
-            )
-            return self.o_proj(out.flatten(2)), weights if output_attentions else None
-
         index = None
         if self.indexer is not None:
             index_query, index_key = self.indexer(hidden_states, position_embeddings)
@@ -110,10 +105,34 @@ class MiniMaxM3VLAttention(nn.Module):
                 if layout.is_cached or layout.allowed is not None:
                     index_key = cached.squeeze(1)
             index = (index_query, index_key)
-        elif self.config.structured_cross_document:
-            layout = layout.as_one_document()
-        out, weights = self._block_attention(query, key, value, index, layout, output_attentions)
-        return self.o_proj(out.flatten(2)), weights
+
+        output_indexer_loss = output_indexer_loss and index is not None
+        if output_indexer_loss and layout.allowed is not None:
+            raise NotImplementedError(
+                "the indexer's loss has no form for a 4-D `attention_mask`: pass a 2-D mask, or "
+                "`output_indexer_loss=False`"
+            )
+        divergence = None
+        if self.is_dense or (index is not None and self.config.indexer_warmup):
+            implementation = "eager" if output_attentions else self.config._attn_implementation
+            dropout = self.attention_dropout if self.training else 0.0
+            out, weights = dense_attention(
+                self, query, key, value, layout, implementation, self.scaling, dropout, **kwargs
+            )
+            weights = weights if output_attentions else None
+            if output_indexer_loss:
+                states = (layout.order_queries(query), layout.order_keys(key), self._order_index(index, layout))
+                divergence = self._divergence(*states, None, None, layout)
+        else:
+            if self.pattern is not None and self.config.structured_cross_document:
+                layout = layout.as_one_document()
+            out, weights, divergence = self._block_attention(
+                query, key, value, index, layout, output_attentions, output_indexer_loss
+            )
+        is_trained = output_indexer_loss and self.config.indexer_loss_coef > 0
+        if index is not None and not is_trained and torch.is_grad_enabled() and index_query.requires_grad:
+            out = with_zero_gradients(out, index_query, index_key)
+        return self.o_proj(out.flatten(2)), weights, divergence
 
     def _block_attention(
         self,
@@ -123,45 +142,75 @@ class MiniMaxM3VLAttention(nn.Module):
         index: tuple[torch.Tensor, torch.Tensor] | None,
         layout: SequenceLayout,
         output_attentions: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output_indexer_loss: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Attention over chosen blocks; `index` holds the indexer's queries (B, T, H_idx, D_idx) and keys
         (B, S, D_idx), or is None where position decides."""
         query, key, value = layout.order_queries(query), layout.order_keys(key), layout.order_keys(value)
         if index is not None:
-            index = (layout.order_queries(index[0]), layout.order_keys(index[1]))
+            index = self._order_index(index, layout)
         options = {"block_size": self.config.index_block_size, "softmax_scale": self.scaling}
 
         if layout.allowed is not None:
             block_indices = self._choose_blocks(index, layout, key, select_blocks_under_mask, {"layout": layout})
             weights = sparse_attention_weights(query, key, block_indices, layout, **options)
             value = value.repeat_interleave(self.num_key_value_groups, dim=2)
-            return torch.einsum("bhts,bshd->bthd", weights, value), weights if output_attentions else None
+            out = torch.einsum("bhts,bshd->bthd", weights, value)
+            return out, weights if output_attentions else None, None
 
         backend = {"backend": self.config.msa_backend}
         needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        if layout.is_cached and not needs_grad:
+        divergence = None
+        if layout.is_cached and not needs_grad and not output_indexer_loss:
             rows = {"cache_seqlens": layout.cache_seqlens, "cache_leftpad": layout.cache_leftpad}
             block_indices = self._choose_blocks(index, layout, key, msa.select_blocks_with_kvcache, rows | backend)
             out = msa.block_sparse_attention_with_kvcache(
                 query, key, value, block_indices, **rows, **options, **backend
             )
         else:
-            if layout.is_cached:
-                cu_seqlens_q, cu_seqlens_k = layout.packed_offsets(key.shape[1])
-            else:
-                cu_seqlens_q = cu_seqlens_k = layout.cu_seqlens
-            offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-            if index is not None:
-                index = (index[0].flatten(0, 1), index[1].flatten(0, 1))
-            block_indices = self._choose_blocks(index, layout, key, msa.select_blocks, offsets | backend)
+            offsets = _packed_offsets(layout, key.shape[1])
+            flat_index = None if index is None else tuple(states.flatten(0, 1) for states in index)
+            block_indices = self._choose_blocks(flat_index, layout, key, msa.select_blocks, offsets | backend)
             block_indices = block_indices.view(*query.shape[:2], *block_indices.shape[-2:])
             flat = (states.flatten(0, 1) for states in (query, key, value, block_indices))
-            out = msa.block_sparse_attention(*flat, **offsets, **options, **backend).unflatten(0, query.shape[:2])
+            out, lse = msa.block_sparse_attention(*flat, **offsets, **options, **backend, return_lse=True)
+            out = out.unflatten(0, query.shape[:2])
+            if output_indexer_loss:
+                divergence = self._divergence(query, key, index, block_indices.flatten(0, 1), lse, layout)
 
         weights = None
         if output_attentions:
             weights = layout.restore_weights(sparse_attention_weights(query, key, block_indices, layout, **options))
-        return layout.restore_order(out), weights
+        return layout.restore_order(out), weights, divergence
+
+    @staticmethod
+    def _order_index(
+        index: tuple[torch.Tensor, torch.Tensor], layout: SequenceLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return layout.order_queries(index[0]), layout.order_keys(index[1])
+
+    def _divergence(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        index: tuple[torch.Tensor, torch.Tensor],
+        block_indices: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        layout: SequenceLayout,
+    ) -> torch.Tensor:
+        """The indexer's divergence from the attention (B, T), in the caller's order, from states in working order;
+        `block_indices` (B * T, H_kv, W) is None for all keys, and `lse` (B * T, H_q) where it is not known."""
+        flat = (states.flatten(0, 1) for states in (*index, query, key))
+        divergence = msa.indexer_kl_loss(
+            *flat,
+            block_indices,
+            **_packed_offsets(layout, key.shape[1]),
+            lse=lse,
+            block_size=self.config.index_block_size,
+            softmax_scale=self.scaling,
+            backend=self.config.msa_backend,
+        )
+        return layout.restore_order(divergence.mean(-1).view(query.shape[:2]))
 
     def _choose_blocks(
         self,
@@ -187,5 +236,17 @@ class MiniMaxM3VLAttention(nn.Module):
         own_block = torch.div(layout.working_positions(), block_size, rounding_mode="floor")
         longest = layout.max_seqlen if layout.cu_seqlens is not None else key.shape[1]
         return msa.structured_blocks_of(
-            own_block, key.shape[2], self.layer_idx, self.pattern, num_blocks=-(-longest // block_size)
+            own_block,
+            key.shape[2],
+            self.layer_idx,
+            self.pattern,
+            num_blocks=-(-longest // block_size),
+            backend=config.msa_backend,
         )
+
+
+def _packed_offsets(layout: SequenceLayout, num_keys: int) -> dict[str, torch.Tensor]:
+    """The offsets of the sequences among the flattened (B, T, ...) queries and (B, S, ...) keys, as operators take them."""
+    if layout.is_cached:
+        return dict(zip(("cu_seqlens_q", "cu_seqlens_k"), layout.packed_offsets(num_keys)))
+    return {"cu_seqlens_q": layout.cu_seqlens, "cu_seqlens_k": layout.cu_seqlens}

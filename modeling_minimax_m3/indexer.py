@@ -1,4 +1,12 @@
-"""The lightning indexer: small queries and keys whose dot products choose the key blocks of a sparse layer."""
+"""The lightning indexer: small queries and keys whose dot products choose the key blocks of a sparse layer.
+
+A selection passes no gradient, so the language loss never reaches an indexer. What trains it is a loss of its own, the
+divergence of its scores' softmax from the main attention (`msa.indexer_kl_loss`), and that reaches nothing else: the
+hidden states that feed an indexer are detached, and so is the main attention. While `config.indexer_loss_coef` is 0
+the parameters are frozen (`requires_grad` is False), so that optimizers, data-parallel wrappers and resumed runs never
+see a parameter without a gradient. Parameters that are made trainable all the same, as those of an adapter that was put
+on every linear layer, get gradients of 0.
+"""
 
 import torch
 from torch import nn
@@ -12,8 +20,8 @@ from .rotary import apply_rotary
 class MiniMaxM3VLIndexer(nn.Module):
     """Index queries, one head per key/value head, and one shared index key head.
 
-    It has no value projection and adds nothing to the residual stream. As a selection passes no gradient, its
-    parameters receive none from the language loss.
+    It has no value projection and adds nothing to the residual stream. Its parameters are frozen unless
+    `config.indexer_loss_coef` is above 0.
     """
 
     def __init__(self, config: MiniMaxM3VLTextConfig):
@@ -23,13 +31,74 @@ class MiniMaxM3VLIndexer(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.head_dim, bias=False)
         self.q_norm = MiniMaxM3VLRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = MiniMaxM3VLRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.requires_grad_(config.indexer_loss_coef > 0)
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index queries (B, T, H_idx, D_idx) and keys (B, T, D_idx) of `hidden_states` (B, T, hidden)."""
+        """Index queries (B, T, H_idx, D_idx) and keys (B, T, D_idx) of `hidden_states` (B, T, hidden), which get no
+        gradient."""
+        hidden_states = hidden_states.detach()
         index_query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
         index_key = self.k_norm(self.k_proj(hidden_states)).unsqueeze(2)
         return apply_rotary(index_query, *position_embeddings), apply_rotary(index_key, *position_embeddings).squeeze(
             2
         )
+
+
+class _ZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        ctx.others = [(other.shape, other.dtype, other.device) for other in others]
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.others)
+
+
+def with_zero_gradients(states: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """`states` itself, whose backward also sends a gradient of 0 to each of `others`.
+
+    Without it, parameters that only the others depend on would get no gradient at all, which
+    `DistributedDataParallel(find_unused_parameters=False)` takes for an error.
+    """
+    return _ZeroGradients.apply(states, *others)
+
+
+def indexer_loss(
+    divergence: torch.Tensor,
+    real: torch.Tensor | None,
+    labels: torch.Tensor | None = None,
+    *,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """Sum of the divergence over the tokens that the language loss counts, divided by what that loss is divided by.
+
+    So the losses of the micro-batches of an optimizer step add up to that of their batch.
+
+    Args:
+        divergence (`torch.Tensor`): (B, T), of each token, mean over index heads and layers.
+        real (`torch.Tensor`, *optional*): (B, T) boolean, False at pads, which never count. None: there are none.
+        labels (`torch.Tensor`, *optional*): (B, T), not shifted. Token t counts where the label of t + 1 is not
+            `ignore_index`. Without labels every real token counts.
+        num_items_in_batch, ignore_index, shift_labels, **kwargs: As in Transformers' `ForCausalLMLoss`.
+
+    Returns:
+        A float32 scalar, in nats; NaN where no token counts and `num_items_in_batch` is not given.
+    """
+    if real is None:
+        real = torch.ones_like(divergence, dtype=torch.bool)
+    counted = real = real.to(divergence.device)
+    if shift_labels is None and labels is not None:
+        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    if shift_labels is not None:
+        counted = shift_labels.view(divergence.shape).to(divergence.device) != ignore_index
+    if num_items_in_batch is None:
+        num_items_in_batch = counted.sum()
+    elif isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(divergence.device)
+    return divergence.masked_fill(~(counted & real), 0.0).sum() / num_items_in_batch

@@ -18,10 +18,13 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig
 
+from .indexer import indexer_loss
+from .language_loss import LanguageModelingHead, batch_share
 from .moe import load_balancing_loss
 from .multimodal_generation import PIXEL_NAMES, TOKEN_TYPES, MultimodalGenerationMixin
 from .pretrained import MiniMaxM3VLPreTrainedModel
-from .text import MiniMaxM3VLTextModel, check_labels
+from .sequence_layout import real_tokens
+from .text import MiniMaxM3VLTextModel
 from .vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
 
 logger = logging.get_logger(__name__)
@@ -36,11 +39,14 @@ class MiniMaxM3VLModelOutputWithPast(BaseModelOutputWithPast):
             features.
         video_hidden_states (`tuple[torch.Tensor]`, *optional*): The same for each row of `video_grid_thw`.
         router_logits (`tuple[torch.Tensor]`, *optional*): `(B * T, experts)` for each layer with experts.
+        indexer_divergence (`torch.Tensor`, *optional*): `(B, T)` float32: the KL divergence of the indexers from the
+            main attention, in nats, mean over index heads and sparse layers. Unspecified at pads.
     """
 
     image_hidden_states: tuple[torch.Tensor, ...] | None = None
     video_hidden_states: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
+    indexer_divergence: torch.Tensor | None = None
 
 
 @dataclass
@@ -49,8 +55,9 @@ class MiniMaxM3VLCausalLMOutputWithPast(ModelOutput):
 
     Args:
         loss (`torch.Tensor`, *optional*): Scalar, where labels were given: language-modelling loss, plus the weighted
-            load-balancing loss where router logits were asked for.
-        logits (`torch.Tensor`): `(B, kept tokens, vocab_size)`.
+            load-balancing loss where router logits were asked for, plus the weighted loss of the indexers.
+        logits (`torch.Tensor`, *optional*): `(B, kept tokens, vocab_size)`. None where the loss was computed without
+            them: see `skip_logits` of `forward`.
         past_key_values (`Cache`, *optional*): The cache, extended by this pass.
         hidden_states (`tuple[torch.Tensor]`, *optional*): `(B, T, H)` after the embedding and after every layer.
         attentions (`tuple[torch.Tensor]`, *optional*): `(B, heads, T, keys)` probabilities of every layer.
@@ -59,6 +66,8 @@ class MiniMaxM3VLCausalLMOutputWithPast(ModelOutput):
         video_hidden_states (`tuple[torch.Tensor]`, *optional*): The same for each row of `video_grid_thw`.
         aux_loss (`torch.Tensor`, *optional*): Scalar load-balancing loss, before its coefficient.
         router_logits (`tuple[torch.Tensor]`, *optional*): `(B * T, experts)` for each layer with experts.
+        indexer_loss (`torch.Tensor`, *optional*): Scalar, before its coefficient: the divergence of the indexers from
+            the main attention, in nats, over the tokens that the language loss counts.
     """
 
     loss: torch.Tensor | None = None
@@ -70,6 +79,7 @@ class MiniMaxM3VLCausalLMOutputWithPast(ModelOutput):
     video_hidden_states: tuple[torch.Tensor, ...] | None = None
     aux_loss: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
+    indexer_loss: torch.Tensor | None = None
 
 
 def _check_one_feature_per_placeholder(
@@ -299,6 +309,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             image_hidden_states=image_features,
             video_hidden_states=video_features,
             router_logits=outputs.router_logits,
+            indexer_divergence=outputs.indexer_divergence,
         )
 
     @staticmethod
@@ -355,7 +366,9 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
                 )
 
 
-class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, MultimodalGenerationMixin):
+class MiniMaxM3SparseForConditionalGeneration(
+    LanguageModelingHead, MiniMaxM3VLPreTrainedModel, MultimodalGenerationMixin
+):
     """MiniMax-M3: the backbone with a language-modelling head."""
 
     config: MiniMaxM3VLConfig
@@ -396,6 +409,8 @@ class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, Multim
         labels: torch.LongTensor | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        output_indexer_loss: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -409,10 +424,18 @@ class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, Multim
                 weighted, to the loss. Default: `config.text_config.output_router_logits`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*): How many last tokens get logits (0: all), or which
                 positions. Default: 0.
+            skip_logits (`bool`, *optional*): Whether a call with labels computes the loss without ever holding logits,
+                which are then None. Default: `self.skip_logits`, and without that, whether the model is in training
+                mode.
+            output_indexer_loss (`bool`, *optional*): Whether to return the indexers' loss, which is added to the loss
+                with the weight `config.text_config.indexer_loss_coef`. Default: whether that is above 0, and there are
+                labels or the model is in training mode.
         """
         text_config = self.config.text_config
         if output_router_logits is None:
             output_router_logits = text_config.output_router_logits
+        if output_indexer_loss is None:
+            output_indexer_loss = text_config.indexer_loss_coef > 0 and (self.training or labels is not None)
 
         outputs = self.model(
             input_ids=input_ids,
@@ -425,17 +448,14 @@ class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, Multim
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             output_router_logits=output_router_logits,
+            output_indexer_loss=output_indexer_loss,
             mm_encoder_outputs=mm_encoder_outputs,
             mm_token_type_ids=mm_token_type_ids,
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-
-        loss = None
-        if labels is not None:
-            check_labels(labels, logits)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits, loss = self.logits_and_loss(hidden_states, labels, skip_logits, **kwargs)
 
         aux_loss = None
         if output_router_logits:
@@ -447,7 +467,15 @@ class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, Multim
                 cu_seq_lens=kwargs.get("cu_seq_lens_q"),
             )
             if loss is not None:
-                loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+                share = batch_share(labels, loss.device, **kwargs)
+                loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device) * share
+
+        divergence, kl_loss = outputs.indexer_divergence, None
+        if divergence is not None:
+            real = real_tokens(attention_mask, kwargs.get("cu_seq_lens_q"), *divergence.shape)
+            kl_loss = indexer_loss(divergence, real, labels, **kwargs)
+            if loss is not None:
+                loss = loss + text_config.indexer_loss_coef * kl_loss.to(loss.device)
 
         return MiniMaxM3VLCausalLMOutputWithPast(
             loss=loss,
@@ -459,4 +487,5 @@ class MiniMaxM3SparseForConditionalGeneration(MiniMaxM3VLPreTrainedModel, Multim
             video_hidden_states=outputs.video_hidden_states,
             aux_loss=aux_loss,
             router_logits=outputs.router_logits,
+            indexer_loss=kl_loss,
         )

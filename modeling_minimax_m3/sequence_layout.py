@@ -236,6 +236,29 @@ def build_layout(
     return _uniform_layout(batch, num_new, device)
 
 
+def real_tokens(
+    attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+    cu_seq_lens: torch.Tensor | None,
+    batch: int,
+    num_new: int,
+) -> torch.Tensor | None:
+    """Which of the new tokens, boolean (B, T), are no padding by a model's inputs; None where these name no padding.
+
+    Args:
+        attention_mask: As in `build_layout`. Only a (B, S) mask says which tokens are padding; its last T columns
+            are those of this pass.
+        cu_seq_lens: Offsets of packed sequences among the B * T tokens; what follows the last one is padding.
+        batch, num_new: B and T.
+    """
+    real = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        real = attention_mask[:, -num_new:] != 0
+    if cu_seq_lens is not None:
+        packed = (torch.arange(batch * num_new, device=cu_seq_lens.device) < cu_seq_lens[-1]).view(batch, num_new)
+        real = packed if real is None else real & packed.to(real.device)
+    return real
+
+
 def _uniform_layout(batch: int, num_new: int, device: torch.device, **kwargs) -> SequenceLayout:
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_new
     return SequenceLayout(batch, num_new, cu_seqlens=cu_seqlens, is_uniform=True, **kwargs)

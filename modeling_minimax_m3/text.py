@@ -1,6 +1,7 @@
 """The text model: decoder layers over dense or sparse attention, and the causal language model."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,11 +18,13 @@ from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from .attention import MiniMaxM3VLAttention
 from .cache import adopt_cache
+from .indexer import indexer_loss
+from .language_loss import LanguageModelingHead, batch_share
 from .moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter, load_balancing_loss
 from .normalization import MiniMaxM3VLRMSNorm
 from .pretrained import MiniMaxM3VLPreTrainedModel
 from .rotary import MiniMaxM3VLRotaryEmbedding
-from .sequence_layout import SequenceLayout, build_layout, create_masks_for_generate
+from .sequence_layout import SequenceLayout, build_layout, create_masks_for_generate, real_tokens
 
 
 class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
@@ -42,18 +45,47 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: SequenceLayout,
         past_key_values: Cache | None = None,
+        output_indexer_loss: bool = False,
         **kwargs,
-    ) -> torch.Tensor:
-        """Maps hidden states (B, T, hidden) to hidden states; arguments as in `MiniMaxM3VLAttention`."""
-        attended, _ = self.self_attn(
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """Maps hidden states (B, T, hidden) to hidden states; arguments as in `MiniMaxM3VLAttention`. With
+        `output_indexer_loss` also returns the indexer's divergence (B, T), None where there is no indexer."""
+        attended, _, divergence = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            output_indexer_loss=output_indexer_loss,
             **kwargs,
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        # Returned, and not collected by a hook or an attribute, because gradient checkpointing sees nothing else.
+        return (hidden_states, divergence) if output_indexer_loss else hidden_states
+
+
+@dataclass
+class MiniMaxM3VLTextModelOutputWithPast(MoeModelOutputWithPast):
+    """Output of `MiniMaxM3VLTextModel`.
+
+    Args:
+        indexer_divergence (`torch.Tensor`, *optional*): (B, T) float32: the KL divergence of the indexers from the
+            main attention, in nats, mean over index heads and sparse layers. Unspecified at pads.
+    """
+
+    indexer_divergence: torch.Tensor | None = None
+
+
+@dataclass
+class MiniMaxM3VLTextCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """Output of `MiniMaxM3VLForCausalLM`.
+
+    Args:
+        indexer_loss (`torch.Tensor`, *optional*): Scalar, before its coefficient: the divergence of the indexers from
+            the main attention, in nats, over the tokens that the language loss counts.
+    """
+
+    indexer_loss: torch.Tensor | None = None
 
 
 class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
@@ -96,8 +128,9 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         cu_seq_lens_k: torch.Tensor | None = None,
+        output_indexer_loss: bool | None = None,
         **kwargs,
-    ) -> MoeModelOutputWithPast:
+    ) -> MiniMaxM3VLTextModelOutputWithPast:
         """
         Args:
             input_ids (`torch.LongTensor`, *optional*): (B, T). Exactly one of this and `inputs_embeds`.
@@ -110,6 +143,8 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             use_cache (`bool`, *optional*): Whether to return a cache. Packed sequences never make one.
             cu_seq_lens_q, cu_seq_lens_k (`torch.Tensor`, *optional*): (sequences + 1,) offsets of packed sequences
                 among the B * T tokens.
+            output_indexer_loss (`bool`, *optional*): Whether to return the indexers' divergence. Default: whether
+                `config.indexer_loss_coef` is above 0 and the model is in training mode.
 
         Raises:
             ValueError: Inputs of the wrong shape, that contradict each other, or longer than the context.
@@ -157,16 +192,28 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         kwargs.setdefault("output_attentions", bool(self.config.output_attentions))
+        if output_indexer_loss is None:
+            output_indexer_loss = self.training and self.config.indexer_loss_coef > 0
+        divergences = []
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(
+            outputs = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=layout,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
+                output_indexer_loss=output_indexer_loss,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            hidden_states, divergence = outputs if output_indexer_loss else (outputs, None)
+            if divergence is not None:
+                divergences.append(divergence)
+        divergence = None
+        if divergences:
+            divergence = sum(other.to(hidden_states.device) for other in divergences) / len(divergences)
+        return MiniMaxM3VLTextModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, indexer_divergence=divergence
+        )
 
     def _check_context_length(self, past_key_values: Cache | None, layout: SequenceLayout) -> None:
         limit = context_length(self.config)
@@ -210,21 +257,12 @@ class MiniMaxM3GenerationMixin(GenerationMixin):
             generation_config.max_length = limit
 
 
-def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
-    """Raises unless there is one label for each token that has logits."""
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"`labels` must have one id per token with logits, shape {tuple(logits.shape[:2])}, got "
-            f"{tuple(labels.shape)}. `logits_to_keep` keeps logits of fewer tokens: leave it out where there are labels."
-        )
-
-
 def context_length(config: MiniMaxM3VLTextConfig) -> float:
     """The longest sequence in tokens; without bound for the rotary type that stretches as far as needed."""
     return math.inf if config.rope_parameters["rope_type"] == "dynamic" else config.max_position_embeddings
 
 
-class MiniMaxM3VLForCausalLM(MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixin):
+class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixin):
     """The language model with a head, for text-only checkpoints."""
 
     config: MiniMaxM3VLTextConfig
@@ -256,8 +294,10 @@ class MiniMaxM3VLForCausalLM(MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixi
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        output_indexer_loss: bool | None = None,
         **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> MiniMaxM3VLTextCausalLMOutputWithPast:
         """
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, and `cu_seq_lens_q` /
@@ -267,9 +307,17 @@ class MiniMaxM3VLForCausalLM(MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixi
                 is added to the loss. Default: `config.output_router_logits`.
             logits_to_keep (`int` or `torch.Tensor`): How many of the last tokens, or which ones, get logits; 0 means
                 all.
+            skip_logits (`bool`, *optional*): Whether a call with labels computes the loss without ever holding logits,
+                which are then None. Default: `self.skip_logits`, and without that, whether the model is in training
+                mode.
+            output_indexer_loss (`bool`, *optional*): Whether to return the indexers' loss, which is added to the loss
+                with the weight `config.indexer_loss_coef`. Default: whether that is above 0, and there are labels or
+                the model is in training mode.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        if output_indexer_loss is None:
+            output_indexer_loss = self.config.indexer_loss_coef > 0 and (self.training or labels is not None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -278,14 +326,12 @@ class MiniMaxM3VLForCausalLM(MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixi
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            output_indexer_loss=output_indexer_loss,
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            check_labels(labels, logits)
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits, loss = self.logits_and_loss(hidden_states, labels, skip_logits, **kwargs)
         aux_loss = None
         if output_router_logits:
             aux_loss = load_balancing_loss(
@@ -296,10 +342,18 @@ class MiniMaxM3VLForCausalLM(MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixi
                 cu_seq_lens=kwargs.get("cu_seq_lens_q"),
             )
             if loss is not None:
-                loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
-        return MoeCausalLMOutputWithPast(
+                share = batch_share(labels, loss.device, **kwargs)
+                loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) * share
+        divergence, kl_loss = outputs.indexer_divergence, None
+        if divergence is not None:
+            real = real_tokens(attention_mask, kwargs.get("cu_seq_lens_q"), *divergence.shape)
+            kl_loss = indexer_loss(divergence, real, labels, **kwargs)
+            if loss is not None:
+                loss = loss + self.config.indexer_loss_coef * kl_loss.to(loss.device)
+        return MiniMaxM3VLTextCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
+            indexer_loss=kl_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -151,7 +151,6 @@ def test_bare_config_means_what_stock_means(name):
         "attribute_map",
         "default_theta",
         "default_rope_type",
-        "keys_to_ignore_at_inference",
         "base_model_tp_plan",
         "base_model_pp_plan",
         "base_model_ep_plan",
@@ -161,6 +160,12 @@ def test_bare_config_means_what_stock_means(name):
 def test_class_attributes_are_those_of_stock(name, attribute):
     missing = object()
     assert getattr(class_of(ours, name), attribute, missing) == getattr(class_of(stock, name), attribute, missing)
+
+
+@pytest.mark.parametrize("name", ["MiniMaxM3VLConfig", "MiniMaxM3VLTextConfig"])
+def test_trainer_takes_the_indexer_loss_for_no_prediction(name):
+    of_stock = getattr(class_of(stock, name), "keys_to_ignore_at_inference", ["past_key_values"])  # Trainer's default
+    assert class_of(ours, name).keys_to_ignore_at_inference == [*of_stock, "indexer_loss"]
 
 
 def test_text_fields_are_those_of_stock_and_the_declared_ones():
@@ -259,13 +264,13 @@ def test_saved_bytes_are_those_that_stock_writes(kind, tmp_path):
 
 
 def test_fields_of_ours_are_written_only_when_changed(tmp_path):
-    changed = {"index_init_blocks": 1, "msa_backend": "reference"}
+    changed = {"index_init_blocks": 1, "indexer_loss_coef": 0.5, "indexer_warmup": True, "msa_backend": "reference"}
     ours.tiny_config(text=changed).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["text_config"]
     assert {name: saved.get(name) for name in changed} == changed
 
     loaded = MiniMaxM3VLConfig.from_pretrained(tmp_path).text_config
-    assert (loaded.index_init_blocks, loaded.msa_backend) == (1, "reference")
+    assert {name: getattr(loaded, name) for name in changed} == changed
     # stock carries keys that it does not know
     assert stock.MiniMaxM3VLConfig.from_pretrained(tmp_path).text_config.index_init_blocks == 1
 
@@ -389,6 +394,7 @@ TEXT_ERRORS = {
     "norm-epsilon": ({"rms_norm_eps": -1.0}, "`rms_norm_eps` must be > 0 and finite, got -1.0"),
     "scaling-factor": ({"routed_scaling_factor": float("nan")}, "`routed_scaling_factor` must be > 0 and finite"),
     "dropout": ({"attention_dropout": 2.0}, "`attention_dropout` must be at least 0 and below 1, got 2.0"),
+    "indexer-loss": ({"indexer_loss_coef": -0.1}, "`indexer_loss_coef` must be at least 0 and finite, got -0.1"),
     "initializer": ({"initializer_range": -1.0}, "`initializer_range` must be at least 0"),
     "negative-pad-token": ({"pad_token_id": -1}, "`pad_token_id` must be at least 0"),
     "layer-count": ({"layer_types": ["full_attention"]}, "`layer_types` must have one entry per layer, got 1"),

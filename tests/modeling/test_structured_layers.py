@@ -1,9 +1,11 @@
 """Structured layers in the model: the same answers in every layout and cache, checkpoints, compilation."""
 
+import copy
 import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig, tiny_config
@@ -170,6 +172,21 @@ def test_gradients_and_checkpointing(model, rows, relative_error):
     assert gradients[0]["model.layers.1.self_attn.q_proj.weight"].abs().sum() > 0
     for name, gradient in gradients[0].items():
         assert relative_error(gradients[1][name], gradient) < 1e-5, name
+
+
+def test_lora(model, rows):
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj", "k_proj"])).train()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for _ in range(3):
+        loss = adapted(rows[0][0][None], labels=rows[0][0][None]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    structured = adapted.base_model.model.model.layers[1].self_attn.q_proj
+    assert structured.lora_B["default"].weight.abs().sum() > 0
 
 
 def test_compiles(model, rows, relative_error):

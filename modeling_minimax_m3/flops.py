@@ -1,0 +1,57 @@
+"""Floating-point operations of the language model's forward pass, counted from its configuration.
+
+Counted are the matrix products, two operations a multiply-add, over the keys that each token attends to or scores:
+what has to be computed, not what a kernel computes beside it. Norms, rotary, softmax and gates are left out.
+"""
+
+from configuration_minimax_m3 import MiniMaxM3VLTextConfig
+
+from .cache import SPARSE_LAYER_TYPE, STRUCTURED_LAYER_TYPE
+
+PARTS = ("attention projections", "attention", "indexer projections", "index scores", "mlp", "output head")
+
+
+def attended_keys(config: MiniMaxM3VLTextConfig, layer_type: str, tokens: int) -> int:
+    """Keys that all tokens of one sequence of `tokens` attend to in one layer, per query head.
+
+    A sparse layer whose `index_local_blocks` is 0 may attend to fewer: its queries need not keep their own block.
+    """
+    if layer_type == SPARSE_LAYER_TYPE:
+        width = config.index_topk_blocks
+    elif layer_type == STRUCTURED_LAYER_TYPE:
+        width = config.structured_local_blocks + config.structured_anchor_blocks + config.structured_random_blocks
+    else:
+        return tokens * (tokens + 1) // 2
+    # A query attends to its own block up to itself and to at most width - 1 whole ones before it.
+    size = config.index_block_size
+    blocks, rest = divmod(tokens, size)
+    growing = min(blocks, width)  # block j of the first `width` has j before it
+    before = growing * (growing - 1) // 2 + (blocks - growing) * (width - 1)
+    own = blocks * size * (size + 1) // 2 + rest * (rest + 1) // 2
+    return own + size * (size * before + rest * min(blocks, width - 1))
+
+
+def forward_flops(config: MiniMaxM3VLTextConfig, tokens: int) -> dict[str, int]:
+    """Operations of a forward pass over one sequence of `tokens`, by part (`PARTS`).
+
+    The last token of that sequence, with the others in a cache, costs the difference to `tokens - 1`.
+    """
+    hidden = config.hidden_size
+    query_width = config.num_attention_heads * config.head_dim
+    key_width = config.num_key_value_heads * config.head_dim
+    index_width = config.index_n_heads * config.index_head_dim
+    experts = config.num_experts_per_tok * config.intermediate_size + config.shared_intermediate_size
+    weights = dict.fromkeys(PARTS, 0)  # of the matrices that a token passes through
+    products = dict.fromkeys(PARTS, 0)  # multiply-adds between tokens
+    for layer_type, mlp_type in zip(config.layer_types, config.mlp_layer_types, strict=True):
+        weights["attention projections"] += 2 * hidden * (query_width + key_width)
+        products["attention"] += 2 * query_width * attended_keys(config, layer_type, tokens)
+        if layer_type == SPARSE_LAYER_TYPE:
+            weights["indexer projections"] += hidden * (index_width + config.index_head_dim)
+            products["index scores"] += index_width * attended_keys(config, "full_attention", tokens)
+        if mlp_type == "sparse":
+            weights["mlp"] += hidden * (config.num_local_experts + 3 * experts)
+        else:
+            weights["mlp"] += 3 * hidden * config.dense_intermediate_size
+    weights["output head"] = hidden * config.vocab_size
+    return {part: 2 * (tokens * weights[part] + products[part]) for part in PARTS}

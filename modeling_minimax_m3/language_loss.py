@@ -1,0 +1,277 @@
+"""The language-modelling loss of both heads, without a (tokens x vocabulary) tensor of logits where nobody asks for one.
+
+A vocabulary of 200,064 makes the logits of 32k tokens 12 GiB in bfloat16, and their cross-entropy keeps float32 copies
+of them. Here logits exist for a thousand tokens at a time. A plain linear head computes its gradients together with its
+loss. Any other (adapters, quantised, sharded or tensor-parallel weights) is called as a module, never by its weight, and
+computes its logits again in the backward.
+
+The second is why neither `torch.nn.functional.linear_cross_entropy` (not there before PyTorch 2.13) nor Liger's fused
+loss is used: both take the bare weight.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import is_torchdynamo_compiling
+
+# 1024 tokens of the released vocabulary take 2 GiB while their loss is computed, and fill a GPU's matrix units.
+CHUNK_TOKENS = 1024
+
+
+def batch_share(
+    labels: torch.Tensor,
+    device: torch.device,
+    *,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | float:
+    """The part of an optimizer step's batch that this pass holds; 1 where it is all of it.
+
+    A loss that is a mean over the tokens of a pass is weighted with it, so that the micro-batches of one step add up
+    to a mean over the step's tokens, as the language loss does.
+
+    Args:
+        labels, num_items_in_batch, ignore_index, shift_labels, **kwargs: As in `causal_lm_loss`.
+        device (`torch.device`): Where the result is wanted.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    return (targets != ignore_index).sum().to(device) / _on(device, num_items_in_batch)
+
+
+def causal_lm_loss(
+    lm_head: nn.Module,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """`ForCausalLMLoss` of Transformers on `lm_head(hidden_states)`, in memory that does not grow with the vocabulary.
+
+    Args:
+        lm_head (`nn.Module`): Maps (N, H) to (N, vocabulary).
+        hidden_states (`torch.Tensor`): (B, T, H).
+        labels (`torch.Tensor`): (B, T) ids, not shifted, `ignore_index` where nothing is to be predicted.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): What the summed loss is divided by. Default: the number
+            of predictions in this call, so that the loss is their mean (NaN where there is none).
+        ignore_index (`int`): See `labels`.
+        shift_labels (`torch.Tensor`, *optional*): (B, T) labels that are shifted already, in place of `labels`.
+        chunk_tokens (`int`): Tokens whose logits exist at the same time.
+        **kwargs: Ignored, as Transformers' loss functions do.
+
+    Returns:
+        A float32 scalar.
+    """
+    # Each token predicts the one after it.
+    targets = F.pad(labels[..., 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+    targets = targets.reshape(-1).to(hidden_states.device)
+    hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+    counted = targets != ignore_index
+    if num_items_in_batch is None:
+        num_items_in_batch = counted.sum()
+    if not is_torchdynamo_compiling():  # while compiling, shapes may not depend on values
+        # Prompts, padding and images are most of many batches, and their logits are not needed.
+        kept = counted.nonzero().squeeze(1)
+        hidden_states, targets = hidden_states.index_select(0, kept), targets[kept]
+
+    num_items_in_batch = _on(hidden_states.device, num_items_in_batch)
+    if _is_plain(lm_head, hidden_states):
+        return _PlainHeadLoss.apply(hidden_states, lm_head.weight, targets, num_items_in_batch, chunk_tokens)
+
+    def summed_loss(head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        return _summed_loss(head, states, targets, ignore_index, chunk_tokens)
+
+    run = _call_once if _gathers_its_weight(lm_head) else _call
+    total = run(lm_head, summed_loss, hidden_states)
+    return total / _on(total.device, num_items_in_batch)
+
+
+def _on(device: torch.device, number: torch.Tensor | int) -> torch.Tensor | int:
+    return number.to(device) if isinstance(number, torch.Tensor) else number
+
+
+def _is_plain(lm_head: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether nothing happens in a call of the head but a product with its weight, and the product needs gradients."""
+    if is_torchdynamo_compiling() or not torch.is_grad_enabled() or type(lm_head) is not nn.Linear:
+        return False
+    hooks = (lm_head._forward_pre_hooks, lm_head._forward_hooks, lm_head._backward_pre_hooks, lm_head._backward_hooks)
+    weight = lm_head.weight
+    return (
+        not any(hooks)
+        and "forward" not in vars(lm_head)
+        and lm_head.bias is None
+        and type(weight.data) is torch.Tensor
+        and not hasattr(weight, "ds_id")
+        and weight.device == hidden_states.device
+        and (weight.dtype == hidden_states.dtype or torch.is_autocast_enabled(weight.device.type))
+        and _compute_dtype(hidden_states) in (torch.float32, torch.bfloat16)  # float16 would overflow
+        and (hidden_states.requires_grad or weight.requires_grad)
+    )
+
+
+def _compute_dtype(states: torch.Tensor) -> torch.dtype:
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
+class _PlainHeadLoss(torch.autograd.Function):
+    """Loss of a linear head whose gradients are computed with it: three products with the weight instead of four."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        num_items: torch.Tensor | int,
+        chunk_tokens: int,
+    ) -> torch.Tensor:
+        dtype = _compute_dtype(hidden_states)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        hidden_gradient = torch.zeros_like(hidden_states) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight) if needs_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            states, matrix = hidden_states.to(dtype), weight.to(dtype)
+            for start in range(0, targets.shape[0], chunk_tokens):
+                chunk = slice(start, start + chunk_tokens)
+                target = targets[chunk, None]
+                logits = F.linear(states[chunk], matrix).float()
+                log_normalizer = logits.logsumexp(1, keepdim=True)
+                total += (log_normalizer - logits.gather(1, target)).sum()
+                # softmax minus one-hot, in place
+                gradient = logits.sub_(log_normalizer).exp_()
+                gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
+                gradient = gradient.div_(num_items).to(dtype)
+                if needs_hidden:
+                    hidden_gradient[chunk] = gradient @ matrix
+                if needs_weight and weight.dtype == dtype:
+                    weight_gradient.addmm_(gradient.T, states[chunk])
+                elif needs_weight:
+                    weight_gradient += gradient.T @ states[chunk]
+        ctx.gradients = hidden_gradient, weight_gradient
+        return total / num_items
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the loss without logits gives up its gradients in its first backward; pass `skip_logits=False` to "
+                "the model for a loss that goes backward several times (`retain_graph=True`)"
+            )
+        # In place and let go of: the head's gradient is as large as the head, and autograd would copy what is kept.
+        gradients = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.gradients]
+        ctx.gradients = None
+        return *gradients, None, None, None
+
+
+def _summed_loss(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    chunk_tokens: int,
+) -> torch.Tensor:
+    def chunk_loss(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = head(states).float()
+        return F.cross_entropy(logits, target.to(logits.device), ignore_index=ignore_index, reduction="sum")
+
+    # Chunks of one size, so that none is too small for the device. There is always one: without it, a pass that has
+    # nothing to predict would leave the head's weight without a gradient, which data parallelism waits for.
+    num_chunks = max(1, -(-targets.shape[0] // chunk_tokens))
+    chunk_tokens = max(1, -(-targets.shape[0] // num_chunks))
+    *first, last = zip(hidden_states.split(chunk_tokens), targets.split(chunk_tokens))
+    # The backward begins with the last chunk: what it needs may as well stay.
+    losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in first]
+    return torch.stack([*losses, chunk_loss(*last)]).sum()
+
+
+def _gathers_its_weight(module: nn.Module) -> bool:
+    """Whether calling the module is a collective operation: FSDP2 and DeepSpeed ZeRO-3 gather its weight in hooks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # not there in every build of PyTorch
+
+    return isinstance(module, FSDPModule) or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def _call(module: nn.Module, function: Callable[..., torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    return function(module, states)
+
+
+def _call_once(module: nn.Module, function: Callable[..., torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    """`function(module's forward, states)` inside one call of `module`, whose hooks then run once around all of it.
+
+    Ranks have different numbers of tokens and so of chunks: a hook for each chunk would leave one rank waiting for
+    another, and would gather the weight and reduce its gradient as often as there are chunks.
+    """
+    forward = module.forward
+    own = "forward" in vars(module)
+    module.forward = lambda states: function(forward, states)
+    try:
+        return module(states)
+    finally:
+        if own:
+            module.forward = forward
+        else:
+            del module.forward
+
+
+class LanguageModelingHead:
+    """The end of a language model's forward: logits, loss, or both. A mixin for models that have an `lm_head`.
+
+    Attributes:
+        skip_logits (`bool`, *optional*): What `skip_logits` of `forward` is where it is not given. None: in training
+            mode a call with labels computes the loss without logits; any other call returns logits. True: every call
+            with labels does without logits, evaluation included. False: every call returns logits.
+    """
+
+    skip_logits: bool | None = None
+
+    def logits_and_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Logits (B, T, vocabulary) of hidden states (B, T, H) and their loss against labels (B, T); see `skip_logits`.
+
+        Raises:
+            ValueError: `labels` have another shape, or logits are not to be built where they are needed.
+        """
+        if labels is None:
+            if skip_logits:
+                raise ValueError("`skip_logits=True` asks for the loss alone, which needs `labels`, got None")
+            return self.lm_head(hidden_states), None
+        if labels.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"`labels` must have one id per token with logits, shape {tuple(hidden_states.shape[:2])}, got "
+                f"{tuple(labels.shape)}. `logits_to_keep` keeps logits of fewer tokens: leave it out where there are "
+                "labels."
+            )
+        wanted = self.skip_logits if skip_logits is None else skip_logits
+        is_standard = self.loss_function is ForCausalLMLoss
+        if wanted and not is_standard:
+            raise ValueError(
+                "`skip_logits=True` computes the standard causal language-modelling loss, but the model's "
+                f"`loss_function` is {self.loss_function}, which needs logits"
+            )
+        if wanted or (wanted is None and self.training and is_standard):
+            return None, causal_lm_loss(self.lm_head, hidden_states, labels, **kwargs)
+        logits = self.lm_head(hidden_states)
+        return logits, self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
