@@ -15,10 +15,12 @@ CXX_SOURCES = $(shell find modeling_minimax_m3 -name '*.cu' -o -name '*.cuh' -o 
 # nothing here reads from a model hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test lint format benchmark kernels check-kernels sanitize-kernels clean
+.PHONY: help setup demo finetune-demo test lint format benchmark kernels check-kernels sanitize-kernels clean
 
 help:
 	@echo "make demo       build a tiny MiniMax-M3 and chat with a photograph, a video and a long text"
+	@echo "make finetune-demo"
+	@echo "                teach a tiny MiniMax-M3 a sentence with LoRA, and ask for it"
 	@echo "make test       run the tests (PYTEST_ARGS='-k name' to choose)"
 	@echo "make lint       check style"
 	@echo "make format     apply style"
@@ -39,6 +41,9 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
+
+finetune-demo: $(INSTALLED)
+	$(BIN)/python examples/lora/walkthrough.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
@@ -69,4 +74,4 @@ sanitize-kernels: $(INSTALLED)
 
 clean:
 	rm -rf modeling_minimax_m3/msa/kernels-*.so
-	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist demo_output finetune_demo .pytest_cache .ruff_cache .hypothesis *.egg-info

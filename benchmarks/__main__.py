@@ -24,6 +24,7 @@ IDLE_CORES = 0.1  # that others may keep busy during a measurement
 SCENARIOS = {
     "layer-forward": (layer.forward, layer),
     "layer-train": (layer.forward_backward, layer),
+    "structured-forward": (layer.structured_forward, layer),
     "decode": (decode.decode, decode),
 }
 
@@ -57,6 +58,9 @@ CASES = [
     Case("layer-train", 1024, OURS, quick=True),
     Case("layer-train", 4096, STOCK, 12),
     Case("layer-train", 4096, OURS),
+    Case("structured-forward", 8192, OURS, quick=True),
+    Case("structured-forward", 32768, OURS, 2),
+    Case("structured-forward", 65536, OURS, 3),
     Case("decode", 2048, STOCK, quick=True),
     Case("decode", 2048, OURS, quick=True),
     Case("decode", 16384, STOCK, 3),
@@ -171,6 +175,8 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     stock_8k, ours_8k = (("layer-forward", 8192, of) for of in (STOCK, OURS))
     ours_64k = ("layer-forward", 65536, OURS)
+    structured_8k, structured_64k = (("structured-forward", tokens, OURS) for tokens in (8192, 65536))
+    per_token = ratio(structured_64k, structured_8k)
     growth = growth_of_the_rest = None
     if ("decode", 2048, OURS) in found and ("decode", 16384, OURS) in found:
         reads_every_key = ("index scoring", "dense attention")
@@ -196,6 +202,18 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ratio(("layer-train", 4096, STOCK), ("layer-train", 4096, OURS)),
             ">=",
             8,
+        ),
+        (
+            "structured layer forward, time per token at 65536 over 8192 tokens",
+            per_token and per_token * 8192 / 65536,
+            "<=",
+            1.15,
+        ),
+        (
+            "structured layer, extra memory at 65536 over 8192 tokens",
+            ratio(structured_64k, structured_8k, "extra_bytes"),
+            "<=",
+            9,
         ),
         ("seconds per decoded token after 16384 over 2048 tokens, without index scoring", growth, "<=", 1.3),
         # dense layers attend to every key by definition

@@ -1,4 +1,4 @@
-"""One sparse attention layer: forward, and forward with backward, at several lengths.
+"""One sparse attention layer: forward, and forward with backward, at several lengths; and one with structured selection.
 
 Letters: T tokens, H heads, D channels of a head.
 """
@@ -31,9 +31,9 @@ GEOMETRY = {
 WARM_UP_TOKENS = 256
 
 
-def _build(implementation: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+def _build(implementation: str, layer_type: str = "minimax_m3_sparse") -> tuple[torch.nn.Module, torch.nn.Module]:
     """The attention layer and the rotary embedding."""
-    config = text_config(implementation, MiniMaxM3VLTextConfig(**GEOMETRY))
+    config = text_config(implementation, MiniMaxM3VLTextConfig(**GEOMETRY | {"layer_types": [layer_type]}))
     module = classes(implementation)
     layer = module.MiniMaxM3VLAttention(config, 0)
     load_same_weights(layer)
@@ -57,7 +57,7 @@ def _inputs(implementation: str, rotary: torch.nn.Module, tokens: int) -> dict[s
 
 
 @contextmanager
-def _recorded_selection(implementation: str, layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+def recorded_selection(implementation: str, layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collects the block ids (T, H_idx, topk) that the layer selects while it runs."""
     selections = []
     if implementation == STOCK:
@@ -85,7 +85,7 @@ def _measure(implementation: str, layer: torch.nn.Module, run: Callable[[], Any]
 
     The selections of the first run are dropped from the memory, as a recorder keeps them and the layer does not.
     """
-    with _recorded_selection(implementation, layer) as selections:
+    with recorded_selection(implementation, layer) as selections:
         (result, memory), first_seconds = measure.timed(lambda: measure.peak_extra_memory(run))
     repeated = measure.repeat(run, first_seconds)
     measured = {**measure.summarise(repeated), "seconds_first": first_seconds, "extra_bytes": memory}
@@ -100,6 +100,25 @@ def forward(implementation: str, tokens: int) -> tuple[dict[str, torch.Tensor], 
         inputs = _inputs(implementation, rotary, tokens)
         result, measured = _measure(implementation, layer, lambda: {"out": layer(**inputs)[0][0]})
     return result, {**measured, "flops": _flops(tokens)}
+
+
+def structured_forward(implementation: str, tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Forward without gradients of a layer with structured selection, in its default pattern of 16 blocks."""
+    from modeling_minimax_m3.flops import forward_flops
+
+    layer, rotary = _build(implementation, "minimax_m3_structured")
+
+    def run() -> torch.Tensor:
+        return layer(**inputs)[0]
+
+    with torch.no_grad():
+        layer(**_inputs(implementation, rotary, WARM_UP_TOKENS))
+        inputs = _inputs(implementation, rotary, tokens)
+        (_, memory), first_seconds = measure.timed(lambda: measure.peak_extra_memory(run))
+        measured = measure.summarise(measure.repeat(run, first_seconds))
+    counted = forward_flops(layer.config, tokens)
+    flops = counted["attention projections"] + counted["attention"]
+    return {}, {**measured, "seconds_first": first_seconds, "extra_bytes": memory, "flops": flops}
 
 
 def forward_backward(implementation: str, tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

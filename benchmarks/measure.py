@@ -127,7 +127,8 @@ def environment() -> dict[str, Any]:
     )
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "commit": _command_output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
+        # a copy of the tree without git data is told by the variable which commit it is of
+        "commit": _command_output("git", "rev-parse", "--short=12", "HEAD") or os.environ.get("COMMIT", "unknown"),
         "uncommitted_changes": bool(
             _command_output(
                 "git",

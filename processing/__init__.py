@@ -1,5 +1,6 @@
 """Processing for MiniMax-M3: text, images and videos to model inputs.
 
+    collator.py           batches for fine-tuning on chats with images and videos
     processor.py          the three together: placeholders in the text, counts, what serving engines ask for
     image_processing.py   images to patches
     video_processing.py   videos to patches; sampling.py: which frames; video_decoding.py: from files
@@ -13,6 +14,7 @@ Nothing here knows the model; the only shared facts are the sizes of patches, wh
 """
 
 from .chat_template import load_chat_template
+from .collator import MultimodalChatCollator
 from .image_processing import MiniMaxM3VLImageProcessor
 from .processor import MiniMaxM3VLProcessor
 from .video_processing import MiniMaxM3VLVideoProcessor
@@ -21,5 +23,6 @@ __all__ = [
     "MiniMaxM3VLImageProcessor",
     "MiniMaxM3VLProcessor",
     "MiniMaxM3VLVideoProcessor",
+    "MultimodalChatCollator",
     "load_chat_template",
 ]

@@ -1,5 +1,5 @@
 """
-Draw which key blocks each query block of a text selected, one panel for each sparse layer and index head.
+Draw which key blocks each query block of a text selected, one panel for each sparse layer and key/value head.
 
     python scripts/plot_selection.py CHECKPOINT TEXT_FILE PICTURE.png
 
@@ -26,7 +26,7 @@ class SelectionRecorder(TorchDispatchMode):
 
         with SelectionRecorder() as recorder:
             model(input_ids)
-        recorder.selections  # one int32 (tokens, index heads, topk) for each call, in order
+        recorder.selections  # one int32 (tokens, key/value heads, blocks) for each call, in order
 
     Args:
         min_tokens: Calls with fewer query tokens (the steps of decoding, say) are not kept.
@@ -37,7 +37,11 @@ class SelectionRecorder(TorchDispatchMode):
         self.min_tokens = min_tokens
         self.selections: list[torch.Tensor] = []
         namespace = torch.ops.minimax_m3_msa
-        self._operators = {namespace.select_blocks.default, namespace.select_blocks_with_kvcache.default}
+        self._operators = {
+            namespace.select_blocks.default,
+            namespace.select_blocks_with_kvcache.default,
+            namespace.structured_blocks_of.default,
+        }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -97,7 +101,7 @@ def plot_selections(
             image = panel.imshow(
                 shares[head].masked_fill(future, torch.nan).numpy(), cmap=colours, norm=scale, interpolation="none"
             )
-            panel.set_title(f"layer {layer_idx}, index head {head}", fontsize=10)
+            panel.set_title(f"layer {layer_idx}, head {head}", fontsize=10)
             panel.set_xlabel("key block")
             panel.set_ylabel("query block")
             panel.label_outer()
@@ -127,8 +131,8 @@ def main() -> None:
 
 
 def sparse_layers(text_config: Any) -> list[int]:
-    """The numbers of the sparse attention layers, in order."""
-    return [i for i, layer_type in enumerate(text_config.layer_types) if layer_type == "minimax_m3_sparse"]
+    """The numbers of the layers that attend to chosen blocks, in order."""
+    return [i for i, layer_type in enumerate(text_config.layer_types) if layer_type != "full_attention"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,336 @@
+"""Small models with dense, learned and structured attention, trained on the same tokens: losses and long-range recall.
+
+    python -m benchmarks.trained_comparison train structured --output structured.json     # and dense, and learned
+    python -m benchmarks.trained_comparison plot dense.json learned.json structured.json --picture recall.png
+
+The text is made up. Most of it is local structure: runs of 16 tokens that count up by a step of their own, so that two
+tokens of a run tell the rest of it. Into it are strewn facts, tokens that each stand for a pair of a name and a value,
+and questions, a name that was told before, where the value is to be predicted. The text never repeats a value, so a
+question needs the block that holds its fact, which lies anywhere before it; local structure needs a window.
+
+The learned arm follows the paper: its indexers are trained by the divergence from the main attention, which reaches all
+blocks for the first part of the steps. All arms see the same batches in the same order. On a GPU a step is captured once
+as a CUDA graph and replayed.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from configuration_minimax_m3 import MiniMaxM3VLTextConfig
+
+from .implementations import OURS
+from .layer import recorded_selection
+from .measure import environment
+
+LAYER_TYPES = {"dense": "full_attention", "learned": "minimax_m3_sparse", "structured": "minimax_m3_structured"}
+BLOCK = 64
+LAYERS = 4
+WARM_UP_SHARE = 0.25  # of the steps, in which the learned arm attends to all blocks
+EAGER_STEPS = 3  # before a capture
+KEPT_TOKENS = 128  # of a sequence, whose selection is kept for a picture
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the text consists of."""
+
+    tokens: int = 4096
+    run: int = 16  # tokens of a run
+    plain: int = 64  # different tokens of runs
+    names: int = 8
+    values: int = 8
+    facts: int = 8  # per sequence, each of another name
+    questions: int = 240  # per sequence
+
+    @property
+    def vocabulary(self) -> int:
+        return self.plain + self.names + self.values + self.names * self.values
+
+    def sample(self, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """A batch on the generator's device.
+
+        Returns:
+            `ids` (batch, tokens); `targets` (batch, tokens), what is to be predicted at each token, -100 where that
+            cannot be known; `answer` (batch, tokens), True where it is the value of a name that was told; `distance`
+            (batch, tokens), from there back to the fact, in tokens.
+        """
+        device = generator.device
+
+        def draw(high: int, *shape: int) -> torch.Tensor:
+            return torch.randint(high, shape, generator=generator, device=device)
+
+        runs = self.tokens // self.run
+        place = torch.arange(self.run, device=device)
+        ids = (draw(self.plain, batch, runs, 1) + draw(8, batch, runs, 1).add(1) * place) % self.plain
+        ids = ids.flatten(1)
+        is_known = ((place >= 1) & (place < self.run - 1)).repeat(batch, runs)
+
+        # One fact or question in each of some stretches of 8 tokens, so that none overlap.
+        stretches = torch.rand(batch, self.tokens // 8, generator=generator, device=device).argsort(1)
+        where = 8 * stretches[:, : self.facts + self.questions]
+        where = where + draw(8, *where.shape)
+        told, asked = where[:, : self.facts].sort(1).values, where[:, self.facts :].contiguous()
+        name = torch.rand(batch, self.names, generator=generator, device=device).argsort(1)[:, : self.facts]
+        value = draw(self.values, batch, self.facts)
+        known = torch.searchsorted(told, asked)  # facts before each question
+        which = (torch.rand(asked.shape, generator=generator, device=device) * known).long()
+        ids.scatter_(1, told, self.plain + self.names + self.values + name * self.values + value)
+        has_fact = known > 0
+        ids.scatter_(1, asked, torch.where(has_fact, self.plain + name.gather(1, which), ids.gather(1, asked)))
+
+        is_plain = ids < self.plain
+        is_known &= is_plain & is_plain.roll(1, 1) & is_plain.roll(-1, 1)
+        targets = torch.where(is_known, ids.roll(-1, 1), -100)
+        answers = self.plain + self.names + value.gather(1, which)
+        targets.scatter_(1, asked, torch.where(has_fact, answers, targets.gather(1, asked)))
+        answer = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, asked, has_fact)
+        distance = torch.zeros_like(ids).scatter_(1, asked, asked - told.gather(1, which))
+        return {"ids": ids, "targets": targets, "answer": answer, "distance": distance}
+
+
+def make_config(arm: str, task: Task, blocks: int, backend: str) -> MiniMaxM3VLTextConfig:
+    """Four layers of the arm's kind with dense MLPs; `blocks` key blocks a query in both sparse kinds."""
+    anchors = blocks // 4
+    return MiniMaxM3VLTextConfig(
+        vocab_size=task.vocabulary,
+        hidden_size=256,
+        dense_intermediate_size=512,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=task.tokens,
+        layer_types=[LAYER_TYPES[arm]] * LAYERS,
+        mlp_layer_types=["dense"] * LAYERS,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
+        index_n_heads=2,
+        index_head_dim=64,
+        index_block_size=BLOCK,
+        index_topk_blocks=blocks,
+        structured_local_blocks=2,
+        structured_anchor_blocks=anchors,
+        structured_anchor_stride=4,
+        structured_random_blocks=blocks - 2 - anchors,
+        indexer_loss_coef=1.0 if arm == "learned" else 0.0,
+        msa_backend=backend,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first 20th, then linear decay to a tenth."""
+    warm_up = max(1, steps // 20)
+    return peak * min((step + 1) / warm_up, 1.0 - 0.9 * (step - warm_up) / max(1, steps - warm_up))
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, task: Task, batches: int, batch: int, device: str) -> dict:
+    """Loss of runs and of answers in nats, and the share of right answers by distance in blocks, on fresh text."""
+    generator = torch.Generator(device).manual_seed(12345)
+    num_blocks = task.tokens // BLOCK
+    buckets = [edge for edge in (0, 2, 8, 16, 32) if edge < num_blocks] + [num_blocks]
+    right, asked = torch.zeros(len(buckets) - 1, device=device), torch.zeros(len(buckets) - 1, device=device)
+    loss, count = torch.zeros(2, device=device), torch.zeros(2, device=device)
+    bounds = torch.tensor(buckets[1:], device=device) * BLOCK
+    model.eval()
+    for _ in range(batches):
+        sample = task.sample(batch, generator)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logits = model(sample["ids"], use_cache=False).logits.float()
+        targets, answer = sample["targets"], sample["answer"]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        for i, chosen in enumerate(((targets >= 0) & ~answer, answer)):
+            loss[i] += losses[chosen].sum()
+            count[i] += chosen.sum()
+        bucket = torch.bucketize(sample["distance"][answer], bounds, right=True)
+        asked += torch.bincount(bucket, minlength=len(asked))
+        right += torch.bincount(bucket, weights=(logits.argmax(-1) == targets)[answer].float(), minlength=len(asked))
+    model.train()
+    return {
+        "run_loss": (loss[0] / count[0]).item(),
+        "answer_loss": (loss[1] / count[1]).item(),
+        "recall": {
+            f"{low}-{high}": round((r / max(n, 1)).item(), 4)
+            for low, high, r, n in zip(buckets, buckets[1:], right, asked.tolist())
+        },
+    }
+
+
+class Trainer:
+    """A model, its optimizer, and a step of both on the batch that lies in `ids` and `labels`."""
+
+    def __init__(self, config: MiniMaxM3VLTextConfig, batch: int, tokens: int, device: str):
+        from modeling_minimax_m3 import MiniMaxM3VLForCausalLM
+
+        torch.manual_seed(0)
+        self.device = device
+        self.model = MiniMaxM3VLForCausalLM(config).to(device).train()
+        self.rate = torch.zeros((), device=device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.rate, betas=(0.9, 0.95), weight_decay=0.1, capturable=device == "cuda"
+        )
+        self.ids, self.labels = (torch.zeros(batch, tokens, dtype=torch.long, device=device) for _ in range(2))
+        self.sums = torch.zeros(3, device=device)  # of the language loss, of the divergence, of the steps
+        self.restart()
+
+    def restart(self) -> None:
+        """To be called after a change of the model's configuration."""
+        self.graph, self.eager_steps = None, 0
+
+    def _step(self) -> None:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda", cache_enabled=False):
+            outputs = self.model(self.ids, labels=self.labels, use_cache=False, skip_logits=False)
+        outputs.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        loss = outputs.loss.detach()
+        divergence = torch.zeros_like(loss) if outputs.indexer_loss is None else outputs.indexer_loss.detach()
+        weight = self.model.config.indexer_loss_coef
+        self.sums += torch.stack((loss - weight * divergence, divergence, torch.ones_like(loss)))
+
+    def step(self, sample: dict[str, torch.Tensor], rate: float) -> None:
+        self.ids.copy_(sample["ids"])
+        self.labels[:, 1:].copy_(sample["targets"][:, :-1])  # labels are those of the token itself
+        self.rate.fill_(rate)
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        if self.device == "cpu":
+            self._step()
+            self.optimizer.zero_grad()
+            return
+        if self.eager_steps == EAGER_STEPS:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._step()
+            self.graph.replay()
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step()
+            self.optimizer.zero_grad()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.eager_steps += 1
+
+
+def kept_selection(model: torch.nn.Module, task: Task, device: str) -> list:
+    """What some tokens of one fresh sequence select: for each layer [token][head][place]."""
+    sample = task.sample(1, torch.Generator(device).manual_seed(54321))
+    with (
+        recorded_selection(OURS, model) as selections,
+        torch.no_grad(),
+        torch.autocast(device, torch.bfloat16, enabled=device == "cuda"),
+    ):
+        model.eval()(sample["ids"], use_cache=False)
+    model.train()
+    return [selection[:: task.tokens // KEPT_TOKENS].tolist() for selection in selections]
+
+
+def train(arm: str, arguments: argparse.Namespace) -> dict:
+    """Trains one arm and returns what was measured."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    task = Task(tokens=arguments.tokens)
+    config = make_config(arm, task, arguments.blocks, arguments.backend)
+    trainer = Trainer(config, arguments.batch, task.tokens, device)
+    model, config = trainer.model, trainer.model.config
+    generator = torch.Generator(device).manual_seed(1)
+    record = {"arm": arm, "task": asdict(task), "options": vars(arguments) | {"output": str(arguments.output)}}
+    record |= {"machine": environment(), "curve": [], "evaluations": []}
+    warm_up_steps = int(WARM_UP_SHARE * arguments.steps) if arm == "learned" else 0
+    if warm_up_steps:
+        config.index_topk_blocks = task.tokens // BLOCK
+    started = time.perf_counter()
+    for step in range(arguments.steps):
+        if step == warm_up_steps and step > 0:
+            config.index_topk_blocks = arguments.blocks
+            trainer.restart()
+        trainer.step(task.sample(arguments.batch, generator), learning_rate(step, arguments.steps, arguments.peak))
+        is_last = step + 1 == arguments.steps
+        if (step + 1) % arguments.log_every == 0 or is_last:
+            loss, divergence, count = trainer.sums.tolist()
+            trainer.sums.zero_()
+            spent = time.perf_counter() - started
+            record["curve"].append([step + 1, round(loss / count, 5), round(divergence / count, 5), round(spent, 2)])
+            if arguments.seconds and spent > arguments.seconds:
+                is_last = True
+        if is_last or (step + 1) % arguments.evaluate_every == 0:
+            paused = time.perf_counter()
+            found = evaluate(model, task, arguments.evaluation_batches, arguments.batch, device)
+            record["evaluations"].append({"step": step + 1, **found})
+            print(arm, record["curve"][-1], json.dumps(found), flush=True)
+            started += time.perf_counter() - paused  # evaluating is not training
+        if is_last:
+            break
+    if arm == "learned":
+        record["selection"] = kept_selection(model, task, device)
+    return record
+
+
+def plot(paths: list[Path], picture: Path, selection_picture: Path | None) -> None:
+    """Losses over steps, and recall by distance after the last step; and what the learned arm selects."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
+    losses, recall = figure.subplots(1, 2)
+    records = [json.loads(path.read_text()) for path in paths]
+    for i, record in enumerate(records):
+        losses.plot([row[0] for row in record["curve"]], [row[1] for row in record["curve"]], label=record["arm"])
+        found = record["evaluations"][-1]["recall"]
+        places = [j + 0.25 * (i - 1) for j in range(len(found))]
+        recall.bar(places, list(found.values()), width=0.25, label=record["arm"])
+    losses.set(xlabel="step", ylabel="loss, nats per counted token", yscale="log", title="training")
+    recall.set(xlabel="distance to the fact, blocks", ylabel="share of right answers", title="recall on fresh text")
+    recall.set_xticks(range(len(found)), found)
+    recall.axhline(1 / records[0]["task"]["values"], color="grey", linewidth=1, linestyle=":")
+    losses.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture)
+    if selection_picture is not None:
+        sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+        from plot_selection import plot_selections
+
+        (record,) = (record for record in records if "selection" in record)
+        selections = {i: torch.tensor(record["selection"][i], dtype=torch.int32) for i in (0, LAYERS - 1)}
+        tokens_in_block = KEPT_TOKENS * BLOCK // record["task"]["tokens"]
+        plot_selections(selections, tokens_in_block, selection_picture)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train small models that differ in their attention only.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="train one model and write what was measured")
+    training.add_argument("arm", choices=LAYER_TYPES)
+    training.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
+    training.add_argument("--steps", type=int, default=1500)
+    training.add_argument("--seconds", type=float, default=0, help="stop after so long, 0 for never")
+    training.add_argument("--batch", type=int, default=4)
+    training.add_argument("--tokens", type=int, default=Task.tokens, help="of a sequence")
+    training.add_argument("--blocks", type=int, default=8, help="key blocks of a query in the sparse arms")
+    training.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
+    training.add_argument("--backend", default="auto")
+    training.add_argument("--log-every", type=int, default=20)
+    training.add_argument("--evaluate-every", type=int, default=500)
+    training.add_argument("--evaluation-batches", type=int, default=8)
+    plotting = commands.add_parser("plot", help="draw what was measured")
+    plotting.add_argument("records", type=Path, nargs="+")
+    plotting.add_argument("--picture", type=Path, required=True)
+    plotting.add_argument("--selection-picture", type=Path, help="draw what the learned arm selects as well")
+    arguments = parser.parse_args()
+    if arguments.command == "plot":
+        plot(arguments.records, arguments.picture, arguments.selection_picture)
+        return
+    record = train(arguments.arm, arguments)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Batches for fine-tuning on chats with images and videos."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .processor import MiniMaxM3VLProcessor, is_list
+
+IGNORED = -100  # label of a token that is not learned
+
+# Where the pixels of a part may stand; a part without any of these takes the next item of the row's column.
+SOURCES = {"image": ("image", "url", "path", "base64", "image_url"), "video": ("video", "url", "path", "video_url")}
+
+# What the processor returns per token; the rest is per image or video, or of no use to the model.
+TOKEN_PADDING = {"attention_mask": 0, "labels": IGNORED}
+MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+
+@dataclass
+class MultimodalChatCollator:
+    """Turns rows of chats, with or without images and videos, into a batch of which the assistant's turns are learned.
+
+    A row has `messages` in the form that `processor.apply_chat_template` takes, and optionally `tools`. Images and
+    videos stand in the messages (`{"type": "image", "image": ...}`), or in columns `images` and `videos` of the row,
+    whose items go in order to the parts that name none (`{"type": "image"}`). Where the messages have no such part
+    at all, they come before the first user message's text. Columns may hold anything that the processor reads.
+
+    Args:
+        processor (`MiniMaxM3VLProcessor`): Decodes, resizes, tokenizes.
+        max_length (`int`, *optional*): Longer rows lose their end, if that is text. See `fits`.
+        pad_to_multiple_of (`int`, *optional*): Round the batch's length up to a multiple of this.
+        processor_kwargs (`dict`): Options of the processor's call, such as `{"videos_kwargs": {"fps": 1.0}}`.
+
+    Returns, from a call with a list of rows:
+        `dict` of tensors: input_ids, attention_mask, labels, (rows, tokens), padded on the right; pixel_values,
+        image_grid_thw, pixel_values_videos, video_grid_thw where the rows have such. Labels are the token ids of what
+        the assistant wrote, its end-of-turn token included, and -100 elsewhere.
+
+    Raises:
+        ValueError: A row has no messages, images or videos do not match the parts that want them, or `max_length`
+            would cut an image or a video off.
+    """
+
+    processor: MiniMaxM3VLProcessor
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    processor_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "pad_to_multiple_of"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer or None, got {value!r}.")
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        if not rows:
+            raise ValueError("`rows` must hold at least one row, got none.")
+        encoded = [self._encode(row) for row in rows]
+        longest = max(len(row["input_ids"]) for row in encoded)
+        if self.pad_to_multiple_of:
+            longest += -longest % self.pad_to_multiple_of
+        batch = {}
+        for name, padding in {"input_ids": self.processor.tokenizer.pad_token_id or 0, **TOKEN_PADDING}.items():
+            batch[name] = torch.full((len(rows), longest), padding, dtype=torch.long)
+            for index, row in enumerate(encoded):
+                batch[name][index, : len(row[name])] = row[name]
+        for name in MEDIA_INPUTS:
+            if parts := [row[name] for row in encoded if name in row]:
+                batch[name] = torch.cat(parts)
+        return batch
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row's images and videos end before `max_length`, for `dataset.filter(collator.fits)`."""
+        return self.max_length is None or self._end_of_media(self._process(row)["input_ids"]) <= self.max_length
+
+    def _encode(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        encoded = self._process(row)
+        if self.max_length is not None and (end := self._end_of_media(encoded["input_ids"])) > self.max_length:
+            raise ValueError(
+                f"`max_length` is {self.max_length}, but the images and videos of a row end at token {end}. Choose a "
+                "larger `max_length` or smaller media (`processor_kwargs`), or leave such rows out beforehand with "
+                "`dataset.filter(collator.fits)`."
+            )
+        cut = {name: encoded[name][: self.max_length] for name in ("input_ids", *TOKEN_PADDING)}
+        return encoded | cut
+
+    def _process(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        output = self.processor.apply_chat_template(
+            [self._messages(row)],
+            tools=row.get("tools") or None,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            return_tensors="pt",
+            processor_kwargs=dict(self.processor_kwargs),
+        )
+        ids = output["input_ids"][0]
+        learned = torch.as_tensor(output["assistant_masks"])[0].bool() & ~self._is_media(ids)
+        encoded = {name: output[name] for name in MEDIA_INPUTS if name in output}
+        labels = ids.where(learned, torch.full_like(ids, IGNORED))
+        return encoded | {"input_ids": ids, "labels": labels, "attention_mask": output["attention_mask"][0]}
+
+    def _is_media(self, ids: torch.Tensor) -> torch.Tensor:
+        processor = self.processor
+        tokens = (
+            processor.image_token_id,
+            processor.video_token_id,
+            processor.vision_start_token_id,
+            processor.vision_end_token_id,
+        )
+        return torch.isin(ids, torch.tensor(tokens))
+
+    def _end_of_media(self, ids: torch.Tensor) -> int:
+        places = self._is_media(ids).nonzero()
+        return int(places[-1]) + 1 if len(places) else 0
+
+    def _messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The row's messages, each part of which holds its own image or video."""
+        if not row.get("messages"):
+            raise ValueError(f"a row must have `messages`, a list that is not empty; it has {', '.join(row)}.")
+        messages = [_without_empty(message) for message in row["messages"]]
+        for message in messages:
+            if is_list(message.get("content")):
+                message["content"] = [_without_empty(part) for part in message["content"]]
+        for kind in SOURCES:
+            items = row.get(f"{kind}s")
+            items = [] if items is None else list(items) if is_list(items) else [items]
+            _distribute(kind, items, messages)
+        return messages
+
+
+def _without_empty(mapping: Any) -> Any:
+    """A copy without the keys that hold None: `datasets` gives every row the keys that any row has."""
+    if not isinstance(mapping, Mapping):
+        return mapping
+    return {name: value for name, value in mapping.items() if value is not None}
+
+
+def _distribute(kind: str, items: list[Any], messages: list[dict[str, Any]]) -> None:
+    """Give `items` to the parts of `messages` that wait for one, in order."""
+    parts = [
+        part
+        for message in messages
+        if is_list(message.get("content"))
+        for part in message["content"]
+        if isinstance(part, dict) and part.get("type") in (kind, f"{kind}_url")
+    ]
+    waiting = [part for part in parts if not any(name in part for name in SOURCES[kind])]
+    if items and not parts:
+        user = next((message for message in messages if message.get("role") == "user"), None)
+        if user is None:
+            raise ValueError(f"a row has `{kind}s`, but no user message that they could belong to.")
+        content = user.get("content", "")
+        text = list(content) if is_list(content) else [{"type": "text", "text": content}]
+        user["content"] = [{"type": kind, kind: item} for item in items] + text
+        return
+    if len(waiting) != len(items):
+        raise ValueError(
+            f"`{kind}s` of a row must hold one item for each part of type {kind!r} that names none itself: "
+            f"{len(waiting)}, got {len(items)}."
+        )
+    for part, item in zip(waiting, items):
+        part[kind] = item

@@ -1,0 +1,412 @@
+"""
+Fine-tune a MiniMax-M3 checkpoint, whole or with LoRA, on texts or chats.
+
+    python scripts/finetune.py --model CHECKPOINT --dataset rows.jsonl --output_dir run --lora
+    python scripts/finetune.py run.yaml --learning_rate 1e-4
+    accelerate launch scripts/finetune.py run.yaml
+
+A YAML or JSON file holds the same names as the flags, and flags win over it. Besides those listed by `--help` first,
+every option of Transformers' `TrainingArguments` is taken: `--bf16`, `--activation_checkpointing`, `--report_to
+tensorboard`, `--resume_from_checkpoint true`, and so on.
+
+A row of the data has a column `messages`, a chat of which the assistant's turns are learned (and `tools`, if it needs
+them), or a column `text`, of which all is learned. Images and videos of a chat stand in its messages, or in columns
+`images` and `videos`, as paths, URLs or what `datasets` makes of them. A data set is the name of one on the Hub, a folder, or files
+(`.jsonl`, `.json`, `.parquet`, `.csv`, `.arrow`).
+"""
+
+import importlib.util
+import itertools
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import modeling_minimax_m3  # noqa: F401  (registers the classes)
+from modeling_minimax_m3.trainer_logging import IndexerLossLogging
+from processing_minimax_m3 import MiniMaxM3VLProcessor, MultimodalChatCollator
+
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+MEDIA_COLUMNS = ("images", "videos")
+# What LoRA changes by default, and what it leaves alone unless it is asked for.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+@dataclass
+class ModelArguments:
+    model: str = field(metadata={"help": "Folder of a checkpoint, or its name on the Hub."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the loaded weights; auto: as they were saved."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "For dense layers: sdpa, eager, ..."})
+    train_vision: bool = field(
+        default=False, metadata={"help": "Also train the vision tower and its projector, where the data have images."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the experts' load-balancing loss; without it, none is added."}
+    )
+    indexer_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the loss that trains the indexers of sparse layers; 0 freezes them."}
+    )
+
+
+@dataclass
+class LoraArguments:
+    lora: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the weights."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: float = field(default=32, metadata={"help": "Scale of the adapters, divided by their rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters."})
+    lora_targets: list[str] = field(
+        default_factory=lambda: list(ATTENTION),
+        metadata={"help": "Linear layers of the language model that get one, by the end of their name."},
+    )
+    lora_experts: bool = field(default=False, metadata={"help": "Also put adapters on the routed experts."})
+    lora_save: list[str] = field(
+        default_factory=list, metadata={"help": "Modules that are trained whole and saved with the adapters."}
+    )
+
+
+@dataclass
+class DataArguments:
+    dataset: list[str] = field(metadata={"help": "Name on the Hub, folder, or files."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset: list[str] = field(default_factory=list, metadata={"help": "Data to evaluate on, if elsewhere."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
+    text_column: str = field(default="text", metadata={"help": "Column of texts."})
+    messages_column: str = field(default="messages", metadata={"help": "Column of chats."})
+    max_length: int = field(
+        default=4096, metadata={"help": "Tokens of a row: longer texts become several rows, longer chats are cut."}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "Use this many rows of the training data only."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed; needs --max_steps."})
+    padding_free: bool = field(
+        default=True, metadata={"help": "Put the rows of a batch one behind the other instead of padding them."}
+    )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, LoraArguments, DataArguments, TrainingArguments]:
+    """Reads flags, and the values of a YAML or JSON file that comes before them."""
+    parser = HfArgumentParser((ModelArguments, LoraArguments, DataArguments, TrainingArguments), description=__doc__)
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        file, *argv = argv
+        if not Path(file).is_file():
+            parser.error(f"there is no file {file}")
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            parser.error(f"{file} must hold names and values, got {type(values).__name__}")
+        known = {action.dest: action for action in parser._actions}
+        if unknown := sorted(set(values) - set(known)):
+            parser.error(f"{file} has names that are no options: {', '.join(unknown)}")
+        for name, value in values.items():
+            known[name].required = False
+            if known[name].nargs in ("+", "*") and not isinstance(value, list):
+                values[name] = [value]
+        parser.set_defaults(**values)
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def check_arguments(model: ModelArguments, lora: LoraArguments, data: DataArguments, training: TrainingArguments):
+    """Raises ValueError for what would go wrong later, before anything is loaded."""
+    if lora.lora and importlib.util.find_spec("peft") is None:
+        raise ValueError("--lora needs PEFT: pip install peft")
+    if "tensorboard" in training.report_to and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--report_to tensorboard needs TensorBoard: pip install tensorboard")
+    if data.max_length < 2:
+        raise ValueError(f"--max_length must be at least 2, got {data.max_length}")
+    if data.streaming and training.max_steps <= 0:
+        raise ValueError("--streaming needs --max_steps: nobody knows how many rows there are")
+    if data.streaming and data.num_proc:
+        raise ValueError("--num_proc does not go with --streaming")
+    if training.eval_strategy != "no" and not (data.eval_dataset or data.eval_split):
+        raise ValueError(f"--eval_strategy {training.eval_strategy} needs --eval_dataset or --eval_split")
+    resumes = training.resume_from_checkpoint
+    if str(resumes).lower() in ("true", "false"):
+        training.resume_from_checkpoint = True if str(resumes).lower() == "true" else None
+    folder = Path(training.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if training.resume_from_checkpoint is True and last is None:
+        raise ValueError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
+    if training.resume_from_checkpoint is None and last is not None:
+        raise ValueError(
+            f"{folder} holds {Path(last).name} of an earlier run: continue it with --resume_from_checkpoint true, or "
+            "name another --output_dir"
+        )
+
+
+# ---- data ---------------------------------------------------------------------------------------------------------
+
+
+def load_rows(names: list[str], split: str, data: DataArguments) -> Dataset | IterableDataset:
+    """One split of a data set: files, a folder, or a name on the Hub."""
+    suffixes = {Path(name).suffix for name in names}
+    if suffixes <= FILE_TYPES.keys():
+        if missing := [name for name in names if "://" not in name and not Path(name).is_file()]:
+            raise ValueError(f"there is no file {', '.join(missing)}")
+        types = sorted({FILE_TYPES[suffix] for suffix in suffixes})
+        if len(types) > 1:
+            raise ValueError(f"the files of a data set must be of one type, got {' and '.join(types)}: {names}")
+        if empty := [name for name in names if Path(name).is_file() and not Path(name).stat().st_size]:
+            raise ValueError(f"the file {', '.join(empty)} is empty")
+        return load_dataset(types[0], data_files=names, split="train", streaming=data.streaming)
+    if len(names) > 1:
+        raise ValueError(f"several names must be files ({', '.join(FILE_TYPES)}), got {names}")
+    if Path(names[0]).is_dir() and any(
+        (Path(names[0]) / file).is_file() for file in ("state.json", "dataset_dict.json")
+    ):
+        rows = load_from_disk(names[0])
+    else:
+        rows = load_dataset(names[0], data.dataset_config, streaming=data.streaming)
+    if isinstance(rows, (DatasetDict, IterableDatasetDict)):
+        if split not in rows:
+            raise ValueError(f"{names[0]} has the splits {', '.join(rows)}, not {split!r}")
+        rows = rows[split]
+    return rows
+
+
+def first_row(rows: Dataset | IterableDataset, name: str) -> dict[str, Any]:
+    for row in rows:
+        return row
+    raise ValueError(f"the {name} data has no rows")
+
+
+def has_media(messages: list[dict[str, Any]]) -> bool:
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return any(isinstance(part, dict) and part.get("type") != "text" for content in contents for part in content)
+
+
+def is_multimodal(rows: Dataset | IterableDataset, data: DataArguments, name: str) -> bool:
+    """Whether there are images or videos, in columns of their own or in the messages of the first hundred rows."""
+    first = first_row(rows, name)
+    if data.messages_column not in first:
+        return False
+    if any(column in first for column in MEDIA_COLUMNS):
+        return True
+    messages = rows.select_columns([data.messages_column])
+    return any(has_media(row[data.messages_column]) for row in itertools.islice(messages, 100))
+
+
+def with_collator_names(rows: Dataset | IterableDataset, collator: Any, data: DataArguments, name: str):
+    """Rows as they are, for a collator that reads images and videos when their batch is made."""
+    first = first_row(rows, name)
+    if data.messages_column not in first:
+        raise ValueError(
+            f"the {name} data needs a column {data.messages_column!r}, as other data have images or videos"
+        )
+    if data.messages_column != "messages":
+        rows = rows.rename_column(data.messages_column, "messages")
+        first["messages"] = first.pop(data.messages_column)
+    if not (collator([first])["labels"][:, 1:] != -100).any():
+        raise ValueError(
+            f"the first row of the {name} data has nothing to learn within its first {data.max_length} tokens "
+            "(--max_length): chats need turns of the role 'assistant'"
+        )
+    return rows
+
+
+def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArguments, name: str):
+    """Rows of `input_ids` and `labels`, at most `max_length` long."""
+    first = first_row(rows, name)
+    is_chat = data.messages_column in first
+    if not is_chat and data.text_column not in first:
+        raise ValueError(
+            f"the {name} data has the columns {', '.join(first)}, and neither {data.messages_column!r} (chats) nor "
+            f"{data.text_column!r} (texts); --messages_column and --text_column name others"
+        )
+    if is_chat and not tokenizer.chat_template:
+        raise ValueError("the data are chats, but the checkpoint's tokenizer has no chat template")
+
+    def from_chat(row: dict[str, Any]) -> dict[str, list[int]]:
+        if has_media(row[data.messages_column]):
+            raise ValueError(f"the {name} data has an image or a video, but none in its first hundred rows")
+        encoded = tokenizer.apply_chat_template(
+            row[data.messages_column],
+            tools=row.get("tools"),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids = encoded["input_ids"][: data.max_length]
+        return {
+            "input_ids": ids,
+            "labels": [token if learn else -100 for token, learn in zip(ids, encoded["assistant_masks"])],
+        }
+
+    def from_texts(columns: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        texts = tokenizer(columns[data.text_column], add_special_tokens=False, verbose=False)["input_ids"]
+        pieces = []
+        for ids in texts:
+            ids = [*ids, tokenizer.eos_token_id]
+            pieces += [ids[start : start + data.max_length] for start in range(0, len(ids), data.max_length)]
+        pieces = [piece for piece in pieces if len(piece) > 1]
+        return {"input_ids": pieces, "labels": pieces}
+
+    options = {"remove_columns": list(first), "batched": not is_chat}
+    if not data.streaming:
+        options |= {"num_proc": data.num_proc, "desc": f"tokenising the {name} data"}
+    encoded = rows.map(from_chat if is_chat else from_texts, **options)
+    # A chat may be cut before the assistant speaks.
+    encoded = encoded.filter(lambda labels: any(label != -100 for label in labels[1:]), input_columns="labels")
+    try:
+        first_row(encoded, name)
+    except ValueError:
+        raise ValueError(
+            f"no row of the {name} data has anything to learn within its first {data.max_length} tokens (--max_length)"
+            + (": its chats need turns of the role 'assistant'" if is_chat else "")
+        ) from None
+    return encoded
+
+
+def describe(rows: Dataset | IterableDataset) -> str:
+    if isinstance(rows, IterableDataset):
+        return "a stream of rows"
+    if "input_ids" not in rows.column_names:
+        return f"{len(rows)} chats with images or videos"
+    tokens = sum(map(len, rows["input_ids"]))
+    learned = sum(label != -100 for labels in rows["labels"] for label in labels[1:])
+    return f"{len(rows)} rows, {tokens} tokens, {learned} of them learned"
+
+
+# ---- model --------------------------------------------------------------------------------------------------------
+
+
+def load_model(arguments: ModelArguments, max_length: int, with_media: bool) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(arguments.model)
+    text = config.get_text_config()
+    if max_length > text.max_position_embeddings:
+        raise ValueError(
+            f"--max_length must be at most the model's context of {text.max_position_embeddings} tokens, got {max_length}"
+        )
+    text.indexer_loss_coef = arguments.indexer_loss_coef
+    if arguments.router_aux_loss_coef is not None:
+        text.output_router_logits = True
+        text.router_aux_loss_coef = arguments.router_aux_loss_coef
+    is_composite = type(config) in AutoModelForImageTextToText._model_mapping
+    model_class = AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
+    model = model_class.from_pretrained(
+        arguments.model, config=config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
+    )
+    model.skip_logits = True  # an evaluation needs the loss alone, as training does
+    if is_composite:
+        # Text never reaches these, and data parallelism waits for the gradient of every trainable parameter.
+        model.model.vision_tower.requires_grad_(with_media and arguments.train_vision)
+        model.model.multi_modal_projector.requires_grad_(with_media and arguments.train_vision)
+    return model
+
+
+def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PreTrainedModel:
+    from peft import LoraConfig, get_peft_model
+
+    elsewhere = ["vision_tower", "multi_modal_projector"]
+    if model.config.get_text_config().indexer_loss_coef == 0:
+        elsewhere.append("indexer")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_targets,
+        exclude_modules=rf".*\b({'|'.join(elsewhere)})\b.*",
+        target_parameters=list(EXPERTS) if arguments.lora_experts else None,
+        modules_to_save=arguments.lora_save or None,
+    )
+    return get_peft_model(model, config)
+
+
+class FinetuneTrainer(IndexerLossLogging, Trainer):
+    """Trainer whose logs show the indexers' loss, where they are trained."""
+
+
+def prepare(argv: list[str]) -> Trainer:
+    """Everything up to the first step.
+
+    Raises:
+        ValueError: Arguments, data or checkpoint do not fit together.
+    """
+    model_arguments, lora_arguments, data_arguments, training = parse_arguments(argv)
+    check_arguments(model_arguments, lora_arguments, data_arguments, training)
+    set_seed(training.seed)
+    processor = AutoProcessor.from_pretrained(model_arguments.model)
+    tokenizer = getattr(processor, "tokenizer", processor)
+
+    with training.main_process_first(desc="reading the data"):
+        data = {"training": load_rows(data_arguments.dataset, data_arguments.train_split, data_arguments)}
+        if data_arguments.max_rows is not None:
+            data["training"] = data["training"].take(data_arguments.max_rows)
+        if data_arguments.eval_dataset or data_arguments.eval_split:
+            names = data_arguments.eval_dataset or data_arguments.dataset
+            split = data_arguments.eval_split or data_arguments.train_split
+            data["evaluation"] = load_rows(names, split, data_arguments)
+        with_media = any(is_multimodal(rows, data_arguments, name) for name, rows in data.items())
+        if with_media:
+            if not isinstance(processor, MiniMaxM3VLProcessor):
+                raise ValueError("the data have images or videos, but the checkpoint reads text only")
+            collator = MultimodalChatCollator(processor, max_length=data_arguments.max_length)
+            training.remove_unused_columns = False  # the collator reads them
+        else:
+            collator = (
+                DataCollatorWithFlattening() if data_arguments.padding_free else DataCollatorForSeq2Seq(tokenizer)
+            )
+        read, reader = (with_collator_names, collator) if with_media else (tokenise, tokenizer)
+        data = {name: read(rows, reader, data_arguments, name) for name, rows in data.items()}
+
+    model = load_model(model_arguments, data_arguments.max_length, with_media)
+    if lora_arguments.lora:
+        model = add_adapters(model, lora_arguments)
+    if training.process_index == 0:
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        for name, rows in data.items():
+            print(f"{name} data: {describe(rows)}")
+        print(f"training {trained:,} of {model.num_parameters():,} parameters", flush=True)
+    training.prediction_loss_only = True
+    return FinetuneTrainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["training"],
+        eval_dataset=data.get("evaluation"),
+        processing_class=processor,
+    )
+
+
+def main(argv: Iterable[str] | None = None) -> Trainer:
+    try:
+        trainer = prepare(list(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"finetune.py: {error}") from error
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    metrics = result.metrics
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    trainer.log_metrics("all", metrics)
+    trainer.save_metrics("all", metrics)
+    if trainer.args.process_index == 0:
+        print(f"saved to {trainer.args.output_dir}")
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

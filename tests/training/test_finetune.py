@@ -1,0 +1,250 @@
+"""scripts/finetune.py and the walk-through of examples/lora."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAT = [
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "A tiny model."},
+    {"role": "user", "content": "Really?"},
+    {"role": "assistant", "content": "Yes."},
+]
+QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_steps", "2", "--logging_steps", "1", "--save_strategy", "no"]
+
+
+@pytest.fixture(scope="module")
+def finetune(load_script):
+    return load_script("finetune")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    rows = [{"text": f"Block {number} holds the keys of its own sequence. " * (number + 1)} for number in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.parquet"
+    Dataset.from_list([{"messages": CHAT}] * 4).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Chats about a photograph, one of them without."""
+    photograph = tmp_path / "photo.png"
+    Image.linear_gradient("L").resize((56, 84)).convert("RGB").save(photograph)
+    question = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    look = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [{"type": "text", "text": "Grey."}]},
+    ]
+    talk = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in CHAT]
+    rows = [{"messages": look, "images": [str(photograph)]}, {"messages": talk, "images": []}] * 2
+    path = tmp_path / "images.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def arguments(finetune, tiny_checkpoint, tmp_path):
+    """Parses flags on top of those that every run needs."""
+
+    def parse(*flags):
+        return [*flags, "--model", str(tiny_checkpoint), "--output_dir", str(tmp_path / "run"), *QUICK]
+
+    return parse
+
+
+# ---- the data -----------------------------------------------------------------------------------------------------
+
+
+def test_chats_are_learned_where_the_assistant_speaks(finetune, chats, arguments, tiny_checkpoint):
+    trainer = finetune.prepare(arguments("--dataset", str(chats)))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    row = trainer.train_dataset[0]
+    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    learned = tokenizer.decode([label for label in row["labels"] if label != -100])
+    assert learned == "</mm:think>A tiny model.[e~[</mm:think>Yes.[e~["
+    assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_long_texts_become_several_rows(finetune, texts, arguments, tiny_checkpoint, streaming):
+    flags = ["--dataset", str(texts), "--max_length", "16", *(["--streaming"] if streaming else [])]
+    rows = list(finetune.prepare(arguments(*flags)).train_dataset)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    assert all(2 <= len(row["input_ids"]) <= 16 and row["labels"] == row["input_ids"] for row in rows)
+    written = "".join(json.loads(line)["text"] for line in texts.read_text().splitlines())
+    joined = tokenizer.decode([token for row in rows for token in row["input_ids"]])
+    # a last piece of one token has nothing to predict, and is left out
+    assert len(written) - 10 < len(joined.replace(tokenizer.eos_token, "")) <= len(written)
+
+
+def test_padding_and_putting_rows_in_line_train_the_same(finetune, texts, arguments):
+    losses = []
+    for padding_free in ("true", "false"):
+        trainer = finetune.prepare(arguments("--dataset", str(texts), "--padding_free", padding_free))
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert (batch["input_ids"].shape[0] == 1) == (padding_free == "true")
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# ---- runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_whole_model_from_yaml_with_evaluation_and_resuming(finetune, texts, chats, tiny_checkpoint, tmp_path):
+    options = {
+        "model": str(tiny_checkpoint),
+        "dataset": str(texts),
+        "eval_dataset": [str(chats)],
+        "output_dir": str(tmp_path / "run"),
+        "learning_rate": "5e-3",
+        "router_aux_loss_coef": 0.01,
+        "indexer_loss_coef": 0.1,
+        "activation_checkpointing": True,
+        "bf16": True,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "max_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(options), encoding="utf-8")  # JSON is YAML
+    trainer = finetune.main([str(file), "--learning_rate", "1e-3"])
+    assert trainer.args.learning_rate == 1e-3
+    history = trainer.state.log_history
+    assert sum("eval_loss" in entry for entry in history) >= 2
+    assert all(entry["indexer_loss"] > 0 for entry in history if "loss" in entry)
+
+    with pytest.raises(SystemExit, match="checkpoint-2 of an earlier run.*--resume_from_checkpoint true"):
+        finetune.main([str(file)])
+    finetune.main([str(file), "--resume_from_checkpoint", "true", "--max_steps", "3"])
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
+    start = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
+    AutoProcessor.from_pretrained(tmp_path / "run")
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, start.get_parameter(name))}
+    assert {name.split(".")[1] for name in changed if name != "lm_head.weight"} == {"language_model"}
+    assert any("indexer" in name for name in changed)
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["eval_loss"] > 0
+
+
+def test_adapters_reach_what_they_are_asked_to(finetune, chats, arguments):
+    trainer = finetune.prepare(arguments("--dataset", str(chats), "--lora", "--lora_experts", "--lora_rank", "4"))
+    trained = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert all("lora_" in name and "language_model" in name and "indexer" not in name for name in trained)
+    for part in ("q_proj", "o_proj", "mlp.experts"):
+        assert any(part in name for name in trained), part
+
+
+@pytest.mark.parametrize("flags", [[], ["--train_vision"], ["--streaming"]], ids=["", "vision", "streaming"])
+def test_images(finetune, images, arguments, tiny_checkpoint, flags):
+    trainer = finetune.main(arguments("--dataset", str(images), "--eval_dataset", str(images), *flags))
+    start = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
+    changed = {
+        name for name, value in trainer.model.named_parameters() if not torch.equal(value, start.get_parameter(name))
+    }
+    assert any("language_model" in name for name in changed)
+    assert any("vision_tower" in name for name in changed) == ("--train_vision" in flags)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["image_grid_thw"].shape == (2, 3)
+
+
+def test_tensorboard(finetune, texts, arguments, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    finetune.main(arguments("--dataset", str(texts), "--report_to", "tensorboard"))
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_walkthrough_in_short(tmp_path, monkeypatch, capsys):
+    flags = ["--output", str(tmp_path), "--use_cpu", "--num_train_epochs", "3", "--logging_steps", "3"]
+    monkeypatch.setattr("sys.argv", ["walkthrough.py", *flags, "--disable_tqdm", "true"])
+    monkeypatch.setattr("sys.path", list(sys.path))
+    loss = runpy.run_path(str(ROOT / "examples" / "lora" / "walkthrough.py"))["main"]()
+    printed = capsys.readouterr().out
+    assert "What is your name?" in printed
+    assert "of 8 answers learned" in printed
+    assert loss < 4.5  # from 6.2
+
+
+# ---- errors, before any work --------------------------------------------------------------------------------------
+
+ERRORS = {
+    "file": (["--dataset", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+    "types": (["--dataset", "{texts}", "{chats}"], "must be of one type, got json and parquet"),
+    "names": (["--dataset", "{texts}", "squad"], "several names must be files"),
+    "column": (["--dataset", "{texts}", "--text_column", "body"], "columns text, and neither 'messages'"),
+    "split": (["--dataset", "{saved}", "--train_split", "dev"], "has the splits train, test, not 'dev'"),
+    "length": (["--dataset", "{texts}", "--max_length", "1"], "--max_length must be at least 2, got 1"),
+    "context": (["--dataset", "{texts}", "--max_length", "200000"], "context of 131072 tokens, got 200000"),
+    "cut": (["--dataset", "{chats}", "--max_length", "20"], "anything to learn within its first 20 tokens"),
+    "stream": (["--dataset", "{texts}", "--streaming", "--max_steps", "-1"], "--streaming needs --max_steps"),
+    "eval": (["--dataset", "{texts}", "--eval_strategy", "steps"], "--eval_strategy .* needs --eval_dataset"),
+    "resume": (["--dataset", "{texts}", "--resume_from_checkpoint", "true"], "there is no checkpoint in"),
+    "no image": (["--dataset", "{missing}"], "nowhere.png"),
+    "cut image": (["--dataset", "{images}", "--max_length", "300"], "max_length. is 300, but the images"),
+    "silent": (["--dataset", "{silent}"], "first row of the training data has nothing to learn"),
+    "mixed": (["--dataset", "{texts}", "--eval_dataset", "{images}"], "training data needs a column 'messages'"),
+    "empty": (["--dataset", "{empty}"], "the file .*empty.jsonl is empty"),
+    "rows": (["--dataset", "{texts}", "--max_rows", "0"], "the training data has no rows"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_come_before_any_work(finetune, texts, chats, images, tiny_checkpoint, tmp_path, case, monkeypatch):
+    flags, message = ERRORS[case]
+    monkeypatch.setattr(finetune.AutoModelForImageTextToText, "from_pretrained", None)  # nothing gets as far
+    look = json.loads(images.read_text().splitlines()[0])
+    files = {
+        "missing": json.dumps({**look, "images": ["nowhere.png"]}),
+        "silent": json.dumps({**look, "messages": look["messages"][:1]}),
+        "empty": "",
+    }
+    places = {"texts": texts, "chats": chats, "images": images, "saved": tmp_path / "saved"}
+    for name, content in files.items():
+        places[name] = tmp_path / f"{name}.jsonl"
+        places[name].write_text(content)
+    rows = Dataset.from_list([{"text": "a"}])
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(str(places["saved"]))
+    flags = [flag.format(**places) for flag in flags]
+    base = ["--model", str(tiny_checkpoint), "--output_dir", str(tmp_path / "run"), *QUICK]
+    with pytest.raises(SystemExit, match=message):
+        finetune.main([*base, *flags])
+
+
+@pytest.mark.parametrize("package", ["peft", "tensorboard"])
+def test_missing_packages_are_named(finetune, texts, arguments, package, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    flags = ["--lora"] if package == "peft" else ["--report_to", "tensorboard"]
+    with pytest.raises(SystemExit, match=f"pip install {package}"):
+        finetune.main(arguments("--dataset", str(texts), *flags))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("model: here\nlora_rnk: 4\n", "lora_rnk"), ("- a\n- b\n", "must hold names and values, got list")],
+)
+def test_mistakes_in_a_file_of_options(finetune, tmp_path, capsys, content, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(SystemExit):
+        finetune.main([str(file)])
+    assert message in capsys.readouterr().err
