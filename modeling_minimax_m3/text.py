@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import is_torchdynamo_compiling
+from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -25,6 +25,8 @@ from .normalization import MiniMaxM3VLRMSNorm
 from .pretrained import MiniMaxM3VLPreTrainedModel
 from .rotary import MiniMaxM3VLRotaryEmbedding
 from .sequence_layout import SequenceLayout, build_layout, create_masks_for_generate, real_tokens
+
+logger = logging.get_logger(__name__)
 
 
 class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
@@ -194,6 +196,14 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         kwargs.setdefault("output_attentions", bool(self.config.output_attentions))
         if output_indexer_loss is None:
             output_indexer_loss = self.training and self.config.indexer_loss_coef > 0
+            if output_indexer_loss and not is_torchdynamo_compiling():
+                # The models with a head say what they want. Trainers that call the body alone know no such loss.
+                logger.warning_once(
+                    "`indexer_loss_coef` is above 0, but the model was called without its head (as the trainers of TRL "
+                    "do), so nothing adds the indexers' loss to the language loss. Add `indexer_divergence` of the "
+                    "output yourself (with `output_indexer_loss=True`, which also ends this warning), train with "
+                    "`Trainer`, or set the coefficient to 0."
+                )
         divergences = []
         for layer in self.layers[: self.config.num_hidden_layers]:
             outputs = layer(

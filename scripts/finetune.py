@@ -93,7 +93,11 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "Column of texts."})
     messages_column: str = field(default="messages", metadata={"help": "Column of chats."})
     max_length: int = field(
-        default=4096, metadata={"help": "Tokens of a row: longer texts become several rows, longer chats are cut."}
+        default=4096,
+        metadata={
+            "help": "Tokens of a row: longer texts become several rows, longer chats are cut, or left out where an "
+            "image or a video would be."
+        },
     )
     max_rows: int | None = field(default=None, metadata={"help": "Use this many rows of the training data only."})
     streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed; needs --max_steps."})
@@ -208,7 +212,7 @@ def is_multimodal(rows: Dataset | IterableDataset, data: DataArguments, name: st
 
 
 def with_collator_names(rows: Dataset | IterableDataset, collator: Any, data: DataArguments, name: str):
-    """Rows as they are, for a collator that reads images and videos when their batch is made."""
+    """Those rows whose images and videos fit, for a collator that reads them again when their batch is made."""
     first = first_row(rows, name)
     if data.messages_column not in first:
         raise ValueError(
@@ -216,11 +220,18 @@ def with_collator_names(rows: Dataset | IterableDataset, collator: Any, data: Da
         )
     if data.messages_column != "messages":
         rows = rows.rename_column(data.messages_column, "messages")
-        first["messages"] = first.pop(data.messages_column)
+    options = {} if data.streaming else {"num_proc": data.num_proc, "desc": f"measuring the {name} data"}
+    rows = rows.filter(collator.fits, **options)
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError(
+            f"no row of the {name} data has all of its images and videos within its first {data.max_length} tokens "
+            "(--max_length)"
+        )
     if not (collator([first])["labels"][:, 1:] != -100).any():
         raise ValueError(
-            f"the first row of the {name} data has nothing to learn within its first {data.max_length} tokens "
-            "(--max_length): chats need turns of the role 'assistant'"
+            f"the first row of the {name} data that fits has nothing to learn within its first {data.max_length} "
+            "tokens (--max_length): chats need turns of the role 'assistant'"
         )
     return rows
 
@@ -364,12 +375,14 @@ def prepare(argv: list[str]) -> Trainer:
                 raise ValueError("the data have images or videos, but the checkpoint reads text only")
             collator = MultimodalChatCollator(processor, max_length=data_arguments.max_length)
             training.remove_unused_columns = False  # the collator reads them
+            # Dispatching cuts every tensor of a batch to as many rows as the batch has, pixels too.
+            training.accelerator_config.dispatch_batches = False
         else:
             collator = (
                 DataCollatorWithFlattening() if data_arguments.padding_free else DataCollatorForSeq2Seq(tokenizer)
             )
         read, reader = (with_collator_names, collator) if with_media else (tokenise, tokenizer)
-        data = {name: read(rows, reader, data_arguments, name) for name, rows in data.items()}
+        given, data = data, {name: read(rows, reader, data_arguments, name) for name, rows in data.items()}
 
     model = load_model(model_arguments, data_arguments.max_length, with_media)
     if lora_arguments.lora:
@@ -378,6 +391,8 @@ def prepare(argv: list[str]) -> Trainer:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         for name, rows in data.items():
             print(f"{name} data: {describe(rows)}")
+            if with_media and not data_arguments.streaming and (left_out := len(given[name]) - len(rows)):
+                print(f"{name} data: left out {left_out}, whose images and videos end after --max_length")
         print(f"training {trained:,} of {model.num_parameters():,} parameters", flush=True)
     training.prediction_loss_only = True
     return FinetuneTrainer(

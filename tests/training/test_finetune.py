@@ -167,6 +167,31 @@ def test_images(finetune, images, arguments, tiny_checkpoint, flags):
     assert batch["image_grid_thw"].shape == (2, 3)
 
 
+@pytest.mark.parametrize("flags", [[], ["--streaming"]], ids=["", "streaming"])
+def test_a_video_and_a_row_that_does_not_fit(finetune, images, arguments, load_script, tmp_path, capsys, flags):
+    pytest.importorskip("av")
+    large, clip = tmp_path / "large.png", tmp_path / "clip.mp4"
+    Image.linear_gradient("L").resize((1120, 1120)).convert("RGB").save(large)
+    load_script("demo").write_panning_video(large, clip, seconds=1, fps=2, side=56)
+    look = json.loads(images.read_text().splitlines()[0])
+    watch = [{"role": "user", "content": [{"type": "video"}]}, look["messages"][1]]
+    rows = [
+        {**look, "videos": []},
+        {**look, "images": [str(large)], "videos": []},
+        {"messages": watch, "images": [], "videos": [str(clip)]},
+    ]
+    path = tmp_path / "media.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = [*flags, "--max_length", "1024", "--per_device_train_batch_size", "2"]
+    trainer = finetune.main(arguments("--dataset", str(path), *flags))
+    assert all(log["loss"] > 0 for log in trainer.state.log_history if "loss" in log)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["image_grid_thw"].tolist() == [[1, 6, 4]]
+    assert len(batch["video_grid_thw"]) == 1
+    assert len(batch["input_ids"]) == 2
+    assert ("training data: left out 1, whose" in capsys.readouterr().out) == ("--streaming" not in flags)
+
+
 def test_tensorboard(finetune, texts, arguments, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
@@ -200,8 +225,8 @@ ERRORS = {
     "eval": (["--dataset", "{texts}", "--eval_strategy", "steps"], "--eval_strategy .* needs --eval_dataset"),
     "resume": (["--dataset", "{texts}", "--resume_from_checkpoint", "true"], "there is no checkpoint in"),
     "no image": (["--dataset", "{missing}"], "nowhere.png"),
-    "cut image": (["--dataset", "{images}", "--max_length", "300"], "max_length. is 300, but the images"),
-    "silent": (["--dataset", "{silent}"], "first row of the training data has nothing to learn"),
+    "cut image": (["--dataset", "{look}", "--max_length", "300"], "no row .* videos within its first 300 tokens"),
+    "silent": (["--dataset", "{silent}"], "first row of the training data that fits has nothing to learn"),
     "mixed": (["--dataset", "{texts}", "--eval_dataset", "{images}"], "training data needs a column 'messages'"),
     "empty": (["--dataset", "{empty}"], "the file .*empty.jsonl is empty"),
     "rows": (["--dataset", "{texts}", "--max_rows", "0"], "the training data has no rows"),
@@ -214,6 +239,7 @@ def test_errors_come_before_any_work(finetune, texts, chats, images, tiny_checkp
     monkeypatch.setattr(finetune.AutoModelForImageTextToText, "from_pretrained", None)  # nothing gets as far
     look = json.loads(images.read_text().splitlines()[0])
     files = {
+        "look": json.dumps(look),
         "missing": json.dumps({**look, "images": ["nowhere.png"]}),
         "silent": json.dumps({**look, "messages": look["messages"][:1]}),
         "empty": "",

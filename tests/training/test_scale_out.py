@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,14 @@ def test_data_parallelism(in_one_process, tmp_path):
     torch.testing.assert_close(losses, in_one_process, rtol=0, atol=1e-4)
 
 
-def test_fully_sharded(in_one_process, tmp_path):
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_fully_sharded(in_one_process, tmp_path, engine, monkeypatch):
+    if engine == "zero3":
+        if find_spec("deepspeed") is None:  # not imported here: it changes what other packages do
+            pytest.skip("DeepSpeed is not installed")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    losses = run(launcher, "fsdp2", tmp_path / "losses.json")
+    losses = run(launcher, engine, tmp_path / "losses.json")
     torch.testing.assert_close(losses, in_one_process, rtol=0, atol=1e-4)
 
 

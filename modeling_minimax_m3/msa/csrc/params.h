@@ -106,8 +106,8 @@ struct IndexerLossParams {
   int64_t index_key_token_stride;
   int index_dim;
   float index_scale;
-  float* kl;         // (total_q, num_kv_heads), contiguous output of the value
-  float* index_lse;  // (total_q, num_kv_heads), contiguous; natural log; written by the value
+  float* kl;               // (total_q, num_kv_heads), contiguous output of the value
+  float* index_lse;        // (total_q, num_kv_heads), contiguous; natural log; written by the value
   const float* grad_kl;    // (total_q, num_kv_heads), contiguous; the gradient only, as all below
   void* grad_index_query;  // (total_q, num_kv_heads, index_dim), contiguous output
   void* grad_index_key;    // (total_k, index_dim), contiguous output

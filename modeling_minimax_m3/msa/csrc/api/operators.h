@@ -37,13 +37,10 @@ ForwardParams forward_params(const Tensor& query, const Tensor& key, const Tenso
                              const Tensor& block_indices, const Tensor& cu_seqlens_q,
                              const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale);
 
-std::tuple<Tensor, Tensor> indexer_kl_loss(const Tensor& index_query, const Tensor& index_key,
-                                           const Tensor& query, const Tensor& key,
-                                           const Tensor& lse,
-                                           const std::optional<Tensor>& block_indices,
-                                           const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                           int64_t block_size, double softmax_scale,
-                                           double index_scale);
+std::tuple<Tensor, Tensor> indexer_kl_loss(
+    const Tensor& index_query, const Tensor& index_key, const Tensor& query, const Tensor& key,
+    const Tensor& lse, const std::optional<Tensor>& block_indices, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale, double index_scale);
 
 std::tuple<Tensor, Tensor> indexer_kl_loss_backward(
     const Tensor& grad_kl, const Tensor& index_query, const Tensor& index_key, const Tensor& query,
