@@ -86,7 +86,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 1.0) * max(0.05, 1 - step / steps)
+        optimizer, lambda step: min((step + 1) / warmup, 1.0) * max(0.05, 1 - step / max(1, steps))
     )
     model.train()
     for step in range(steps):

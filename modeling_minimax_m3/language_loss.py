@@ -45,7 +45,10 @@ def batch_share(
     if num_items_in_batch is None:
         return 1.0
     targets = labels[..., 1:] if shift_labels is None else shift_labels
-    return (targets != ignore_index).sum().to(device) / _on(device, num_items_in_batch)
+    # A whole step may have nothing to learn: then its share is 0, and not 0 / 0, which would make every router NaN.
+    is_tensor = isinstance(num_items_in_batch, torch.Tensor)
+    num_items = num_items_in_batch.clamp(min=1) if is_tensor else max(num_items_in_batch, 1)
+    return (targets != ignore_index).sum().to(device) / _on(device, num_items)
 
 
 def causal_lm_loss(

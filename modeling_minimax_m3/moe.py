@@ -175,4 +175,6 @@ def load_balancing_loss(
     if cu_seq_lens is not None:
         packed = torch.arange(tokens, device=cu_seq_lens.device) < cu_seq_lens[-1]
         real = packed if real is None else real & packed.to(real.device)
+    if real is not None:
+        real = real | ~real.any()  # of pads alone, all count: a mean over no tokens would be NaN, gradients included
     return load_balancing_loss_func(tuple(router_logits), num_experts, top_k, real)

@@ -357,7 +357,7 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
         divergence, kl_loss = outputs.indexer_divergence, None
         if divergence is not None:
             real = real_tokens(attention_mask, kwargs.get("cu_seq_lens_q"), *divergence.shape)
-            kl_loss = indexer_loss(divergence, real, labels, **kwargs)
+            kl_loss = indexer_loss(divergence, real, labels, logits_to_keep=logits_to_keep, **kwargs)
             if loss is not None:
                 loss = loss + self.config.indexer_loss_coef * kl_loss.to(loss.device)
         return MiniMaxM3VLTextCausalLMOutputWithPast(

@@ -24,6 +24,19 @@ class IndexerLossLogging:
         self._indexer_first_step = 0
         super().__init__(*args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any):
+        self._forget(True)  # what came after the last log of an earlier call
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        self._forget(False)  # what `predict` left, which logs nothing
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _forget(self, training: bool) -> None:
+        self._indexer_losses.pop(training, None)
+        if not training:
+            self._indexer_batches = 0
+
     def compute_loss(
         self,
         model: torch.nn.Module,

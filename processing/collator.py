@@ -1,5 +1,6 @@
 """Batches for fine-tuning on chats with images and videos."""
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,8 @@ class MultimodalChatCollator:
     A row has `messages` in the form that `processor.apply_chat_template` takes, and optionally `tools`. Images and
     videos stand in the messages (`{"type": "image", "image": ...}`), or in columns `images` and `videos` of the row,
     whose items go in order to the parts that name none (`{"type": "image"}`). Where the messages have no such part
-    at all, they come before the first user message's text. Columns may hold anything that the processor reads.
+    at all, they come before the first user message's text. Columns may hold anything that the processor reads, and
+    image files as `datasets` stores them (`{"bytes": ..., "path": ...}`).
 
     Args:
         processor (`MiniMaxM3VLProcessor`): Decodes, resizes, tokenizes.
@@ -75,6 +77,12 @@ class MultimodalChatCollator:
         """Whether a row's images and videos end before `max_length`, for `dataset.filter(collator.fits)`."""
         return self.max_length is None or self._end_of_media(self._process(row)["input_ids"]) <= self.max_length
 
+    def is_useful(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row fits and its first `max_length` tokens hold any that is learned, for `dataset.filter`."""
+        encoded = self._process(row)
+        fits = self.max_length is None or self._end_of_media(encoded["input_ids"]) <= self.max_length
+        return fits and bool((encoded["labels"][1 : self.max_length] != IGNORED).any())
+
     def _encode(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         encoded = self._process(row)
         if self.max_length is not None and (end := self._end_of_media(encoded["input_ids"])) > self.max_length:
@@ -89,7 +97,7 @@ class MultimodalChatCollator:
     def _process(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         output = self.processor.apply_chat_template(
             [self._messages(row)],
-            tools=row.get("tools") or None,
+            tools=without_none(row.get("tools")) or None,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -123,12 +131,32 @@ class MultimodalChatCollator:
         messages = [_without_empty(message) for message in row["messages"]]
         for message in messages:
             if is_list(message.get("content")):
-                message["content"] = [_without_empty(part) for part in message["content"]]
+                message["content"] = [_with_sources(_without_empty(part)) for part in message["content"]]
         for kind in SOURCES:
             items = row.get(f"{kind}s")
             items = [] if items is None else list(items) if is_list(items) else [items]
-            _distribute(kind, items, messages)
+            _distribute(kind, [_as_source(item) for item in items], messages)
         return messages
+
+
+def without_none(value: Any) -> Any:
+    """A copy without the keys that hold None, at any depth; see `_without_empty`."""
+    if isinstance(value, Mapping):
+        return {name: without_none(item) for name, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if is_list(value) else value
+
+
+def _as_source(item: Any) -> Any:
+    """What the processor reads, for a file as `datasets` stores it: `{"bytes": ..., "path": ...}`, or its bytes."""
+    if isinstance(item, Mapping) and item.keys() <= {"bytes", "path"}:
+        item = item.get("path") if item.get("bytes") is None else item["bytes"]
+    return base64.b64encode(item).decode() if isinstance(item, bytes) else item
+
+
+def _with_sources(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    return {name: _as_source(item) if name in ("image", "video") else item for name, item in part.items()}
 
 
 def _without_empty(mapping: Any) -> Any:

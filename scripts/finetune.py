@@ -43,6 +43,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import modeling_minimax_m3  # noqa: F401  (registers the classes)
 from modeling_minimax_m3.trainer_logging import IndexerLossLogging
 from processing_minimax_m3 import MiniMaxM3VLProcessor, MultimodalChatCollator
+from processing_minimax_m3.collator import without_none
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 MEDIA_COLUMNS = ("images", "videos")
@@ -145,6 +146,16 @@ def check_arguments(model: ModelArguments, lora: LoraArguments, data: DataArgume
         raise ValueError("--num_proc does not go with --streaming")
     if training.eval_strategy != "no" and not (data.eval_dataset or data.eval_split):
         raise ValueError(f"--eval_strategy {training.eval_strategy} needs --eval_dataset or --eval_split")
+    if lora.lora and model.train_vision:
+        raise ValueError(
+            "--train_vision does not go with --lora, which trains adapters of the language model and what --lora_save "
+            "names"
+        )
+    if training.label_smoothing_factor and (model.indexer_loss_coef or model.router_aux_loss_coef):
+        raise ValueError(
+            "--label_smoothing_factor takes the place of the model's loss, and with it of those of "
+            "--indexer_loss_coef and --router_aux_loss_coef: leave one or the other out"
+        )
     resumes = training.resume_from_checkpoint
     if str(resumes).lower() in ("true", "false"):
         training.resume_from_checkpoint = True if str(resumes).lower() == "true" else None
@@ -196,7 +207,10 @@ def first_row(rows: Dataset | IterableDataset, name: str) -> dict[str, Any]:
 
 
 def has_media(messages: list[dict[str, Any]]) -> bool:
-    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"every row of chats must hold a list of messages, got {messages!r:.100}")
+    # A message that only calls a tool may have no content.
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
     return any(isinstance(part, dict) and part.get("type") != "text" for content in contents for part in content)
 
 
@@ -212,7 +226,8 @@ def is_multimodal(rows: Dataset | IterableDataset, data: DataArguments, name: st
 
 
 def with_collator_names(rows: Dataset | IterableDataset, collator: Any, data: DataArguments, name: str):
-    """Those rows whose images and videos fit, for a collator that reads them again when their batch is made."""
+    """Those rows whose images and videos fit and that have anything to learn, for a collator that reads them again
+    when their batch is made."""
     first = first_row(rows, name)
     if data.messages_column not in first:
         raise ValueError(
@@ -221,17 +236,11 @@ def with_collator_names(rows: Dataset | IterableDataset, collator: Any, data: Da
     if data.messages_column != "messages":
         rows = rows.rename_column(data.messages_column, "messages")
     options = {} if data.streaming else {"num_proc": data.num_proc, "desc": f"measuring the {name} data"}
-    rows = rows.filter(collator.fits, **options)
-    first = next(iter(rows), None)
-    if first is None:
+    rows = rows.filter(collator.is_useful, **options)
+    if next(iter(rows), None) is None:
         raise ValueError(
-            f"no row of the {name} data has all of its images and videos within its first {data.max_length} tokens "
-            "(--max_length)"
-        )
-    if not (collator([first])["labels"][:, 1:] != -100).any():
-        raise ValueError(
-            f"the first row of the {name} data that fits has nothing to learn within its first {data.max_length} "
-            "tokens (--max_length): chats need turns of the role 'assistant'"
+            f"no row of the {name} data has all of its images and videos, and anything to learn, within its first "
+            f"{data.max_length} tokens (--max_length): chats need turns of the role 'assistant'"
         )
     return rows
 
@@ -253,7 +262,7 @@ def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArgument
             raise ValueError(f"the {name} data has an image or a video, but none in its first hundred rows")
         encoded = tokenizer.apply_chat_template(
             row[data.messages_column],
-            tools=row.get("tools"),
+            tools=without_none(row.get("tools")),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -265,6 +274,9 @@ def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArgument
         }
 
     def from_texts(columns: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        for text in columns[data.text_column]:
+            if not isinstance(text, str):
+                raise ValueError(f"every row of the {name} data must hold a text, got {text!r:.100}")
         texts = tokenizer(columns[data.text_column], add_special_tokens=False, verbose=False)["input_ids"]
         pieces = []
         for ids in texts:
@@ -392,7 +404,7 @@ def prepare(argv: list[str]) -> Trainer:
         for name, rows in data.items():
             print(f"{name} data: {describe(rows)}")
             if with_media and not data_arguments.streaming and (left_out := len(given[name]) - len(rows)):
-                print(f"{name} data: left out {left_out}, whose images and videos end after --max_length")
+                print(f"{name} data: left out {left_out}, whose media or all of whose answers end after --max_length")
         print(f"training {trained:,} of {model.num_parameters():,} parameters", flush=True)
     training.prediction_loss_only = True
     return FinetuneTrainer(

@@ -62,7 +62,9 @@ def main() -> float:
         [str(HERE / "identity.yaml"), "--model", str(checkpoint), "--dataset", str(data)]
         + ["--output_dir", str(adapter), *options]
     )
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    losses = losses or [history[-1]["train_loss"]]  # a run that ends before its first log
 
     print("\n[3/3] asking the checkpoint, with the adapters on top of it")
     processor = AutoProcessor.from_pretrained(checkpoint)

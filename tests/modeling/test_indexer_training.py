@@ -435,6 +435,18 @@ def test_adapters_on_every_linear_layer(make_pair, make_tokens, coef):
     assert all((norm > 0) == (coef > 0) for norm in of_indexers)
 
 
+def test_labels_of_the_kept_tokens_alone(make_pair, make_tokens):
+    model = make_model(make_pair).eval()
+    tokens = make_tokens(model.config, 2, 30)
+    labels = tokens.clone()
+    labels[:, :-3] = -100  # the first of the four kept ones is predicted by no kept token
+    expected = model(tokens, labels=labels)
+    for kept in (4, torch.arange(26, 30)):
+        outputs = model(tokens, labels=tokens[:, -4:], logits_to_keep=kept)
+        torch.testing.assert_close(outputs.indexer_loss, expected.indexer_loss)
+        torch.testing.assert_close(outputs.loss, expected.loss)
+
+
 # --- Trainer's logs ----------------------------------------------------------------------------------------------
 
 
@@ -463,6 +475,25 @@ def test_trainer_logs_the_value(make_pair, make_tokens, tmp_path):
     assert logged == pytest.approx(expected, rel=0.1)
     assert evaluated[0] == pytest.approx(logged[0], rel=1e-4), "the same four rows"
     assert trainer.evaluate()["eval_indexer_loss"] == pytest.approx(evaluated[0])
+
+
+def test_trainer_keeps_calls_apart(make_pair, make_tokens, tmp_path):
+    """Neither what came after a run's last log nor a prediction is part of the next run's or evaluation's value."""
+    model = make_model(make_pair)
+    rows = [{"input_ids": row, "labels": row} for row in make_tokens(model.config, 6, 30)]
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=2, max_steps=3, logging_steps=2, learning_rate=0.0, report_to=[],
+        use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential", save_strategy="no",
+    )  # fmt: skip
+    trainer = IndexerTrainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2])
+    logged = []
+    for _ in range(2):
+        trainer.train()
+        logged.append([entry["indexer_loss"] for entry in trainer.state.log_history if "indexer_loss" in entry])
+    assert logged[1] == pytest.approx(logged[0])
+    evaluated = trainer.evaluate()["eval_indexer_loss"]
+    trainer.predict(rows[2:])
+    assert trainer.evaluate()["eval_indexer_loss"] == pytest.approx(evaluated)
 
 
 def test_trainer_without_the_loss_logs_none(make_pair, make_tokens, tmp_path):

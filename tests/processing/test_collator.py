@@ -1,5 +1,7 @@
 """Batches for fine-tuning on chats with images and videos."""
 
+import io
+
 import pytest
 import torch
 from PIL import Image
@@ -63,6 +65,34 @@ def test_labels_are_the_turns_of_the_assistant(collator, rows, processor):
     where = batch["labels"] != -100
     assert torch.equal(batch["labels"][where], batch["input_ids"][where])
     assert batch["attention_mask"][where].all()
+
+
+@pytest.mark.parametrize("as_file", ["bytes", "path", "raw"])
+def test_files_as_datasets_stores_them(collator, rows, picture, tmp_path, as_file):
+    """`datasets.Image(decode=False)`, and a column that nobody told it holds images."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    picture.save(tmp_path / "picture.png")
+    item = {
+        "bytes": {"bytes": buffer.getvalue(), "path": None},
+        "path": {"bytes": None, "path": str(tmp_path / "picture.png")},
+        "raw": buffer.getvalue(),
+    }[as_file]
+    expected = collator([rows[1]])
+    inline = {"messages": chat({"type": "image", "image": item}, text("What is this?"), answer="A longer answer.")}
+    for row in ({**rows[1], "images": [item]}, {**rows[1], "images": item}, inline):
+        batch = collator([row])
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[name], expected[name]) for name in batch)
+
+
+def test_tools_lose_what_arrow_added(collator, processor):
+    def row(**added):
+        properties = {"city": {"type": "string"}, **added}
+        tool = {"type": "function", "function": {"name": "look", "parameters": {"properties": properties}}}
+        return {"messages": chat(text("Hello.")), "tools": [tool]}
+
+    assert torch.equal(collator([row(number=None)])["input_ids"], collator([row()])["input_ids"])
 
 
 def test_batch_is_what_the_processor_gives_row_by_row(collator, rows, processor, picture, clip):

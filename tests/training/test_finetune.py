@@ -167,6 +167,32 @@ def test_images(finetune, images, arguments, tiny_checkpoint, flags):
     assert batch["image_grid_thw"].shape == (2, 3)
 
 
+def test_tools_are_those_of_the_row(finetune, arguments, tiny_checkpoint, tmp_path):
+    """Arrow gives the schema of one row's tool the properties of the others', as None; a call may have no content."""
+    rows = []
+    for name in ("city", "number"):
+        function = {"name": "look", "parameters": {"type": "object", "properties": {name: {"type": "string"}}}}
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {name: "7"}}}]}
+        rows.append({"messages": [CHAT[0], call], "tools": [{"type": "function", "function": function}]})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    expected = [tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) for row in rows]
+    parquet, jsonl = tmp_path / "tools.parquet", tmp_path / "tools.jsonl"
+    Dataset.from_list(rows).to_parquet(parquet)
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in (parquet, jsonl):
+        read = finetune.prepare(arguments("--dataset", str(path))).train_dataset["input_ids"]
+        assert [tokenizer.decode(ids) for ids in read] == expected
+
+
+def test_a_chat_about_an_image_that_is_cut_before_its_answer_is_left_out(finetune, images, arguments, capsys):
+    look, talk = [json.loads(line) for line in images.read_text().splitlines()[:2]]
+    look["messages"][0]["content"].append({"type": "text", "text": "What? " * 400})
+    images.write_text(json.dumps(look) + "\n" + json.dumps(talk) + "\n")
+    trainer = finetune.prepare(arguments("--dataset", str(images), "--max_length", "700"))
+    assert [row["images"] for row in trainer.train_dataset] == [[]]
+    assert "left out 1, whose" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags", [[], ["--streaming"]], ids=["", "streaming"])
 def test_a_video_and_a_row_that_does_not_fit(finetune, images, arguments, load_script, tmp_path, capsys, flags):
     pytest.importorskip("av")
@@ -225,10 +251,17 @@ ERRORS = {
     "eval": (["--dataset", "{texts}", "--eval_strategy", "steps"], "--eval_strategy .* needs --eval_dataset"),
     "resume": (["--dataset", "{texts}", "--resume_from_checkpoint", "true"], "there is no checkpoint in"),
     "no image": (["--dataset", "{missing}"], "nowhere.png"),
-    "cut image": (["--dataset", "{look}", "--max_length", "300"], "no row .* videos within its first 300 tokens"),
-    "silent": (["--dataset", "{silent}"], "first row of the training data that fits has nothing to learn"),
+    "cut image": (["--dataset", "{look}", "--max_length", "300"], "no row .* videos, .* within its first 300 tokens"),
+    "silent": (["--dataset", "{silent}"], "no row of the training data has .*anything to learn"),
     "mixed": (["--dataset", "{texts}", "--eval_dataset", "{images}"], "training data needs a column 'messages'"),
     "empty": (["--dataset", "{empty}"], "the file .*empty.jsonl is empty"),
+    "no text": (["--dataset", "{holes}"], "every row of the training data must hold a text, got None"),
+    "no chat": (["--dataset", "{holes}", "--messages_column", "text"], "must hold a list of messages, got 'a'"),
+    "vision": (["--dataset", "{look}", "--lora", "--train_vision"], "--train_vision does not go with --lora"),
+    "smoothing": (
+        ["--dataset", "{texts}", "--label_smoothing_factor", "0.1", "--indexer_loss_coef", "0.1"],
+        "--label_smoothing_factor takes the place",
+    ),
     "rows": (["--dataset", "{texts}", "--max_rows", "0"], "the training data has no rows"),
 }
 
@@ -243,6 +276,7 @@ def test_errors_come_before_any_work(finetune, texts, chats, images, tiny_checkp
         "missing": json.dumps({**look, "images": ["nowhere.png"]}),
         "silent": json.dumps({**look, "messages": look["messages"][:1]}),
         "empty": "",
+        "holes": '{"text": "a"}\n{"text": null}',
     }
     places = {"texts": texts, "chats": chats, "images": images, "saved": tmp_path / "saved"}
     for name, content in files.items():

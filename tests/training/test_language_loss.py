@@ -303,6 +303,25 @@ def test_share_of_a_batch():
     assert batch_share(labels, cpu, num_items_in_batch=10, shift_labels=labels) == 0.5
 
 
+@pytest.mark.parametrize("pads", [False, True], ids=["prompts", "pads"])
+@pytest.mark.parametrize("num_items", [0, torch.tensor(0), 5], ids=["none", "none, tensor", "elsewhere"])
+def test_nothing_to_learn_leaves_every_gradient_finite(model, pads, num_items):
+    """A micro-batch, or a whole step, without a label: a NaN in one gradient would spoil all weights by clipping."""
+    model.set_indexer_training(0.1)
+    model.train()
+    rows = tokens_of(model.config, 2, 20)
+    outputs = model(
+        input_ids=rows,
+        attention_mask=torch.full_like(rows, not pads),
+        labels=torch.full_like(rows, -100),
+        num_items_in_batch=num_items,
+        output_router_logits=True,
+    )
+    outputs.loss.backward()
+    assert outputs.aux_loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_micro_batches_add_up_to_the_batch(model):
     model.train()
     rows = tokens_of(model.config, 1, 40).expand(4, -1)  # the balance of the experts is that of each micro-batch
