@@ -18,6 +18,7 @@ import torch
 
 from . import decode, layer, measure
 from .implementations import OURS, STOCK
+from .report import as_table, judged, judged_table
 
 RESULTS = Path(__file__).parent / "results"
 IDLE_CORES = 0.1  # that others may keep busy during a measurement
@@ -219,22 +220,7 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         # dense layers attend to every key by definition
         ("the same, without the dense layers' attention as well", growth_of_the_rest, "<=", 1.3),
     ]
-    checks = {">=": float.__ge__, "<=": float.__le__, "<": float.__lt__}
-    return [
-        {"what": what, "measured": value, "target": f"{sign} {bound}", "met": checks[sign](value, float(bound))}
-        for what, value, sign, bound in table
-        if value is not None
-    ]
-
-
-def as_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in [header, ["-" * width for width in widths], *rows]
-    ]
-    return "\n".join(lines)
+    return judged(table)
 
 
 def milliseconds(seconds: float) -> str:
@@ -289,15 +275,7 @@ def report(record: dict[str, Any]) -> str:
     if agreement:
         parts.append(as_table(["ours and stock", "difference"], agreement))
     if record["targets"]:
-        parts.append(
-            as_table(
-                ["figure to reach", "measured", "target", "met"],
-                [
-                    [t["what"], f"{t['measured']:.3g}", t["target"], "yes" if t["met"] else "no"]
-                    for t in record["targets"]
-                ],
-            )
-        )
+        parts.append(judged_table(record["targets"]))
     return "\n\n".join(parts)
 
 

@@ -1,207 +1,181 @@
-"""The CUDA operators beside dense attention and vLLM's on one GPU: `python -m benchmarks.cuda [--output NAME]`.
+"""The CUDA operators beside dense attention and others' kernels on one GPU: `python -m benchmarks.cuda [--output NAME]`.
 
-Released head geometry, bf16, batch 1, prefill forward. Ceilings are measured in the same run. Dense is PyTorch's causal
-attention (cuDNN where it takes the call); what is timed of vLLM, and where it is found, `rivals.py` says. Calls are
-queued one after the other, as in a model, so that a call's work on the host overlaps the GPU's work on the one before.
+Released head geometry, bf16, batch 1, prefill forward. Dense is PyTorch's causal attention (cuDNN where it takes the
+call); what is timed of vLLM and SGLang, and where it is found, `rivals.py` says. Their outputs are compared with ours
+before they are timed. Calls are queued one after the other, as in a model, so that a call's work on the host overlaps the
+GPU's work on the one before.
 """
 
-import argparse
-import json
-import shlex
-import sys
-import time
-from functools import partial
-from pathlib import Path
+from functools import lru_cache, partial
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-from tqdm import tqdm
 
 from modeling_minimax_m3 import msa
 
-from .measure import environment
-from .rivals import VllmKernels, load_vllm
+from .gpu import (
+    BLOCK,
+    DIM,
+    HEADS,
+    KV_HEADS,
+    TOPK,
+    Run,
+    clustered_blocks,
+    dense_attention,
+    parse_arguments,
+    random,
+    selected_flops,
+    time_ms,
+)
+from .report import as_table
+from .rivals import check_output, check_selection, load_triton_rivals
 
-RESULTS = Path(__file__).parent / "results"
-HEADS, KV_HEADS, DIM, BLOCK, TOPK = 64, 4, 128, 128, 16
-LENGTHS = (8192, 16384, 32768, 131072, 1048576)
+LENGTHS = (131072, 1048576, 8192, 16384, 32768)
 LONGEST_DENSE = 131072  # beyond, dense attention takes tens of seconds
-LONGEST_STEP = 131072  # beyond, a step of both operators is not timed anew but added up
-VLLM_CHUNK = 16384  # queries that vLLM's kernels take at a time: their scores grow with it
+PARTS = ("select", "random", "clustered", "step random", "step clustered")
+RIVAL_CHUNK = 16384  # queries that others' kernels take at a time: their scores grow with it
+CHECKED_ROWS = 4096
 
 
-def time_ms(function, seconds: float = 0.2) -> float:
-    """Median milliseconds of a call of `function`, after one to warm up, by events around runs of 5 ms or one call."""
+class Prefill:
+    """The operands of one length: random ones, so that the selection is nearly uniform."""
 
-    def run(calls: int) -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            function()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) / calls
+    def __init__(self, tokens: int):
+        offsets = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+        self.tokens = tokens
+        self.lengths = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "block_size": BLOCK, "backend": "cuda"}
+        self.index_query, self.index_key = random(tokens, KV_HEADS, DIM), random(tokens, DIM)
+        self.query, self.key, self.value = (random(tokens, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        self.blocks = {"random": self.select(), "clustered": clustered_blocks(tokens)}
 
-    function()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    times = [run(1)]
-    calls = max(1, min(50, int(5 / times[0])))
-    if calls > 1:
-        times.clear()  # what was timed includes the host's work
-    # three runs at least, unless they take long
-    while not times or time.perf_counter() - started < (seconds if len(times) >= 3 else 4 * seconds):
-        times.append(run(calls))
-    return sorted(times)[len(times) // 2]
+    def select(self) -> torch.Tensor:
+        return msa.select_blocks(self.index_query, self.index_key, topk=TOPK, **self.lengths)
 
+    def attend(self, blocks: torch.Tensor) -> torch.Tensor:
+        return msa.block_sparse_attention(self.query, self.key, self.value, blocks, **self.lengths)
 
-def clustered_blocks(tokens: int, generator: torch.Generator, stay: int = 16) -> torch.Tensor:
-    """Block lists (tokens, KV_HEADS, TOPK) in which each place keeps its block for `stay` tokens."""
-    step = torch.arange(tokens, device="cuda") // stay
-    lists = torch.rand(int(step[-1]) + 1, KV_HEADS, TOPK, generator=generator, device="cuda")
-    own = torch.arange(tokens, device="cuda") // BLOCK
-    # The p-th place draws from the p-th part of the visible blocks, so that no block is listed twice.
-    place = torch.arange(TOPK, device="cuda")
-    bounds = (own[:, None] * (place + 1)) // TOPK, (own[:, None] * place) // TOPK
-    ids = bounds[1][:, None] + (lists[step] * (bounds[0] - bounds[1])[:, None]).long()
-    ids = torch.where((bounds[0] > bounds[1])[:, None], ids, -1)
-    ids[..., -1] = own[:, None]
-    return ids.sort(dim=-1, descending=True).values.to(torch.int32)
+    def call(self, part: str) -> partial:
+        """A call of one of `PARTS`."""
+        if part == "select":
+            return partial(self.select)
+        blocks = self.blocks[part.removeprefix("step ")]
+        if part == "step random":
+            return partial(lambda: self.attend(self.select()))
+        if part == "step clustered":
+            return partial(lambda: (self.select(), self.attend(blocks)))
+        return partial(self.attend, blocks)
 
+    def rival_call(self, name: str, rival, part: str) -> partial:
+        """The same part on a rival's kernels, whose output was compared with ours."""
+        chunk = min(self.tokens, RIVAL_CHUNK)
+        if part == "select":
+            run = rival.select(self.index_query, self.index_key, TOPK, chunk)
+            check_selection(name, torch.cat(run(), dim=1).transpose(0, 1), self.blocks["random"])
+            return run
+        blocks = self.blocks[part]
+        every = max(1, self.tokens // CHECKED_ROWS)
+        expected = self.attend(blocks)[::every].clone()
+        ids = [part.transpose(0, 1).contiguous() for part in blocks.split(chunk)]
+        run = rival.attend(self.query, self.key, self.value, ids, chunk)
+        check_output(name, torch.cat([out[::every] for out in run()]), expected)
+        return run
 
-def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
-
-
-def matmul_tflops(generator: torch.Generator) -> float:
-    """What an 8192^3 bf16 matmul reaches."""
-    a, b = random(generator, 8192, 8192), random(generator, 8192, 8192)
-    return 2 * 8192**3 / time_ms(lambda: a @ b) / 1e9
+    def dense(self) -> torch.Tensor:
+        return dense_attention(*(states.transpose(0, 1)[None] for states in (self.query, self.key, self.value)))
 
 
-def selection(tokens: int, generator: torch.Generator, lengths: dict) -> partial:
-    """A call that selects blocks for random queries and keys, so nearly uniform ones."""
-    index_query, index_key = random(generator, tokens, KV_HEADS, DIM), random(generator, tokens, DIM)
-    return partial(msa.select_blocks, index_query, index_key, topk=TOPK, **lengths)
+def _ratio(row: dict[str, float], above: str, below: str) -> float | None:
+    return row[above] / row[below] if above in row and below in row else None
 
 
-def measure_selection(tokens: int, generator: torch.Generator, lengths: dict) -> tuple[float, torch.Tensor]:
-    """Milliseconds of a selection, and the lists."""
-    select = selection(tokens, generator, lengths)
-    return time_ms(select), select()
+def best_rival(row: dict[str, float], part: str) -> float | None:
+    """How many times as long the fastest of the others takes as ours."""
+    times = [ms for name, ms in row.items() if name.endswith(f" {part}") and not name.startswith("step")]
+    return min(times) / row[part] if times and part in row else None
 
 
-def measure(
-    tokens: int, generator: torch.Generator, vllm: VllmKernels | None, longest_dense: int = LONGEST_DENSE
-) -> dict[str, float]:
-    """Milliseconds of each part at one length."""
-    offsets = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
-    lengths = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "block_size": BLOCK, "backend": "cuda"}
-    select = selection(tokens, generator, lengths)
-    query, key, value = (random(generator, tokens, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-
-    def attend(blocks: torch.Tensor) -> torch.Tensor:
-        return msa.block_sparse_attention(query, key, value, blocks, **lengths)
-
-    selections = {"random": select(), "clustered": clustered_blocks(tokens, generator)}
-    row = {"select": time_ms(select)}
-    for name, blocks in selections.items():
-        row[name] = time_ms(partial(attend, blocks))
-    if tokens <= LONGEST_STEP:
-        row["step random"] = time_ms(lambda: attend(select()))
-        row["step clustered"] = time_ms(lambda: (select(), attend(selections["clustered"])))
-    else:
-        for name in selections:
-            row[f"step {name}"] = row["select"] + row[name]
-    if vllm is not None:
-        chunk = min(tokens, VLLM_CHUNK)
-        row["vLLM select"] = time_ms(vllm.select(*select.args, TOPK, chunk))
-        for name, blocks in selections.items():
-            ids = [part.transpose(0, 1).contiguous() for part in blocks.split(chunk)]
-            row[f"vLLM {name}"] = time_ms(vllm.attend(query, key, value, ids, chunk))
-    if tokens <= longest_dense:
-        states = [s.transpose(0, 1)[None] for s in (query, key, value)]
-        dense = partial(scaled_dot_product_attention, *states, is_causal=True, enable_gqa=True)
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-            row["dense"] = time_ms(dense) if tokens <= LONGEST_DENSE else _time_once_ms(dense)
-    return row
+def shares(tokens: int, row: dict[str, float], ceiling: float) -> dict[str, float]:
+    """Shares of the matmul rate on the FLOPs that are needed."""
+    flops = {"select": 512.0 * tokens**2, "random": selected_flops(tokens), "clustered": selected_flops(tokens)}
+    return {part: count / row[part] / 1e9 / ceiling for part, count in flops.items() if part in row}
 
 
-def _time_once_ms(function) -> float:
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - started)
+def asked(record: dict) -> list[tuple]:
+    rows, ceiling = record["ms"], record["machine"]["matmul_tflops"]
+    figures = []
+    for tokens, label in ((131072, "128k"), (1048576, "1M")):
+        row = rows.get(tokens, {})
+        share = shares(tokens, row, ceiling)
+        for part, least, times in (("select", 0.55, 1.4), ("clustered", 0.45, 2), ("random", 0.25, 2)):
+            figures += [
+                (f"{label}, {part}: share of the matmul rate", share.get(part), ">=", least),
+                (f"{label}, {part}: times faster than the best other kernel", best_rival(row, part), ">=", times),
+            ]
+    at = {tokens: rows.get(tokens, {}) for tokens in LENGTHS}
+    return [
+        *figures,
+        ("1M, step random: times faster than dense", _ratio(at[1048576], "dense", "step random"), ">=", 20),
+        ("8k, step clustered: times faster than dense", _ratio(at[8192], "dense", "step clustered"), ">=", 1),
+        ("16k, step random: times faster than dense", _ratio(at[16384], "dense", "step random"), ">=", 1),
+        ("128k, step random: ms", at[131072].get("step random"), "<=", 54),
+    ]
 
 
-def selected_flops(tokens: int) -> float:
-    """Of exact attention over TOPK blocks: the own one up to the token, whole ones before it."""
-    token = torch.arange(tokens, dtype=torch.float64)
-    keys = token % BLOCK + 1 + (token // BLOCK).floor().clamp(max=TOPK - 1) * BLOCK
-    return float(keys.sum()) * 4 * HEADS * DIM
-
-
-def tables(rows: dict[int, dict[str, float]], ceiling: float) -> str:
+def tables(record: dict) -> str:
     """Ours in milliseconds and as share of the ceiling, then how many times faster than what."""
-
-    def ratio(row: dict[str, float], rival: str, ours: str) -> str:
-        return f"{row[rival] / row[ours]:.3g}" if rival in row else "-"
-
-    lines = [
-        "| tokens | selection | attention, random | attention, clustered | step, random | step, clustered | dense |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for tokens, row in rows.items():
-        shares = {"select": 512.0 * tokens**2, "random": selected_flops(tokens), "clustered": selected_flops(tokens)}
-        cells = [f"{row[n]:.4g} ({flops / row[n] / 1e9 / ceiling:.0%})" for n, flops in shares.items()]
-        cells += [f"{row[n]:.4g}" if n in row else "-" for n in ("step random", "step clustered", "dense")]
-        lines.append(f"| {tokens} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| tokens | step random, than dense | step clustered, than dense | selection, than vLLM | attention random, "
-        "than vLLM | attention clustered, than vLLM |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for tokens, row in rows.items():
-        pairs = [("dense", "step random"), ("dense", "step clustered")]
-        pairs += [(f"vLLM {name}", name) for name in ("select", "random", "clustered")]
-        lines.append(f"| {tokens} | {' | '.join(ratio(row, *pair) for pair in pairs)} |")
-    return "\n".join(lines)
+    rivals = sorted({name.split()[0] for row in record["ms"].values() for name in {*row} - {*PARTS, "dense"}})
+    pairs = [("dense", step) for step in ("step random", "step clustered")]
+    pairs += [(f"{rival} {part}", part) for rival in rivals for part in PARTS[:3]]
+    times, faster = [], []
+    for tokens, row in sorted(record["ms"].items()):
+        share = shares(tokens, row, record["machine"]["matmul_tflops"])
+        cells = [
+            f"{row[part]:.4g}" + (f" ({share[part]:.0%})" if part in share else "") if part in row else "-"
+            for part in (*PARTS, "dense")
+        ]
+        times.append([str(tokens), *cells])
+        ratios = [_ratio(row, *pair) for pair in pairs]
+        faster.append([str(tokens), *("-" if ratio is None else f"{ratio:.3g}" for ratio in ratios)])
+    return "\n\n".join(
+        [
+            "Milliseconds and share of the matmul rate on the FLOPs that are needed; a step is selection and attention.",
+            as_table(["tokens", "selection", "random", "clustered", *PARTS[3:], "dense"], times),
+            "How many times faster, than what:",
+            as_table(
+                ["tokens", *(f"{ours}, than {rival.removesuffix(ours).strip()}" for rival, ours in pairs)], faster
+            ),
+        ]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the CUDA operators beside dense attention and vLLM's kernels.")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cuda", help="results go to this .json and .md")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
-    parser.add_argument("--long-dense", action="store_true", help="dense at every length: 40 s for one call at 1M")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("the CUDA benchmark needs a GPU, and this machine has none")
-    generator = torch.Generator("cuda").manual_seed(0)
-    ceiling = matmul_tflops(generator)
-    vllm = load_vllm()
+    def add(parser) -> None:
+        parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
+        parser.add_argument("--long-dense", action="store_true", help="dense at every length: 40 s for one call at 1M")
+
+    arguments = parse_arguments("cuda", "Time the CUDA operators beside dense attention and others' kernels.", add)
+    run = Run("cuda", arguments, tables, asked)
     longest_dense = max(arguments.lengths) if arguments.long_dense else LONGEST_DENSE
-    rows = {}
-    for tokens in tqdm(arguments.lengths, desc="lengths"):
-        rows[tokens] = measure(tokens, generator, vllm, longest_dense)
-        tqdm.write(f"{tokens}: {json.dumps(rows[tokens])}")
-    machine = {
-        **environment(),
-        "gpu": torch.cuda.get_device_name(),
-        "command": shlex.join(["python", "-m", "benchmarks.cuda", *sys.argv[1:]]),
-        "matmul_tflops": ceiling,
-    }
-    table = (
-        f"{machine['gpu']}, torch {machine['torch']}, {machine['date']}; an 8192^3 bf16 matmul runs at "
-        f"{ceiling:.0f} TFLOP/s. Milliseconds and share of that rate on the FLOPs that are needed; a step is selection "
-        f"and attention. Then how many times faster.\n\n{tables(rows, ceiling)}"
-    )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps({"machine": machine, "ms": rows}, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text(table + "\n")
-    print(table)
+    rivals = load_triton_rivals()
+    rows = run.record["ms"] = {}
+    prefill = lru_cache(maxsize=1)(Prefill)
+
+    def measure(tokens: int, name: str) -> None:
+        operands = prefill(tokens)
+        rival, _, part = name.partition(" ")
+        if name == "dense":
+            milliseconds = time_ms(operands.dense, once=tokens > LONGEST_DENSE)
+        elif rival in rivals:
+            milliseconds = time_ms(operands.rival_call(rival, rivals[rival], part))
+        else:
+            milliseconds = time_ms(operands.call(name))
+        rows.setdefault(tokens, {})[name] = milliseconds
+
+    of_rivals = {rival: [f"{rival} {part}" for part in PARTS[:3]] for rival in rivals}
+    # SGLang last: its kernels are slower than vLLM's, and are tuned when first called
+    groups = ([*PARTS, *of_rivals.get("vLLM", []), "dense"], of_rivals.get("SGLang", []))
+    cases = [(tokens, name) for names in groups for tokens in arguments.lengths for name in names]
+    run.cases([case for case in cases if case[1] != "dense" or case[0] <= longest_dense], measure)
+    run.finish()
 
 
 if __name__ == "__main__":

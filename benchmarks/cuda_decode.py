@@ -3,38 +3,31 @@
 Index scores, top blocks and attention of the newest tokens, captured in a CUDA graph, released head geometry, bf16,
 contiguous and paged caches. Cold: steps rotate over caches that hold more than the L2 cache does in the bytes that
 they read. The floor is what a step must read and write, at the rate of a device copy in the same run.
-What is timed of vLLM beside ours, and where it is found, `rivals.py` says.
+vLLM's and SGLang's steps are timed in the same way, where `rivals.py` finds them, once their outputs agree with ours.
 """
 
-import argparse
-import json
 import math
-import shlex
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from modeling_minimax_m3 import msa
 
-from .measure import environment, relative_error
-from .rivals import VllmKernels, load_vllm
+from .gpu import BLOCK, DIM, HEADS, KV_HEADS, TOPK, Run, parse_arguments, random
+from .measure import relative_error
+from .report import as_table
+from .rivals import PAGE, check_output, load_triton_rivals
 
-RESULTS = Path(__file__).parent / "results"
-HEADS, KV_HEADS, DIM, BLOCK, TOPK = 64, 4, 128, 128, 16
-PAGE = 128
-# batch, context in tokens, new tokens of each row
+# batch, context in tokens, new tokens of each row; the first three have figures to reach
 CASES = (
-    (1, 8 << 10, 1),
-    (1, 32 << 10, 1),
-    (1, 128 << 10, 1),
     (1, 1 << 20, 1),
-    (16, 32 << 10, 1),
     (16, 128 << 10, 1),
+    (1, 32 << 10, 1),
+    (1, 8 << 10, 1),
+    (1, 128 << 10, 1),
+    (16, 32 << 10, 1),
     (16, 1 << 20, 1),
     (256, 8 << 10, 1),
     (1, 128 << 10, 16),
@@ -85,10 +78,6 @@ class Step:
         return {"cache_seqlens": self.cache_seqlens, "block_table": self.block_table, "block_size": BLOCK}
 
 
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-
 def make_step(batch: int, context: int, new: int) -> Step:
     return Step(
         index_query=random(batch, new, KV_HEADS, DIM),
@@ -129,21 +118,6 @@ def graph_us(calls: list[Callable[[], object]]) -> dict[str, float]:
     return {"us": statistics.median(times), "us_min": min(times), "us_max": max(times)}
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second that a copy of 4 GiB reads and writes. Not in a graph, where another engine may do it."""
-    source = torch.randn(1 << 30, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(REPLAYS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return 2 * source.nbytes / statistics.median(times[1:]) * 1e3
-
-
 def check(step: Step) -> None:
     """Raises unless the step does what the plain PyTorch backend does on the same operands."""
     blocks = step.select()
@@ -155,35 +129,16 @@ def check(step: Step) -> None:
         raise RuntimeError(f"wrong results: attention differs by {error:.1e}, {same:.1%} of the selections agree")
 
 
-def vllm_step(vllm: VllmKernels, step: Step) -> Callable[[], torch.Tensor]:
-    """The step on vLLM's kernels, whose cache holds (pages, H_kv, PAGE, keys and values side by side)."""
-    pages = torch.cat((step.key_cache, step.value_cache), dim=-1).transpose(1, 2).contiguous()
-    longest = step.block_table.shape[1] * PAGE
-
-    def run() -> torch.Tensor:
-        out = vllm.decode(
-            step.index_query[:, 0], step.index_key_cache, step.query[:, 0], pages, step.block_table,
-            step.cache_seqlens, longest, TOPK,
-        )  # fmt: skip
-        return out[:, None]
-
-    return run
-
-
-def measure_vllm(vllm: VllmKernels, steps: list[Step]) -> dict[str, float] | str:
-    try:
-        calls = [vllm_step(vllm, step) for step in steps]
-        error = relative_error(calls[0](), steps[0].run())
-        return graph_us(calls) if error < 2e-2 else f"not timed: its output differs by {error:.1e}"
-    except Exception as reason:  # a rival that cannot run a case must not end the run
-        return f"failed: {reason}"[:300]
-
-
-def measure(batch: int, context: int, new: int, vllm: VllmKernels | None) -> dict[str, object]:
-    """Microseconds of the step and its two halves with a contiguous and a paged cache."""
+def make_steps(batch: int, context: int, new: int) -> list[Step]:
+    """As many as hold more than the L2 cache."""
     size = step_bytes(batch, context, new)
-    steps = [make_step(batch, context, new) for _ in range(min(24, math.ceil(COLD_BYTES / size)))]
-    row: dict[str, object] = {"bytes": size, "caches": len(steps)}
+    return [make_step(batch, context, new) for _ in range(min(24, math.ceil(COLD_BYTES / size)))]
+
+
+def measure(batch: int, context: int, new: int) -> dict[str, object]:
+    """Microseconds of the step and its two halves with a contiguous and a paged cache."""
+    steps = make_steps(batch, context, new)
+    row: dict[str, object] = {"bytes": step_bytes(batch, context, new), "caches": len(steps)}
     for layout in ("contiguous", "paged"):
         if layout == "paged":
             steps = [step.paged() for step in steps]
@@ -195,64 +150,86 @@ def measure(batch: int, context: int, new: int, vllm: VllmKernels | None) -> dic
             "attend": graph_us([lambda step=s, own=b: step.attend(own) for s, b in zip(steps, blocks)]),
             "hot": graph_us([steps[0].run]),
         }
-    if vllm is not None and new == 1:
-        row["vllm, paged"] = measure_vllm(vllm, steps)
     return row
 
 
-def table(rows: list[dict[str, object]]) -> list[str]:
-    columns = ["batch", "context", "new tokens", "floor", "contiguous", "over the floor", "paged", "over the floor"]
-    columns += ["selection alone", "attention alone", "hot", "vLLM, paged"]
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    for row in rows:
-        contiguous, paged = row["contiguous"], row["paged"]
-        cells = [f"{row['batch']}", f"{row['context']}", f"{row['new']}", f"{row['floor_us']:.1f}"]
-        for layout in (contiguous, paged):
-            cells += [f"{layout['step']['us']:.1f}", f"{layout['step']['us'] / row['floor_us'] - 1:.1%}"]
-        cells += [f"{contiguous[part]['us']:.1f}" for part in ("select", "attend", "hot")]
-        vllm = row.get("vllm, paged")
-        cells.append(f"{vllm['us']:.1f}" if isinstance(vllm, dict) else "-")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def measure_rival(name: str, rival, batch: int, context: int, new: int) -> dict[str, float]:
+    """Microseconds of a rival's step with a paged cache."""
+    steps = [step.paged() for step in make_steps(batch, context, new)]
+    expected = steps[0].run()
+    calls = []
+    while steps:  # one by one, since a rival may keep a copy of the cache
+        step = steps.pop(0)
+        caches = (step.index_key_cache, step.query, step.key_cache, step.value_cache)
+        calls.append(rival.decode(step.index_query, *caches, step.block_table, step.cache_seqlens, TOPK))
+        del step, caches
+    check_output(name, calls[0](), expected)
+    return graph_us(calls)
+
+
+def _over_floor(row: dict, layout: str) -> float | None:
+    return row[layout]["step"]["us"] / row["floor_us"] - 1 if layout in row else None
+
+
+def asked(record: dict) -> list[tuple]:
+    rows = {(row["batch"], row["context"], row["new"]): row for row in record["cases"]}
+    long, batched, short = (rows.get(case, {}) for case in CASES[:3])
+    figures = []
+    for layout in ("contiguous", "paged"):
+        figures += [
+            (f"batch 1, 1M, {layout}: over the floor", _over_floor(long, layout), "<=", 0.12),
+            (f"batch 16, 128k, {layout}: over the floor", _over_floor(batched, layout), "<=", 0.08),
+            (f"batch 1, 32k, {layout}: us", short[layout]["step"]["us"] if layout in short else None, "<=", 12),
+        ]
+    return figures
+
+
+def tables(record: dict) -> str:
+    def us(timing: dict | None) -> str:
+        return "-" if timing is None else f"{timing['us']:.1f}"
+
+    rivals = sorted({name for row in record["cases"] for name in row if name.endswith(", paged")})
+    rows = []
+    for row in record["cases"]:
+        cells = [str(row["batch"]), str(row["context"]), str(row["new"]), f"{row['floor_us']:.1f}"]
+        for layout in ("contiguous", "paged"):
+            over = _over_floor(row, layout)
+            cells += [us(row.get(layout, {}).get("step")), "-" if over is None else f"{over:.1%}"]
+        cells += [us(row.get("contiguous", {}).get(part)) for part in ("select", "attend", "hot")]
+        rows.append(cells + [us(row.get(rival)) for rival in rivals])
+    header = ["batch", "context", "new tokens", "floor", "contiguous", "over the floor", "paged", "over the floor"]
+    header += ["selection alone", "attention alone", "hot", *rivals]
+    return (
+        f"A chain of empty kernels takes {record['machine']['empty_kernel_us']:.2f} us each. Microseconds a step inside a "
+        "CUDA graph, cold but for the hot column; parts and hot figures with a contiguous cache. The floor is at the rate "
+        f"of the copy.\n\n{as_table(header, rows)}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time decoding steps of the CUDA operators.")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cuda_decode", help="results go to .json and .md")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("the CUDA benchmark needs a GPU, and this machine has none")
-    vllm = load_vllm()
-    torch.manual_seed(0)
-    copy_rate = copy_bandwidth()
-    torch.cuda.empty_cache()
-    machine = {
-        **environment(),
-        "gpu": torch.cuda.get_device_name(),
-        "command": shlex.join(["python", "-m", "benchmarks.cuda_decode", *sys.argv[1:]]),
-        "copy_bytes_per_second": copy_rate,
-        "empty_kernel_us": graph_us([lambda: torch.cuda._sleep(0)] * 200)["us"],
-    }
-    rows = []
-    for batch, context, new in tqdm(CASES, desc="cases"):
-        row = measure(batch, context, new, vllm)
-        floor_us = row["bytes"] / copy_rate * 1e6
-        rows.append({"batch": batch, "context": context, "new": new, "floor_us": floor_us, **row})
-        torch.cuda.empty_cache()
-    lines = [
-        f"{machine['gpu']}, torch {machine['torch']}, {machine['date']}; a device copy reads and writes "
-        f"{copy_rate / 1e12:.2f} TB/s; a chain of empty kernels takes {machine['empty_kernel_us']:.2f} us each. "
-        "Microseconds a step inside a CUDA graph, cold but for the hot column; parts and hot figures with a "
-        "contiguous cache.",
-        "",
-        *table(rows),
-    ]
-    text = "\n".join(lines) + "\n"
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "cases": rows}
-    arguments.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text(text)
-    print(text)
+    run = Run(
+        "cuda_decode", parse_arguments("cuda_decode", "Time decoding steps of the CUDA operators."), tables, asked
+    )
+    rivals = load_triton_rivals()
+    run.record["machine"]["empty_kernel_us"] = graph_us([lambda: torch.cuda._sleep(0)] * 200)["us"]
+    rows = {}
+    run.record["cases"] = []
+
+    def measure_case(batch: int, context: int, new: int, name: str) -> None:
+        timings = (
+            measure(batch, context, new)
+            if name == "ours"
+            else {f"{name}, paged": measure_rival(name, rivals[name], batch, context, new)}
+        )
+        if (batch, context, new) not in rows:
+            floor_us = step_bytes(batch, context, new) / run.record["machine"]["copy_bytes_per_second"] * 1e6
+            rows[batch, context, new] = {"batch": batch, "context": context, "new": new, "floor_us": floor_us}
+            run.record["cases"].append(rows[batch, context, new])
+        rows[batch, context, new].update(timings)
+
+    cases = [(*case, name) for case in CASES for name in ("ours", "vLLM") if name == "ours" or name in rivals]
+    run.cases(cases + [(*case, "SGLang") for case in CASES if "SGLang" in rivals and case[2] == 1], measure_case)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -1,24 +1,20 @@
 """One sparse attention layer beside stock's on a GPU: `python -m benchmarks.cuda_layer [--output NAME]`.
 
-Released geometry, projections included, bf16, batch 1, the same weights in both. Stock runs under sdpa.
+Released geometry, projections included, bf16, batch 1, the same weights in both. Stock runs under sdpa. Ours goes on at
+growing lengths until the card's memory ends.
 """
 
-import argparse
-import json
-import shlex
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 from modeling_minimax_m3.sequence_layout import build_layout
 
-from .cuda import RESULTS, time_ms
+from .gpu import Run, parse_arguments, time_ms
 from .implementations import OURS, STOCK, classes, load_same_weights, text_config
-from .measure import environment
+from .measure import relative_error
+from .report import as_table
 
 HIDDEN = 6144
 GEOMETRY = {
@@ -35,7 +31,8 @@ GEOMETRY = {
     "mlp_layer_types": ["dense"],
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
 }
-LENGTHS = {STOCK: (8192, 12288), OURS: (8192, 12288, 131072, 1048576)}
+BOTH_LENGTHS = (8192, 12288)  # stock's memory grows with their square
+OUR_LENGTHS = (131072, 262144, 524288, 1048576)
 PASSES = ("forward", "forward + backward")
 MAX_ERROR = 2e-2  # bf16 rounding, and the few tokens whose blocks lie near a tie
 
@@ -86,67 +83,56 @@ def measure(implementation: str, layer: torch.nn.Module, rotary: torch.nn.Module
         return {"ms": None, "gib": None}
     finally:
         layer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
 
 
 def check_agreement(layers: dict) -> float:
     """Relative error of ours against stock on a length of which no token selects among blocks, so that ties do not
     matter; raises where it is larger than rounding."""
     tokens = GEOMETRY["index_topk_blocks"] * GEOMETRY["index_block_size"]
-    outs = {name: step(name, *layers[name], tokens, PASSES[0])().float() for name in layers}
-    error = ((outs[OURS] - outs[STOCK]).norm() / outs[STOCK].norm()).item()
+    outs = {name: step(name, *layers[name], tokens, PASSES[0])() for name in layers}
+    error = relative_error(outs[OURS], outs[STOCK])
     if not error < MAX_ERROR:
         raise SystemExit(f"ours and stock's layer differ by {error:.1e}, the limit is {MAX_ERROR:.0e}")
     return error
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time a sparse attention layer beside stock's on a GPU.")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cuda_layer", help="results go to this .json and .md")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("the CUDA benchmark needs a GPU, and this machine has none")
-    layers = {implementation: build(implementation) for implementation in LENGTHS}
-    error = check_agreement(layers)
-    rows = {}
+def tables(record: dict) -> str:
+    rows, lines = record["rows"], []
     for name in PASSES:
-        for implementation, lengths in LENGTHS.items():
-            for tokens in tqdm(lengths, desc=f"{implementation}, {name}"):
-                rows[f"{implementation}, {name}, {tokens}"] = row = measure(
-                    implementation, *layers[implementation], tokens, name
-                )
-                if row["ms"] is None:
-                    break
-    machine = {
-        **environment(),
-        "gpu": torch.cuda.get_device_name(),
-        "command": shlex.join(["python", "-m", "benchmarks.cuda_layer", *sys.argv[1:]]),
-        "relative_error": error,
-    }
-    lines = [
-        f"{machine['gpu']}, torch {machine['torch']}, transformers {machine['transformers']}, {machine['date']}; "
-        f"relative error against stock {error:.1e}. Milliseconds / peak extra GiB.",
-        "",
-        "| tokens | pass | stock | ours | times faster |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name in PASSES:
-        for tokens in LENGTHS[OURS]:
+        for tokens in (*BOTH_LENGTHS, *OUR_LENGTHS):
             stock, ours = (rows.get(f"{which}, {name}, {tokens}") for which in (STOCK, OURS))
-            if ours is None:
-                continue
-            ratio = f"{stock['ms'] / ours['ms']:.1f}" if stock and stock["ms"] and ours["ms"] else "-"
-            lines.append(f"| {tokens} | {name} | {_cell(stock)} | {_cell(ours)} | {ratio} |")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+            if stock or ours:
+                ratio = f"{stock['ms'] / ours['ms']:.1f}" if stock and ours and stock["ms"] and ours["ms"] else "-"
+                lines.append([str(tokens), name, _cell(stock), _cell(ours), ratio])
+    return (
+        f"Relative error against stock {record['machine']['relative_error']:.1e}. Milliseconds / peak extra GiB.\n\n"
+        + as_table(["tokens", "pass", "stock", "ours", "times faster"], lines)
+    )
 
 
 def _cell(row: dict | None) -> str:
     if row is None:
         return "not run"
     return "out of memory" if row["ms"] is None else f"{row['ms']:.4g} / {row['gib']:.3g}"
+
+
+def main() -> None:
+    run = Run("cuda_layer", parse_arguments("cuda_layer", "Time a sparse attention layer beside stock's."), tables)
+    layers = {implementation: build(implementation) for implementation in (STOCK, OURS)}
+    run.record["machine"]["relative_error"] = check_agreement(layers)
+    rows = run.record["rows"] = {}
+    ended = set()  # passes for which a shorter length was too much
+
+    def case(implementation: str, name: str, tokens: int) -> None:
+        if (implementation, name) not in ended:
+            row = measure(implementation, *layers[implementation], tokens, name)
+            rows[f"{implementation}, {name}, {tokens}"] = row
+            if row["ms"] is None:
+                ended.add((implementation, name))
+
+    both = [(which, name, tokens) for tokens in BOTH_LENGTHS for name in PASSES for which in (OURS, STOCK)]
+    run.cases(both + [(OURS, name, tokens) for tokens in OUR_LENGTHS for name in PASSES], case)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -5,23 +5,20 @@ is run at growing lengths until the card's memory ends; ours at the last length 
 that length, whose memory is compared with stock's. Each length runs in a process of its own.
 """
 
-import argparse
 import json
-import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
+from .gpu import Run, parse_arguments, require_gpu
 from .implementations import OURS, STOCK, classes, text_config
-from .measure import environment
+from .report import as_table
 
-RESULTS = Path(__file__).parent / "results"
 NUM_LAYERS, NUM_DENSE = 14, 2
 GEOMETRY = {
     "hidden_size": 1024,
@@ -43,8 +40,10 @@ GEOMETRY = {
     "max_position_embeddings": 1048576,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
 }
+LENGTHS = (8192, 12288, 16384, 20480)
 STEPS = 3  # after one to warm up
 LONGER = 8  # how many times stock's length ours is to train in the same memory
+OUR_LENGTHS = {"stock's longest": 1, f"{LONGER} times that": LONGER}
 
 
 def train(implementation: str, tokens: int) -> dict[str, Any]:
@@ -85,54 +84,67 @@ def in_own_process(implementation: str, tokens: int) -> dict[str, Any] | None:
     command = [sys.executable, "-m", "benchmarks.cuda_model", "--only", implementation, "--tokens", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
-        row = json.loads(done.stdout.splitlines()[-1])
-        print(f"{implementation}, {tokens} tokens: {row['tokens_per_second']:.0f} tokens/s, {row['peak_gib']:.1f} GiB")
-        return row
+        return json.loads(done.stdout.splitlines()[-1])
     if "OutOfMemoryError" not in done.stderr:
-        raise SystemExit(done.stderr)
-    print(f"{implementation}, {tokens} tokens: out of memory", flush=True)
+        raise RuntimeError(done.stderr[-2000:])
     return None
 
 
+def asked(record: dict) -> list[tuple]:
+    stock = [row for row in record["rows"] if row["implementation"] == STOCK]
+    ours = {row["tokens"]: row for row in record["rows"] if row["implementation"] == OURS}
+    if not stock or not ours:
+        return []
+    longest = stock[-1]
+    same, longer = ours.get(longest["tokens"]), ours.get(LONGER * longest["tokens"])
+    faster = same and same["tokens_per_second"] / longest["tokens_per_second"]
+    memory = longer and longer["peak_gib"] / longest["peak_gib"]
+    return [
+        (f"tokens/s at stock's longest, {longest['tokens']} tokens, over stock's", faster, ">=", 3),
+        (f"peak memory at {LONGER} times that length, over stock's", memory, "<=", 1),
+    ]
+
+
+def tables(record: dict) -> str:
+    rows = [
+        [row["implementation"], str(row["tokens"]), f"{row['tokens_per_second']:.0f}", f"{row['peak_gib']:.1f}"]
+        for row in record["rows"]
+    ]
+    rows += [[*label.split(", "), "out of memory", "-"] for label in record["out_of_memory"]]
+    size = f"{record['rows'][0]['parameters'] / 1e9:.2f}B parameters.\n\n" if record["rows"] else ""
+    return size + as_table(["", "tokens", "tokens/s", "peak GiB"], rows)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time training steps beside stock's on a GPU.")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cuda_model", help="results go to this .json and .md")
-    parser.add_argument("--only", choices=(STOCK, OURS), help="measure one implementation and print a line of JSON")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 12288, 16384], help="lengths to try for stock")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("the CUDA benchmark needs a GPU, and this machine has none")
+    def add(parser) -> None:
+        parser.add_argument("--only", choices=(STOCK, OURS), help="measure one implementation, print a line of JSON")
+        parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS, help="lengths to try for stock")
+
+    arguments = parse_arguments("cuda_model", "Time training steps of a small model beside stock's.", add)
     if arguments.only:
+        require_gpu()
         print(json.dumps(train(arguments.only, arguments.tokens[0])))
         return
-    rows = []
-    for tokens in arguments.tokens:
-        row = in_own_process(STOCK, tokens)
+    run = Run("cuda_model", arguments, tables, asked)
+    run.record |= {"rows": [], "out_of_memory": []}
+
+    def case(implementation: str, tokens: int | str) -> None:
+        ended = run.record["out_of_memory"]
+        if implementation == STOCK and ended:
+            return
+        if implementation == OURS:
+            of_stock = [row["tokens"] for row in run.record["rows"] if row["implementation"] == STOCK]
+            if not of_stock:
+                raise RuntimeError("stock managed no length")
+            tokens = OUR_LENGTHS[tokens] * of_stock[-1]
+        row = in_own_process(implementation, tokens)
         if row is None:
-            break
-        rows.append(row)
-    longest = rows[-1]["tokens"]
-    rows += [row for tokens in (longest, LONGER * longest) if (row := in_own_process(OURS, tokens))]
-    machine = {
-        **environment(),
-        "gpu": torch.cuda.get_device_name(),
-        "command": shlex.join(["python", "-m", "benchmarks.cuda_model", *sys.argv[1:]]),
-    }
-    lines = [
-        f"{machine['gpu']}, torch {machine['torch']}, transformers {machine['transformers']}, {machine['date']}; "
-        f"{rows[0]['parameters'] / 1e9:.2f}B parameters.",
-        "",
-        "| | tokens | tokens/s | peak GiB |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {r['implementation']} | {r['tokens']} | {r['tokens_per_second']:.0f} | {r['peak_gib']:.1f} |"
-            for r in rows
-        ),
-    ]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+            ended.append(f"{implementation}, {tokens}")
+        else:
+            run.record["rows"].append(row)
+
+    run.cases([(STOCK, tokens) for tokens in arguments.tokens] + [(OURS, times) for times in OUR_LENGTHS], case)
+    run.finish()
 
 
 if __name__ == "__main__":

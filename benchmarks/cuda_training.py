@@ -1,123 +1,177 @@
-"""Training with the CUDA operators beside dense attention on one GPU: `python -m benchmarks.cuda_training [--output NAME]`.
+"""Training with the CUDA operators beside others on one GPU: `python -m benchmarks.cuda_training [--output NAME]`.
 
 Released head geometry, bf16, batch 1, forward and backward through autograd. A step is what an attention layer does
-besides its projections: selection, attention, and the indexer's loss, each with its gradient. Ceilings are measured in
-the same run. The rival here is the dense causal attention of PyTorch (cuDNN where it takes the call).
+besides its projections: selection, attention, and the indexer's loss, each with its gradient. The others are the dense
+causal attention of PyTorch (cuDNN where it takes the call), and flash-msa, whose step does what ours does (but returns no
+value of the loss), where `rivals.py` finds it.
 """
 
-import argparse
-import json
-import shlex
-import sys
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from functools import lru_cache, partial
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-from tqdm import tqdm
 
 from modeling_minimax_m3 import msa
 
-from .cuda import (
+from .gpu import (
     BLOCK,
     DIM,
     HEADS,
     KV_HEADS,
-    RESULTS,
     TOPK,
+    Run,
     clustered_blocks,
-    matmul_tflops,
+    dense_attention,
+    parse_arguments,
     random,
     selected_flops,
     time_ms,
 )
-from .measure import environment
+from .report import as_table
+from .rivals import load_flash_msa
 
-LENGTHS = (8192, 32768, 131072)
+LENGTHS = (32768, 131072, 8192)
+LISTS = ("random", "clustered")
 SECONDS = 0.25  # of repetitions of each call
 TRAINING_FLOPS = 3.5  # of those of the forward: it has two products, its gradient five
 
 
-def training_ms(function: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> dict[str, float]:
-    """Milliseconds of forward and backward, and GiB that they take beside the inputs."""
+def training_ms(function: Callable, leaves: list[torch.Tensor]) -> dict[str, float]:
+    """Milliseconds of forward and backward, of the forward alone, and GiB that both take beside the inputs."""
     with torch.no_grad():
-        grad_out = torch.randn_like(function(*leaves))
+        outs = function(*leaves)
+        grads = [torch.randn_like(out) for out in (outs if isinstance(outs, tuple) else [outs])]
+    del outs
 
     def step() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(function(*leaves), leaves, grad_out)
+        return torch.autograd.grad(function(*leaves), leaves, grads)
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    return {
-        "both": time_ms(step, SECONDS),
-        "gib": (torch.cuda.max_memory_allocated() - before) / 2**30,
-    }
+    both = time_ms(step, SECONDS)
+    gib = (torch.cuda.max_memory_allocated() - before) / 2**30
+    with torch.no_grad():
+        return {"both": both, "gib": gib, "forward": time_ms(partial(function, *leaves), SECONDS)}
 
 
-def measure(tokens: int, generator: torch.Generator) -> dict[str, dict]:
-    """Milliseconds of each part at one length."""
-    offsets = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
-    lengths = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "block_size": BLOCK, "backend": "cuda"}
-    index_query, index_key = random(generator, tokens, KV_HEADS, DIM), random(generator, tokens, DIM)
-    select = partial(msa.select_blocks, index_query, index_key, topk=TOPK, **lengths)
-    row = {"select": {"both": time_ms(select, SECONDS)}}
-    leaves = [random(generator, tokens, heads, DIM).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    query, key, value = (leaf.detach() for leaf in leaves)
-    index_leaves = [index_query.detach().requires_grad_(), index_key.detach().requires_grad_()]
-    for name, blocks in (("random", select()), ("clustered", clustered_blocks(tokens, generator))):
-        attend = partial(msa.block_sparse_attention, block_indices=blocks, **lengths)
-        row[name] = training_ms(attend, leaves)
-        row[name]["forward"] = time_ms(partial(attend, query, key, value), SECONDS)
-        lse = attend(query, key, value, return_lse=True)[1]
-        loss = partial(msa.indexer_kl_loss, query=query, key=key, block_indices=blocks, lse=lse, **lengths)
-        row[f"{name}_loss"] = training_ms(loss, index_leaves)
-    states = [leaf.detach().transpose(0, 1)[None].requires_grad_() for leaf in leaves]
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        row["dense"] = training_ms(partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True), states)
-    return row
+class Training:
+    """The operands of one length; what is trained is a leaf."""
+
+    def __init__(self, tokens: int):
+        offsets = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+        lengths = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "block_size": BLOCK, "backend": "cuda"}
+        self.index_leaves = [random(tokens, KV_HEADS, DIM).requires_grad_(), random(tokens, DIM).requires_grad_()]
+        self.leaves = [random(tokens, heads, DIM).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        self.attend = partial(msa.block_sparse_attention, **lengths)
+        self.loss = partial(msa.indexer_kl_loss, **lengths)
+        self.select = partial(msa.select_blocks, *(x.detach() for x in self.index_leaves), topk=TOPK, **lengths)
+        self.blocks = {"random": self.select(), "clustered": clustered_blocks(tokens)}
+
+    def measure(self, part: str, flash_msa: Callable | None) -> dict[str, float]:
+        if part == "select":
+            return {"both": time_ms(self.select, SECONDS)}
+        if part in self.blocks:
+            return training_ms(partial(self.attend, block_indices=self.blocks[part]), self.leaves)
+        if part == "dense":
+            return training_ms(dense_attention, [_heads_first(leaf[None]) for leaf in self.leaves])
+        if part == "flash-msa":
+            return self.measure_flash_msa(flash_msa)
+        blocks = self.blocks[part.removesuffix("_loss")]
+        query, key, value = (leaf.detach() for leaf in self.leaves)
+        lse = self.attend(query, key, value, blocks, return_lse=True)[1]
+        loss = partial(self.loss, query=query, key=key, block_indices=blocks, lse=lse)
+        return training_ms(loss, self.index_leaves)
+
+    def measure_flash_msa(self, function: Callable) -> dict[str, float]:
+        index_query, index_key = self.index_leaves
+        states = [index_query[None], index_key[None, :, None], *(leaf[None] for leaf in self.leaves)]
+        leaves = [_heads_first(state).detach().contiguous().requires_grad_() for state in states]
+        step = partial(function, top_k=TOPK * BLOCK, scale=DIM**-0.5)
+        with torch.no_grad():
+            # a row is a token and KV head: its query heads share a selection
+            ours = self.attend(*self.leaves, self.blocks["random"]).flatten(1).unflatten(1, (KV_HEADS, -1))
+            errors = (step(*leaves)[0].view_as(ours) - ours).norm(dim=-1) / ours.norm(dim=-1)
+        same = (errors < 3e-2).float().mean().item()
+        if not same >= 0.9:  # it rounds its scores to bf16, so that some rows have another block
+            raise RuntimeError(f"flash-msa is not timed: {same:.1%} of its rows are ours")
+        return training_ms(step, leaves)
+
+
+def _heads_first(states: torch.Tensor) -> torch.Tensor:
+    return states.detach().transpose(1, 2).requires_grad_()
+
+
+def step_ms(row: dict[str, dict], lists: str) -> float | None:
+    """Milliseconds of a step, once all of its parts were measured."""
+    parts = ("select", lists, f"{lists}_loss")
+    return sum(row[part]["both"] for part in parts) if all(part in row for part in parts) else None
+
+
+def share(record: dict, tokens: int, lists: str) -> float | None:
+    """Of the matmul rate, by attention alone on the FLOPs of the selected blocks."""
+    row = record["rows"].get(tokens, {})
+    flops = TRAINING_FLOPS * selected_flops(tokens)
+    return flops / row[lists]["both"] / 1e9 / record["machine"]["matmul_tflops"] if lists in row else None
+
+
+def times_step(record: dict, tokens: int, lists: str, other: str) -> float | None:
+    """How many times as long another's step takes."""
+    row = record["rows"].get(tokens, {})
+    step = step_ms(row, lists)
+    return row[other]["both"] / step if step and other in row else None
+
+
+def asked(record: dict) -> list[tuple]:
+    figures = []
+    for tokens, label, dense in ((32768, "32k", (2.5, 3.5)), (131072, "128k", (8, 11))):
+        for lists, least, times in zip(LISTS, (0.26, 0.38), dense):
+            than_dense, than_flash = (times_step(record, tokens, lists, other) for other in ("dense", "flash-msa"))
+            figures += [
+                (f"{label}, {lists}: attention's share of the matmul rate", share(record, tokens, lists), ">=", least),
+                (f"{label}, {lists}: step, times faster than dense", than_dense, ">=", times),
+                (f"{label}, {lists}: step, times faster than flash-msa", than_flash, ">=", 6),
+            ]
+    return figures
+
+
+def tables(record: dict) -> str:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rows = []
+    for tokens, row in sorted(record["rows"].items()):
+        for lists in LISTS:
+            both = {part: f"{found['both']:.4g}" for part, found in row.items()}
+            both |= {part: f"{both[part]} ({found['gib']:.2f})" for part, found in row.items() if "gib" in found}
+            parts = [both.get(part, "-") for part in ("select", lists, f"{lists}_loss", "dense", "flash-msa")]
+            forward = row[lists]["forward"] if lists in row else None
+            own = [number(share(record, tokens, lists), ".1%"), number(forward, ".4g")]
+            times = [number(times_step(record, tokens, lists, other), ".3g") for other in ("dense", "flash-msa")]
+            step = number(step_ms(row, lists), ".4g")
+            rows.append([str(tokens), lists, *parts[:2], *own, parts[2], step, *parts[3:], *times])
+    header = ["tokens", "lists", "selection", "attention", "share", "its forward alone", "indexer's loss", "step"]
+    header += ["dense", "flash-msa", "dense / step", "flash-msa / step"]
+    return (
+        "Milliseconds of forward + backward (GiB beside the inputs); share of the matmul rate on the FLOPs of the "
+        f"selected blocks. A step: selection, attention and indexer's loss.\n\n{as_table(header, rows)}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time training with the CUDA operators beside dense attention.")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cuda_training", help="for a .json and a .md")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("the CUDA benchmark needs a GPU, and this machine has none")
-    generator = torch.Generator("cuda").manual_seed(0)
-    ceiling = matmul_tflops(generator)
-    machine = {
-        **environment(),
-        "gpu": torch.cuda.get_device_name(),
-        "command": shlex.join(["python", "-m", "benchmarks.cuda_training", *sys.argv[1:]]),
-        "matmul_tflops": ceiling,
-    }
-    lines = [
-        f"{machine['gpu']}, torch {machine['torch']}, {machine['date']}; an 8192^3 bf16 matmul runs at "
-        f"{ceiling:.0f} TFLOP/s. Milliseconds of forward + backward (GiB beside the inputs); share of that rate on the "
-        "FLOPs of the selected blocks. A step: selection, attention and indexer's loss.",
-        "",
-        "| tokens | lists | selection | attention | share | its forward alone | indexer's loss | step | dense | dense / step |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    rows: dict[int, dict[str, dict]] = {}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    for tokens in tqdm(LENGTHS, desc="lengths"):
-        rows[tokens] = row = measure(tokens, generator)
-        parts = {name: f"{p['both']:.4g} ({p['gib']:.2f})" for name, p in row.items() if "gib" in p}
-        for name in ("random", "clustered"):
-            share = TRAINING_FLOPS * selected_flops(tokens) / row[name]["both"] / 1e9 / ceiling
-            step = sum(row[part]["both"] for part in ("select", name, f"{name}_loss"))
-            lines.append(
-                f"| {tokens} | {name} | {row['select']['both']:.4g} | {parts[name]} | {share:.1%} | "
-                f"{row[name]['forward']:.4g} | {parts[f'{name}_loss']} | {step:.4g} | {parts['dense']} | {row['dense']['both'] / step:.3g} |"
-            )
-        # After each length: the longest takes most of the time.
-        written = {"machine": machine, "rows": rows}
-        arguments.output.with_suffix(".json").write_text(json.dumps(written, indent=2) + "\n")
-        arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    arguments = parse_arguments("cuda_training", "Time training with the CUDA operators beside others.")
+    run = Run("cuda_training", arguments, tables, asked)
+    flash_msa = load_flash_msa()
+    rows = run.record["rows"] = {}
+    training = lru_cache(maxsize=1)(Training)
+
+    def measure(tokens: int, part: str) -> None:
+        rows.setdefault(tokens, {})[part] = training(tokens).measure(part, flash_msa)
+
+    parts = ["select", *LISTS, *(f"{lists}_loss" for lists in LISTS), "dense"]
+    cases = [(tokens, part) for tokens in LENGTHS for part in parts]
+    # flash-msa last: it compiles for every length
+    run.cases(cases + [(tokens, "flash-msa") for tokens in LENGTHS if flash_msa is not None], measure)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,7 @@ Head and loss alone, forward and backward, bf16, the released vocabulary. Plain 
 logits of all tokens; the others are `causal_lm_loss`, on a plain linear head, and on one that it calls as a module.
 """
 
-import argparse
-import json
-import shlex
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +13,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_minimax_m3.language_loss import causal_lm_loss
 
-from .measure import environment
+from .gpu import Run, parse_arguments
+from .report import as_table
 
-RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 200064
 HIDDEN = (6144, 2048)  # the released size, and that of a model of about 1B parameters
 TOKENS = (8192, 32768)
@@ -45,7 +40,6 @@ METHODS: dict[str, tuple[type[nn.Linear], Callable[..., torch.Tensor]]] = {
 def measure(method: str, hidden: int, tokens: int, train_head: bool) -> dict[str, Any]:
     """Milliseconds, memory beyond weights and hidden states, and what came out, or why nothing did."""
     head_class, loss_function = METHODS[method]
-    torch.cuda.empty_cache()
     generator = torch.Generator("cuda").manual_seed(0)
     head = head_class(hidden, VOCABULARY, bias=False, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
@@ -83,40 +77,39 @@ def disagreement(row: dict[str, Any], plain: dict[str, Any]) -> float:
     return max(abs(row[name] / plain[name] - 1) for name in names)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| head | tokens | loss | ms | GiB |", "| --- | ---: | --- | ---: | ---: |"]
-    for row in rows:
+def tables(record: dict) -> str:
+    rows = []
+    for row in record["rows"]:
         head = f"{row['hidden']}, {'trained' if row['train_head'] else 'frozen'}"
-        figures = row.get("failed") or f"{row['ms']:.0f} | {row['GiB']:.1f}"
-        lines.append(f"| {head} | {row['tokens']} | {row['method']} | {figures} |")
-    return "\n".join(lines)
+        figures = [row["failed"], "-"] if "failed" in row else [f"{row['ms']:.0f}", f"{row['GiB']:.1f}"]
+        rows.append([head, str(row["tokens"]), row["method"], *figures])
+    return f"bf16, vocabulary {VOCABULARY}.\n\n" + as_table(["head", "tokens", "loss", "ms", "GiB"], rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times the language-modelling loss with and without logits on a GPU.")
-    parser.add_argument("--output", type=Path, default=RESULTS / "language_loss", help="file without its ending")
-    output = parser.parse_args().output
-    rows = []
-    for hidden in HIDDEN:
-        for train_head in (True, False):
-            for tokens in TOKENS:
-                plain = None
-                for method in METHODS:
-                    row = {"hidden": hidden, "train_head": train_head, "tokens": tokens, "method": method}
-                    rows.append(row | measure(method, hidden, tokens, train_head))
-                    plain = plain or rows[-1]
-                    if "failed" not in rows[-1] and "failed" not in plain and disagreement(rows[-1], plain) > 1e-3:
-                        raise RuntimeError(f"{rows[-1]} disagrees with {plain}")
-                    print(rows[-1], flush=True)
-    report = {"environment": environment(), "device": torch.cuda.get_device_name()}
-    report |= {"command": shlex.join(["python", "-m", "benchmarks.language_loss", *sys.argv[1:]]), "rows": rows}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    title = (
-        f"# Language-modelling loss, forward and backward\n\n{report['device']}, bf16, vocabulary {VOCABULARY}.\n\n"
+    arguments = parse_arguments("language_loss", "Time the language-modelling loss with and without logits.")
+    run = Run("language_loss", arguments, tables)
+    rows = run.record["rows"] = []
+
+    def case(hidden: int, train_head: bool, tokens: int, method: str) -> None:
+        setting = {"hidden": hidden, "train_head": train_head, "tokens": tokens}
+        row = setting | {"method": method} | measure(method, hidden, tokens, train_head)
+        others = [other for other in rows if setting.items() <= other.items() and "failed" not in other]
+        if others and "failed" not in row and disagreement(row, others[0]) > 1e-3:
+            raise RuntimeError(f"{row} disagrees with {others[0]}")
+        rows.append(row)
+
+    run.cases(
+        [
+            (hidden, train_head, tokens, method)
+            for hidden in HIDDEN
+            for train_head in (True, False)
+            for tokens in TOKENS
+            for method in METHODS
+        ],
+        case,
     )
-    output.with_suffix(".md").write_text(title + table(rows) + "\n", encoding="utf-8")
-    print(table(rows))
+    run.finish()
 
 
 if __name__ == "__main__":

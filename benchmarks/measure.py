@@ -106,7 +106,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def _command_output(*command: str) -> str:
+def command_output(*command: str) -> str:
     try:
         return subprocess.run(
             command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
@@ -128,9 +128,9 @@ def environment() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         # a copy of the tree without git data is told by the variable which commit it is of
-        "commit": _command_output("git", "rev-parse", "--short=12", "HEAD") or os.environ.get("COMMIT", "unknown"),
+        "commit": command_output("git", "rev-parse", "--short=12", "HEAD") or os.environ.get("COMMIT", "unknown"),
         "uncommitted_changes": bool(
-            _command_output(
+            command_output(
                 "git",
                 "status",
                 "--porcelain",

@@ -1,8 +1,16 @@
-"""The Triton kernels of vLLM, to be timed beside ours where they can be found.
+"""Others' kernels, to be timed beside ours where they can be found.
 
-`MINIMAX_M3_VLLM` names the directory that holds `vllm/models/minimax_m3`: an installation's site-packages, or where a
-vLLM wheel (0.33.0 was used) was unpacked. vLLM itself need not be installed: what the two kernel files import of it is
-three small helpers, put in their place here. Nothing of vLLM is part of this repository.
+Each environment variable names a directory: an installation's site-packages, or where a wheel was unpacked.
+
+| variable | what lies there | version used |
+| --- | --- | --- |
+| `MINIMAX_M3_VLLM` | `vllm/models/minimax_m3` | 0.33.0 |
+| `MINIMAX_M3_SGLANG` | `sglang/kernels/ops/attention/minimax_sparse` | 0.5.23 |
+| `MINIMAX_M3_FLASH_MSA` | `flash_msa`, and all that it needs installed | 0.1.1 |
+
+The first two are Triton kernels in plain files, and the packages around them need not be installed: what the files import
+of them is a few small helpers, put in their place here. SGLang's decoding runs with its Triton top-k, not with the one
+that it compiles. Nothing of theirs is part of this repository.
 """
 
 import importlib
@@ -14,24 +22,79 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-VARIABLE = "MINIMAX_M3_VLLM"
+from .measure import relative_error
+
 PAGE = 128  # tokens of a cache page, and of a key block
+MAX_ERROR = 2e-2  # of a rival's output in bf16
+SAME_ROWS = 0.99  # of the selections must be ours; rounding decides the others
 
 
-def load_vllm() -> "VllmKernels | None":
-    """vLLM's kernels, or None, which is said, where the environment variable names no place that has them."""
-    root = os.environ.get(VARIABLE)
-    if not root or not (Path(root) / "vllm/models/minimax_m3/common/ops").is_dir():
-        print(f"vLLM's kernels are not timed: {VARIABLE} names no directory with vllm/models/minimax_m3", flush=True)
+def _load(variable: str, inside: str, load: Callable[[Path], object]):
+    """What `load` makes of the directory that the variable names, or None, which is said: a rival never ends a run."""
+    root = os.environ.get(variable)
+    if not root or not (Path(root) / inside).is_dir():
+        print(f"not timed: {variable} names no directory with {inside}", flush=True)
         return None
-    return VllmKernels(Path(root))
+    try:
+        return load(Path(root))
+    except Exception as reason:
+        print(f"not timed: {inside} in {variable} cannot be loaded: {type(reason).__name__}: {reason}", flush=True)
+        return None
+
+
+def load_triton_rivals() -> "dict[str, VllmKernels | SglangKernels]":
+    """Those whose kernels are there, by name."""
+    rivals = {
+        "vLLM": _load("MINIMAX_M3_VLLM", "vllm/models/minimax_m3/common/ops", VllmKernels),
+        "SGLang": _load("MINIMAX_M3_SGLANG", "sglang/kernels/ops/attention/minimax_sparse", SglangKernels),
+    }
+    return {name: rival for name, rival in rivals.items() if rival is not None}
+
+
+def load_flash_msa() -> Callable | None:
+    """flash-msa's function of index queries, index keys, queries, keys, values (1, H, S, D), keys to select and scale:
+    it returns (1, S, H D) and a zero whose gradient is that of the indexer's loss."""
+
+    def load(root: Path) -> Callable:
+        sys.path.insert(0, str(root))
+        return importlib.import_module("flash_msa").flash_msa_func
+
+    return _load("MINIMAX_M3_FLASH_MSA", "flash_msa", load)
+
+
+def check_selection(name: str, blocks: torch.Tensor, ours: torch.Tensor) -> None:
+    """Raises unless nearly all rows (..., topk) list the blocks that ours list."""
+    same = (blocks.sort(-1).values == ours.sort(-1).values).all(-1).float().mean().item()
+    if not same >= SAME_ROWS:
+        raise RuntimeError(f"{name} is not timed: {same:.1%} of its selections are ours")
+
+
+def check_output(name: str, out: torch.Tensor, ours: torch.Tensor) -> None:
+    error = relative_error(out, ours)
+    if not error < MAX_ERROR:
+        raise RuntimeError(f"{name} is not timed: its output differs by {error:.1e}")
 
 
 class VllmKernels:
     """vLLM's operators over a paged cache whose pages lie in order; one sequence, or a batch of equal lengths."""
 
     def __init__(self, root: Path):
-        self.ops = _import_operators(root / "vllm/models/minimax_m3/common/ops")
+        import triton
+        from triton import language
+
+        capability = torch.cuda.get_device_capability()
+        platform = SimpleNamespace(
+            is_cuda=lambda: True,
+            is_device_capability=lambda asked: capability == asked,
+            is_arch_support_pdl=lambda: capability >= (9, 0),
+        )
+        _put_in_place("vllm", "vllm.utils")
+        _put_in_place("vllm.platforms", current_platform=platform)
+        _put_in_place("vllm.triton_utils", tl=language, triton=triton)
+        _put_in_place("vllm.utils.math_utils", round_up=lambda number, multiple: -(-number // multiple) * multiple)
+        sys.path.insert(0, str(root / "vllm/models/minimax_m3/common"))
+        self.ops: ModuleType = importlib.import_module("ops")
+        sys.path.pop(0)
 
     def select(self, index_query: torch.Tensor, index_key: torch.Tensor, topk: int, chunk: int) -> Callable:
         """A call that selects blocks for one sequence's (S, H_idx, D_idx) and (S, D_idx), `chunk` queries at a time.
@@ -43,16 +106,13 @@ class VllmKernels:
 
         def run() -> list[torch.Tensor]:
             blocks = []
-            for rows, end, context in parts:
-                lengths = (context["seq_lens"], context["prefix_lens"])
+            for rows, end, where in parts:
                 scores = self.ops.minimax_m3_index_score(
-                    index_query[rows], pages, context["table"], context["offsets"], *lengths, chunk, end,
-                    index_query.shape[1],
+                    index_query[rows], pages, where["table"], where["offsets"], where["seq_lens"], where["prefix_lens"],
+                    chunk, end, index_query.shape[1],
                 )  # fmt: skip
                 blocks.append(
-                    self.ops.minimax_m3_index_topk(
-                        scores, context["offsets"], context["prefix_lens"], chunk, topk, 0, 1
-                    )
+                    self.ops.minimax_m3_index_topk(scores, where["offsets"], where["prefix_lens"], chunk, topk, 0, 1)
                 )
             return blocks
 
@@ -61,51 +121,144 @@ class VllmKernels:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[torch.Tensor], chunk: int
     ) -> Callable:
-        """A call that attends from one sequence's (S, H_q, D) to the listed blocks; it returns (S, H_q, D)."""
+        """A call that attends from one sequence's (S, H_q, D) to the listed blocks, ids (H_kv, chunk, topk) for each chunk.
+
+        It returns (chunk, H_q, D) for each."""
         tokens, num_kv_heads = key.shape[:2]
         # (pages, H_kv, PAGE, 2 D): keys and values side by side, as vLLM's cache has them
         cache = torch.cat((key, value), dim=-1).unflatten(0, (-1, PAGE)).transpose(1, 2).contiguous()
         parts = list(_chunks(tokens, chunk, query.device))
         out = torch.empty_like(query)
 
-        def run() -> torch.Tensor:
-            for (rows, _, context), ids in zip(parts, blocks):
+        def run() -> list[torch.Tensor]:
+            for (rows, _, where), ids in zip(parts, blocks):
                 self.ops.minimax_m3_sparse_attn(
-                    query[rows], cache, ids, context["table"], context["offsets"], context["seq_lens"],
-                    context["prefix_lens"], chunk, num_kv_heads, query.shape[-1] ** -0.5, out[rows],
+                    query[rows], cache, ids, where["table"], where["offsets"], where["seq_lens"],
+                    where["prefix_lens"], chunk, num_kv_heads, query.shape[-1] ** -0.5, out[rows],
                 )  # fmt: skip
-            return out
+            return list(out.split(chunk))
 
         return run
 
     def decode(
-        self, index_query: torch.Tensor, index_pages: torch.Tensor, query: torch.Tensor, pages: torch.Tensor,
-        table: torch.Tensor, seq_lens: torch.Tensor, longest: int, topk: int,
-    ) -> torch.Tensor:  # fmt: skip
-        """One new token per row: selection, then attention. Queries (B, H, D), index_pages (pages, PAGE, D_idx),
-        pages (pages, H_kv, PAGE, 2 D), table (B, pages of a row), seq_lens (B), the new token included."""
-        num_kv_heads = pages.shape[1]
-        ids = self.ops.minimax_m3_index_decode(
-            index_query, index_pages, table, seq_lens, longest, topk, 0, 1, num_kv_heads, 1, 1
+        self, index_query: torch.Tensor, index_pages: torch.Tensor, query: torch.Tensor, key_pages: torch.Tensor,
+        value_pages: torch.Tensor, table: torch.Tensor, seq_lens: torch.Tensor, topk: int,
+    ) -> Callable:  # fmt: skip
+        """A call that selects for T new tokens of each row and attends; it returns (B, T, H_q, D).
+
+        Queries (B, T, H, D), index_pages (pages, PAGE, D_idx), key_pages and value_pages (pages, PAGE, H_kv, D), table
+        (B, pages of a row), seq_lens (B), new tokens included. The caches given are not needed any more."""
+        new, num_kv_heads, dim = query.shape[1], *key_pages.shape[2:]
+        cache = key_pages.new_empty(len(key_pages), num_kv_heads, PAGE, 2 * dim)
+        cache[..., :dim].copy_(key_pages.transpose(1, 2))
+        cache[..., dim:].copy_(value_pages.transpose(1, 2))
+        index_queries, queries = index_query.flatten(0, 1), query.flatten(0, 1)
+
+        def run() -> torch.Tensor:
+            ids = self.ops.minimax_m3_index_decode(
+                index_queries, index_pages, table, seq_lens, table.shape[1] * PAGE, topk, 0, 1, num_kv_heads, new, new
+            )
+            out = torch.empty_like(queries)
+            self.ops.minimax_m3_sparse_attn_decode(
+                queries, cache, ids, table, seq_lens, num_kv_heads, dim**-0.5, out, new
+            )
+            return out.view_as(query)
+
+        return run
+
+
+class SglangKernels:
+    """SGLang's operators, with the methods of `VllmKernels`; one new token at a time in decoding."""
+
+    def __init__(self, root: Path):
+        _put_in_place("sglang", "sglang.srt", "sglang.kernels", "sglang.kernels.ops", "sglang.kernels.ops.attention")
+        no = SimpleNamespace(get=lambda: False)
+        platform = SimpleNamespace(is_sm90=torch.cuda.get_device_capability()[0] == 9)
+        _put_in_place("sglang.srt.utils", is_gfx95_supported=lambda: False, is_xpu=lambda: False)
+        _put_in_place("sglang.srt.runtime_context", get_platform=lambda: platform)
+        _put_in_place("sglang.srt.environ", envs=SimpleNamespace(SGLANG_OPT_USE_MINIMAX_DECODE_TOPK_RADIX=no))
+        package = "sglang.kernels.ops.attention.minimax_sparse"
+        sys.modules["sglang.kernels.ops.attention"].__path__ = [str(root / "sglang/kernels/ops/attention")]
+        self.prefill_index, self.prefill, self.decode_index, self.decode_attention = (
+            importlib.import_module(f"{package}.{stage}.{part}")
+            for stage in ("prefill", "decode")
+            for part in ("flash_with_topk_idx", "topk_sparse")
         )
-        out = torch.empty_like(query)
-        self.ops.minimax_m3_sparse_attn_decode(
-            query, pages, ids, table, seq_lens, num_kv_heads, query.shape[-1] ** -0.5, out, 1
+
+    def select(self, index_query: torch.Tensor, index_key: torch.Tensor, topk: int, chunk: int) -> Callable:
+        keys = index_key[:, None]
+        parts = list(_chunks(len(index_query), chunk, index_query.device))
+
+        def run() -> list[torch.Tensor]:
+            return [
+                self.prefill_index.flash_prefill_with_topk_index(
+                    index_query[rows], keys, None, None, where["slots"], where["slot_ids"], where["offsets"],
+                    where["seq_lens"], where["prefix_lens"], chunk, end, 1, PAGE, topk, init_blocks=0, local_blocks=1,
+                    disable_index_value=True, cu_seqblocks_q=where["offsets"], max_seqblock_q=chunk,
+                    all_seqblock_q=chunk, page_size=PAGE,
+                )[1]
+                for rows, end, where in parts
+            ]  # fmt: skip
+
+        return run
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[torch.Tensor], chunk: int
+    ) -> Callable:
+        parts = list(_chunks(len(key), chunk, query.device))
+
+        def run() -> list[torch.Tensor]:
+            return [
+                self.prefill.flash_prefill_with_gqa_share_sparse(
+                    query[rows], key, value, None, where["slots"], where["slot_ids"], ids, 1, PAGE, where["offsets"],
+                    where["seq_lens"], where["prefix_lens"], chunk, cu_seqblocks_q=where["offsets"],
+                    max_seqblock_q=chunk,
+                )
+                for (rows, _, where), ids in zip(parts, blocks)
+            ]  # fmt: skip
+
+        return run
+
+    def decode(
+        self, index_query: torch.Tensor, index_pages: torch.Tensor, query: torch.Tensor, key_pages: torch.Tensor,
+        value_pages: torch.Tensor, table: torch.Tensor, seq_lens: torch.Tensor, topk: int,
+    ) -> Callable:  # fmt: skip
+        rows = len(query)
+        slots = (table[:, :, None] * PAGE + torch.arange(PAGE, dtype=torch.int32, device=table.device)).flatten(1)
+        row_ids = torch.arange(rows, dtype=torch.int32, device=table.device)
+        index_keys, keys, values = (
+            index_pages.flatten(0, 1)[:, None],
+            key_pages.flatten(0, 1),
+            value_pages.flatten(0, 1),
         )
-        return out
+
+        def run() -> torch.Tensor:
+            _, ids, _ = self.decode_index.flash_decode_with_topk_idx(
+                index_query[:, 0], None, index_keys, None, slots, seq_lens, slots.shape[1], row_ids, PAGE, topk, 0, 1,
+                disable_index_value=True, page_size=PAGE,
+            )  # fmt: skip
+            out = self.decode_attention.flash_decode_with_gqa_share_sparse(
+                query[:, 0], None, keys, values, slots, seq_lens, row_ids, PAGE, ids, page_size=PAGE
+            )
+            return out[:, None]
+
+        return run
 
 
 def _chunks(tokens: int, chunk: int, device: torch.device):
     """Per chunk of queries: its rows, where its keys end, and the tensors that tell the kernels so."""
     if tokens % chunk or chunk % PAGE:
         raise ValueError(f"`chunk` must divide the {tokens} tokens and be a multiple of {PAGE}, it is {chunk}")
-    table = torch.arange(tokens // PAGE, dtype=torch.int32, device=device)[None]
+    slots = torch.arange(tokens, dtype=torch.int32, device=device)[None]
+    table = slots[:, : tokens // PAGE].contiguous()
     for start in range(0, tokens, chunk):
         yield (
             slice(start, start + chunk),
             start + chunk,
             {
                 "table": table,
+                "slots": slots,
+                "slot_ids": torch.zeros(1, dtype=torch.int32, device=device),
                 "offsets": torch.tensor([0, chunk], dtype=torch.int32, device=device),
                 "seq_lens": torch.tensor([start + chunk], dtype=torch.int32, device=device),
                 "prefix_lens": torch.tensor([start], dtype=torch.int32, device=device),
@@ -113,28 +266,8 @@ def _chunks(tokens: int, chunk: int, device: torch.device):
         )
 
 
-def _import_operators(folder: Path) -> ModuleType:
-    """vLLM's two kernel files, with the rest of vLLM replaced by the little that they use of it."""
-    import triton
-    from triton import language
-
-    platform = SimpleNamespace(
-        is_cuda=lambda: True,
-        is_device_capability=lambda capability: torch.cuda.get_device_capability() == capability,
-        is_arch_support_pdl=lambda: torch.cuda.get_device_capability() >= (9, 0),
-    )
-    stand_ins = {
-        "vllm": {},
-        "vllm.platforms": {"current_platform": platform},
-        "vllm.triton_utils": {"tl": language, "triton": triton},
-        "vllm.utils": {},
-        "vllm.utils.math_utils": {"round_up": lambda number, multiple: -(-number // multiple) * multiple},
-    }
-    for name, contents in stand_ins.items():
+def _put_in_place(*names: str, **contents: object) -> None:
+    """Modules of these names that hold nothing but `contents`."""
+    for name in names:
         sys.modules[name] = ModuleType(name)
         vars(sys.modules[name]).update(contents)
-    sys.path.insert(0, str(folder.parent))
-    try:
-        return importlib.import_module(folder.name)
-    finally:
-        sys.path.pop(0)

@@ -1,0 +1,190 @@
+"""What the GPU benchmarks share: geometry, inputs, clocks, dense attention, and a record that is written as it grows."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from .measure import command_output, environment
+from .report import judged, judged_table
+
+RESULTS = Path(__file__).parent / "results"
+HEADS, KV_HEADS, DIM, BLOCK, TOPK = 64, 4, 128, 128, 16
+
+
+# --- inputs and clocks -------------------------------------------------------------------------------------------
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def clustered_blocks(tokens: int, stay: int = 16, device: str = "cuda") -> torch.Tensor:
+    """Block lists (tokens, KV_HEADS, TOPK) in which each place keeps its block for `stay` tokens.
+
+    They are as long as a selection's: every visible block where there are no more than TOPK."""
+    token = torch.arange(tokens, device=device)
+    own = (token // BLOCK)[:, None]
+    place = torch.arange(TOPK, device=device)
+    # The p-th place draws from the p-th part of the visible blocks, so that no block is listed twice.
+    start, stop = own * place // TOPK, own * (place + 1) // TOPK
+    lists = torch.rand((tokens - 1) // stay + 1, KV_HEADS, TOPK, device=device)[token // stay]
+    ids = start[:, None] + (lists * (stop - start)[:, None]).long()
+    ids[..., -1] = own
+    ids = torch.where((own < TOPK)[..., None], (own - place).clamp(min=-1)[:, None], ids)
+    return ids.sort(dim=-1, descending=True).values.to(torch.int32)
+
+
+def selected_flops(tokens: int) -> float:
+    """Of exact attention over TOPK blocks: the own one up to the token, whole ones before it."""
+    token = torch.arange(tokens, dtype=torch.float64)
+    keys = token % BLOCK + 1 + (token // BLOCK).floor().clamp(max=TOPK - 1) * BLOCK
+    return float(keys.sum()) * 4 * HEADS * DIM
+
+
+def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """PyTorch's causal attention over all keys, by cuDNN where it takes the call; (1, heads, tokens, DIM)."""
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def time_ms(function: Callable[[], Any], seconds: float = 0.2, once: bool = False) -> float:
+    """Median milliseconds of a call of `function`, after one to warm up, by events around runs of 5 ms or one call.
+
+    With `once` it is called a single time, for what takes tens of seconds."""
+
+    def run(calls: int) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            function()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / calls
+
+    first = run(1)
+    if once:
+        return first
+    started = time.perf_counter()
+    times = [run(1)]
+    calls = max(1, min(50, int(5 / times[0])))
+    if calls > 1:
+        times.clear()  # what was timed includes the host's work
+    # three runs at least, unless they take long
+    while not times or time.perf_counter() - started < (seconds if len(times) >= 3 else 4 * seconds):
+        times.append(run(calls))
+    return sorted(times)[len(times) // 2]
+
+
+def ceilings(side: int = 8192, size: int = 1 << 30) -> dict[str, float]:
+    """What the card itself reaches: an 8192^3 bf16 matmul, a copy of 4 GiB (read and written), a sum of 4 GiB."""
+    a, b = random(side, side), random(side, side)
+    source, target = (torch.ones(size, device="cuda") for _ in range(2))
+    return {
+        "matmul_tflops": 2 * side**3 / time_ms(lambda: a @ b) / 1e9,
+        "copy_bytes_per_second": 2e3 * source.nbytes / time_ms(lambda: target.copy_(source)),
+        "read_bytes_per_second": 1e3 * source.nbytes / time_ms(source.sum),
+    }
+
+
+# --- the record --------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(name: str, description: str, add: Callable[[argparse.ArgumentParser], Any] | None = None):
+    """The options that every GPU benchmark has, and those that `add` adds."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--output", type=Path, default=RESULTS / name, help="results go to this .json and .md")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so many")
+    if add is not None:
+        add(parser)
+    return parser.parse_args()
+
+
+def require_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA GPU, and this machine has none")
+
+
+class Run:
+    """What a benchmark has measured so far. It is written after every case, so that a time limit loses none of it.
+
+    `tables(record)` makes the Markdown, `asked(record)` the figures to reach, as `judged` takes them.
+    """
+
+    def __init__(self, name: str, arguments: argparse.Namespace, tables: Callable, asked: Callable | None = None):
+        require_gpu()
+        self._started = time.monotonic()
+        self._arguments, self._tables, self._asked = arguments, tables, asked
+        torch.manual_seed(0)
+        self.record: dict[str, Any] = {
+            "machine": {
+                **environment(),
+                "gpu": torch.cuda.get_device_name(),
+                "driver": command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+                "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+                **ceilings(),
+            },
+            "state": "no case ran yet",
+            "failed": {},
+        }
+
+    def cases(self, cases: Iterable[tuple], measure: Callable[..., Any]) -> None:
+        """Calls `measure` with each case, most wanted first; one that fails is recorded, and does not end the run."""
+        cases = {", ".join(map(str, case)): case for case in cases}
+        left = list(cases)
+        for label, case in cases.items():
+            elapsed = time.monotonic() - self._started
+            if elapsed > self._arguments.seconds:
+                break
+            print(f"{elapsed:6.1f} s  {label}", flush=True)
+            try:
+                torch.cuda.empty_cache()
+                measure(*case)
+            except Exception as reason:
+                traceback.print_exc()
+                self.record["failed"][label] = f"{type(reason).__name__}: {reason}"[:500]
+            left.remove(label)
+            self.record["state"] = f"partial, without: {'; '.join(left)}" if left else "complete"
+            self.write()
+
+    def write(self) -> None:
+        if self._asked is not None:
+            self.record["targets"] = judged(self._asked(self.record))
+        output: Path = self._arguments.output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, text in ((".json", json.dumps(self.record, indent=2) + "\n"), (".md", self.text() + "\n")):
+            unfinished = output.with_suffix(suffix + ".part")  # so that no moment has half a file
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, output.with_suffix(suffix))
+
+    def text(self) -> str:
+        machine = self.record["machine"]
+        parts = [
+            f"{machine['gpu']}, torch {machine['torch']}, Transformers {machine['transformers']}, {machine['date']}; "
+            f"an 8192^3 bf16 matmul runs at {machine['matmul_tflops']:.0f} TFLOP/s, a copy reads and writes "
+            f"{machine['copy_bytes_per_second'] / 1e12:.2f} TB/s, a sum reads "
+            f"{machine['read_bytes_per_second'] / 1e12:.2f} TB/s.",
+            self._tables(self.record),
+        ]
+        if self.record.get("targets"):
+            parts.append(judged_table(self.record["targets"]))
+        if self.record["state"] != "complete":
+            parts.insert(1, f"Not complete: {self.record['state']}.")
+        parts += [f"Failed: {label}: {reason}" for label, reason in self.record["failed"].items()]
+        return "\n\n".join(parts)
+
+    def finish(self) -> None:
+        """Prints the tables, and ends with an error where a case failed."""
+        print("\n" + self.text(), flush=True)
+        if self.record["failed"]:
+            raise SystemExit(f"{len(self.record['failed'])} cases failed")

@@ -1,0 +1,206 @@
+"""What the GPU benchmarks do besides measuring: records that grow, figures asked for, tables, checks. None needs a GPU."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = ["cuda", "cuda_training", "cuda_structured", "cuda_decode", "cuda_layer", "cuda_model", "language_loss"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+@pytest.fixture
+def gpu(script, monkeypatch):
+    """The shared module, on a card of 1 TFLOP/s that is not there."""
+    module = script("gpu")
+    rates = {"matmul_tflops": 1.0, "copy_bytes_per_second": 2e12, "read_bytes_per_second": 2e12}
+    monkeypatch.setattr(module, "ceilings", lambda: rates)
+    monkeypatch.setattr(module, "require_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    return module
+
+
+def start(gpu, monkeypatch, output, *options):
+    monkeypatch.setattr(sys, "argv", ["cuda", "--output", str(output), *options])
+    run = gpu.Run("cuda", gpu.parse_arguments("cuda", ""), lambda record: f"{sorted(record['ms'])}")
+    run.record["ms"] = {}
+    return run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_without_a_gpu_it_says_so(script, monkeypatch, name, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [name, "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="needs a CUDA GPU"):
+        script(name).main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_case_is_on_disk_before_the_next_starts(gpu, monkeypatch, tmp_path):
+    run = start(gpu, monkeypatch, tmp_path / "out")
+    seen = []
+
+    def measure(tokens: int, part: str) -> None:
+        if run.record["ms"]:
+            seen.append(json.loads((tmp_path / "out.json").read_text()))
+        run.record["ms"][f"{tokens} {part}"] = 1.0
+
+    run.cases([(8, "select"), (8, "dense"), (16, "select")], measure)
+    assert [record["state"] for record in seen] == [
+        "partial, without: 8, dense; 16, select",
+        "partial, without: 16, select",
+    ]
+    assert [list(record["ms"]) for record in seen] == [["8 select"], ["8 select", "8 dense"]]
+    assert json.loads((tmp_path / "out.json").read_text())["state"] == "complete"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.md"]
+    run.finish()
+
+
+def test_a_case_that_fails_is_told_and_the_others_run(gpu, monkeypatch, tmp_path, capsys):
+    run = start(gpu, monkeypatch, tmp_path / "out")
+
+    def measure(tokens: int) -> None:
+        if tokens == 8:
+            raise RuntimeError("no room")
+        run.record["ms"][tokens] = 1.0
+
+    run.cases([(8,), (16,)], measure)
+    assert run.record["failed"] == {"8": "RuntimeError: no room"} and list(run.record["ms"]) == [16]
+    assert "Failed: 8: RuntimeError: no room" in (tmp_path / "out.md").read_text()
+    with pytest.raises(SystemExit, match="1 cases failed"):
+        run.finish()
+
+
+def test_no_case_starts_when_its_seconds_are_over(gpu, monkeypatch, tmp_path):
+    run = start(gpu, monkeypatch, tmp_path / "out", "--seconds", "100")
+    clock = iter([0, 60, 120])
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock) + run._started)
+    run.cases([("a",), ("b",), ("c",)], lambda name: run.record["ms"].update({name: 1.0}))
+    assert list(run.record["ms"]) == ["a", "b"]
+    assert "Not complete: partial, without: c." in (tmp_path / "out.md").read_text()
+
+
+def test_clustered_lists_are_as_long_as_selections(gpu):
+    tokens, stay = 24 * gpu.BLOCK, 16
+    lists = gpu.clustered_blocks(tokens, stay, device="cpu")
+    own = torch.arange(tokens) // gpu.BLOCK
+    listed = lists >= 0
+    assert torch.equal(listed.sum(-1), (own + 1).clamp(max=gpu.TOPK)[:, None].expand(-1, gpu.KV_HEADS))
+    assert not (listed[..., 1:] & ~listed[..., :-1]).any(), "left-packed"
+    assert torch.equal(lists.amax(-1), own[:, None].expand(-1, gpu.KV_HEADS).int()), "the own block, and none after it"
+    assert (lists[..., 1:] < lists[..., :-1])[listed[..., 1:]].all(), "no block twice"
+    by_stay = lists[20 * gpu.BLOCK :].unflatten(0, (-1, stay))
+    assert torch.equal(by_stay, by_stay[:, :1].expand_as(by_stay))
+
+
+def test_flops_are_those_of_plain_loops(gpu):
+    tokens = 18 * gpu.BLOCK + 5
+    keys = sum(t % gpu.BLOCK + 1 + min(t // gpu.BLOCK, gpu.TOPK - 1) * gpu.BLOCK for t in range(tokens))
+    assert gpu.selected_flops(tokens) == keys * 4 * gpu.HEADS * gpu.DIM
+
+
+def judge(script, name, record):
+    asked = script("report").judged(script(name).asked(record))
+    return {target["what"]: (target["measured"], target["met"]) for target in asked}
+
+
+def test_figures_of_prefill(script):
+    row = {"select": 10.0, "random": 20.0, "clustered": 10.0, "step random": 40.0, "step clustered": 30.0}
+    row |= {"vLLM select": 15.0, "SGLang select": 13.0, "vLLM random": 50.0, "dense": 790.0}
+    flops = 512 * 131072**2
+    record = {"machine": {"matmul_tflops": flops / 5e-3 / 1e12}, "ms": {131072: row, 1048576: row}}
+    found = judge(script, "cuda", record)
+    assert found["128k, select: share of the matmul rate"] == (pytest.approx(0.5), False)
+    assert found["128k, select: times faster than the best other kernel"] == (pytest.approx(1.3), False)
+    assert found["128k, random: times faster than the best other kernel"] == (pytest.approx(2.5), True)
+    assert "128k, clustered: times faster than the best other kernel" not in found
+    assert found["1M, step random: times faster than dense"] == (pytest.approx(19.75), False)
+    assert found["128k, step random: ms"] == (40.0, True)
+    assert not any(what.startswith(("8k", "16k")) for what in found)
+
+
+def test_figures_of_training(script):
+    row = {part: {"both": 10.0} for part in ("select", "random", "random_loss", "clustered")}
+    row |= {"dense": {"both": 75.0}, "flash-msa": {"both": 240.0}}
+    found = judge(script, "cuda_training", {"machine": {"matmul_tflops": 1e3}, "rows": {32768: row}})
+    assert found["32k, random: step, times faster than dense"] == (2.5, True)
+    assert found["32k, random: step, times faster than flash-msa"] == (8.0, True)
+    assert not any("clustered: step" in what for what in found), "its loss was not measured"
+
+
+def test_figures_of_decoding_structured_layers_and_models(script):
+    def case(batch, context, **layouts):
+        row = {"batch": batch, "context": context, "new": 1, "floor_us": 100.0}
+        return row | {layout: {"step": {"us": us}} for layout, us in layouts.items()}
+
+    cases = [case(1, 1 << 20, contiguous=111.0, paged=113.0), case(1, 32 << 10, paged=12.5)]
+    found = judge(script, "cuda_decode", {"cases": cases})
+    assert found["batch 1, 1M, contiguous: over the floor"] == (pytest.approx(0.11), True)
+    assert found["batch 1, 1M, paged: over the floor"] == (pytest.approx(0.13), False)
+    assert found["batch 1, 32k, paged: us"] == (12.5, False) and len(found) == 3
+
+    rows = {65536: {"total": 8.0, "share": 0.7}, 1048576: {"total": 144.0, "share": 0.6}}
+    found = judge(script, "cuda_structured", {"ms": rows, "dense_ms": {1048576: 144.0 * 149}})
+    assert found["time per token, largest over smallest"] == (pytest.approx(1.125), False)
+    assert found["lowest share of the matmul rate"] == (0.6, True)
+    assert found["1M: times faster than dense"] == (149.0, False)
+
+    def model(of, tokens, rate, gib):
+        return {"implementation": of, "tokens": tokens, "tokens_per_second": rate, "peak_gib": gib}
+
+    rows = [model("stock", 4, 9.0, 9.0), model("stock", 8, 5.0, 30.0), model("ours", 8, 20.0, 5.0)]
+    found = judge(script, "cuda_model", {"rows": [*rows, model("ours", 64, 20.0, 33.0)]})
+    assert list(found.values()) == [(4.0, True), (1.1, False)]
+
+
+def test_tables_stand_at_every_moment(script):
+    machine = {"matmul_tflops": 1.0, "relative_error": 1e-3, "empty_kernel_us": 1.0}
+    empty = {"ms": {}, "dense_ms": {}, "rows": {}, "cases": [], "machine": machine}
+    for name in ("cuda", "cuda_training", "cuda_structured", "cuda_decode", "cuda_layer"):
+        assert "| " in script(name).tables(empty)
+    for name in ("cuda_model", "language_loss"):
+        assert "| " in script(name).tables({**empty, "rows": [], "out_of_memory": ["stock, 8192"]})
+
+    text = script("cuda").tables({**empty, "ms": {8192: {"select": 10.0}, 32768: {"select": 4.0, "vLLM select": 9.0}}})
+    assert "10 (" in text and "select, than vLLM" in text and "| 2.25 " in text
+    half = {8192: {"select": {"both": 1.0}, "random": {"both": 2.0, "gib": 1.0, "forward": 1.0}}}
+    assert "2 (1.00)" in script("cuda_training").tables({**empty, "rows": half})
+    row = {"batch": 1, "context": 8192, "new": 1, "floor_us": 2.0, "vLLM, paged": {"us": 19.0}}
+    assert "| 19.0 " in script("cuda_decode").tables({**empty, "cases": [row]})
+    only_ours = {"ours, forward, 8192": {"ms": 4.0, "gib": 1.0}, "ours, forward, 131072": {"ms": None, "gib": None}}
+    text = script("cuda_layer").tables({**empty, "rows": only_ours})
+    assert "not run" in text and "out of memory" in text
+
+
+def test_a_rival_that_differs_is_not_timed(script):
+    rivals = script("rivals")
+    ours = torch.arange(1000).view(100, 10)
+    rivals.check_selection("one", ours.flip(-1), ours)
+    wrong = ours.clone()
+    wrong[:2, 0] = -1
+    with pytest.raises(RuntimeError, match="one is not timed: 98.0% of its selections"):
+        rivals.check_selection("one", wrong, ours)
+    rivals.check_output("one", ours.float() * 1.01, ours.float())
+    with pytest.raises(RuntimeError, match="differs"):
+        rivals.check_output("one", torch.full((100, 10), float("nan")), ours.float())
+
+
+def test_a_rival_that_cannot_be_loaded_is_told(script, monkeypatch, tmp_path, capsys):
+    rivals = script("rivals")
+    for variable in ("MINIMAX_M3_VLLM", "MINIMAX_M3_SGLANG"):
+        monkeypatch.delenv(variable, raising=False)
+    (tmp_path / "flash_msa").mkdir()
+    (tmp_path / "flash_msa/__init__.py").write_text("import a_package_that_is_missing")
+    monkeypatch.setenv("MINIMAX_M3_FLASH_MSA", str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert rivals.load_triton_rivals() == {} and rivals.load_flash_msa() is None
+    said = capsys.readouterr().out
+    assert "MINIMAX_M3_VLLM names no directory" in said and "a_package_that_is_missing" in said
