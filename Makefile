@@ -6,6 +6,12 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 # test processes; each uses one thread and about 1 GB
 PYTEST_WORKERS ?= 2
+# of `make test-gpu`: the files that have tests for a GPU, and how many of the slowest tests it lists
+GPU_TESTS ?= $(wildcard tests/*/test_cuda_*.py) $(wildcard tests/*/test_*_gpu.py) $(wildcard tests/test_*_gpu.py) $(wildcard tests/processing/test_*_processing.py)
+DURATIONS ?= 40
+# of `make sanitize-kernels`
+SANITIZERS ?= memcheck racecheck
+KERNEL ?=
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
@@ -15,13 +21,14 @@ CXX_SOURCES = $(shell find modeling_minimax_m3 -name '*.cu' -o -name '*.cuh' -o 
 # nothing here reads from a model hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo finetune-demo test lint format benchmark kernels check-kernels sanitize-kernels clean
+.PHONY: help setup demo finetune-demo test test-gpu lint format benchmark kernels check-kernels sanitize-kernels clean
 
 help:
 	@echo "make demo       build a tiny MiniMax-M3 and chat with a photograph, a video and a long text"
 	@echo "make finetune-demo"
 	@echo "                teach a tiny MiniMax-M3 a sentence with LoRA, and ask for it"
 	@echo "make test       run the tests (PYTEST_ARGS='-k name' to choose)"
+	@echo "make test-gpu   run the tests that need a GPU, on the Hopper and on the portable kernels"
 	@echo "make lint       check style"
 	@echo "make format     apply style"
 	@echo "make kernels    compile the CUDA kernels into the package (needs nvcc, but no GPU)"
@@ -67,10 +74,23 @@ kernels: $(INSTALLED)
 check-kernels: $(INSTALLED)
 	$(BIN)/python scripts/build_kernels.py --check
 
-# every tensor in an allocation of its own, so that an access past one is seen; without references, which take long
+# All tests that need a GPU, in one process: on the Hopper kernels and on the portable ones, each test on both in turn.
+# MINIMAX_M3_MSA_CUDA=portable (or =auto) takes only one of them. The kernels are built before, if they are not there.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu --durations=$(DURATIONS) $(PYTEST_ARGS) $(GPU_TESTS)
+
+# The smallest cases of every kernel, one log per tool. KERNEL=backward takes the tests whose names have the word (an
+# expression of pytest's -k). Every tensor has an allocation of its own, so that an access past one is seen; kernels of
+# torch are not looked at, because that takes most of the time.
 sanitize-kernels: $(INSTALLED)
-	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-		$(BIN)/python -m pytest tests/msa/test_cuda_kernels.py -k "repeated or stay_inside" || exit 1; done
+	mkdir -p build
+	failed=0; for tool in $(SANITIZERS); do \
+		echo "$$tool: build/sanitizer-$$tool.log"; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-regex kns=msa --error-exitcode 1 \
+			--log-file build/sanitizer-$$tool.log \
+			$(BIN)/python -m pytest tests/msa/test_cuda_each_kernel.py -k "$(KERNEL)" --durations=0 || failed=1; \
+		tail -n 1 build/sanitizer-$$tool.log; \
+	done; exit $$failed
 
 clean:
 	rm -rf modeling_minimax_m3/msa/kernels-*.so

@@ -5,6 +5,7 @@ import os
 # No test reads from a model hub; set before Transformers is imported anywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,69 @@ import torch
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# What `kernels` may be, and the value of MINIMAX_M3_MSA_CUDA that it stands for.
+KERNELS = {"hopper": "auto", "portable": "portable"}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc) -> None:
+    """Tests that take `kernels` run twice; last of the parameters, so that both runs of a test follow each other."""
+    if "kernels" in metafunc.fixturenames:
+        metafunc.parametrize("kernels", KERNELS, indirect=True)
+
+
+@pytest.fixture
+def kernels(request, monkeypatch) -> str:
+    """The compiled kernels that the test runs on, "hopper" or "portable": the extension reads the variable at each call.
+
+    Where MINIMAX_M3_MSA_CUDA is set, only its kernels are tested; on a GPU that is no Hopper there are only portable ones.
+    """
+    if os.environ.get("MINIMAX_M3_MSA_CUDA", KERNELS[request.param]) != KERNELS[request.param]:
+        pytest.skip(f"MINIMAX_M3_MSA_CUDA is {os.environ['MINIMAX_M3_MSA_CUDA']}")
+    if request.param == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setenv("MINIMAX_M3_MSA_CUDA", KERNELS[request.param])
+    return request.param
+
+
+_once_of: list = [None, {}]  # the test that ran last, whatever its `kernels`, and the values that it computed
+
+
+@pytest.fixture
+def once(request) -> Callable:
+    """`once(compute)` is `compute()`, kept for the same call of the same test on the other `kernels`.
+
+    For what a test compares with, where that takes longer than the kernels: it must not depend on them.
+    """
+    callspec = getattr(request.node, "callspec", None)
+    params = {} if callspec is None else {name: at for name, at in callspec.indices.items() if name != "kernels"}
+    test = (request.node.path, request.node.originalname, params)
+    if _once_of[0] != test:
+        _once_of[:] = [test, {}]
+    values, count = _once_of[1], iter(range(10**9))
+
+    def compute_once(compute):
+        number = next(count)
+        if number not in values:
+            values[number] = compute()
+        return values[number]
+
+    return compute_once
+
+
+@pytest.fixture
+def needs_memory() -> Callable[[int], None]:
+    """`needs_memory(gigabytes)` skips the test unless so much of the GPU's memory is free, after what is cached is freed."""
+
+    def check(gigabytes: int) -> None:
+        _once_of[:] = [None, {}]
+        gc.collect()
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < gigabytes * 2**30:
+            pytest.skip(f"needs {gigabytes} GB of free memory")
+
+    return check
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +97,16 @@ def load_script() -> Iterator[Callable[[str], ModuleType]]:
 def tiny_checkpoint(load_script, tmp_path_factory) -> Path:
     """A folder with a tiny checkpoint: model, processor, tokenizer, chat template. Do not write to it."""
     return load_script("make_tiny_checkpoint").make_tiny_checkpoint(tmp_path_factory.mktemp("tiny_checkpoint"))
+
+
+def pytest_runtest_makereport(item, call) -> None:
+    """Stop where a kernel has broken the process's CUDA context: every later test would fail for that alone."""
+    if call.excinfo is None or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        item.session.shouldstop = f"the GPU cannot be used any more after {item.nodeid}: {error}"
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

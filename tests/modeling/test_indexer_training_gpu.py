@@ -27,6 +27,15 @@ TEXT = {
     "index_topk_blocks": 3,
     "indexer_loss_coef": 0.3,
 }
+# The heads and blocks that have kernels of their own on Hopper.
+RELEASED_HEADS = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 1,
+    "index_n_heads": 1,
+    "head_dim": 128,
+    "index_head_dim": 128,
+    "index_block_size": 128,
+}
 LAYOUTS = {
     "uniform": {},
     "left padding": {"attention_mask": (torch.arange(500) >= 150).long().expand(2, -1)},
@@ -34,9 +43,14 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(params=[{}, RELEASED_HEADS], ids=["64 channels", "released heads"])
+def heads(request):
+    return request.param
+
+
 @pytest.fixture(params=[False, True], ids=["sparse", "warmup"])
-def model(request, make_pair):
-    config = tiny_config(text=TEXT | {"indexer_warmup": request.param}).text_config
+def model(request, heads, make_pair):
+    config = tiny_config(text=TEXT | heads | {"indexer_warmup": request.param}).text_config
     return make_pair(MiniMaxM3VLForCausalLM, config)[1].to(DEVICE, torch.bfloat16).train()
 
 
@@ -51,7 +65,7 @@ def losses_and_gradients(model, backend, inputs):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_kernels_agree_with_the_torch_backend(model, make_tokens, relative_error, layout):
+def test_kernels_agree_with_the_torch_backend(kernels, model, make_tokens, relative_error, layout):
     tokens = make_tokens(model.config, 2, 500).to(DEVICE)
     inputs = {"input_ids": tokens, "labels": tokens} | {name: x.to(DEVICE) for name, x in LAYOUTS[layout].items()}
     expected, expected_grads = losses_and_gradients(model, "torch", inputs)
@@ -65,7 +79,7 @@ def test_kernels_agree_with_the_torch_backend(model, make_tokens, relative_error
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(model, make_tokens, relative_error, use_reentrant):
+def test_gradient_checkpointing(kernels, model, make_tokens, relative_error, use_reentrant):
     tokens = make_tokens(model.config, 2, 300).to(DEVICE)
     inputs = {"input_ids": tokens, "labels": tokens}
     expected, expected_grads = losses_and_gradients(model, "cuda", inputs)

@@ -155,19 +155,33 @@ def test_operators_agree_with_the_reference_on_the_gpu(relative_error):
         assert relative_error(a, b) < 2e-2
 
 
-@pytest.fixture(scope="module")
-def on_kernels(make_pair):
-    """A model whose block size the kernels have, and which selects among more blocks than it takes."""
+# Heads and blocks that the kernels have; those of the released model have kernels of their own on Hopper.
+KERNEL_SHAPES = {
+    "64 channels": {"index_block_size": 64},
+    "released heads": {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 1,
+        "index_n_heads": 1,
+        "head_dim": 128,
+        "index_head_dim": 128,
+        "index_block_size": 128,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=KERNEL_SHAPES)
+def on_kernels(request, make_pair):
+    """A model that selects among more blocks than it takes."""
     if "cuda" not in msa.available_backends():
         pytest.skip("needs the compiled kernels")
-    text = TEXT | {"index_block_size": 64, "index_topk_blocks": 2}
+    text = TEXT | {"index_topk_blocks": 2} | KERNEL_SHAPES[request.param]
     model = to_gpu(make_pair(MiniMaxM3VLForCausalLM, tiny_config(text=text).text_config)[1], torch.bfloat16)
     model.config.msa_backend = "cuda"
     return model
 
 
 @pytest.mark.parametrize("cache", [None, "static"], ids=["prefill", "decoding"])
-def test_compiled_kernels_in_the_model(on_kernels, make_tokens, relative_error, cache):
+def test_compiled_kernels_in_the_model(kernels, on_kernels, make_tokens, relative_error, cache):
     """The same model on both backends."""
     model = copy.deepcopy(on_kernels)
     tokens = make_tokens(model.config, 2, 600).cuda()
@@ -190,6 +204,20 @@ def test_compiled_kernels_in_the_model(on_kernels, make_tokens, relative_error, 
     # In bf16 a few tokens change an expert or a block near a tie.
     errors = sorted(relative_error(a, b) for a, b in zip(logits["cuda"], logits["torch"]))
     assert errors[len(errors) * 8 // 10] < 3e-2
+
+
+def test_gradients_on_compiled_kernels(kernels, on_kernels, make_tokens, relative_error):
+    tokens = make_tokens(on_kernels.config, 2, 600).cuda()
+    mask = torch.ones_like(tokens)
+    mask[1, :77] = 0
+    gradients = {}
+    for backend in ("torch", "cuda"):
+        model = copy.deepcopy(on_kernels).train()
+        model.config.msa_backend = backend
+        model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss.backward()
+        gradients[backend] = torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+    # As in `test_gradients_in_bf16`, but the same roundings everywhere else.
+    assert relative_error(gradients["cuda"], gradients["torch"]) < 0.2
 
 
 class Prescribed(LogitsProcessor):

@@ -18,12 +18,10 @@ pytestmark = [
 
 LENGTH = 900
 TEXT = {
-    "head_dim": 64,
     "hidden_size": 128,
     "intermediate_size": 64,
     "layer_types": ["full_attention", *["minimax_m3_structured"] * 3],
     "mlp_layer_types": ["dense"] * 4,
-    "index_block_size": 64,
     "structured_local_blocks": 1,
     "structured_anchor_blocks": 2,
     "structured_anchor_stride": 2,
@@ -31,9 +29,18 @@ TEXT = {
 }
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = tiny_config(text=TEXT).text_config
+# The second has kernels of its own on Hopper.
+SHAPES = {
+    "64 channels": {"head_dim": 64, "index_block_size": 64},
+    "released heads": {
+        "num_attention_heads": 16, "num_key_value_heads": 1, "index_n_heads": 1, "head_dim": 128, "index_block_size": 128
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request):
+    config = tiny_config(text=TEXT | SHAPES[request.param]).text_config
     model = MiniMaxM3VLForCausalLM(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -57,7 +64,7 @@ def logits_of(model, backend, tokens, **kwargs):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(model, make_tokens, relative_error, name):
+def test_layouts(kernels, model, make_tokens, relative_error, name):
     kwargs = {key: value.cuda() for key, value in LAYOUTS[name].items()}
     tokens = make_tokens(model.config, 2, LENGTH).cuda()
     real = kwargs.get("attention_mask", torch.ones_like(tokens)) == 1
@@ -67,7 +74,7 @@ def test_layouts(model, make_tokens, relative_error, name):
     assert relative_error(by_backend["cuda"], by_backend["torch"]) < 3e-2
 
 
-def test_static_cache(model, make_tokens, relative_error):
+def test_static_cache(kernels, model, make_tokens, relative_error):
     tokens = make_tokens(model.config, 2, LENGTH).cuda()
     mask = torch.ones_like(tokens)
     mask[1, :77] = 0
@@ -84,7 +91,7 @@ def test_static_cache(model, make_tokens, relative_error):
     assert relative_error(by_backend["cuda"], by_backend["torch"]) < 3e-2
 
 
-def test_training_step(model, make_tokens, relative_error):
+def test_training_step(kernels, model, make_tokens, relative_error):
     tokens = make_tokens(model.config, 2, LENGTH).cuda()
     gradients = {}
     for backend in ("cuda", "torch"):

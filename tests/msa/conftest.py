@@ -332,8 +332,9 @@ def spread_over_pages(tokens, page_size, block_table, num_pages):
     """A paged cache (num_pages, page_size, ...) with row b's tokens in the pages block_table[b], NaN elsewhere."""
     pages = tokens[0].new_full((num_pages, page_size, *tokens[0].shape[1:]), float("nan"))
     for row, own in enumerate(tokens):
-        for slot, token in enumerate(own):
-            pages[block_table[row][slot // page_size], slot % page_size] = token
+        for first in range(0, len(own), page_size):
+            of_page = own[first : first + page_size]
+            pages[block_table[row][first // page_size], : len(of_page)] = of_page
     return pages
 
 

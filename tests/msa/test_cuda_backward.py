@@ -1,6 +1,7 @@
 """Gradients of the compiled attention on a GPU, against the definition in float64 on the same inputs.
 
-With MINIMAX_M3_MSA_CUDA=portable the same tests run on the kernels that every GPU from sm_80 on can run.
+Tests that take `kernels` run on those of Hopper, which there are for 16 query heads of 128 channels per key/value head and
+blocks of 128, and on those that every GPU from sm_80 on can run; what they compare with is computed once for both.
 """
 
 import math
@@ -24,7 +25,10 @@ GEOMETRIES = [(head_dim, block_size) for head_dim in (128, 64) for block_size in
 # name: lengths of keys, lengths of queries (None: the same)
 LENGTHS = {
     "1": ([1], None),
+    "127": ([127], None),
     "128": ([128], None),
+    "129": ([129], None),
+    "4095": ([4095], None),
     "1030": ([1030], None),
     "ragged": ([129, 1, 640, 127, 1000], None),
     "chunked": ([700, 300, 2049], [100, 300, 1]),
@@ -67,10 +71,10 @@ class Case:
     def qkv(self):
         return self.query, self.key, self.value
 
-    def gradients(self, backend="cuda", grad_out=None, **options):
-        """Gradients of query, key and value; in float64 for `reference`."""
+    def gradients(self, backend="cuda", grad_out=None, dtype=None, **options):
+        """Gradients of query, key and value; in float64 for `reference`, or where `dtype` says so."""
         leaves, grad_out = self.qkv, self.grad_out if grad_out is None else grad_out
-        if backend == "reference":
+        if backend == "reference" or dtype == torch.float64:
             leaves, grad_out = [leaf.double() for leaf in leaves], grad_out.double()
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         out = block_sparse_attention(*leaves, self.block_indices, **self.options, **options, backend=backend)
@@ -86,18 +90,28 @@ def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-2)).item()
 
 
-def assert_gradients(case, actual=None, **options):
+def assert_gradients(case, once, actual=None, backend="reference", **options):
     """Within the tolerance of the exact gradients, zero where those are, and the same a second time."""
     poison(case)
     actual = case.gradients(**options) if actual is None else actual
-    exact = case.gradients("reference", **options)
+    exact, lse = once(
+        lambda: (
+            case.gradients(backend, dtype=torch.float64, **options),
+            block_sparse_attention(
+                *case.qkv, case.block_indices, **case.options, return_lse=True, backend="torch"
+            )[1],
+        )
+    )  # fmt: skip
     for name, leaf, got, expected in zip("qkv", case.qkv, actual, exact, strict=True):
         assert got.shape == leaf.shape
         assert got.dtype == leaf.dtype
         assert relative_error(got, expected) < TOLERANCE[leaf.dtype], name
+        # No row may be lost in the others' norm.
+        size = expected.norm(dim=-1)
+        wrong = (got.double() - expected).norm(dim=-1)
+        assert (wrong < 10 * TOLERANCE[leaf.dtype] * size.clamp_min(size.square().mean().sqrt()) + 1e-4).all(), name
     # Rows without a key, and keys without a row: those whose values have no gradient.
-    attends = block_sparse_attention(*case.qkv, case.block_indices, **case.options, return_lse=True)[1] > -math.inf
-    assert not actual[0][~attends].any(), "queries without a key"
+    assert not actual[0][lse == -math.inf].any(), "queries without a key"
     unused = (exact[2] == 0).all(-1)
     assert not actual[1][unused].any(), "keys without a query"
     assert not actual[2][unused].any(), "values without a query"
@@ -115,15 +129,21 @@ def poison(case):
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim, block_size", GEOMETRIES)
-def test_gradients(head_dim, block_size, dtype, lengths):
-    assert_gradients(Case(lengths, dtype, head_dim, block_size))
+def test_gradients(once, head_dim, block_size, dtype, lengths):
+    assert_gradients(Case(lengths, dtype, head_dim, block_size), once)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_the_released_shape(kernels, once, dtype, lengths):
+    assert_gradients(Case(lengths, dtype, topk=16, group=16), once)
 
 
 @pytest.mark.parametrize("topk", [1, 7, 16, 33, 64])
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
-def test_groups_and_widths(group, topk):
+def test_groups_and_widths(once, group, topk):
     case = Case(([700, 300], [500, 300]), block_size=64, topk=topk, group=group, head_dim=64 if topk == 7 else 128)
-    assert_gradients(case, softmax_scale=0.1)
+    assert_gradients(case, once, softmax_scale=0.1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -132,27 +152,38 @@ def test_groups_and_widths(group, topk):
     [([2049], None), ([1500, 1, 0, 900, 60], [1500, 1, 0, 900, 0]), ([3001, 130], [1500, 130])],
     ids=["one", "ragged", "chunked"],
 )
-def test_released_geometry(lengths, dtype):
-    assert_gradients(Case(lengths, dtype, topk=16, group=16))
+def test_many_queries(kernels, once, lengths, dtype):
+    assert_gradients(Case(lengths, dtype, topk=16, group=16), once)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 33, 64])
+def test_widths_of_the_released_shape(kernels, once, topk):
+    assert_gradients(Case(([1200, 300], [700, 300]), topk=topk, group=16), once, softmax_scale=0.1)
 
 
 @pytest.mark.parametrize(
-    "lengths, options", [([2000, 40], {"topk": 16, "group": 16}), ([40, 6000], {"topk": 2, "num_kv_heads": 1})]
+    "lengths, options",
+    [([2000, 40], {"topk": 16, "group": 16}), ([40, 6000], {"topk": 2, "group": 16, "num_kv_heads": 1})],
 )
-def test_a_block_that_everybody_chose(lengths, options):
+def test_a_block_that_everybody_chose(kernels, once, lengths, options):
     """One list over all queries, which many thread blocks share, beside short ones."""
     case = Case((lengths, None), **options)
     case.block_indices[..., 0] = 0
     case.block_indices[..., 1:].masked_fill_(case.block_indices[..., 1:] == 0, -1)
-    assert_gradients(case)
+    assert_gradients(case, once)
 
 
-def test_more_queries_than_the_workspace_takes_at_once():
+def test_more_queries_than_the_workspace_takes_at_once(once):
     """64 blocks of 64 heads: a megabyte of partial gradients for each token."""
-    assert_gradients(Case(([1300, 1300], None), block_size=64, topk=64, group=16, num_kv_heads=4))
+    assert_gradients(Case(([1300, 1300], None), block_size=64, topk=64, group=16, num_kv_heads=4), once)
 
 
-def test_keys_outside_the_sequences_may_be_nan():
+def test_more_queries_of_the_released_shape_than_the_workspace_takes_at_once(kernels, once):
+    """64 blocks of 16 heads; against the `torch` backend in float64, whose memory is linear."""
+    assert_gradients(Case(([9100, 700], None), topk=64, group=16, num_kv_heads=1), once, backend="torch")
+
+
+def test_keys_outside_the_sequences_may_be_nan(kernels, once):
     """What fills up the last block of a sequence lies in the next one, which nobody asks about."""
     case = Case(([130, 60, 200, 100], [130, 0, 200, 0]), group=16)
     for tensor in (case.key, case.value):
@@ -160,20 +191,20 @@ def test_keys_outside_the_sequences_may_be_nan():
     actual = case.gradients()
     for tensor in (case.key, case.value):
         tensor.nan_to_num_(0.0)
-    assert_gradients(case, actual)
+    assert_gradients(case, once, actual)
 
 
-def test_large_scores():
-    case = Case("ragged")
+def test_large_scores(kernels, once):
+    case = Case("ragged", group=16)
     case.query *= 30
     # The probabilities are nearly zero or one, so that little of the gradients is left but rounding.
-    for got, exact in zip(case.gradients(), case.gradients("reference"), strict=True):
+    for got, exact in zip(case.gradients(), once(lambda: case.gradients("reference")), strict=True):
         assert got.isfinite().all()
         assert relative_error(got, exact) < 5e-2
 
 
-def test_strides():
-    case = Case("ragged")
+def test_strides(kernels):
+    case = Case("ragged", group=16)
     plain = case.gradients()
 
     def spread(tensor):
@@ -194,7 +225,7 @@ def test_strides():
 
 
 @pytest.mark.parametrize("lengths", ["ragged", ([2100, 40], None)], ids=["few queries", "many queries"])
-def test_wrong_ids_and_lengths_stay_inside(lengths):
+def test_wrong_ids_and_lengths_stay_inside(kernels, lengths):
     """Values are not checked on a GPU; wrong ones may give any result but no illegal access, and no endless wait."""
     case = Case(lengths, group=16, topk=8)
     case.block_indices = torch.randint(-(2**31), 2**31 - 1, case.block_indices.shape, device="cuda").to(torch.int32)
@@ -226,7 +257,7 @@ def plain_attention(query, key, value, attended):
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0], ids=["centred keys", "keys with a mean"])
-def test_no_worse_than_twice_the_error_of_pytorch(shift, record_property):
+def test_no_worse_than_twice_the_error_of_pytorch(kernels, once, shift, record_property):
     """Partial gradients of queries are rounded; where keys have a mean, much of them cancels in the sum."""
     case = Case(([2000], None), topk=16, group=16)
     case.key += shift
@@ -239,14 +270,15 @@ def test_no_worse_than_twice_the_error_of_pytorch(shift, record_property):
     attended = chosen[..., position // block_size] & (position <= position[:, None])[:, None]
     attended = attended.transpose(0, 1).repeat_interleave(16, 0)
 
-    leaves = [leaf.detach().requires_grad_() for leaf in case.qkv]
-    plain = torch.autograd.grad(plain_attention(*leaves, attended), leaves, case.grad_out)
-    torch_backend = case.gradients("torch")
-    table = ["Relative errors of gradients: cuda, PyTorch in bfloat16, the torch backend in float32"]
+    def compared():
+        leaves = [leaf.detach().requires_grad_() for leaf in case.qkv]
+        plain = torch.autograd.grad(plain_attention(*leaves, attended), leaves, case.grad_out)
+        return plain, case.gradients("torch"), case.gradients("reference")
+
+    plain, torch_backend, exact_ones = once(compared)
+    table = [f"Relative errors of gradients: cuda ({kernels}), PyTorch in bfloat16, the torch backend in float32"]
     errors = {}
-    for name, *grads, exact in zip(
-        "qkv", case.gradients(), plain, torch_backend, case.gradients("reference"), strict=True
-    ):
+    for name, *grads, exact in zip("qkv", case.gradients(), plain, torch_backend, exact_ones, strict=True):
         errors[name] = [relative_error(grad, exact) for grad in grads]
         table.append(f"{name} {' '.join(f'{error:.2e}' for error in errors[name])}")
     record_property("table", "\n".join(table))
@@ -286,9 +318,11 @@ def gradients_of(function, case):
     return torch.autograd.grad(out, leaves, case.grad_out)
 
 
-def test_whole_graph():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_whole_graph(backend):
+    torch._dynamo.reset()
     case = Case("ragged")
-    compiled = torch.compile(scaled_attention, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(scaled_attention, fullgraph=True, backend=backend)
     for got, expected in zip(gradients_of(compiled, case), gradients_of(scaled_attention, case), strict=True):
         assert relative_error(got, expected.double()) < 1e-2
 
@@ -307,11 +341,11 @@ def test_checkpoint(use_reentrant):
         assert torch.equal(leaf.grad, expected)
 
 
-def test_forward_and_backward_are_captured():
+def test_forward_and_backward_are_captured(kernels):
     case = Case(([2500, 300], None), group=16, topk=16)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        case.gradients()  # autograd's threads and the allocator warm up
+        before = case.gradients()  # autograd's threads and the allocator warm up
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -319,5 +353,33 @@ def test_forward_and_backward_are_captured():
     case.query.neg_()
     case.block_indices.copy_(case.block_indices.roll(7, 0))
     graph.replay()
-    for got, expected in zip(captured, case.gradients(), strict=True):
+    for got, old, expected in zip(captured, before, case.gradients(), strict=True):
         assert torch.equal(got, expected)
+        assert not torch.equal(got, old), "nothing changed"
+
+
+def test_offsets_past_32_bits(kernels, needs_memory):
+    """300000 tokens of 64 heads: 2.4e9 elements each of queries, outputs and gradients."""
+    needs_memory(40)
+    total, rows = 300_000, 5
+    generator = torch.Generator("cuda").manual_seed(0)
+    query = torch.empty((total, 64, 128), dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+    assert query.numel() > 2**31
+    key, value = torch.randn((2, total, 4, 128), generator=generator, device="cuda").to(torch.bfloat16)
+    first = torch.randint(0, 2340, (total, 4, 1), generator=generator, device="cuda", dtype=torch.int32)
+    block_indices = (first + 61 * torch.arange(4, dtype=torch.int32, device="cuda")) % 2343  # no duplicates
+    # Only the last rows have a gradient, so that they alone decide all gradients.
+    grad_out = torch.zeros_like(query)
+    grad_out[-rows:].normal_(generator=generator)
+    lengths = {"cu_seqlens_q": offsets([total]), "cu_seqlens_k": offsets([total])}
+    leaves = [leaf.requires_grad_() for leaf in (query, key, value)]
+    out = block_sparse_attention(*leaves, block_indices, **lengths, backend="cuda")
+    grad_query, grad_key, grad_value = torch.autograd.grad(out, leaves, grad_out)
+    assert not grad_query[:-rows].any()
+
+    exact = [leaf.detach().double().requires_grad_() for leaf in (query[-rows:], key, value)]
+    lengths["cu_seqlens_q"] = offsets([rows])
+    out = block_sparse_attention(*exact, block_indices[-rows:], **lengths, backend="torch")
+    expected = torch.autograd.grad(out, exact, grad_out[-rows:].double())
+    for got, exact_one in zip((grad_query[-rows:], grad_key, grad_value), expected, strict=True):
+        assert relative_error(got, exact_one) < TOLERANCE[torch.bfloat16]

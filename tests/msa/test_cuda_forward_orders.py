@@ -1,7 +1,7 @@
 """The loop orders of the attention forward and the choice between them, against the definition in float64.
 
 A tile of eight neighbouring queries goes query-major where they share enough blocks, else KV-major; short inputs go
-query-major whole. With MINIMAX_M3_MSA_CUDA=portable the same tests run on the portable kernels.
+query-major whole. All but those of other shapes run on Hopper's and on the portable kernels.
 """
 
 import math
@@ -81,12 +81,13 @@ class Case:
             backend="cuda", **options,
         )  # fmt: skip
 
-    def assert_right(self, out, lse, ids, scale=None):
+    def exact(self, ids, scale):
+        states = (tensor.double() for tensor in (self.query, self.key, self.value))
+        return reference.block_sparse_attention(*states, ids, *self.lengths.values(), self.block_size, scale)
+
+    def assert_right(self, out, lse, ids, once, scale=None):
         scale = self.query.shape[-1] ** -0.5 if scale is None else scale
-        exact = (tensor.double() for tensor in (self.query, self.key, self.value))
-        expected, expected_lse = reference.block_sparse_attention(
-            *exact, ids, *self.lengths.values(), self.block_size, scale
-        )
+        expected, expected_lse = once(lambda: self.exact(ids, scale))
         attends = expected_lse > -math.inf
         assert ((out.double() - expected).norm() / expected.norm()).item() < TOLERANCE[out.dtype]
         # no query may be lost in the others' norm
@@ -94,17 +95,17 @@ class Case:
         assert worst.max().item() < 10 * TOLERANCE[out.dtype]
         assert torch.equal(lse > -math.inf, attends)
         assert not out[~attends].any(), "rows without a key are 0"
-        torch.testing.assert_close(lse[attends].double(), expected_lse[attends], atol=2e-3, rtol=1e-4)
+        torch.testing.assert_close(lse[attends].double(), expected_lse[attends], atol=3e-4, rtol=3e-5)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_orders(dtype, lengths, selection):
+def test_orders(kernels, once, dtype, lengths, selection):
     case = Case(lengths, dtype)
     ids = case.lists(selection)
     out, lse = case.attend(ids)
-    case.assert_right(out, lse, ids)
+    case.assert_right(out, lse, ids, once)
     for _ in range(2):
         again = case.attend(ids)
         assert torch.equal(again[0], out)
@@ -113,28 +114,28 @@ def test_orders(dtype, lengths, selection):
 
 @pytest.mark.parametrize("topk", [1, 2, 5, 32, 33, 64])
 @pytest.mark.parametrize("lengths", ["one", "short"])
-def test_widths(lengths, topk):
+def test_widths(kernels, once, lengths, topk):
     case = Case(lengths, torch.bfloat16)
     ids = case.lists("mixed", topk)
-    case.assert_right(*case.attend(ids), ids)
+    case.assert_right(*case.attend(ids), ids, once)
 
 
 @pytest.mark.parametrize("head_dim, block_size", [(64, 128), (128, 64), (64, 64)])
-def test_other_shapes(head_dim, block_size):
+def test_other_shapes(once, head_dim, block_size):
     case = Case("ragged", torch.bfloat16, head_dim, block_size)
     ids = case.lists("mixed")
-    case.assert_right(*case.attend(ids), ids)
+    case.assert_right(*case.attend(ids), ids, once)
 
 
 @pytest.mark.parametrize("scale", [-0.05, 1e-30, 3.0])
 @pytest.mark.parametrize("lengths", ["one", "short"])
-def test_scales(lengths, scale):
+def test_scales(kernels, once, lengths, scale):
     case = Case(lengths, torch.bfloat16)
     ids = case.lists("mixed")
-    case.assert_right(*case.attend(ids, softmax_scale=scale), ids, scale)
+    case.assert_right(*case.attend(ids, softmax_scale=scale), ids, once, scale)
 
 
-def test_unused_keys_between_sequences_do_not_leak():
+def test_unused_keys_between_sequences_do_not_leak(kernels):
     """Each sequence's last block reaches into keys of none, as in a cache with unused slots."""
     case = Case("ragged", torch.bfloat16)
     ids = case.lists("shared")
@@ -162,7 +163,7 @@ def test_unused_keys_between_sequences_do_not_leak():
     assert torch.equal(lse, expected[1])
 
 
-def test_the_choice_is_made_on_the_device():
+def test_the_choice_is_made_on_the_device(kernels, once):
     """A captured graph follows the lists that it finds when it is replayed."""
     case = Case("one", torch.bfloat16)
     ids = case.lists("scattered")
@@ -173,10 +174,10 @@ def test_the_choice_is_made_on_the_device():
     for selection in ("shared", "mixed", "scattered"):
         ids.copy_(case.lists(selection))
         graph.replay()
-        case.assert_right(*captured, ids)
+        case.assert_right(*captured, ids, once)
 
 
-def test_both_orders_are_taken():
+def test_both_orders_are_taken(kernels):
     """Kernels of the other order find nothing to do: they take a small share of the time."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -114,3 +114,20 @@ def test_captured_in_a_graph_and_repeated():
     own_block.copy_(torch.randint(-1, 9000, (256, 1), device="cuda"))
     graph.replay()
     assert torch.equal(captured, msa.structured_blocks_of(own_block, 4, 7, pattern, backend="torch"))
+
+
+def test_opcheck():
+    own_block = torch.randint(-1, 300, (70, 1), device="cuda")
+    args = (own_block, 3, 5, *list(DEFAULT.values())[:4], 12345, None, "cuda")
+    torch.library.opcheck(torch.ops.minimax_m3_msa.structured_blocks_of.default, args)
+
+
+def test_whole_graph():
+    torch._dynamo.reset()
+    pattern = msa.StructuredPattern(**DEFAULT)
+
+    def lists(own_block):
+        return msa.structured_blocks_of(own_block + 1, 4, 7, pattern, backend="cuda") * 2
+
+    own_block = torch.randint(-2, 9000, (256,), device="cuda")
+    assert torch.equal(torch.compile(lists, fullgraph=True, backend="aot_eager")(own_block), lists(own_block))
