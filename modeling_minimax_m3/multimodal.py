@@ -94,8 +94,31 @@ def _check_one_feature_per_placeholder(
     )
 
 
+def _check_grid_is_given(modality: str, grid_thw: torch.Tensor | None) -> None:
+    if grid_thw is None:
+        raise ValueError(f"{PIXEL_NAMES[modality]} needs {modality}_grid_thw, as the processor returns it, got None.")
+
+
+def _pop_precomputed(modality: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take what the tower gets with `modality` out of `kwargs`."""
+    # Everything else in kwargs is the language model's (packing, output flags) and means nothing to the tower.
+    return {name: kwargs.pop(name) for name in tuple(kwargs) if name.startswith(f"{modality}_")}
+
+
 class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
-    """Vision tower, projector and language model, without a language-modelling head."""
+    """Vision tower, projector and language model, without a language-modelling head.
+
+    Several processes have to do the same things in the same order, whatever media their rows happen to have: data
+    parallelism waits for a gradient of every trainable parameter, and weights that are cut over the processes (FSDP,
+    ZeRO-3) are gathered by all of them at once. So where other processes may wait for the vision tower, every pass
+    calls it and its projector exactly once: for images and videos together or, where there are neither, for a blank
+    image of one token, which changes nothing but gives every trained weight a gradient, of zeros. That is the case in
+    a run of several processes if the weights of either are cut, or if any of them is trained and the pass is one in
+    training mode, with gradients.
+
+    Two kinds of passes are left as they are, `generate`'s among them: those that get a cache, and those that get
+    `mm_encoder_outputs`, an empty dict too, whose maker sees to it that all processes encode alike.
+    """
 
     config: MiniMaxM3VLConfig
 
@@ -209,6 +232,55 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             masks.append(mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device))
         return masks[0], masks[1]
 
+    def _peers_wait_for_vision(self) -> bool:
+        """Whether other processes wait where this one leaves out tower and projector; the class says when they do."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+            return False
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # not there in every build of PyTorch
+
+        parts = (self.vision_tower, self.multi_modal_projector)
+        parameters = [parameter for part in parts for parameter in part.parameters()]
+        if self.training and torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+            return True
+        if any(hasattr(parameter, "ds_id") for parameter in parameters):  # cut by ZeRO-3
+            return True
+        sharded = (FSDPModule, FullyShardedDataParallel)
+        return any(isinstance(module, sharded) for part in parts for module in part.modules())
+
+    def _nothing_seen(self, inputs: torch.Tensor) -> torch.Tensor:
+        """A scalar zero that depends on every weight of tower and projector, on the device of `inputs`."""
+        pixel_values, grid_thw = self.vision_tower.blank_image(inputs.device)
+        features = self._encode_pixels(pixel_values, grid_thw).pooler_output[0]
+        # A sum of no elements is zero and sends back zeros; 0 * features would be NaN where a feature overflows.
+        return features[:0].sum()
+
+    def _encode_together(
+        self,
+        images: tuple[torch.Tensor, torch.Tensor | None],
+        videos: tuple[torch.Tensor, torch.Tensor | None],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Features of images and of videos, each given as pixels and grid, from one call of the tower."""
+        tower, cu_seqlens, max_seqlens, position_ids = self.vision_tower, [], [], []
+        for modality, (pixel_values, grid_thw) in (("image", images), ("video", videos)):
+            _check_grid_is_given(modality, grid_thw)
+            tower.check_inputs(pixel_values, grid_thw)
+            given = _pop_precomputed(modality, kwargs)
+            precomputed = {name.removeprefix(f"{modality}_"): value for name, value in given.items()}
+            offsets, longest = tower.attention_seqlens(grid_thw, precomputed)
+            cu_seqlens.append(offsets if not cu_seqlens else offsets[1:] + cu_seqlens[0][-1])
+            max_seqlens.append(longest)
+            position_ids.append(tower.patch_position_ids(grid_thw, precomputed))
+        features = self._encode_pixels(
+            *(torch.cat(pair) for pair in zip(images, videos)),
+            cu_seqlens=torch.cat(cu_seqlens),
+            max_seqlen=None if None in max_seqlens else max(max_seqlens),
+            position_ids=torch.cat(position_ids),
+        ).pooler_output
+        num_images = images[1].shape[0]
+        return features[:num_images], features[num_images:]
+
     def _encode_modality(
         self,
         modality: str,
@@ -218,8 +290,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, ...] | None:
         """Features of one modality, from its pixels or already encoded; None where there are neither."""
-        # Everything else in kwargs is the language model's (packing, output flags) and means nothing to the tower.
-        precomputed = {name: kwargs.pop(name) for name in tuple(kwargs) if name.startswith(f"{modality}_")}
+        precomputed = _pop_precomputed(modality, kwargs)
         output, pixel_name = encoded.get(modality), PIXEL_NAMES[modality]
         if pixel_values is None:
             return None if output is None else output.pooler_output
@@ -227,8 +298,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             raise ValueError(
                 f"Pass the {modality} inputs once: got both {pixel_name} and mm_encoder_outputs['{modality}']."
             )
-        if grid_thw is None:
-            raise ValueError(f"{pixel_name} needs {modality}_grid_thw, as the processor returns it, got None.")
+        _check_grid_is_given(modality, grid_thw)
         encode = self.get_image_features if modality == "image" else self.get_video_features
         return encode(pixel_values, grid_thw, return_dict=True, **precomputed).pooler_output
 
@@ -264,7 +334,8 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
             inputs_embeds (`torch.Tensor`, *optional*): `(B, T, H)`.
             mm_encoder_outputs (`dict`, *optional*): Outputs of `get_image_features` and `get_video_features` under
-                `"image"` and `"video"`, in place of the pixels.
+                `"image"` and `"video"`, in place of the pixels. Where several processes get such, it is given in every
+                pass, `{}` where there is nothing: see the class.
             mm_token_type_ids (`torch.Tensor`, *optional*): `(B, T)`, as the processor returns it on request: 1 at
                 image placeholders, 2 at video placeholders, 0 at text, whatever the ids there. Default: the ids (or
                 their embeddings) say which tokens are placeholders.
@@ -282,8 +353,17 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         if unknown := sorted(set(encoded) - set(TOKEN_TYPES)):
             raise ValueError(f"mm_encoder_outputs must have no keys but 'image' and 'video', got {unknown}.")
 
-        image_features = self._encode_modality("image", pixel_values, image_grid_thw, encoded, kwargs)
-        video_features = self._encode_modality("video", pixel_values_videos, video_grid_thw, encoded, kwargs)
+        images, videos = (pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)
+        num_media = (pixel_values is not None) + (pixel_values_videos is not None)
+        calls_once = past_key_values is None and mm_encoder_outputs is None and self._peers_wait_for_vision()
+        nothing = None
+        if calls_once and num_media == 2:
+            image_features, video_features = self._encode_together(images, videos, kwargs)
+        else:
+            image_features = self._encode_modality("image", *images, encoded, kwargs)
+            video_features = self._encode_modality("video", *videos, encoded, kwargs)
+            if calls_once and num_media == 0:
+                nothing = self._nothing_seen(input_ids if inputs_embeds is None else inputs_embeds)
         if inputs_embeds is None:
             self._warn_about_lone_placeholders(
                 input_ids, mm_token_type_ids, image=image_features, video=video_features
@@ -292,6 +372,8 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         inputs_embeds = self._fill_placeholders(
             input_ids, inputs_embeds, image_features, video_features, mm_token_type_ids
         )
+        if nothing is not None:
+            inputs_embeds = inputs_embeds + nothing.to(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,

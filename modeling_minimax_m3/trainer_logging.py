@@ -26,10 +26,11 @@ class IndexerLossLogging:
 
     def train(self, *args: Any, **kwargs: Any):
         self._forget(True)  # what came after the last log of an earlier call
+        self._forget(False)  # what `predict` left, which logs nothing
         return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
-        self._forget(False)  # what `predict` left, which logs nothing
+        self._forget(False)  # as above
         return super().evaluation_loop(*args, **kwargs)
 
     def _forget(self, training: bool) -> None:

@@ -8,6 +8,7 @@ L is the length of a segment, C the hidden size, Hq the number of heads, D the c
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -311,13 +312,9 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
             ValueError: `pixel_values` and `grid_thw` do not have these shapes, or disagree on N.
             TypeError: `pixel_values` is not floating-point, or `grid_thw` not of integers.
         """
-        self._check_inputs(pixel_values, grid_thw)
-        cu_seqlens, max_seqlen = get_vision_attention_seqlens(
-            grid_thw, self.config, merge_temporal=True, kwargs=kwargs
-        )
-        position_ids = get_vision_position_ids(
-            grid_thw, self.config.spatial_merge_size, include_temporal=True, kwargs=kwargs
-        )
+        self.check_inputs(pixel_values, grid_thw)
+        cu_seqlens, max_seqlen = self.attention_seqlens(grid_thw, kwargs)
+        position_ids = self.patch_position_ids(grid_thw, kwargs)
         needs_probabilities = kwargs.get("output_attentions", self.config.output_attentions)
         implementation = "eager" if needs_probabilities else self.config._attn_implementation
         runs = None
@@ -338,7 +335,28 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
             )
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
 
-    def _check_inputs(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> None:
+    def attention_seqlens(
+        self, grid_thw: torch.Tensor, precomputed: dict[str, Any]
+    ) -> tuple[torch.Tensor, int | None]:
+        """`cu_seqlens` and `max_seqlen` of a grid, or those that are taken out of `precomputed`."""
+        return get_vision_attention_seqlens(grid_thw, self.config, merge_temporal=True, kwargs=precomputed)
+
+    def patch_position_ids(self, grid_thw: torch.Tensor, precomputed: dict[str, Any]) -> torch.Tensor:
+        """`(N, 3)` positions of a grid, or those that are taken out of `precomputed`."""
+        return get_vision_position_ids(
+            grid_thw, self.config.spatial_merge_size, include_temporal=True, kwargs=precomputed
+        )
+
+    def blank_image(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels, all zero, and grid of the smallest image that there is: one merge group of patches."""
+        config = self.config
+        merge = config.spatial_merge_size
+        width = config.num_channels * config.temporal_patch_size * config.patch_size**2
+        # The grid stays on the host, where it is read.
+        return torch.zeros(merge**2, width, device=device), torch.tensor([[1, merge, merge]])
+
+    def check_inputs(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> None:
+        """Raises the errors of `forward`."""
         config = self.config
         width = config.num_channels * config.temporal_patch_size * config.patch_size**2
         if pixel_values.ndim != 2 or pixel_values.shape[1] != width:

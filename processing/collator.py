@@ -135,6 +135,10 @@ class MultimodalChatCollator:
         for kind in SOURCES:
             items = row.get(f"{kind}s")
             items = [] if items is None else list(items) if is_list(items) else [items]
+            if any(item is None for item in items):
+                raise ValueError(
+                    f"`{kind}s` of a row must hold no None: an empty list, or None in its place, is none."
+                )
             _distribute(kind, [_as_source(item) for item in items], messages)
         return messages
 

@@ -23,8 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -118,13 +120,18 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, LoraArguments, Dat
         file, *argv = argv
         if not Path(file).is_file():
             parser.error(f"there is no file {file}")
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        try:
+            values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            parser.error(f"{file} cannot be read: {error}")
         if not isinstance(values, dict):
             parser.error(f"{file} must hold names and values, got {type(values).__name__}")
         known = {action.dest: action for action in parser._actions}
         if unknown := sorted(set(values) - set(known)):
             parser.error(f"{file} has names that are no options: {', '.join(unknown)}")
         for name, value in values.items():
+            if value is None and known[name].required:
+                parser.error(f"{file} has no value for {name}")
             known[name].required = False
             if known[name].nargs in ("+", "*") and not isinstance(value, list):
                 values[name] = [value]
@@ -161,6 +168,8 @@ def check_arguments(model: ModelArguments, lora: LoraArguments, data: DataArgume
         training.resume_from_checkpoint = True if str(resumes).lower() == "true" else None
     folder = Path(training.output_dir)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if isinstance(training.resume_from_checkpoint, str) and not Path(training.resume_from_checkpoint).is_dir():
+        raise ValueError(f"--resume_from_checkpoint: there is no folder {training.resume_from_checkpoint}")
     if training.resume_from_checkpoint is True and last is None:
         raise ValueError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
     if training.resume_from_checkpoint is None and last is not None:
@@ -173,10 +182,18 @@ def check_arguments(model: ModelArguments, lora: LoraArguments, data: DataArgume
 # ---- data ---------------------------------------------------------------------------------------------------------
 
 
+def are_files(names: list[str]) -> bool:
+    return all(Path(name).suffix in FILE_TYPES for name in names)
+
+
 def load_rows(names: list[str], split: str, data: DataArguments) -> Dataset | IterableDataset:
     """One split of a data set: files, a folder, or a name on the Hub."""
     suffixes = {Path(name).suffix for name in names}
-    if suffixes <= FILE_TYPES.keys():
+    if are_files(names):
+        if split != "train":
+            raise ValueError(
+                f"files are one split, 'train', not {split!r}; --eval_dataset names others to evaluate on"
+            )
         if missing := [name for name in names if "://" not in name and not Path(name).is_file()]:
             raise ValueError(f"there is no file {', '.join(missing)}")
         types = sorted({FILE_TYPES[suffix] for suffix in suffixes})
@@ -379,7 +396,7 @@ def prepare(argv: list[str]) -> Trainer:
             data["training"] = data["training"].take(data_arguments.max_rows)
         if data_arguments.eval_dataset or data_arguments.eval_split:
             names = data_arguments.eval_dataset or data_arguments.dataset
-            split = data_arguments.eval_split or data_arguments.train_split
+            split = data_arguments.eval_split or ("train" if are_files(names) else data_arguments.train_split)
             data["evaluation"] = load_rows(names, split, data_arguments)
         with_media = any(is_multimodal(rows, data_arguments, name) for name, rows in data.items())
         if with_media:
@@ -420,6 +437,10 @@ def prepare(argv: list[str]) -> Trainer:
 def main(argv: Iterable[str] | None = None) -> Trainer:
     try:
         trainer = prepare(list(sys.argv[1:] if argv is None else argv))
+    except DatasetGenerationError as error:
+        raise SystemExit(f"finetune.py: the data cannot be read: {error.__cause__ or error}") from error
+    except jinja2.TemplateError as error:  # a role that the template does not know, for one
+        raise SystemExit(f"finetune.py: a chat does not fit the chat template: {error}") from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"finetune.py: {error}") from error
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

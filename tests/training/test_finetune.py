@@ -262,6 +262,15 @@ ERRORS = {
         ["--dataset", "{texts}", "--label_smoothing_factor", "0.1", "--indexer_loss_coef", "0.1"],
         "--label_smoothing_factor takes the place",
     ),
+    "split of files": (["--dataset", "{texts}", "--eval_split", "test"], "files are one split, 'train', not 'test'"),
+    "resume elsewhere": (
+        ["--dataset", "{texts}", "--resume_from_checkpoint", "nowhere"],
+        "there is no folder nowhere",
+    ),
+    "role": (["--dataset", "{role}"], "a chat does not fit the chat template: role must be one of .* got .human"),
+    "role beside images": (["--dataset", "{role}", "--eval_dataset", "{images}"], "does not fit the chat template"),
+    "half a line": (["--dataset", "{half}"], "the data cannot be read: .*JSON"),
+    "hole for image": (["--dataset", "{hole}"], "`images` of a row must hold no None"),
     "rows": (["--dataset", "{texts}", "--max_rows", "0"], "the training data has no rows"),
 }
 
@@ -276,6 +285,9 @@ def test_errors_come_before_any_work(finetune, texts, chats, images, tiny_checkp
         "missing": json.dumps({**look, "images": ["nowhere.png"]}),
         "silent": json.dumps({**look, "messages": look["messages"][:1]}),
         "empty": "",
+        "role": json.dumps({"messages": [{"role": "human", "content": "Hi"}, CHAT[1]]}),
+        "half": '{"text": "a"}\n{"text": ',
+        "hole": json.dumps({**look, "images": [None]}),
         "holes": '{"text": "a"}\n{"text": null}',
     }
     places = {"texts": texts, "chats": chats, "images": images, "saved": tmp_path / "saved"}
@@ -300,7 +312,12 @@ def test_missing_packages_are_named(finetune, texts, arguments, package, monkeyp
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("model: here\nlora_rnk: 4\n", "lora_rnk"), ("- a\n- b\n", "must hold names and values, got list")],
+    [
+        ("model: here\nlora_rnk: 4\n", "lora_rnk"),
+        ("- a\n- b\n", "must hold names and values, got list"),
+        ("model: here\ndataset:\n", "has no value for dataset"),
+        ("model: [here\n", "cannot be read: while parsing"),
+    ],
 )
 def test_mistakes_in_a_file_of_options(finetune, tmp_path, capsys, content, message):
     file = tmp_path / "run.yaml"
