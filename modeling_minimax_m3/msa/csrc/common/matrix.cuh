@@ -60,6 +60,16 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
+// And back.
+template <typename Element>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  } else {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+  }
+}
+
 // 2^x; 2^-inf is 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;

@@ -7,6 +7,8 @@
 
 #include "../../common/cuda_check.h"
 #include "../../common/dispatch.h"
+#include "../../common/supported.h"
+#include "../../common/workspace.h"
 #include "../forward_kv/attention_forward_kv.h"
 #include "config.h"
 #include "row_kernels.cuh"
@@ -16,36 +18,14 @@ namespace msa::sm80 {
 
 namespace {
 
-constexpr int64_t kAlignment = 16;
-
-int64_t align(int64_t bytes) {
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
-}
-
 unsigned blocks_of(int64_t count, int64_t each) {
   return static_cast<unsigned>((count + each - 1) / each);
 }
 
 void check_supported(const ForwardParams& params) {
-  const int group = params.num_kv_heads < 1 ? 0 : params.num_heads / params.num_kv_heads;
-  if (group < 1 || group > 16 || !std::has_single_bit(static_cast<unsigned>(group)) ||
-      params.num_heads % params.num_kv_heads != 0) {
-    throw std::runtime_error("query heads per key/value head must be 1, 2, 4, 8 or 16, got " +
-                             std::to_string(params.num_heads) + " and " +
-                             std::to_string(params.num_kv_heads) + " heads");
-  }
-  if (params.topk < 1 || params.topk > kMaxBackwardTopk) {
-    throw std::runtime_error("topk must be 1 to " + std::to_string(kMaxBackwardTopk) + ", got " +
-                             std::to_string(params.topk));
-  }
-  if (params.block_size != 64 && params.block_size != 128) {
-    throw std::runtime_error("block_size must be 64 or 128, got " +
-                             std::to_string(params.block_size));
-  }
-}
-
-int64_t num_buckets(const ForwardParams& params) {
-  return static_cast<int64_t>(buckets_per_head(params)) * params.num_kv_heads;
+  check_group(params.num_heads, params.num_kv_heads);
+  check_topk(params.topk, kMaxBackwardTopk);
+  check_block_size(params.block_size);
 }
 
 int64_t key_elements(const ForwardParams& params) {
@@ -53,9 +33,6 @@ int64_t key_elements(const ForwardParams& params) {
 }
 
 // Partial gradients, and places in the pair list, of one query token.
-int64_t token_pairs(const ForwardParams& params) {
-  return static_cast<int64_t>(params.num_kv_heads) * params.topk;
-}
 int64_t token_bytes(const ForwardParams& params) {
   return static_cast<int64_t>(params.num_heads) * params.topk * params.head_dim * 2 +
          token_pairs(params) * 4;
@@ -64,8 +41,8 @@ int64_t token_bytes(const ForwardParams& params) {
 // Everything but the pairs.
 int64_t fixed_bytes(const ForwardParams& params) {
   return align(static_cast<int64_t>(params.total_q) * params.num_heads * 4) +
-         2 * align(key_elements(params) * 4) + 5 * align((num_buckets(params) + 1) * 4) +
-         3 * kAlignment;
+         2 * align(key_elements(params) * 4) + bucket_bytes(params) + bucket_array_bytes(params) +
+         3 * kWorkspaceAlignment;
 }
 
 // Few tiles mean that loading a block and adding its sums weigh little; many, that all
@@ -103,32 +80,20 @@ void launch_backward(const BackwardParams& params, void* workspace, int64_t work
   constexpr double kLog2E = 1.44269504088896340736;
   const int group = forward.num_heads / forward.num_kv_heads;
   BackwardSchedule schedule{};
-  schedule.lists.buckets_per_head = buckets_per_head(forward);
-  schedule.lists.num_buckets = static_cast<int>(num_buckets(forward));
   schedule.lists.scale_log2 = static_cast<float>(forward.softmax_scale * kLog2E);
   schedule.group_shift = std::countr_zero(static_cast<unsigned>(group));
-  auto* bytes = static_cast<unsigned char*>(workspace);
-  auto take = [&](int64_t size) {
-    unsigned char* begin = bytes;
-    bytes += align(size);
-    return begin;
-  };
+  Workspace pieces(workspace);
   const int64_t delta_rows = static_cast<int64_t>(forward.total_q) * forward.num_heads;
-  auto* delta = reinterpret_cast<float*>(take(delta_rows * 4));
+  auto* delta = pieces.take_floats(delta_rows);
   schedule.delta = delta;
-  schedule.grad_key = reinterpret_cast<float*>(take(key_elements(forward) * 4));
-  schedule.grad_value = reinterpret_cast<float*>(take(key_elements(forward) * 4));
-  const int64_t buckets_size = (num_buckets(forward) + 1) * 4;
-  auto take_buckets = [&] { return reinterpret_cast<int32_t*>(take(buckets_size)); };
-  schedule.lists.bucket_count = take_buckets();
-  schedule.lists.bucket_next = take_buckets();
-  schedule.lists.bucket_begin = take_buckets();
-  schedule.lists.tile_begin = take_buckets();
-  schedule.bucket_turn = take_buckets();
+  schedule.grad_key = pieces.take_floats(key_elements(forward));
+  schedule.grad_value = pieces.take_floats(key_elements(forward));
+  take_buckets(schedule.lists, forward, pieces);
+  schedule.bucket_turn = pieces.take_integers(schedule.lists.num_buckets + 1ll);
   schedule.next_tile = schedule.bucket_turn + schedule.lists.num_buckets;
   const int64_t max_pairs = part * token_pairs(forward);
-  schedule.partial_grad_query = take(max_pairs * group * forward.head_dim * 2);
-  schedule.lists.pair_list = reinterpret_cast<int32_t*>(take(max_pairs * 4));
+  schedule.partial_grad_query = pieces.take(max_pairs * group * forward.head_dim * 2);
+  schedule.lists.pair_list = pieces.take_integers(max_pairs);
 
   MSA_CHECK_CUDA(cudaMemsetAsync(schedule.grad_key, 0, key_elements(forward) * 4, stream));
   MSA_CHECK_CUDA(cudaMemsetAsync(schedule.grad_value, 0, key_elements(forward) * 4, stream));

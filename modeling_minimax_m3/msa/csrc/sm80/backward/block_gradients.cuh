@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 
   const int turn = turn_of(schedule, tile);
-  if (threadIdx.x == 0) await_turn(schedule, tile.bucket, turn);
+  if (threadIdx.x == 0) await_turn(schedule.bucket_turn + tile.bucket, turn);
   __syncthreads();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) pass_turn(schedule, tile.bucket, turn);
+  if (threadIdx.x == 0) pass_turn(schedule.bucket_turn + tile.bucket, turn);
 }
 
 }  // namespace msa::sm80

@@ -13,16 +13,11 @@ namespace msa::sm80 {
 constexpr int kRowThreads = 256;
 
 template <typename Element>
-__device__ __forceinline__ void unpack(float (&values)[8], const uint4& vector) {
+__device__ __forceinline__ void unpack_vector(float (&values)[8], const uint4& vector) {
   const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    float2 pair;
-    if constexpr (std::is_same_v<Element, __half>) {
-      pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
-    } else {
-      pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&words[i]));
-    }
+    const float2 pair = unpack<Element>(words[i]);
     values[2 * i] = pair.x;
     values[2 * i + 1] = pair.y;
   }
@@ -43,11 +38,12 @@ __global__ void __launch_bounds__(kRowThreads)
     const int64_t token = row / forward.num_heads;
     const int64_t head = row % forward.num_heads;
     float out[8], grad[8];
-    unpack<Element>(out, __ldcs(static_cast<const uint4*>(forward.out) + row * kLanes + lane));
-    unpack<Element>(grad,
-                    *reinterpret_cast<const uint4*>(static_cast<const Element*>(params.grad_out) +
-                                                    token * params.grad_out_token_stride +
-                                                    head * params.grad_out_head_stride + lane * 8));
+    unpack_vector<Element>(out,
+                           __ldcs(static_cast<const uint4*>(forward.out) + row * kLanes + lane));
+    unpack_vector<Element>(
+        grad, *reinterpret_cast<const uint4*>(static_cast<const Element*>(params.grad_out) +
+                                              token * params.grad_out_token_stride +
+                                              head * params.grad_out_head_stride + lane * 8));
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += out[i] * grad[i];
   }
@@ -102,7 +98,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         float values[8];
-        unpack<Element>(values, loaded[i]);
+        unpack_vector<Element>(values, loaded[i]);
 #pragma unroll
         for (int j = 0; j < 8; ++j) sums[j] += values[j];
       }

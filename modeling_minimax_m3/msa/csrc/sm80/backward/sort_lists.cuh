@@ -1,10 +1,13 @@
 // Puts the pairs of every bucket in ascending order, so that sums over a list repeat bit for bit.
+// Unlike indexer_loss/sorted_lists.cuh it keeps a block that a query named twice, and takes parts
+// of any size.
 //
 // For one source file only, being no templates.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include "../../common/bitonic_sort.cuh"
 #include "../forward/block_union.cuh"
 #include "../forward_kv/buckets.cuh"
 #include "schedule.h"
@@ -50,7 +53,7 @@ __global__ void __launch_bounds__(kSortThreads)
     for (int i = threadIdx.x; i < padded; i += kSortThreads) {
       entries[i] = i < count ? static_cast<uint32_t>(list[i]) : kNoEntry;
     }
-    sort_entries<kSortThreads>(entries, padded);
+    sort_entries<kSortThreads>(entries, padded, threadIdx.x, [] { __syncthreads(); });
     for (int i = threadIdx.x; i < count; i += kSortThreads) list[i] = static_cast<int>(entries[i]);
     return;
   }

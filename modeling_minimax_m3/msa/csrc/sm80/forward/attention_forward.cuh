@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include "../../common/async_copy.cuh"
+#include "../../common/bitonic_sort.cuh"
 #include "../../common/matrix.cuh"
 #include "../../common/sequences.cuh"
 #include "../../params.h"
@@ -161,7 +162,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       }
       entries[i] = entry;
     }
-    sort_entries<Config::kThreads>(entries, schedule.entry_count);
+    sort_entries<Config::kThreads>(entries, schedule.entry_count, threadIdx.x,
+                                   [] { __syncthreads(); });
 
     auto copy_tile = [&](int first_key, int stage) {
       const uint32_t target = stages_address + stage + copy_offset;

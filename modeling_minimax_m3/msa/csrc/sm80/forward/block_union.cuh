@@ -17,27 +17,6 @@ __device__ __forceinline__ uint32_t make_entry(int block, int token) {
   return static_cast<uint32_t>(block) << kEntryTokenBits | static_cast<uint32_t>(token);
 }
 
-// Sorts `count` entries (a power of two) in ascending order; all threads of the block take part.
-// Ends with a barrier.
-template <int kThreads>
-__device__ __forceinline__ void sort_entries(uint32_t* entries, int count) {
-  for (int length = 2; length <= count; length *= 2) {
-    for (int distance = length / 2; distance > 0; distance /= 2) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < count / 2; i += kThreads) {
-        const int low = 2 * i - (i & (distance - 1));
-        const int high = low + distance;
-        const uint32_t a = entries[low], b = entries[high];
-        if ((a > b) == ((low & length) == 0)) {
-          entries[low] = b;
-          entries[high] = a;
-        }
-      }
-    }
-  }
-  __syncthreads();
-}
-
 // A block of the union, as one warp sees it.
 struct UnionBlock {
   int block;        // kNoBlock: past the last one

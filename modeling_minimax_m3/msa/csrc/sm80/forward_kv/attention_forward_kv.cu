@@ -6,6 +6,8 @@
 
 #include "../../common/cuda_check.h"
 #include "../../common/dispatch.h"
+#include "../../common/supported.h"
+#include "../../common/workspace.h"
 #include "config.h"
 #include "inverse_lists.cuh"
 
@@ -13,36 +15,17 @@ namespace msa::sm80 {
 
 namespace {
 
-constexpr int64_t kAlignment = 16;
-
-int64_t align(int64_t bytes) {
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
-}
-
 void check_supported(const ForwardParams& params) {
   if (params.num_kv_heads < 1 || params.num_heads != params.num_kv_heads * kGroup) {
     throw std::runtime_error("the KV-major forward needs 16 query heads per key/value head, got " +
                              std::to_string(params.num_heads) + " and " +
                              std::to_string(params.num_kv_heads));
   }
-  if (params.topk < 1 || params.topk > 64) {
-    throw std::runtime_error("topk must be 1 to 64, got " + std::to_string(params.topk));
-  }
-  if (params.block_size != 64 && params.block_size != 128) {
-    throw std::runtime_error("block_size must be 64 or 128, got " +
-                             std::to_string(params.block_size));
-  }
+  check_topk(params.topk, 64);
+  check_block_size(params.block_size);
 }
 
-int64_t bucket_bytes(const ForwardParams& params) {
-  const int64_t buckets = static_cast<int64_t>(buckets_per_head(params)) * params.num_kv_heads;
-  return 4 * align((buckets + 1) * 4);
-}
-
-// Partial outputs and sums, and a place in the pair list, of one query token.
-int64_t token_pairs(const ForwardParams& params) {
-  return static_cast<int64_t>(params.num_kv_heads) * params.topk;
-}
+// Partial output and sums of a pair, and a place in the pair list.
 int64_t pair_bytes(const ForwardParams& params) {
   return static_cast<int64_t>(kGroup) * (params.head_dim * 2 + 4) + 4;
 }
@@ -61,7 +44,8 @@ int64_t forward_kv_part_tokens(const ForwardParams& params) {
 int64_t attention_forward_kv_workspace(const ForwardParams& params) {
   check_supported(params);
   return bucket_bytes(params) +
-         forward_kv_part_tokens(params) * token_pairs(params) * pair_bytes(params) + 3 * kAlignment;
+         forward_kv_part_tokens(params) * token_pairs(params) * pair_bytes(params) +
+         3 * kWorkspaceAlignment;
 }
 
 void launch_inverse_lists(const ForwardParams& params, const KvSchedule& schedule, int tile_queries,
@@ -90,24 +74,13 @@ void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void
 
   constexpr double kLog2E = 1.44269504088896340736;
   KvSchedule schedule;
-  schedule.buckets_per_head = buckets_per_head(params);
-  schedule.num_buckets = schedule.buckets_per_head * params.num_kv_heads;
   schedule.scale_log2 = static_cast<float>(params.softmax_scale * kLog2E);
-  auto* bytes = static_cast<unsigned char*>(workspace);
-  auto take = [&](int64_t size) {
-    unsigned char* begin = bytes;
-    bytes += align(size);
-    return begin;
-  };
+  Workspace pieces(workspace);
   const int64_t max_pairs = part * token_pairs(params);
-  const int64_t buckets_size = (schedule.num_buckets + 1ll) * 4;
-  schedule.partial_out = take(max_pairs * kGroup * params.head_dim * 2);
-  schedule.partial_lse = reinterpret_cast<float*>(take(max_pairs * kGroup * 4));
-  schedule.pair_list = reinterpret_cast<int32_t*>(take(max_pairs * 4));
-  schedule.bucket_count = reinterpret_cast<int32_t*>(take(buckets_size));
-  schedule.bucket_next = reinterpret_cast<int32_t*>(take(buckets_size));
-  schedule.bucket_begin = reinterpret_cast<int32_t*>(take(buckets_size));
-  schedule.tile_begin = reinterpret_cast<int32_t*>(take(buckets_size));
+  schedule.partial_out = pieces.take(max_pairs * kGroup * params.head_dim * 2);
+  schedule.partial_lse = pieces.take_floats(max_pairs * kGroup);
+  schedule.pair_list = pieces.take_integers(max_pairs);
+  take_buckets(schedule, params, pieces);
 
   for (int64_t begin = 0; begin < params.total_q; begin += part) {
     const int64_t end = std::min<int64_t>(begin + part, params.total_q);

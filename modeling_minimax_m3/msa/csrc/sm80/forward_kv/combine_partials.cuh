@@ -18,15 +18,6 @@ namespace msa::sm80 {
 
 constexpr int kCombineWarps = 4;
 
-template <typename Element>
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  } else {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
-  }
-}
-
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(32 * kCombineWarps)
     combine_partials_kernel(const ForwardParams params, const KvSchedule schedule) {

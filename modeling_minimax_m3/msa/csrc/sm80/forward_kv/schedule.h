@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../../common/workspace.h"
 #include "../../params.h"
 #include "config.h"
 
@@ -32,16 +33,41 @@ struct KvSchedule {
   const int32_t* has_kv = nullptr;
 };
 
+// Pairs of one query token.
+inline int64_t token_pairs(const ForwardParams& params) {
+  return static_cast<int64_t>(params.num_kv_heads) * params.topk;
+}
+
 // Most tiles that a part can have: room for full ones and for a last one of every bucket.
 inline unsigned max_tiles(const ForwardParams& params, const KvSchedule& schedule) {
-  const int64_t pairs = static_cast<int64_t>(schedule.token_end - schedule.token_begin) *
-                        params.num_kv_heads * params.topk;
+  const int64_t pairs = (schedule.token_end - schedule.token_begin) * token_pairs(params);
   return static_cast<unsigned>(pairs / kTileQueries + schedule.num_buckets);
 }
 
 // Buckets of one key/value head, for any lengths of the sequences.
 inline int buckets_per_head(const ForwardParams& params) {
   return params.total_k / params.block_size + params.batch;
+}
+inline int64_t num_buckets(const ForwardParams& params) {
+  return static_cast<int64_t>(buckets_per_head(params)) * params.num_kv_heads;
+}
+
+// Bytes of an array with a place for every bucket and one more, and of the four of a schedule.
+inline int64_t bucket_array_bytes(const ForwardParams& params) {
+  return align((num_buckets(params) + 1) * 4);
+}
+inline int64_t bucket_bytes(const ForwardParams& params) {
+  return 4 * bucket_array_bytes(params);
+}
+
+// Sets what depends on the buckets' number, and takes the room for their arrays.
+inline void take_buckets(KvSchedule& schedule, const ForwardParams& params, Workspace& workspace) {
+  schedule.buckets_per_head = buckets_per_head(params);
+  schedule.num_buckets = static_cast<int>(num_buckets(params));
+  schedule.bucket_count = workspace.take_integers(schedule.num_buckets + 1ll);
+  schedule.bucket_next = workspace.take_integers(schedule.num_buckets + 1ll);
+  schedule.bucket_begin = workspace.take_integers(schedule.num_buckets + 1ll);
+  schedule.tile_begin = workspace.take_integers(schedule.num_buckets + 1ll);
 }
 
 // Thread blocks of a launch over the tiles when each takes tiles from grid to grid. So few, that

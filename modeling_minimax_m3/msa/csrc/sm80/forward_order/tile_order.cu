@@ -3,6 +3,7 @@
 #include <bit>
 
 #include "../../common/cuda_check.h"
+#include "../../common/workspace.h"
 #include "tile_union.cuh"
 
 namespace msa::sm80 {
@@ -10,11 +11,6 @@ namespace msa::sm80 {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int64_t kAlignment = 16;
-
-int64_t align(int64_t bytes) {
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
-}
 
 int64_t num_tiles(const ForwardParams& params) {
   return (static_cast<int64_t>(params.total_q) + kTileTokens - 1) / kTileTokens *

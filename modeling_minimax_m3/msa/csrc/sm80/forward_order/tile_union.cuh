@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../../common/bitonic_sort.cuh"
 #include "../../common/sequences.cuh"
 #include "../../params.h"
 
@@ -29,25 +30,6 @@ __device__ __forceinline__ int union_block(uint32_t entry) {
 }
 __device__ __forceinline__ uint32_t union_tokens(uint32_t entry) {
   return entry & ((1u << kTileTokens) - 1);
-}
-
-// Sorts `count` entries (a power of two) in shared memory in ascending order.
-__device__ __forceinline__ void sort_warp_entries(uint32_t* entries, int count, int lane) {
-  for (int length = 2; length <= count; length *= 2) {
-    for (int distance = length / 2; distance > 0; distance /= 2) {
-      __syncwarp();
-      for (int i = lane; i < count / 2; i += 32) {
-        const int low = 2 * i - (i & (distance - 1));
-        const int high = low + distance;
-        const uint32_t a = entries[low], b = entries[high];
-        if ((a > b) == ((low & length) == 0)) {
-          entries[low] = b;
-          entries[high] = a;
-        }
-      }
-    }
-  }
-  __syncwarp();
 }
 
 // Fills `tokens` and `entries` (shared memory, room for `entry_count` entries: a power of two, at
@@ -92,7 +74,7 @@ __device__ __forceinline__ int build_tile_union(const ForwardParams& params, int
     }
     if (i < entry_count) entries[i] = entry;
   }
-  sort_warp_entries(entries, entry_count, lane);
+  sort_entries<32>(entries, entry_count, lane, [] { __syncwarp(); });
 
   // The first entry of each block collects the tokens of those that follow. The result replaces the
   // entries from the front on, never one that is still to be read.

@@ -12,6 +12,7 @@
 
 #include "../../common/async_copy.cuh"
 #include "../../common/matrix.cuh"
+#include "../../common/turns.cuh"
 #include "../forward_kv/buckets.cuh"
 #include "config.h"
 #include "operands.cuh"
@@ -213,15 +214,7 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
 
   int32_t* block_turn = schedule.block_turn + tile.bucket % schedule.lists.buckets_per_head;
   const int turn = turn_of(schedule.lists, tile);
-  if (threadIdx.x == 0) {
-    int32_t passed;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n"
-                   : "=r"(passed)
-                   : "l"(block_turn)
-                   : "memory");
-    } while (passed != turn);
-  }
+  if (threadIdx.x == 0) await_turn(block_turn, turn);
   __syncthreads();
   products.finish([&](int row, int channel, float2 values) {
     if (row >= num_keys) return;
@@ -229,10 +222,7 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
   });
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    asm volatile("st.release.gpu.global.s32 [%0], %1;\n" ::"l"(block_turn), "r"(turn + 1)
-                 : "memory");
-  }
+  if (threadIdx.x == 0) pass_turn(block_turn, turn);
 }
 
 }  // namespace msa::sm80

@@ -6,6 +6,8 @@
 
 #include "../../common/cuda_check.h"
 #include "../../common/dispatch.h"
+#include "../../common/supported.h"
+#include "../../common/workspace.h"
 #include "../forward_kv/attention_forward_kv.h"
 #include "config.h"
 #include "loss_sums.cuh"
@@ -15,42 +17,22 @@ namespace msa::sm80 {
 
 namespace {
 
-constexpr int64_t kAlignment = 16;
-
-int64_t align(int64_t bytes) {
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
-}
-
 void check_supported(const IndexerLossParams& params) {
   const ForwardParams& attention = params.attention;
-  const int group = attention.num_kv_heads < 1 ? 0 : attention.num_heads / attention.num_kv_heads;
-  const bool is_group = group == 1 || group == 2 || group == 4 || group == 8 || group == 16;
-  if (!is_group || attention.num_heads != attention.num_kv_heads * group) {
-    throw std::runtime_error("query heads per key/value head must be 1, 2, 4, 8 or 16, got " +
-                             std::to_string(attention.num_heads) + " and " +
-                             std::to_string(attention.num_kv_heads));
-  }
+  check_group(attention.num_heads, attention.num_kv_heads);
   if (attention.topk < 1 || (attention.topk > 64 && attention.block_indices != nullptr)) {
     throw std::runtime_error("topk must be 1 to 64, got " + std::to_string(attention.topk));
   }
-  if (attention.block_size != 64 && attention.block_size != 128) {
-    throw std::runtime_error("block_size must be 64 or 128, got " +
-                             std::to_string(attention.block_size));
-  }
-}
-
-int64_t token_pairs(const ForwardParams& params) {
-  return static_cast<int64_t>(params.num_kv_heads) * params.topk;
+  check_block_size(attention.block_size);
 }
 
 // What grows with the keys.
 int64_t key_bytes(const IndexerLossParams& params, LossPass pass) {
-  const int64_t per_head = buckets_per_head(params.attention);
-  const int64_t buckets = per_head * params.attention.num_kv_heads;
-  const int64_t lists = 4 * align((buckets + 1) * 4);
+  const int64_t lists = bucket_bytes(params.attention);
   if (pass == LossPass::kValue) return lists;
   const int64_t sums = static_cast<int64_t>(params.attention.total_k) * params.index_dim * 4;
-  return lists + align(sums) + align((per_head + 1) * 4) + kAlignment;
+  return lists + align(sums) + align((buckets_per_head(params.attention) + 1ll) * 4) +
+         kWorkspaceAlignment;
 }
 
 // A place in the pair list, and terms or, of the gradient, an unsorted list, score gradients and
@@ -69,7 +51,7 @@ int64_t indexer_loss_workspace(const IndexerLossParams& params, LossPass pass) {
   const int64_t token_bytes = token_pairs(params.attention) * pair_bytes(params, pass);
   const int64_t tokens = std::clamp<int64_t>(kIndexerLossBytes / token_bytes, 1,
                                              std::max(params.attention.total_q, 1));
-  return key_bytes(params, pass) + tokens * token_bytes + kAllocations * kAlignment;
+  return key_bytes(params, pass) + tokens * token_bytes + kAllocations * kWorkspaceAlignment;
 }
 
 void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
@@ -79,7 +61,8 @@ void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
   const ForwardParams& attention = params.attention;
   if (attention.total_q == 0) return;
   const bool is_gradient = pass == LossPass::kGradient;
-  const int64_t room = workspace_bytes - key_bytes(params, pass) - kAllocations * kAlignment;
+  const int64_t room =
+      workspace_bytes - key_bytes(params, pass) - kAllocations * kWorkspaceAlignment;
   int64_t part = std::min<int64_t>(room / (token_pairs(attention) * pair_bytes(params, pass)),
                                    attention.total_q);
   if (is_gradient) part = std::min(part, kMaxSortedTokens);
@@ -92,39 +75,28 @@ void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
   constexpr double kLog2E = 1.44269504088896340736;
   IndexerLossSchedule schedule = {};
   KvSchedule& lists = schedule.lists;
-  lists.buckets_per_head = buckets_per_head(attention);
-  lists.num_buckets = lists.buckets_per_head * attention.num_kv_heads;
   lists.scale_log2 = static_cast<float>(attention.softmax_scale * kLog2E);
   schedule.index_scale_log2 = static_cast<float>(params.index_scale * kLog2E);
-  auto* bytes = static_cast<unsigned char*>(workspace);
-  auto take = [&](int64_t size) {
-    unsigned char* begin = bytes;
-    bytes += align(size);
-    return begin;
-  };
-  auto take_integers = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count * 4)); };
+  Workspace pieces(workspace);
   const int64_t max_pairs = part * token_pairs(attention);
-  lists.bucket_count = take_integers(lists.num_buckets + 1);
-  lists.bucket_next = take_integers(lists.num_buckets + 1);
-  lists.bucket_begin = take_integers(lists.num_buckets + 1);
-  lists.tile_begin = take_integers(lists.num_buckets + 1);
-  lists.pair_list = take_integers(max_pairs);
+  take_buckets(lists, attention, pieces);
+  lists.pair_list = pieces.take_integers(max_pairs);
   int32_t* sorted_list = nullptr;
   int64_t sums_bytes = 0;
   if (is_gradient) {
-    sorted_list = take_integers(max_pairs);
-    schedule.score_gradients = take(max_pairs * attention.block_size * 2);
-    schedule.partial_index_query = reinterpret_cast<float*>(take(max_pairs * params.index_dim * 4));
-    schedule.factors = reinterpret_cast<float*>(take(8));
-    schedule.block_turn = take_integers(lists.buckets_per_head + 1);
+    sorted_list = pieces.take_integers(max_pairs);
+    schedule.score_gradients = pieces.take(max_pairs * attention.block_size * 2);
+    schedule.partial_index_query = pieces.take_floats(max_pairs * params.index_dim);
+    schedule.factors = pieces.take_floats(2);
+    schedule.block_turn = pieces.take_integers(lists.buckets_per_head + 1ll);
     schedule.next_tile = schedule.block_turn + lists.buckets_per_head;
     sums_bytes = static_cast<int64_t>(attention.total_k) * params.index_dim * 4;
-    schedule.index_key_sums = reinterpret_cast<float*>(take(sums_bytes));
+    schedule.index_key_sums = reinterpret_cast<float*>(pieces.take(sums_bytes));
     MSA_CHECK_CUDA(cudaMemsetAsync(schedule.index_key_sums, 0, sums_bytes, stream));
     scale_gradients_kernel<<<1, 1024, 0, stream>>>(params, schedule.factors);
     MSA_CHECK_LAUNCH();
   } else {
-    schedule.terms = reinterpret_cast<float4*>(take(max_pairs * 16));
+    schedule.terms = reinterpret_cast<float4*>(pieces.take(max_pairs * 16));
   }
 
   for (int64_t begin = 0; begin < attention.total_q; begin += part) {

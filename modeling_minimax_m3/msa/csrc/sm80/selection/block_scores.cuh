@@ -15,6 +15,7 @@
 #include "../../common/sequences.cuh"
 #include "../../params.h"
 #include "config.h"
+#include "ranked_blocks.cuh"
 #include "schedule.h"
 
 namespace msa::sm80 {
@@ -62,13 +63,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const int token_end = min(tile_end, sequence.query_end);
     if (token_begin >= token_end) continue;
 
-    // Forced blocks are never ranked, and queries that see at most topk blocks take them all.
     const int position_offset = sequence.first_position - sequence.query_begin;
-    const int last_own_block = (position_offset + token_end - 1) / params.block_size;
-    const int first_block = max(unit_begin, params.init_blocks);
-    const int end_block =
-        min(unit_begin + schedule.blocks_per_unit, last_own_block - params.local_blocks + 1);
-    if (last_own_block < params.topk || first_block >= end_block) continue;
+    int first_block, end_block;
+    if (!find_ranked_blocks(params, schedule, sequence, unit_begin, token_end, first_block,
+                            end_block)) {
+      continue;
+    }
 
     if (!query_loaded) {
       query_loaded = true;

@@ -6,6 +6,7 @@
 
 #include "../../common/cuda_check.h"
 #include "../../common/dispatch.h"
+#include "../../common/supported.h"
 #include "launch_scores.h"
 #include "schedule.h"
 #include "top_blocks.cuh"
@@ -19,14 +20,8 @@ void check_supported(const SelectParams& params) {
     throw std::runtime_error("number of index heads must be 1 to " + std::to_string(kScoreRows) +
                              ", got " + std::to_string(params.num_heads));
   }
-  if (params.topk < 1 || params.topk > kMaxTopk) {
-    throw std::runtime_error("topk must be 1 to " + std::to_string(kMaxTopk) + ", got " +
-                             std::to_string(params.topk));
-  }
-  if (params.block_size != 64 && params.block_size != 128) {
-    throw std::runtime_error("block_size must be 64 or 128, got " +
-                             std::to_string(params.block_size));
-  }
+  check_topk(params.topk, kMaxTopk);
+  check_block_size(params.block_size);
 }
 
 int64_t max_blocks(const SelectParams& params) {

@@ -17,14 +17,15 @@
 
 #include "../../common/async_copy.cuh"
 #include "../../common/matrix.cuh"
+#include "../../common/turns.cuh"
 #include "../../params.h"
 #include "../../sm80/backward/tile_order.cuh"
-#include "../ptx/bulk_copy.cuh"
 #include "../ptx/mbarrier.cuh"
+#include "../ptx/named_barrier.cuh"
 #include "../ptx/registers.cuh"
 #include "../ptx/stmatrix.cuh"
+#include "../ptx/tensor_copy.cuh"
 #include "../ptx/wgmma.cuh"
-#include "../ptx/wgmma_n64.cuh"
 #include "config.h"
 
 namespace msa::sm90 {
@@ -59,8 +60,9 @@ struct RingPosition {
   }
 };
 
+// As msa::unpack, which takes an instruction more for a pair of bfloat16.
 __device__ __forceinline__ float2 unpack(uint32_t pair, __half) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  return msa::unpack<__half>(pair);
 }
 __device__ __forceinline__ float2 unpack(uint32_t pair, __nv_bfloat16) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
@@ -229,12 +231,6 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, const Bac
   fence_async_proxy();
 }
 
-// Of the multiplying warpgroups, where barrier 0 is that of the whole thread block.
-template <typename Config>
-__device__ __forceinline__ void sync_warpgroups() {
-  asm volatile("bar.sync 1, %0;\n" ::"n"(128 * Config::kWarpgroups) : "memory");
-}
-
 template <typename Element, typename Config>
 __device__ __forceinline__ void multiply(const BackwardParams& params,
                                          const sm80::BackwardSchedule& schedule,
@@ -312,6 +308,8 @@ __device__ __forceinline__ void multiply(const BackwardParams& params,
     }
   };
 
+  // Of the multiplying warpgroups.
+  auto sync_warpgroups = [] { sync_threads<128 * Config::kWarpgroups>(1); };
   RingPosition<Config::kStages> ring;
   int num_scores = 0;  // dS written so far, alternately to two buffers
   for (int count = 0;; ++count) {
@@ -321,7 +319,7 @@ __device__ __forceinline__ void multiply(const BackwardParams& params,
     const int num_steps = (work.num_queries + Config::kTokens - 1) / Config::kTokens;
     if (num_steps == 0) return;
     load_keys<Element, Config>(forward, work, shared);
-    sync_warpgroups<Config>();
+    sync_warpgroups();
 
 #pragma unroll
     for (int i = 0; i < 64; ++i) grad_key[i] = grad_value[i] = 0;
@@ -408,8 +406,8 @@ __device__ __forceinline__ void multiply(const BackwardParams& params,
     accumulators_ready(grad_query);
     store_grad_query(previous_pair);
 
-    if (threadIdx.x == 0) sm80::await_turn(schedule, work.bucket, work.turn);
-    sync_warpgroups<Config>();
+    if (threadIdx.x == 0) await_turn(schedule.bucket_turn + work.bucket, work.turn);
+    sync_warpgroups();
     const int64_t row =
         static_cast<int64_t>(work.first_key + own_key) * forward.num_kv_heads + work.kv_head;
     float* key_target = schedule.grad_key + row * Config::kHeadDim + lane % 4 * 2;
@@ -430,8 +428,8 @@ __device__ __forceinline__ void multiply(const BackwardParams& params,
       }
     }
     __threadfence();
-    sync_warpgroups<Config>();
-    if (threadIdx.x == 0) sm80::pass_turn(schedule, work.bucket, work.turn);
+    sync_warpgroups();
+    if (threadIdx.x == 0) pass_turn(schedule.bucket_turn + work.bucket, work.turn);
     if (threadIdx.x % 32 == 0) barrier_arrive(barriers.work_empty + count % 2 * 8);
   }
 }

@@ -4,9 +4,10 @@
 #include <algorithm>
 
 #include "../../common/cuda_check.h"
+#include "../../common/device.h"
+#include "../ptx/tensor_map.h"
 #include "attention_backward.h"
 #include "block_gradients.cuh"
-#include "tensor_map.h"
 
 namespace msa::sm90 {
 
@@ -17,19 +18,24 @@ void launch_block_gradients(const BackwardParams& params, const sm80::BackwardSc
   auto* kernel = block_gradients_kernel<Element, Config>;
   MSA_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       Config::kSharedBytes));
-  int device, num_sms;
-  MSA_CHECK_CUDA(cudaGetDevice(&device));
-  MSA_CHECK_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
 
   const ForwardParams& forward = params.forward;
-  const CUtensorMap query_map = make_tensor_map(
-      forward.query, forward.dtype, forward.total_q, forward.num_heads, forward.head_dim,
-      forward.query_token_stride, forward.query_head_stride, Config::kGroup);
-  const CUtensorMap grad_out_map = make_tensor_map(
-      params.grad_out, forward.dtype, forward.total_q, forward.num_heads, forward.head_dim,
-      params.grad_out_token_stride, params.grad_out_head_stride, Config::kGroup);
-  kernel<<<std::min(schedule.max_tiles, num_sms), Config::kThreads, Config::kSharedBytes, stream>>>(
-      params, schedule, query_map, grad_out_map);
+  // Channels, heads, tokens; a box is 64 channels of a token's heads of one group.
+  auto row_map = [&](const void* base, int64_t token_stride, int64_t head_stride) {
+    return make_tensor_map<3>(
+        {base,
+         {static_cast<uint64_t>(forward.head_dim), static_cast<uint64_t>(forward.num_heads),
+          static_cast<uint64_t>(forward.total_q)},
+         {head_stride, token_stride},
+         {64, Config::kGroup, 1}},
+        forward.dtype);
+  };
+  const CUtensorMap query_map =
+      row_map(forward.query, forward.query_token_stride, forward.query_head_stride);
+  const CUtensorMap grad_out_map =
+      row_map(params.grad_out, params.grad_out_token_stride, params.grad_out_head_stride);
+  kernel<<<std::min(schedule.max_tiles, num_multiprocessors()), Config::kThreads,
+           Config::kSharedBytes, stream>>>(params, schedule, query_map, grad_out_map);
   MSA_CHECK_LAUNCH();
 }
 

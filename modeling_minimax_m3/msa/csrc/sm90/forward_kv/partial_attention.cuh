@@ -15,15 +15,11 @@
 #include "../../common/sequences.cuh"
 #include "../../params.h"
 #include "../../sm80/forward_kv/buckets.cuh"
+#include "../ptx/named_barrier.cuh"
 #include "../ptx/wgmma.cuh"
 #include "config.h"
 
 namespace msa::sm90 {
-
-// Waits for all threads of a warpgroup; barrier 0 is that of the whole thread block.
-__device__ __forceinline__ void sync_warpgroup(int warpgroup) {
-  asm volatile("bar.sync %0, 128;\n" ::"r"(warpgroup + 1) : "memory");
-}
 
 template <typename Element, typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)

@@ -16,6 +16,7 @@
 #include "../../params.h"
 #include "../../sm80/forward_order/tile_union.cuh"
 #include "../ptx/mbarrier.cuh"
+#include "../ptx/named_barrier.cuh"
 #include "../ptx/registers.cuh"
 #include "../ptx/tensor_copy.cuh"
 #include "../ptx/wgmma.cuh"
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             }
           }
           fence_async_proxy();
-          asm volatile("bar.sync %0, 128;\n" ::"r"(warpgroup + 1) : "memory");
+          sync_warpgroup(warpgroup);
         }
         if (own != 0 && pending) {
           float scores[64], factor[2];

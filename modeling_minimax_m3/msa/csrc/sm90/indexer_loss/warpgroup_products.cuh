@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include "../ptx/wgmma.cuh"
-#include "../ptx/wgmma_n64.cuh"
 #include "config.h"
 
 namespace msa::sm90 {

@@ -13,17 +13,19 @@
 
 namespace msa::sm90 {
 
-// A four-dimensional tensor of 16-bit elements, fastest dimension first and contiguous, and the box
-// that one copy takes from it. Strides are in elements and multiples of 8. Rows of the box are 64
-// elements and lie in shared memory with the 128-byte swizzle.
+// A tensor of 16-bit elements, fastest dimension first and contiguous, and the box that one copy
+// takes from it. `base` is a multiple of 16 bytes, strides are in elements and multiples of 8. Rows
+// of the box are 64 elements and lie in shared memory with the 128-byte swizzle.
+template <int kDimensions>
 struct TensorTiles {
   const void* base;
-  uint64_t sizes[4];
-  int64_t strides[3];  // of dimensions 1, 2, 3
-  uint32_t box[4];
+  uint64_t sizes[kDimensions];
+  int64_t strides[kDimensions - 1];  // of dimensions 1, 2, ...
+  uint32_t box[kDimensions];
 };
 
-inline CUtensorMap make_tensor_map(const TensorTiles& tiles, Dtype dtype) {
+template <int kDimensions>
+CUtensorMap make_tensor_map(const TensorTiles<kDimensions>& tiles, Dtype dtype) {
   // Found at run time, so that the binary does not link against the driver.
   static const auto encode = [] {
     void* function = nullptr;
@@ -35,11 +37,12 @@ inline CUtensorMap make_tensor_map(const TensorTiles& tiles, Dtype dtype) {
     }
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
-  cuuint64_t sizes[4], strides[3];
-  cuuint32_t box[4], steps[4] = {1, 1, 1, 1};
-  for (int i = 0; i < 4; ++i) {
+  cuuint64_t sizes[kDimensions], strides[kDimensions - 1];
+  cuuint32_t box[kDimensions], steps[kDimensions];
+  for (int i = 0; i < kDimensions; ++i) {
     sizes[i] = tiles.sizes[i];
     box[i] = tiles.box[i];
+    steps[i] = 1;
     // The stride of a dimension of one element means nothing, and may be anything.
     if (i > 0) strides[i - 1] = tiles.sizes[i] > 1 ? tiles.strides[i - 1] * 2 : 16;
   }
@@ -47,8 +50,8 @@ inline CUtensorMap make_tensor_map(const TensorTiles& tiles, Dtype dtype) {
   const CUresult status = encode(
       &map,
       dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      4, const_cast<void*>(tiles.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      kDimensions, const_cast<void*>(tiles.base), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled failed with error " + std::to_string(status));

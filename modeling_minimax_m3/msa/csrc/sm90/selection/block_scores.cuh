@@ -13,6 +13,7 @@
 #include "../../common/matrix.cuh"
 #include "../../common/sequences.cuh"
 #include "../../params.h"
+#include "../../sm80/selection/ranked_blocks.cuh"
 #include "../ptx/wgmma.cuh"
 #include "config.h"
 
@@ -71,13 +72,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int token_end = min(tile_end, sequence.query_end);
     if (token_begin >= token_end) continue;
 
-    // Forced blocks are never ranked, and queries that see at most topk blocks take them all.
     const int position_offset = sequence.first_position - sequence.query_begin;
-    const int last_own_block = (position_offset + token_end - 1) / params.block_size;
-    const int first_block = max(unit_begin, params.init_blocks);
-    const int end_block =
-        min(unit_begin + schedule.blocks_per_unit, last_own_block - params.local_blocks + 1);
-    if (last_own_block < params.topk || first_block >= end_block) continue;
+    int first_block, end_block;
+    if (!sm80::find_ranked_blocks(params, schedule, sequence, unit_begin, token_end, first_block,
+                                  end_block)) {
+      continue;
+    }
 
     const int first_key = first_block * params.block_size;
     const int num_tiles =
