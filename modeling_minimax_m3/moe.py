@@ -87,9 +87,10 @@ class MiniMaxM3VLExperts(nn.Module):
             `torch.Tensor` of shape `(N, H)`, in the dtype of `hidden_states`.
         """
         output = torch.zeros_like(hidden_states)
-        for expert in torch.unique(top_k_index).tolist():
-            if expert >= self.num_experts:
-                continue
+        chosen = [expert for expert in torch.unique(top_k_index).tolist() if expert < self.num_experts]
+        # Where all tokens belong to other ranks, one expert runs on none: the backward has to pass here, because the
+        # other ranks wait for this one in it.
+        for expert in chosen or [0]:
             token, choice = torch.nonzero(top_k_index == expert, as_tuple=True)
             gate_up = F.linear(hidden_states[token], self.gate_up_proj[expert])
             expert_output = F.linear(self._apply_gate(gate_up), self.down_proj[expert])

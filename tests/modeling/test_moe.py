@@ -104,6 +104,19 @@ def test_experts_of_another_rank_add_nothing(make_pair, text_config):
     torch.testing.assert_close(parts, experts(tokens, both, weights))
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_a_rank_without_tokens_goes_backward(make_pair, text_config, implementation):
+    """The other ranks wait for it there, so gradients have to be zeros and not missing."""
+    text_config._experts_implementation = implementation
+    _, experts = make_pair(MiniMaxM3VLExperts, text_config)
+    experts._is_expert_parallel = True
+    tokens = random_tokens(text_config, 6).requires_grad_()
+    elsewhere = torch.full((6, 2), experts.num_experts)
+    experts(tokens, elsewhere, torch.zeros(6, 2)).sum().backward()
+    for tensor in (tokens, experts.gate_up_proj, experts.down_proj):
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
 class TestLoadBalancingLoss:
     num_experts, top_k = 8, 3
 

@@ -1,4 +1,4 @@
-"""Two processes train as one does: data parallelism, and weights that are cut over the devices."""
+"""Two processes train as one does: data parallelism, and weights that are cut over the devices, experts among them."""
 
 import json
 import os
@@ -51,6 +51,15 @@ def test_fully_sharded(in_one_process, tmp_path, engine, monkeypatch):
         if find_spec("deepspeed") is None:  # not imported here: it changes what other packages do
             pytest.skip("DeepSpeed is not installed")
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    losses = run(launcher, engine, tmp_path / "losses.json")
+    torch.testing.assert_close(losses, in_one_process, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["expert_parallel", "expert_and_tensor_parallel", "tensor_parallel"])
+def test_plans(in_one_process, tmp_path, engine):
+    """Transformers' plans, by `from_pretrained(distributed_config=...)`. The worker also compares the weights (of the
+    composite model too) and the logits with those of the whole model, and what was saved after the training."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     losses = run(launcher, engine, tmp_path / "losses.json")
     torch.testing.assert_close(losses, in_one_process, rtol=0, atol=1e-4)
