@@ -29,7 +29,6 @@ from .layer import recorded_selection
 from .measure import environment
 
 LAYER_TYPES = {"dense": "full_attention", "learned": "minimax_m3_sparse", "structured": "minimax_m3_structured"}
-BLOCK = 64
 LAYERS = 4
 WARM_UP_SHARE = 0.25  # of the steps, in which the learned arm attends to all blocks
 EAGER_STEPS = 3  # before a capture
@@ -94,31 +93,32 @@ class Task:
         return {"ids": ids, "targets": targets, "answer": answer, "distance": distance}
 
 
-def make_config(arm: str, task: Task, blocks: int, backend: str) -> MiniMaxM3VLTextConfig:
-    """Four layers of the arm's kind with dense MLPs; `blocks` key blocks a query in both sparse kinds."""
-    anchors = blocks // 4
+def make_config(arm: str, task: Task, options: argparse.Namespace) -> MiniMaxM3VLTextConfig:
+    """Four layers of the arm's kind with dense MLPs, heads of 64 channels, two of them to a key/value head."""
+    anchors = options.blocks // 4
+    heads = options.hidden // 64
     return MiniMaxM3VLTextConfig(
         vocab_size=task.vocabulary,
-        hidden_size=256,
-        dense_intermediate_size=512,
+        hidden_size=options.hidden,
+        dense_intermediate_size=2 * options.hidden,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         head_dim=64,
         max_position_embeddings=task.tokens,
         layer_types=[LAYER_TYPES[arm]] * LAYERS,
         mlp_layer_types=["dense"] * LAYERS,
         rope_parameters={"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
-        index_n_heads=2,
+        index_n_heads=heads // 2,
         index_head_dim=64,
-        index_block_size=BLOCK,
-        index_topk_blocks=blocks,
+        index_block_size=options.block_size,
+        index_topk_blocks=options.blocks,
         structured_local_blocks=2,
         structured_anchor_blocks=anchors,
         structured_anchor_stride=4,
-        structured_random_blocks=blocks - 2 - anchors,
+        structured_random_blocks=options.blocks - 2 - anchors,
         indexer_loss_coef=1.0 if arm == "learned" else 0.0,
-        msa_backend=backend,
+        msa_backend=options.backend,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -131,17 +131,17 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, task: Task, batches: int, batch: int, device: str) -> dict:
+def evaluate(model: torch.nn.Module, task: Task, options: argparse.Namespace, device: str) -> dict:
     """Loss of runs and of answers in nats, and the share of right answers by distance in blocks, on fresh text."""
     generator = torch.Generator(device).manual_seed(12345)
-    num_blocks = task.tokens // BLOCK
+    num_blocks = task.tokens // options.block_size
     buckets = [edge for edge in (0, 2, 8, 16, 32) if edge < num_blocks] + [num_blocks]
     right, asked = torch.zeros(len(buckets) - 1, device=device), torch.zeros(len(buckets) - 1, device=device)
     loss, count = torch.zeros(2, device=device), torch.zeros(2, device=device)
-    bounds = torch.tensor(buckets[1:], device=device) * BLOCK
+    bounds = torch.tensor(buckets[1:], device=device) * options.block_size
     model.eval()
-    for _ in range(batches):
-        sample = task.sample(batch, generator)
+    for _ in range(options.evaluation_batches):
+        sample = task.sample(options.batch, generator)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = model(sample["ids"], use_cache=False).logits.float()
         targets, answer = sample["targets"], sample["answer"]
@@ -237,8 +237,8 @@ def kept_selection(model: torch.nn.Module, task: Task, device: str) -> list:
 def train(arm: str, arguments: argparse.Namespace) -> dict:
     """Trains one arm and returns what was measured."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    task = Task(tokens=arguments.tokens)
-    config = make_config(arm, task, arguments.blocks, arguments.backend)
+    task = Task(tokens=arguments.tokens, questions=arguments.questions)
+    config = make_config(arm, task, arguments)
     trainer = Trainer(config, arguments.batch, task.tokens, device)
     model, config = trainer.model, trainer.model.config
     generator = torch.Generator(device).manual_seed(1)
@@ -246,7 +246,7 @@ def train(arm: str, arguments: argparse.Namespace) -> dict:
     record |= {"machine": environment(), "curve": [], "evaluations": []}
     warm_up_steps = int(WARM_UP_SHARE * arguments.steps) if arm == "learned" else 0
     if warm_up_steps:
-        config.index_topk_blocks = task.tokens // BLOCK
+        config.index_topk_blocks = task.tokens // arguments.block_size
     started = time.perf_counter()
     for step in range(arguments.steps):
         if step == warm_up_steps and step > 0:
@@ -263,7 +263,7 @@ def train(arm: str, arguments: argparse.Namespace) -> dict:
                 is_last = True
         if is_last or (step + 1) % arguments.evaluate_every == 0:
             paused = time.perf_counter()
-            found = evaluate(model, task, arguments.evaluation_batches, arguments.batch, device)
+            found = evaluate(model, task, arguments, device)
             record["evaluations"].append({"step": step + 1, **found})
             print(arm, record["curve"][-1], json.dumps(found), flush=True)
             started += time.perf_counter() - paused  # evaluating is not training
@@ -299,7 +299,7 @@ def plot(paths: list[Path], picture: Path, selection_picture: Path | None) -> No
 
         (record,) = (record for record in records if "selection" in record)
         selections = {i: torch.tensor(record["selection"][i], dtype=torch.int32) for i in (0, LAYERS - 1)}
-        tokens_in_block = KEPT_TOKENS * BLOCK // record["task"]["tokens"]
+        tokens_in_block = KEPT_TOKENS * record["options"]["block_size"] // record["task"]["tokens"]
         plot_selections(selections, tokens_in_block, selection_picture)
 
 
@@ -313,6 +313,9 @@ def main() -> None:
     training.add_argument("--seconds", type=float, default=0, help="stop after so long, 0 for never")
     training.add_argument("--batch", type=int, default=4)
     training.add_argument("--tokens", type=int, default=Task.tokens, help="of a sequence")
+    training.add_argument("--questions", type=int, default=Task.questions, help="in a sequence")
+    training.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
+    training.add_argument("--block-size", type=int, default=64, help="keys of a block")
     training.add_argument("--blocks", type=int, default=8, help="key blocks of a query in the sparse arms")
     training.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
     training.add_argument("--backend", default="auto")
