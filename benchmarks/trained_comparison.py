@@ -1,6 +1,6 @@
-"""Small models with dense, learned and structured attention, trained on the same tokens: losses and long-range recall.
+"""Small models with dense, learned, structured or mixed attention, trained on the same tokens: losses, long-range recall.
 
-    python -m benchmarks.trained_comparison train structured --output structured.json     # and dense, and learned
+    python -m benchmarks.trained_comparison train structured --output structured.json     # and every other arm
     python -m benchmarks.trained_comparison plot dense.json learned.json structured.json --picture recall.png
 
 The text is made up. Most of it is local structure: runs of 16 tokens that count up by a step of their own, so that two
@@ -8,9 +8,9 @@ tokens of a run tell the rest of it. Into it are strewn facts, tokens that each 
 and questions, a name that was told before, where the value is to be predicted. The text never repeats a value, so a
 question needs the block that holds its fact, which lies anywhere before it; local structure needs a window.
 
-The learned arm follows the paper: its indexers are trained by the divergence from the main attention, which reaches all
-blocks for the first part of the steps. All arms see the same batches in the same order. On a GPU a step is captured once
-as a CUDA graph and replayed.
+Indexers are trained as in the paper: by the divergence from the main attention, which reaches all blocks for the first
+part of the steps. The mixed arm has a learned layer after structured ones. All arms see the same batches in the same
+order. On a GPU a step is captured once as a CUDA graph and replayed.
 """
 
 import argparse
@@ -28,9 +28,14 @@ from .implementations import OURS
 from .layer import recorded_selection
 from .measure import environment
 
-LAYER_TYPES = {"dense": "full_attention", "learned": "minimax_m3_sparse", "structured": "minimax_m3_structured"}
 LAYERS = 4
-WARM_UP_SHARE = 0.25  # of the steps, in which the learned arm attends to all blocks
+ARMS = {  # the kinds of their layers
+    "dense": ["full_attention"] * LAYERS,
+    "learned": ["minimax_m3_sparse"] * LAYERS,
+    "structured": ["minimax_m3_structured"] * LAYERS,
+    "mixed": ["minimax_m3_structured"] * (LAYERS - 1) + ["minimax_m3_sparse"],
+}
+WARM_UP_SHARE = 0.25  # of the steps, in which learned layers attend to all blocks
 EAGER_STEPS = 3  # before a capture
 KEPT_TOKENS = 128  # of a sequence, whose selection is kept for a picture
 
@@ -106,7 +111,7 @@ def make_config(arm: str, task: Task, options: argparse.Namespace) -> MiniMaxM3V
         num_key_value_heads=heads // 2,
         head_dim=64,
         max_position_embeddings=task.tokens,
-        layer_types=[LAYER_TYPES[arm]] * LAYERS,
+        layer_types=ARMS[arm],
         mlp_layer_types=["dense"] * LAYERS,
         rope_parameters={"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
         index_n_heads=heads // 2,
@@ -117,7 +122,7 @@ def make_config(arm: str, task: Task, options: argparse.Namespace) -> MiniMaxM3V
         structured_anchor_blocks=anchors,
         structured_anchor_stride=4,
         structured_random_blocks=options.blocks - 2 - anchors,
-        indexer_loss_coef=1.0 if arm == "learned" else 0.0,
+        indexer_loss_coef=1.0 if "minimax_m3_sparse" in ARMS[arm] else 0.0,
         msa_backend=options.backend,
         bos_token_id=0,
         eos_token_id=0,
@@ -244,7 +249,7 @@ def train(arm: str, arguments: argparse.Namespace) -> dict:
     generator = torch.Generator(device).manual_seed(1)
     record = {"arm": arm, "task": asdict(task), "options": vars(arguments) | {"output": str(arguments.output)}}
     record |= {"machine": environment(), "curve": [], "evaluations": []}
-    warm_up_steps = int(WARM_UP_SHARE * arguments.steps) if arm == "learned" else 0
+    warm_up_steps = int(WARM_UP_SHARE * arguments.steps) if config.indexer_loss_coef > 0 else 0
     if warm_up_steps:
         config.index_topk_blocks = task.tokens // arguments.block_size
     started = time.perf_counter()
@@ -284,8 +289,9 @@ def plot(paths: list[Path], picture: Path, selection_picture: Path | None) -> No
     for i, record in enumerate(records):
         losses.plot([row[0] for row in record["curve"]], [row[1] for row in record["curve"]], label=record["arm"])
         found = record["evaluations"][-1]["recall"]
-        places = [j + 0.25 * (i - 1) for j in range(len(found))]
-        recall.bar(places, list(found.values()), width=0.25, label=record["arm"])
+        width = 0.8 / len(records)
+        places = [j + width * (i - (len(records) - 1) / 2) for j in range(len(found))]
+        recall.bar(places, list(found.values()), width=width, label=record["arm"])
     losses.set(xlabel="step", ylabel="loss, nats per counted token", yscale="log", title="training")
     recall.set(xlabel="distance to the fact, blocks", ylabel="share of right answers", title="recall on fresh text")
     recall.set_xticks(range(len(found)), found)
@@ -307,7 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train small models that differ in their attention only.")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train one model and write what was measured")
-    training.add_argument("arm", choices=LAYER_TYPES)
+    training.add_argument("arm", choices=ARMS)
     training.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
     training.add_argument("--steps", type=int, default=1500)
     training.add_argument("--seconds", type=float, default=0, help="stop after so long, 0 for never")
