@@ -9,8 +9,8 @@ and questions, a name that was told before, where the value is to be predicted. 
 question needs the block that holds its fact, which lies anywhere before it; local structure needs a window.
 
 Indexers are trained as in the paper: by the divergence from the main attention, which reaches all blocks for the first
-part of the steps. The mixed arm has a learned layer after structured ones. All arms see the same batches in the same
-order. On a GPU a step is captured once as a CUDA graph and replayed.
+part of the steps. The mixed arms have a learned or a dense layer after structured ones. All arms see the same batches in
+the same order. On a GPU a step is captured once as a CUDA graph and replayed.
 """
 
 import argparse
@@ -34,6 +34,7 @@ ARMS = {  # the kinds of their layers
     "learned": ["minimax_m3_sparse"] * LAYERS,
     "structured": ["minimax_m3_structured"] * LAYERS,
     "mixed": ["minimax_m3_structured"] * (LAYERS - 1) + ["minimax_m3_sparse"],
+    "mixed-dense": ["minimax_m3_structured"] * (LAYERS - 1) + ["full_attention"],
 }
 WARM_UP_SHARE = 0.25  # of the steps, in which learned layers attend to all blocks
 EAGER_STEPS = 3  # before a capture

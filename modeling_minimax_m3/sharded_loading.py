@@ -18,7 +18,8 @@ def with_whole_concatenation(mapping: list[WeightTransform]) -> list[WeightTrans
     one, and Transformers cuts those rightly."""
     for transform in mapping:
         if isinstance(transform, WeightConverter) and [type(op) for op in transform.operations] == [Concatenate]:
-            transform.operations = [ConcatenateWhole(transform.operations[0].dim)]
+            (concatenate,) = transform.operations
+            transform.operations = [ConcatenateWhole(concatenate.dim, concatenate.num_shards_attribute)]
     return mapping
 
 

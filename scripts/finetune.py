@@ -127,11 +127,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, LoraArguments, Dat
         if not isinstance(values, dict):
             parser.error(f"{file} must hold names and values, got {type(values).__name__}")
         known = {action.dest: action for action in parser._actions}
-        if unknown := sorted(set(values) - set(known)):
+        if unknown := sorted(map(str, set(values) - set(known))):
             parser.error(f"{file} has names that are no options: {', '.join(unknown)}")
+        values = {name: value for name, value in values.items() if value is not None or not known[name].required}
         for name, value in values.items():
-            if value is None and known[name].required:
-                parser.error(f"{file} has no value for {name}")
             known[name].required = False
             if known[name].nargs in ("+", "*") and not isinstance(value, list):
                 values[name] = [value]

@@ -315,7 +315,8 @@ def test_missing_packages_are_named(finetune, texts, arguments, package, monkeyp
     [
         ("model: here\nlora_rnk: 4\n", "lora_rnk"),
         ("- a\n- b\n", "must hold names and values, got list"),
-        ("model: here\ndataset:\n", "has no value for dataset"),
+        ("model: here\n3: 4\n", "has names that are no options: 3"),
+        ("model: here\ndataset:\noutput_dir: run\n", "arguments are required: --dataset"),
         ("model: [here\n", "cannot be read: while parsing"),
     ],
 )
@@ -325,3 +326,10 @@ def test_mistakes_in_a_file_of_options(finetune, tmp_path, capsys, content, mess
     with pytest.raises(SystemExit):
         finetune.main([str(file)])
     assert message in capsys.readouterr().err
+
+
+def test_flags_win_over_a_file(finetune, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\ndataset: rows.jsonl\nlora_rank: 4\n")
+    model, lora, data, _ = finetune.parse_arguments([str(file), "--model", "here", "--lora_rank", "8"])
+    assert (model.model, lora.lora_rank, data.dataset) == ("here", 8, ["rows.jsonl"])
