@@ -86,7 +86,7 @@ sanitize-kernels: $(INSTALLED)
 	mkdir -p build
 	failed=0; for tool in $(SANITIZERS); do \
 		echo "$$tool: build/sanitizer-$$tool.log"; \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-regex kns=msa --error-exitcode 1 \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kns=msa --error-exitcode 1 \
 			--log-file build/sanitizer-$$tool.log \
 			$(BIN)/python -m pytest tests/msa/test_cuda_each_kernel.py -k "$(KERNEL)" --durations=0 || failed=1; \
 		tail -n 1 build/sanitizer-$$tool.log; \

@@ -96,6 +96,7 @@ def test_static_decode_replays_as_a_cuda_graph(on_cpu, make_tokens, relative_err
         token = tokens[:, 40:41].clone()
         layout = {name: tensor.clone() for name, tensor in prepared(40, twin).items()}
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warm up on a copy, as capturing must not be the first call
             model(token, attention_mask=layout, past_key_values=copy.deepcopy(twin))
         torch.cuda.synchronize()

@@ -1,7 +1,8 @@
 """What the operators mean, in plain loops and dicts, and builders of their inputs.
 
 Nothing here calls the operators: the loops are an independent second reference, one row (a query and a head) at a
-time, in float64. Test modules take these helpers as session fixtures, so that hypothesis tests can use them as well.
+time, in float64. Test modules take these helpers as session fixtures, so that hypothesis tests can use them as well; those
+of the compiled kernels are in `gpu`.
 
 Letters: L length of a sequence, D head_dim, H heads, G query heads per key/value head.
 """
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from modeling_minimax_m3.msa import extension
 
 SELECTION_RTOL = 2.0**-20  # of the largest sum of |q_i k_i| over the visible keys
 
@@ -451,6 +454,144 @@ def relative_error(actual, expected, floor=1e-30):
     return ((actual - expected).norm() / expected.norm().clamp_min(floor)).item()
 
 
+# --- inputs and checks of the compiled kernels, on a GPU ---------------------------------------------------------
+
+
+def offsets_on_gpu(lengths):
+    return offsets(lengths).cuda()
+
+
+class Packed:
+    """Random inputs of both operators over packed sequences on the GPU; `lengths` are those of keys and of queries."""
+
+    def __init__(self, lengths, dtype=torch.bfloat16, head_dim=128, group=4, num_kv_heads=2, seed=0):
+        keys, queries = lengths
+        queries = keys if queries is None else queries
+        self.generator = torch.Generator("cuda").manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=self.generator, device="cuda").to(dtype)
+
+        self.index_query = normal(sum(queries), num_kv_heads, head_dim)
+        self.index_key = normal(sum(keys), head_dim)
+        self.query = normal(sum(queries), num_kv_heads * group, head_dim)
+        self.key = normal(sum(keys), num_kv_heads, head_dim)
+        self.value = normal(sum(keys), num_kv_heads, head_dim)
+        self.lengths = {"cu_seqlens_q": offsets_on_gpu(queries), "cu_seqlens_k": offsets_on_gpu(keys)}
+        self.longest = max(keys)
+
+    @property
+    def qkv(self):
+        return self.query, self.key, self.value
+
+    def random_blocks(self, topk, block_size):
+        """Up to `topk` ids per query and head in random order, some of them in the future or past the sequence."""
+        rows, width = (len(self.query), self.key.shape[1]), -(-self.longest // block_size) + 1
+        order = torch.rand((*rows, width), generator=self.generator, device="cuda").argsort(-1)[..., :topk]
+        order = torch.nn.functional.pad(order, (0, topk - order.shape[-1]), value=-1)
+        count = torch.randint(0, topk + 1, (*rows, 1), generator=self.generator, device="cuda")
+        return order.masked_fill(torch.arange(topk, device="cuda") >= count, -1).to(torch.int32)
+
+
+def cached_on_gpu(lengths, num_new, head_dim=128, block_size=128, topk=5, **options):
+    """`make_cached` on the GPU, with a page of the cache as long as a block."""
+    case = make_cached(
+        lengths, num_new, head_dim=head_dim, index_dim=head_dim, block_size=block_size, topk=topk,
+        **{"page_size": 128, "dtype": torch.bfloat16, "group": 4, **options},
+    )  # fmt: skip
+    case.index_query, case.query, case.block_indices = (
+        tensor.cuda() for tensor in (case.index_query, case.query, case.block_indices)
+    )
+    for cache in (case.contiguous, case.paged):
+        for name in ("index_key", "key", "value"):
+            cache[name] = cache[name].cuda()
+        cache["where"] = {name: tensor.cuda() for name, tensor in cache["where"].items()}
+    return case
+
+
+def strided(tensor):
+    """The same values, with room between the rows and heads of the tensor."""
+    roomy = torch.full([*(2 * size for size in tensor.shape[:-1]), tensor.shape[-1] + 8], math.nan, device="cuda")
+    view = roomy.to(tensor.dtype)[tuple(slice(None, None, 2) for _ in tensor.shape[:-1])][..., : tensor.shape[-1]]
+    return view.copy_(tensor)
+
+
+def poison(*tensors):
+    """Fills memory of these shapes and dtypes with garbage and frees it, so that the next outputs lie in it."""
+    for tensor in tensors:
+        torch.empty_like(tensor).fill_(math.nan if tensor.dtype.is_floating_point else 987654321)
+
+
+def exact_block_scores(case, block_size):
+    """For each sequence its queries, exact scores of its blocks (Lq, H, N), -inf in the future, and their tolerance."""
+    found = []
+    for queries, keys in varlen_sequences(*case.lengths.values()):
+        if queries.start == queries.stop:
+            continue
+        query, key = case.index_query[queries].double(), case.index_key[keys].double()
+        position = torch.arange(len(key) - len(query), len(key), device="cuda")[:, None, None]
+        future = torch.arange(len(key), device="cuda") > position
+        scores = torch.einsum("qhd,kd->qhk", query, key).masked_fill_(future, -math.inf)
+        magnitude = torch.einsum("qhd,kd->qhk", query.abs(), key.abs()).masked_fill_(future, 0.0)
+        tolerance = SELECTION_RTOL * magnitude.amax(-1, keepdim=True)
+        del magnitude
+        scores = torch.nn.functional.pad(scores, (0, -len(key) % block_size), value=-math.inf)
+        found.append((queries, position // block_size, scores.unflatten(-1, (-1, block_size)).amax(-1), tolerance))
+    return found
+
+
+def assert_selection(selected, case, exact, topk, local_blocks, init_blocks):
+    """Every chosen block scores at least the kth best and every omitted one at most that, up to rounding.
+
+    `exact` is what `exact_block_scores` gives.
+    """
+    assert selected.shape == (*case.index_query.shape[:2], topk)
+    assert selected.dtype == torch.int32
+    wrong = torch.zeros(6, dtype=torch.bool, device="cuda")  # read once, as reading waits for the device
+    for queries, own_block, scores, tolerance in exact:
+        ids, num_blocks = selected[queries].long(), scores.shape[-1]
+        # Ids that are no block's go to an extra column: -1, which is none, and the rest, which are wrong.
+        outside = (ids < -1) | (ids >= num_blocks)
+        chosen = torch.zeros((*ids.shape[:2], num_blocks + 1), dtype=torch.int64, device="cuda")
+        chosen.scatter_add_(-1, ids.masked_fill(outside | (ids < 0), num_blocks), torch.ones_like(ids))
+        chosen = chosen[..., :num_blocks]
+        block = torch.arange(num_blocks, device="cuda")
+        visible = (block <= own_block).expand_as(chosen)
+        count = visible.sum(-1, keepdim=True).clamp(max=topk)
+        forced = visible & ((block < init_blocks) | (block > own_block - local_blocks))
+        others = scores.masked_fill(forced | ~visible, -math.inf)
+        free = (count - forced.sum(-1, keepdim=True)).clamp(min=0)
+        ranked = others.sort(-1, descending=True).values
+        kth = ranked.gather(-1, (free - 1).clamp(min=0)).masked_fill(free == 0, math.inf)
+        chosen, once_each = chosen.bool(), chosen <= 1
+        left_out = visible & ~forced & ~chosen
+        wrong |= torch.stack(
+            [
+                ~once_each.all(),
+                outside.any() | (chosen & ~visible).any(),
+                ((ids >= 0) != (torch.arange(topk, device="cuda") < count)).any(),
+                (forced & ~chosen).any(),
+                (chosen & ~forced & ~(others >= kth - tolerance)).any(),
+                (left_out & ~(others <= kth + tolerance)).any(),
+            ]
+        )
+    faults = (
+        "a block twice", "a block in the future or none at all", "not left-packed, or not as many as there are",
+        "a forced block is missing", "a block below the kth best", "a better block was left out",
+    )  # fmt: skip
+    assert not [fault for fault, found in zip(faults, wrong.tolist()) if found]
+
+
+def assert_rows(out, expected, tolerance):
+    """Within the tolerance in all, and no row of a head lost among the others."""
+    assert relative_error(out, expected) < tolerance
+    worst = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-3)
+    assert worst.numel() == 0 or worst.max().item() < 10 * tolerance
+
+
+# --- fixtures ----------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module", autouse=True)
 def single_thread():
     """Tensors of a few hundred tokens take longer to share among threads than to compute."""
@@ -480,6 +621,28 @@ def inputs():
         random_block_indices=random_block_indices,
         relative_error=relative_error,
     )
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """What tests of the compiled kernels make their inputs and check their outputs with; the rest of it is in `inputs`."""
+    return SimpleNamespace(
+        assert_rows=assert_rows,
+        assert_selection=assert_selection,
+        block_scores=exact_block_scores,
+        cached=cached_on_gpu,
+        offsets=offsets_on_gpu,
+        packed=Packed,
+        poison=poison,
+        strided=strided,
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled_kernels():
+    """Builds the extension where it has to; the first kernel is not where a missing one should be found."""
+    reason = extension.load(build=True)
+    assert reason is None, reason
 
 
 @pytest.fixture

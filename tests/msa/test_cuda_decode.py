@@ -6,11 +6,12 @@ Queries and keys are small integers, so that scores are exact in every arithmeti
 import pytest
 import torch
 
-from modeling_minimax_m3.msa import extension, reference, select_blocks_with_kvcache
+from modeling_minimax_m3.msa import reference, select_blocks_with_kvcache
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("compiled_kernels"),
 ]
 
 CASES = {
@@ -22,12 +23,6 @@ CASES = {
     "equal scores": {"lengths": [100_000], "values": 1, "topk": 16},
     "wide": {"lengths": [200_000, 40_000], "block_size": 64, "topk": 64},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded():
-    reason = extension.load(build=True)
-    assert reason is None, reason
 
 
 def integers(generator, values, *shape):

@@ -9,11 +9,12 @@ import math
 import pytest
 import torch
 
-from modeling_minimax_m3.msa import extension, portable
+from modeling_minimax_m3.msa import portable
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("compiled_kernels"),
 ]
 
 OPS = torch.ops.minimax_m3_msa
@@ -24,12 +25,6 @@ SHAPES = {
 }
 # (queries, keys) of each sequence
 LENGTHS = [(130, 130), (0, 0), (1, 1), (37, 300), (0, 70), (9, 9)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded():
-    reason = extension.load(build=True)
-    assert reason is None, reason
 
 
 def offsets(lengths):

@@ -9,11 +9,12 @@ import math
 import pytest
 import torch
 
-from modeling_minimax_m3.msa import block_sparse_attention, extension, reference
+from modeling_minimax_m3.msa import block_sparse_attention, reference
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("compiled_kernels"),
 ]
 
 KV_HEADS, GROUP, BLOCK = 2, 16, 128
@@ -27,12 +28,6 @@ LENGTHS = {
     "tiny": [(1, 1), (2, 130), (1, 128), (9, 9)],
 }
 SELECTIONS = ("shared", "scattered", "mixed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded():
-    reason = extension.load(build=True)
-    assert reason is None, reason
 
 
 def offsets(lengths):

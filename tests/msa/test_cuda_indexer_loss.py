@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from modeling_minimax_m3.msa import extension, indexer_kl_loss
+from modeling_minimax_m3.msa import indexer_kl_loss
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("compiled_kernels"),
 ]
 
 OPS = torch.ops.minimax_m3_msa
@@ -35,12 +36,6 @@ LENGTHS = {
     "gaps": ([130, 0, 70, 5, 0, 257], [0, 0, 70, 0, 0, 3]),
     "many": ([3] * 300 + [200], [3] * 300 + [200]),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded():
-    reason = extension.load(build=True)
-    assert reason is None, reason
 
 
 def offsets(lengths):

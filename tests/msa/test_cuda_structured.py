@@ -6,21 +6,15 @@ import pytest
 import torch
 
 from modeling_minimax_m3 import msa
-from modeling_minimax_m3.msa import extension
 from modeling_minimax_m3.sequence_layout import build_layout
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("compiled_kernels"),
 ]
 
 DEFAULT = {"local_blocks": 2, "anchor_blocks": 6, "anchor_stride": 8, "random_blocks": 8, "seed": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded():
-    reason = extension.load(build=True)
-    assert reason is None, reason
 
 
 def assert_same(own_block, heads=4, layer_idx=3, num_blocks=None, **pattern):
