@@ -252,7 +252,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         """A scalar zero that depends on every weight of tower and projector, on the device of `inputs`."""
         pixel_values, grid_thw = self.vision_tower.blank_image(inputs.device)
         features = self._encode_pixels(pixel_values, grid_thw).pooler_output[0]
-        # A sum of no elements is zero, and sends zeros back; 0 * features would be NaN, loss and all, where one overflows.
+        # A sum of no elements is zero, and sends zeros back; 0 * features would be NaN where one overflows.
         return features[:0].sum()
 
     def _encode_together(
