@@ -91,6 +91,8 @@ class MiniMaxM3VLAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        projected_dtype, dtype = query.dtype, self._attention_dtype(query)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
         if past_key_values is not None:
             cached = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
@@ -99,7 +101,7 @@ class MiniMaxM3VLAttention(nn.Module):
 
         index = None
         if self.indexer is not None:
-            index_query, index_key = self.indexer(hidden_states, position_embeddings)
+            index_query, index_key = (states.to(dtype) for states in self.indexer(hidden_states, position_embeddings))
             if past_key_values is not None:
                 cached = past_key_values.layers[self.layer_idx].update_index(index_key.unsqueeze(1))
                 if layout.is_cached or layout.allowed is not None:
@@ -132,7 +134,32 @@ class MiniMaxM3VLAttention(nn.Module):
         is_trained = output_indexer_loss and self.config.indexer_loss_coef > 0
         if index is not None and not is_trained and torch.is_grad_enabled() and index_query.requires_grad:
             out = with_zero_gradients(out, index_query, index_key)
-        return self.o_proj(out.flatten(2)), weights, divergence
+        return self.o_proj(out.flatten(2).to(projected_dtype)), weights, divergence
+
+    def _attention_dtype(self, query: torch.Tensor) -> torch.dtype:
+        """The dtype in which attention runs and the cache is kept: that of the projected `query`, but half precision
+        for a quantized model.
+
+        Quantized projections answer in the dtype of their input, under autocast too, and that is float32 after PEFT's
+        `prepare_model_for_kbit_training`. No kernel takes it, so the states go on in the dtype that the model computes
+        in, as they do in Transformers' flash attention. A float32 model stays in float32.
+        """
+        if query.dtype != torch.float32:
+            return query.dtype
+        if torch.is_autocast_enabled(query.device.type):
+            return torch.get_autocast_dtype(query.device.type)
+        projection = self.q_proj
+        while hasattr(projection, "base_layer"):  # of PEFT's adapters, whose own weights may be float32
+            projection = projection.base_layer
+        weight_dtype = getattr(getattr(projection, "weight", None), "dtype", None)
+        if weight_dtype == torch.float32:
+            return torch.float32
+        compute_dtype = getattr(projection, "compute_dtype", None)  # of 4-bit layers of bitsandbytes
+        model_dtype = self.config.dtype if hasattr(self.config, "_is_quantized") else None
+        for dtype in (compute_dtype, model_dtype, weight_dtype):
+            if dtype in (torch.float16, torch.bfloat16):
+                return dtype
+        return torch.float32
 
     def _block_attention(
         self,

@@ -39,7 +39,8 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_training_steps(checkpoint, kernels):
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "no autocast"])
+def test_training_steps_and_generation(checkpoint, autocast, kernels):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
 
@@ -58,7 +59,7 @@ def test_training_steps(checkpoint, kernels):
     assert any(name.endswith("self_attn.q_proj") for name in in_4_bits)
     assert any(".indexer." in name for name in in_4_bits)
 
-    # What is not in 4 bits becomes float32; autocast brings the projections, and so the kernels' inputs, to bfloat16.
+    # What is not in 4 bits becomes float32, and so do the hidden states and what the projections make of them.
     model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     target = ["q_proj", "k_proj", "v_proj", "o_proj"]  # of the indexers, too
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules=target)).train()
@@ -67,7 +68,7 @@ def test_training_steps(checkpoint, kernels):
     tokens = torch.randint(2, 400, (2, 500), generator=torch.Generator().manual_seed(1)).cuda()
     losses = []
     for _ in range(6):
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             outputs = model(input_ids=tokens, labels=tokens)
         outputs.loss.backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -78,3 +79,9 @@ def test_training_steps(checkpoint, kernels):
         losses.append(outputs.loss.item())
     assert losses[-1] < losses[0]
     assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in frozen.items())
+
+    model.eval()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        generated = model.generate(input_ids=tokens, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    assert generated.sequences.shape == (2, 504)
+    assert {layer.keys.dtype for layer in generated.past_key_values.layers} == {torch.bfloat16}
