@@ -65,6 +65,6 @@ def run_on_backend(backend: str, function: str, *args):
 
     Autocast is off inside: it would compute float32 scores and sums in half precision.
     """
-    module = _MODULES[resolve_backend(backend, function, args)]
+    backend = resolve_backend(backend, function, args)
     with torch.autocast(args[0].device.type, enabled=False):
-        return getattr(module, function)(*args)
+        return cuda.run(function, args) if backend == "cuda" else getattr(_MODULES[backend], function)(*args)

@@ -12,6 +12,7 @@ __all__ = [
     "indexer_kl_loss",
     "indexer_kl_loss_backward",
     "missing_kernel",
+    "run",
     "select_blocks",
     "select_blocks_with_kvcache",
     "structured_blocks_of",
@@ -130,6 +131,38 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
     return tensor.data_ptr() % _VECTOR_BYTES == 0 and all(
         stride % step == 0 for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1
     )
+
+
+# --- calls -------------------------------------------------------------------------------------------------------
+
+
+def run(function: str, args: tuple):
+    """Calls `function` of this module with the arguments `args`.
+
+    PyTorch's stable ABI hands the extension's errors on as plain RuntimeErrors, while callers that free memory or take
+    a smaller batch catch OutOfMemoryError. So a call that failed is made again, which is safe as none writes to its
+    arguments; if it fails again, the allocator's count of failures says whether memory was the reason.
+
+    Raises:
+        torch.OutOfMemoryError: The GPU's memory does not suffice.
+    """
+    try:
+        return globals()[function](*args)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        pass  # left first, as the exception holds what the call had allocated
+    failures = _allocation_failures(args[0].device)
+    try:
+        return globals()[function](*args)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or _allocation_failures(args[0].device) == failures:
+            raise
+        raise torch.OutOfMemoryError(f"CUDA out of memory in `{function}` of the compiled extension") from error
+
+
+def _allocation_failures(device: torch.device) -> int:
+    return torch.cuda.memory_stats(device).get("num_ooms", 0)
 
 
 # --- packed sequences --------------------------------------------------------------------------------------------

@@ -104,10 +104,11 @@ def _structured_blocks_of(
     backend: str,
 ) -> torch.Tensor:
     args = (own_block, num_kv_heads, layer_idx, local_blocks, anchor_blocks, anchor_stride, random_blocks, seed)
-    run_on = {"reference": reference.structured_blocks_of, "cuda": cuda.structured_blocks_of}
     backend = resolve_backend(backend, "structured_blocks_of", args)
-    if backend in run_on:
-        return run_on[backend](*args)
+    if backend == "reference":
+        return reference.structured_blocks_of(*args)
+    if backend == "cuda":
+        return cuda.run("structured_blocks_of", args)
     pattern = StructuredPattern(local_blocks, anchor_blocks, anchor_stride, random_blocks, seed % 2**64)
     if num_blocks is None and own_block.device.type == "cpu" and own_block.numel() > 0:
         num_blocks = int(own_block.max()) + 1

@@ -8,7 +8,15 @@ import warnings
 import pytest
 import torch
 
-from modeling_minimax_m3.msa import available_backends, backends, cuda, extension, reference, select_blocks
+from modeling_minimax_m3.msa import (
+    available_backends,
+    backends,
+    cuda,
+    extension,
+    reference,
+    select_blocks,
+    structured,
+)
 
 
 class OnDevice(torch.Tensor):
@@ -226,6 +234,58 @@ def test_the_choice_is_not_part_of_a_traced_graph(inputs, monkeypatch, backend):
     monkeypatch.setattr(backends, "resolve_backend", lambda name, *_: ran.append(name) or "reference")
     assert torch.equal(compiled(case.index_query).sort(-1).values, (expected + 1).sort(-1).values)
     assert ran == [backend, backend]
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+class Allocator:
+    """Stands in for the extension's `function`: its calls raise `errors`, one after the other, then return "out"."""
+
+    def __init__(self, monkeypatch, function, *errors, ooms=0):
+        self.errors, self.ooms, self.calls = list(errors), ooms, 0
+        monkeypatch.setattr(cuda, function, self.call)
+        monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_ooms": self.ooms} if self.ooms else {})
+
+    def call(self, *args):
+        self.calls += 1
+        if not self.errors:
+            return "out"
+        message, is_oom = self.errors.pop(0)
+        self.ooms += is_oom
+        raise RuntimeError(message)
+
+
+STABLE_ABI = 'torch_call_dispatcher( "aten::new_empty", "", stack.data(), TORCH_ABI_VERSION) API call failed'
+
+
+@pytest.mark.parametrize("earlier", [0, 3], ids=["first", "after others"])
+def test_memory_that_ends_in_the_extension_is_told_as_such(binary, monkeypatch, earlier):
+    Allocator(monkeypatch, "select_blocks", (STABLE_ABI, True), (STABLE_ABI, True), ooms=earlier)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory in `select_blocks`") as raised:
+        backends.run_on_backend("cuda", "select_blocks", *select_args())
+    assert STABLE_ABI in str(raised.value.__cause__)
+
+
+@pytest.mark.parametrize("earlier", [0, 3], ids=["first", "after others"])
+def test_other_errors_of_the_extension_stay_as_they_are(binary, monkeypatch, earlier):
+    Allocator(monkeypatch, "select_blocks", (STABLE_ABI, False), (STABLE_ABI, False), ooms=earlier)
+    with pytest.raises(RuntimeError) as raised:
+        backends.run_on_backend("cuda", "select_blocks", *select_args())
+    assert type(raised.value) is RuntimeError and str(raised.value) == STABLE_ABI
+
+
+def test_memory_that_was_free_a_moment_later_suffices(binary, monkeypatch):
+    allocator = Allocator(monkeypatch, "select_blocks", (STABLE_ABI, True))
+    assert backends.run_on_backend("cuda", "select_blocks", *select_args()) == "out" and allocator.calls == 2
+
+
+def test_structured_lists_run_out_of_memory_too(any_device, monkeypatch):
+    pattern = structured.StructuredPattern(local_blocks=1, anchor_blocks=1, anchor_stride=1, random_blocks=1, seed=0)
+    Allocator(monkeypatch, "structured_blocks_of", (STABLE_ABI, True), (STABLE_ABI, True))
+    monkeypatch.setattr(structured, "resolve_backend", lambda *_: "cuda")
+    with pytest.raises(torch.OutOfMemoryError, match="`structured_blocks_of`"):
+        structured.structured_blocks_of(torch.zeros(3, dtype=torch.int64), 2, 0, pattern)
 
 
 # --- many new tokens per row run as packed sequences --------------------------------------------------------------
