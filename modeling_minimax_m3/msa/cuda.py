@@ -1,8 +1,10 @@
 """The `cuda` backend: what the compiled kernels support, and the calls into them, with the signatures of `reference`."""
 
+import functools
+
 import torch
 
-from . import extension, portable
+from . import extension
 
 __all__ = [
     "attention_lse",
@@ -229,13 +231,18 @@ def attention_lse(
     block_size: int,
     softmax_scale: float,
 ) -> torch.Tensor:
-    """As `reference.attention_lse`, by a whole attention whose output nobody uses; over all keys on the `torch` backend,
-    which waits for the device."""
+    """As `reference.attention_lse`, by a whole attention whose output nobody uses; over all keys in as many as the longest
+    list of blocks takes."""
+    lists = [block_indices]
     if block_indices is None:
-        return portable.attention_lse(query, key, None, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale)
-    return block_sparse_attention(
-        query, key, key, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale
-    )[1]
+        # No sequence has more blocks than all keys together; a list may name some that a query does not have.
+        blocks = torch.arange(-(-len(key) // block_size), dtype=torch.int32, device=query.device)
+        lists = [ids.expand(len(query), key.shape[1], -1) for ids in blocks.split(MAX_TOPK)]
+    parts = (
+        block_sparse_attention(query, key, key, ids, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale)[1]
+        for ids in lists
+    )
+    return functools.reduce(torch.logaddexp, parts)
 
 
 def indexer_kl_loss(

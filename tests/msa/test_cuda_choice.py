@@ -360,3 +360,25 @@ def test_caches_of_different_strides_are_handled(inputs, packed_reference):
         cache[name] = cache[name].nan_to_num(7.0)
     cache["value"] = cache["value"].transpose(0, 1).contiguous().transpose(0, 1)  # slots apart, rows side by side
     assert_same_as_reference(inputs, case, "contiguous")
+
+
+@pytest.mark.parametrize("most", [1, 2, 64])
+def test_log_sum_over_all_keys_takes_as_many_calls_as_the_blocks_need(monkeypatch, most):
+    """The kernels take so many blocks a query; sequences are longer, empty, and without keys for their first queries."""
+    calls = []
+
+    def attention(query, key, value, block_indices, *rest):
+        calls.append(block_indices.shape[-1])
+        return reference.block_sparse_attention(query, key, value, block_indices, *rest)
+
+    monkeypatch.setattr(cuda, "block_sparse_attention", attention)
+    monkeypatch.setattr(cuda, "MAX_TOPK", most)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 9, 9, 15], [0, 9, 13, 17])]
+    query, key = (torch.randn(n, heads, 8, generator=generator).double() for n, heads in ((15, 4), (17, 2)))
+    lse = cuda.attention_lse(query, key, None, *lengths, 4, 0.3)
+    assert calls == [width for width in (most,) * (5 // most) + (5 % most,) if width]
+    expected = reference.attention_lse(query, key, None, *lengths, 4, 0.3)
+    assert torch.isneginf(expected).any()
+    torch.testing.assert_close(lse, expected)
+    assert cuda.attention_lse(query, key[:0], None, lengths[0], torch.zeros_like(lengths[1]), 4, 0.3).isneginf().all()

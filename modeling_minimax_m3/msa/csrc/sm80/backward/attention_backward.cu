@@ -32,17 +32,39 @@ int64_t key_elements(const ForwardParams& params) {
   return static_cast<int64_t>(params.total_k) * params.num_kv_heads * params.head_dim;
 }
 
-// Partial gradients, and places in the pair list, of one query token.
-int64_t token_bytes(const ForwardParams& params) {
-  return static_cast<int64_t>(params.num_heads) * params.topk * params.head_dim * 2 +
-         token_pairs(params) * 4;
+// Partial gradients of one query token.
+int64_t partial_bytes(const ForwardParams& params) {
+  return static_cast<int64_t>(params.num_heads) * params.topk * params.head_dim * 2;
 }
 
-// Everything but the pairs.
+// What the queries of a part take, where there are so many parts.
+int64_t part_bytes(const ForwardParams& params, int64_t tokens, int64_t parts) {
+  return std::min<int64_t>(parts, kBuffers) * align(tokens * partial_bytes(params)) +
+         align(tokens * token_pairs(params) * 4);
+}
+
+// Query tokens of a part: all, or as many as two buffers take.
+int64_t part_tokens(const ForwardParams& params) {
+  if (params.total_q * partial_bytes(params) <= kPartialGradBytes) return params.total_q;
+  return std::max<int64_t>(kPartialGradBytes / kBuffers / partial_bytes(params), 1);
+}
+
+// Everything but the parts.
 int64_t fixed_bytes(const ForwardParams& params) {
   return align(static_cast<int64_t>(params.total_q) * params.num_heads * 4) +
-         2 * align(key_elements(params) * 4) + bucket_bytes(params) + bucket_array_bytes(params) +
-         3 * kWorkspaceAlignment;
+         2 * align(key_elements(params) * 4) + bucket_bytes(params) + bucket_array_bytes(params);
+}
+
+void launch_query_gradients(const BackwardParams& params, const BackwardSchedule& schedule,
+                            cudaStream_t stream) {
+  const unsigned grid = blocks_of(query_gradient_rows(params, schedule), kRowThreads / 32);
+  dispatch_dtype(params.forward.dtype, [&](auto element) {
+    dispatch_head_dim(params.forward.head_dim, [&](auto head_dim) {
+      add_query_gradients_kernel<decltype(element), decltype(head_dim)::value>
+          <<<grid, kRowThreads, 0, stream>>>(params, schedule);
+    });
+  });
+  MSA_CHECK_LAUNCH();
 }
 
 // Few tiles mean that loading a block and adding its sums weigh little; many, that all
@@ -58,10 +80,10 @@ int choose_tile_queries(int64_t pairs, int group) {
 }  // namespace
 
 int64_t attention_backward_workspace(const BackwardParams& params) {
-  check_supported(params.forward);
-  const int64_t tokens = std::clamp<int64_t>(kPartialGradBytes / token_bytes(params.forward), 1,
-                                             std::max(params.forward.total_q, 1));
-  return fixed_bytes(params.forward) + tokens * token_bytes(params.forward);
+  const ForwardParams& forward = params.forward;
+  check_supported(forward);
+  const int64_t part = part_tokens(forward);
+  return fixed_bytes(forward) + part_bytes(forward, part, part < forward.total_q ? kBuffers : 1);
 }
 
 void launch_backward(const BackwardParams& params, void* workspace, int64_t workspace_bytes,
@@ -69,13 +91,12 @@ void launch_backward(const BackwardParams& params, void* workspace, int64_t work
   const ForwardParams& forward = params.forward;
   check_supported(forward);
   if (forward.total_q == 0 || forward.total_k == 0) return;
-  const int64_t part = std::min<int64_t>(
-      (workspace_bytes - fixed_bytes(forward)) / token_bytes(forward), forward.total_q);
-  if (part < 1) {
+  const int64_t needed = attention_backward_workspace(params);
+  if (workspace_bytes < needed) {
     throw std::runtime_error("workspace holds " + std::to_string(workspace_bytes) +
-                             " bytes, the backward needs " +
-                             std::to_string(attention_backward_workspace(params)));
+                             " bytes, the backward needs " + std::to_string(needed));
   }
+  const int64_t part = part_tokens(forward);
 
   constexpr double kLog2E = 1.44269504088896340736;
   const int group = forward.num_heads / forward.num_kv_heads;
@@ -92,7 +113,10 @@ void launch_backward(const BackwardParams& params, void* workspace, int64_t work
   schedule.bucket_turn = pieces.take_integers(schedule.lists.num_buckets + 1ll);
   schedule.next_tile = schedule.bucket_turn + schedule.lists.num_buckets;
   const int64_t max_pairs = part * token_pairs(forward);
-  schedule.partial_grad_query = pieces.take(max_pairs * group * forward.head_dim * 2);
+  void* partial_grad_query[kBuffers];
+  for (int i = 0; i < (part < forward.total_q ? kBuffers : 1); ++i) {
+    partial_grad_query[i] = pieces.take(max_pairs * group * forward.head_dim * 2);
+  }
   schedule.lists.pair_list = pieces.take_integers(max_pairs);
 
   MSA_CHECK_CUDA(cudaMemsetAsync(schedule.grad_key, 0, key_elements(forward) * 4, stream));
@@ -107,27 +131,23 @@ void launch_backward(const BackwardParams& params, void* workspace, int64_t work
   });
   MSA_CHECK_LAUNCH();
 
+  BackwardSchedule before;
   for (int64_t begin = 0; begin < forward.total_q; begin += part) {
     const int64_t end = std::min<int64_t>(begin + part, forward.total_q);
     const int64_t pairs = (end - begin) * token_pairs(forward);
     schedule.lists.token_begin = static_cast<int>(begin);
     schedule.lists.token_end = static_cast<int>(end);
-    schedule.tile_queries = choose_tile_queries(pairs, group);
+    schedule.lists.tile_queries = choose_tile_queries(pairs, group);
     schedule.max_tiles =
-        static_cast<int>(pairs / schedule.tile_queries + schedule.lists.num_buckets);
-    launch_inverse_lists(forward, schedule.lists, schedule.tile_queries, stream);
+        static_cast<int>(max_tiles(forward, end - begin, schedule.lists.tile_queries));
+    launch_inverse_lists(forward, schedule.lists, stream);
     sort_lists_kernel<<<schedule.lists.num_buckets, kSortThreads, 0, stream>>>(forward, schedule);
     MSA_CHECK_LAUNCH();
-    launch_gradients(params, schedule, stream);
-    const unsigned grid = blocks_of((end - begin) * forward.num_kv_heads, kRowThreads / 32);
-    dispatch_dtype(forward.dtype, [&](auto element) {
-      dispatch_head_dim(forward.head_dim, [&](auto head_dim) {
-        add_query_gradients_kernel<decltype(element), decltype(head_dim)::value>
-            <<<grid, kRowThreads, 0, stream>>>(params, schedule);
-      });
-    });
-    MSA_CHECK_LAUNCH();
+    schedule.partial_grad_query = partial_grad_query[begin / part % kBuffers];
+    launch_gradients(params, schedule, begin > 0 ? &before : nullptr, stream);
+    before = schedule;
   }
+  launch_query_gradients(params, before, stream);
 
   const int64_t vectors = key_elements(forward) / 8;
   dispatch_dtype(forward.dtype, [&](auto element) {
@@ -143,7 +163,8 @@ void launch_backward(const BackwardParams& params, void* workspace, int64_t work
 void launch_attention_backward(const BackwardParams& params, void* workspace,
                                int64_t workspace_bytes, cudaStream_t stream) {
   auto launch = [](const BackwardParams& params, const BackwardSchedule& schedule,
-                   cudaStream_t stream) {
+                   const BackwardSchedule* before, cudaStream_t stream) {
+    if (before != nullptr) launch_query_gradients(params, *before, stream);
     dispatch_dtype(params.forward.dtype, [&](auto element) {
       dispatch_head_dim(params.forward.head_dim, [&](auto head_dim) {
         launch_block_gradients<decltype(element), decltype(head_dim)::value>(params, schedule,

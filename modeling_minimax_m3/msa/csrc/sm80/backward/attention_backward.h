@@ -25,9 +25,11 @@ template <typename Element, int kHeadDim>
 void launch_block_gradients(const BackwardParams& params, const BackwardSchedule& schedule,
                             cudaStream_t stream);
 
-// launch_attention_backward with another main kernel.
-using BlockGradientsLauncher = void (*)(const BackwardParams&, const BackwardSchedule&,
-                                        cudaStream_t);
+// launch_attention_backward with another main kernel. `launch_gradients` launches it for `part`;
+// the partial gradients of `before`, unless it is nullptr, are complete and are added up by the
+// way.
+using BlockGradientsLauncher = void (*)(const BackwardParams&, const BackwardSchedule& part,
+                                        const BackwardSchedule* before, cudaStream_t);
 void launch_backward(const BackwardParams& params, void* workspace, int64_t workspace_bytes,
                      BlockGradientsLauncher launch_gradients, cudaStream_t stream);
 

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const ForwardParams& forward = params.forward;
   const KvSchedule& lists = schedule.lists;
   if (threadIdx.x == 0) {
-    tile = find_tile(forward, lists, take_tile(schedule), schedule.tile_queries);
+    tile = find_tile(forward, lists, take_tile(schedule));
   }
   __syncthreads();
   if (tile.num_queries == 0) return;

@@ -30,8 +30,10 @@ struct BackwardConfig {
   static_assert(kSharedBytes + 1024 <= 99 * 1024);
 };
 
-// Most bytes of partial query gradients that exist at a time.
-constexpr int64_t kPartialGradBytes = 2ll << 30;
+// Most bytes of partial query gradients that exist at a time, half of them of the part that is
+// worked on, half of the one before it, which is added up meanwhile.
+constexpr int64_t kPartialGradBytes = 4ll << 30;
+constexpr int kBuffers = 2;
 
 constexpr int kMaxBackwardTopk = 64;
 

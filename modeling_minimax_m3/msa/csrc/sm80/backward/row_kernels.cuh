@@ -54,21 +54,17 @@ __global__ void __launch_bounds__(kRowThreads)
   if (valid && lane == 0) delta[row] = sum;
 }
 
-// Adds up the partial gradients of each query, slot by slot, and puts the channels in order. One
-// warp per (query token, key/value head).
+// Adds up the partial gradients of a (query token, key/value head) of the part, slot by slot, and
+// puts the channels in order; by all lanes of a warp.
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kRowThreads)
-    add_query_gradients_kernel(const BackwardParams params, const BackwardSchedule schedule) {
+__device__ __forceinline__ void add_query_gradients(const BackwardParams& params,
+                                                    const BackwardSchedule& schedule, int row,
+                                                    int lane) {
   constexpr int kRowVectors = kHeadDim / 8;
   constexpr int kLoads = 8;  // in flight
   const ForwardParams& forward = params.forward;
   const KvSchedule& lists = schedule.lists;
-  const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
-  if (row >= static_cast<int64_t>(lists.token_end - lists.token_begin) * forward.num_kv_heads) {
-    return;
-  }
-  const int64_t first_pair = row * forward.topk;
+  const int64_t first_pair = static_cast<int64_t>(row) * forward.topk;
 
   // Slots without a visible block were never written: a bit each for those that were.
   uint64_t written = 0;
@@ -80,8 +76,9 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 
   const int pair_vectors = kRowVectors << schedule.group_shift;
-  const int64_t first_head = (lists.token_begin + row / forward.num_kv_heads) * forward.num_heads +
-                             (row % forward.num_kv_heads << schedule.group_shift);
+  const int64_t first_head =
+      static_cast<int64_t>(lists.token_begin + row / forward.num_kv_heads) * forward.num_heads +
+      (row % forward.num_kv_heads << schedule.group_shift);
   const uint4* source =
       static_cast<const uint4*>(schedule.partial_grad_query) + first_pair * pair_vectors;
   for (int vector = lane; vector < pair_vectors; vector += 32) {
@@ -110,6 +107,20 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
     for (int i = 0; i < 4; ++i) target[i * 4] = pack<Element>(sums[2 * i], sums[2 * i + 1]);
   }
+}
+
+// The rows of a part.
+__host__ __device__ inline int query_gradient_rows(const BackwardParams& params,
+                                                   const BackwardSchedule& schedule) {
+  return (schedule.lists.token_end - schedule.lists.token_begin) * params.forward.num_kv_heads;
+}
+
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(kRowThreads)
+    add_query_gradients_kernel(const BackwardParams params, const BackwardSchedule schedule) {
+  const int row = static_cast<int>(blockIdx.x * (kRowThreads / 32) + threadIdx.x / 32);
+  if (row >= query_gradient_rows(params, schedule)) return;
+  add_query_gradients<Element, kHeadDim>(params, schedule, row, threadIdx.x % 32);
 }
 
 // The sums over all queries, rounded; eight values a thread.

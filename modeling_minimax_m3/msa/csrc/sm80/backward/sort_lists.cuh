@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kSortThreads)
   }
 
   // A long list is written anew, by a walk over everything that its sequence's queries chose.
-  const KvTile tile = find_tile(params, lists, lists.tile_begin[bucket], schedule.tile_queries);
+  const KvTile tile = find_tile(params, lists, lists.tile_begin[bucket]);
   const Sequence& sequence = tile.sequence;
   const int token_begin = max(lists.token_begin, sequence.query_begin);
   const int token_end = min(lists.token_end, sequence.query_end);

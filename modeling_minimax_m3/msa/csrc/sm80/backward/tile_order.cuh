@@ -20,7 +20,7 @@ __device__ __forceinline__ int take_tile(const BackwardSchedule& schedule) {
 
 // How many tiles of its bucket come before this one.
 __device__ __forceinline__ int turn_of(const BackwardSchedule& schedule, const KvTile& tile) {
-  return (tile.list_begin - schedule.lists.bucket_begin[tile.bucket]) / schedule.tile_queries;
+  return (tile.list_begin - schedule.lists.bucket_begin[tile.bucket]) / schedule.lists.tile_queries;
 }
 
 }  // namespace msa::sm80

@@ -27,10 +27,12 @@ __host__ __device__ constexpr int score_phase(int row_tiles) {
   return row_tiles <= 2 ? 8 : 4;
 }
 
-// Top-k: one CTA per query row, large ones for long caches.
-constexpr int kFewBlocks = 2048;
+// Top-k: one CTA per query row, large ones for long caches. The scores that its threads keep are
+// all of them up to 512, 2048 and 8192 blocks.
 constexpr int kTopThreads = 256;
 constexpr int kTopThreadsLong = 1024;
+constexpr int kTopKept = 8;
+constexpr int kTopKeptShort = 2;  // of a short row every instruction counts
 constexpr int kMaxTopk = 64;
 
 // Attention: four warps, each with its own 16 keys at a time and its own softmax.

@@ -51,7 +51,7 @@ void launch_decode_attention(const DecodeAttentionParams& params, cudaStream_t s
       decode::launch_split_attention<decltype(element), head_dim.value>(params, stream);
       if (splits > 1) {
         decode::launch_dependent<decode::combine_splits_kernel<decltype(element), head_dim.value>>(
-            dim3(params.batch * params.num_new, params.num_kv_heads, group),
+            dim3(params.batch * params.num_new, params.num_kv_heads, 2 * group),
             decode::kAttentionThreads, stream, params, splits, group);
       }
     });

@@ -1,6 +1,7 @@
 // Block selection for decoding: two kernels, block scores and the best of them.
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../../common/dispatch.h"
 #include "config.h"
@@ -46,12 +47,19 @@ void launch_decode_select(const DecodeSelectParams& params, cudaStream_t stream)
   });
   const int64_t stride = decode::score_row_stride(params);
   const dim3 grid(params.batch * params.num_new, params.num_heads);
-  if (stride <= decode::kFewBlocks) {
-    decode::launch_dependent<decode::top_blocks_kernel<decode::kTopThreads>>(
-        grid, decode::kTopThreads, stream, params, stride);
+  const auto launch_top_blocks = [&](auto threads, auto kept) {
+    decode::launch_dependent<decode::top_blocks_kernel<threads.value, kept.value>>(
+        grid, threads.value, stream, params, stride);
+  };
+  constexpr std::integral_constant<int, decode::kTopThreads> kThreads{};
+  constexpr std::integral_constant<int, decode::kTopKept> kKept{};
+  constexpr std::integral_constant<int, decode::kTopKeptShort> kKeptShort{};
+  if (stride <= kThreads * kKeptShort) {
+    launch_top_blocks(kThreads, kKeptShort);
+  } else if (stride <= kThreads * kKept) {
+    launch_top_blocks(kThreads, kKept);
   } else {
-    decode::launch_dependent<decode::top_blocks_kernel<decode::kTopThreadsLong>>(
-        grid, decode::kTopThreadsLong, stream, params, stride);
+    launch_top_blocks(std::integral_constant<int, decode::kTopThreadsLong>{}, kKept);
   }
 }
 

@@ -1,10 +1,16 @@
 // Best index score of every key block for every new token and index head.
 //
 // The slabs (128 keys) of all rows stand in one line, which the CTAs cut into equal shares: ragged
-// rows and caches far larger than their contents stay balanced, and the host reads no length. Keys
+// rows and caches far larger than their contents stay balanced, and the host reads no length. A
+// single row's are dealt to the CTAs in turn instead, so that all of them read one region. Keys
 // are the n operand of the mma and go from global memory to its registers directly: the order of
 // the channels in a dot product is free, so a lane takes 16 contiguous bytes of a key and the
 // queries are arranged to match. Queries (token, head) are the m operand, from shared memory.
+//
+// Up to eight query rows leave half of the m operand free, and keys are then loaded in whole lines:
+// a column holds every other 64 bytes of a key, its neighbour the rest. Rows 0 to 7 are the
+// queries' channels for even columns, rows 8 to 15 those for odd ones, and what a key scores is the
+// sum of two elements that the same lane holds. No multiplication more than with half lines.
 #pragma once
 
 #include <algorithm>
@@ -18,18 +24,25 @@
 
 namespace msa::sm80::decode {
 
-// 16 keys of one warp: lane (row g, part c) holds channels 32 j + 8 c .. + 7 of keys g and g + 8.
-template <int kHeadDim>
+// 16 keys of one warp. Lane (row g, part c) holds channels 32 j + 8 c .. + 7 of keys g and g + 8;
+// of whole lines channels 64 j + 8 (lane % 8) .. + 7 of keys lane / 8 + 0, 4, 8 and 12.
+template <int kHeadDim, bool kWholeLines>
 struct KeyGroup {
-  uint4 keys[2][kHeadDim / 32];
+  static constexpr int kLoads = kWholeLines ? 4 : 2;  // keys of a lane
+  static constexpr int kChunkOfLoad = kWholeLines ? 64 : 32;
+  static constexpr int kChunks = kHeadDim / kChunkOfLoad;
+
+  uint4 keys[kLoads][kChunks];
 };
 
-template <int kHeadDim, int kRowTiles>
+template <int kHeadDim, int kRowTiles, bool kWholeLines>
 struct ScoreShared {
-  static constexpr int kRows = kRowTile * kRowTiles;
+  static constexpr int kTileRows = kWholeLines ? kRowTile / 2 : kRowTile;
+  static constexpr int kRows = kTileRows * kRowTiles;
   static constexpr int kPhase = score_phase(kRowTiles);
+  static constexpr int kSteps = kHeadDim / (kWholeLines ? 32 : 16);
 
-  uint4 queries[kRowTiles][kHeadDim / 16][32];  // a operands, one a k step and lane
+  uint4 queries[kRowTiles][kSteps][32];  // a operands, one a k step and lane
   float maxima[2][kPhase][kScoreWarps][kRows];
   int64_t query_offset[kRows];  // of a query row within its batch row; -1 where there is none
   int token[kRows];
@@ -78,15 +91,17 @@ __device__ __forceinline__ Share share_of_rows(Shared& shared, int slabs) {
   return share;
 }
 
-template <typename Element, int kHeadDim, int kRowTiles>
+template <typename Element, int kHeadDim, int kRowTiles, bool kWholeLines>
 __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
     index_scores_kernel(const DecodeSelectParams params, int64_t score_stride) {
-  using Shared = ScoreShared<kHeadDim, kRowTiles>;
-  constexpr int kChunks = kHeadDim / 32;
+  using Shared = ScoreShared<kHeadDim, kRowTiles, kWholeLines>;
+  using Keys = KeyGroup<kHeadDim, kWholeLines>;
   __shared__ Shared shared;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group_row = lane / 4, part = lane % 4;
+  const int load_row = kWholeLines ? lane / 8 : group_row;
+  const int load_part = kWholeLines ? lane % 8 : part;
   const int num_rows = params.num_new * params.num_heads;
   const int row_begin = blockIdx.y * Shared::kRows;
   const int batch_begin = blockIdx.z * kBatchChunk;
@@ -95,10 +110,17 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
     const int query_row = row_begin + threadIdx.x;
     const int token = query_row / params.num_heads;
     const int head = query_row - token * params.num_heads;
+    const int64_t offset = token * params.query_token_stride + head * params.query_head_stride;
     shared.token[threadIdx.x] = token;
-    shared.query_offset[threadIdx.x] =
-        query_row < num_rows ? token * params.query_token_stride + head * params.query_head_stride
-                             : -1;
+    shared.query_offset[threadIdx.x] = query_row < num_rows ? offset : -1;
+    if (query_row < num_rows) {
+      // Which rows this CTA meets is not known yet; together the CTAs take all of them.
+      const int batch_row = batch_begin + static_cast<int>(blockIdx.x % batch_rows);
+      const Element* query = static_cast<const Element*>(params.index_query) +
+                             batch_row * params.query_batch_stride + offset;
+#pragma unroll
+      for (int channel = 0; channel < kHeadDim; channel += 64) prefetch_line(query + channel);
+    }
   }
   const int key_stride = static_cast<int>(params.key_slot_stride);  // fits, as the launch checks
   if (threadIdx.x < batch_rows) {
@@ -114,14 +136,17 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
     row = load_cache_row(params.cache, batch_begin + (single_row ? 0 : threadIdx.x));
   }
   const int slabs = (row.length + kSlabKeys - 1) / kSlabKeys;
-  const Share share = single_row ? share_of_cta(slabs) : share_of_rows(shared, slabs);
+  const int num_ctas = gridDim.x, cta = blockIdx.x;
+  const Share share =
+      single_row ? Share{0, (slabs + num_ctas - 1 - cta) / num_ctas} : share_of_rows(shared, slabs);
   if (share.begin >= share.end) return;
 
   int parity = 0;
   int chunk_row = single_row ? 0 : shared.first_row;
   for (int begin = share.begin; begin < share.end; ++chunk_row) {
-    const int first = begin - (single_row ? 0 : shared.first_slab[chunk_row]);
-    const int end = min(share.end, single_row ? slabs : shared.end_slab[chunk_row]);
+    const int first = single_row ? cta : begin - shared.first_slab[chunk_row];
+    const int distance = single_row ? num_ctas : 1;
+    const int end = single_row ? share.end : min(share.end, shared.end_slab[chunk_row]);
     const int count = end - begin;
     if (count <= 0) continue;
     begin = end;
@@ -132,63 +157,87 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
     const int last_group = last_key & -kGroupKeys;
     const int first_position = row.length - params.num_new;
 
+    const auto slab_at = [&](int i) { return first + i * distance; };
     // Groups past the row's end reread its last one, keys past its end its last key.
     const auto group_begin = [&](int i) {
-      return min((first + i) * kSlabKeys + warp * kGroupKeys, last_group);
+      return min(slab_at(i) * kSlabKeys + warp * kGroupKeys, last_group);
     };
     const auto find_page = [&](int i) {
       return load_page(params.cache, batch_row, row.leftpad + group_begin(min(i, count - 1)));
     };
-    const auto load_keys = [&](KeyGroup<kHeadDim>& group, int i, int page) {
+    const auto load_keys = [&](Keys& group, int i, int page) {
       const int key = group_begin(i);
       const Element* base =
           static_cast<const Element*>(params.index_key_cache) + page * params.key_row_stride +
-          int64_t{slot_in_page(params.cache, row.leftpad + key)} * key_stride + 8 * part;
+          int64_t{slot_in_page(params.cache, row.leftpad + key)} * key_stride + 8 * load_part;
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const Element* source = base + min(group_row + 8 * tile, last_key - key) * key_stride;
+      for (int load = 0; load < Keys::kLoads; ++load) {
+        const int key_of_load = load_row + kGroupKeys / Keys::kLoads * load;
+        const Element* source = base + min(key_of_load, last_key - key) * key_stride;
 #pragma unroll
-        for (int j = 0; j < kChunks; ++j) group.keys[tile][j] = load_streamed_16(source + 32 * j);
+        for (int j = 0; j < Keys::kChunks; ++j) {
+          group.keys[load][j] = load_streamed_16(source + Keys::kChunkOfLoad * j);
+        }
       }
     };
-    const auto score_group = [&](const KeyGroup<kHeadDim>& group, int i) {
-      const int key = (first + i) * kSlabKeys + warp * kGroupKeys;
+    // Calls `after_keys` once the keys have been used.
+    const auto score_group = [&](const Keys& group, int i, auto after_keys) {
+      const int key = slab_at(i) * kSlabKeys + warp * kGroupKeys;
       float* maxima = shared.maxima[parity][i % Shared::kPhase][warp];
 #pragma unroll
       for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-        // Four chains of mma, which are slow one after the other.
-        float score[2][2][4] = {};
+        // Four chains of mma, which are slow one after the other: of the loads, or of the loads and
+        // halves of a load's 16 bytes.
+        constexpr int kChains = 4 / Keys::kLoads;
+        float sums[Keys::kLoads][kChains][4] = {};
 #pragma unroll
-        for (int j = 0; j < kChunks; ++j) {
+        for (int j = 0; j < Keys::kChunks; ++j) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const uint4 a = shared.queries[row_tile][2 * j + half][lane];
 #pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-              const uint4 b = group.keys[tile][j];
-              multiply_add<Element>(score[tile][half], {a.x, a.y, a.z, a.w}, half == 0 ? b.x : b.z,
-                                    half == 0 ? b.y : b.w);
+            for (int load = 0; load < Keys::kLoads; ++load) {
+              const uint4 b = group.keys[load][j];
+              multiply_add<Element>(sums[load][half % kChains], {a.x, a.y, a.z, a.w},
+                                    half == 0 ? b.x : b.z, half == 0 ? b.y : b.w);
+            }
+          }
+        }
+        if (row_tile == kRowTiles - 1) after_keys();
+
+        // Of query rows group_row (and + 8) four keys each: see key_of_score.
+        constexpr int kHalves = kWholeLines ? 1 : 2;
+        const auto key_of_score = [&](int k) {
+          return kWholeLines ? part + 4 * k : 2 * part + k % 2 + 8 * (k / 2);
+        };
+        float score[kHalves][4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if constexpr (kWholeLines) {
+            score[0][k] = sums[k][0][0] + sums[k][0][3];
+          } else {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int element = 2 * half + k % 2;
+              score[half][k] = sums[k / 2][0][element] + sums[k / 2][1][element];
+            }
+          }
+        }
+        const int query_row = Shared::kTileRows * row_tile + group_row;
+        if (key + kGroupKeys - 1 > first_position) {  // some key may come after some query
+#pragma unroll
+          for (int half = 0; half < kHalves; ++half) {
+            const int last = first_position + shared.token[query_row + 8 * half] - key;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              if (key_of_score(k) > last) score[half][k] = -INFINITY;
             }
           }
         }
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          score[0][0][k] += score[0][1][k];
-          score[1][0][k] += score[1][1][k];
-        }
-        const int query_row = kRowTile * row_tile + group_row;
-        if (key + kGroupKeys - 1 > first_position) {  // some key may come after some query
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int last = first_position + shared.token[query_row + 8 * (k / 2)] - key;
-            if (2 * part + k % 2 > last) score[0][0][k] = -INFINITY;
-            if (2 * part + k % 2 + 8 > last) score[1][0][k] = -INFINITY;
-          }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float best = fmaxf(fmaxf(score[0][0][2 * half], score[0][0][2 * half + 1]),
-                             fmaxf(score[1][0][2 * half], score[1][0][2 * half + 1]));
+        for (int half = 0; half < kHalves; ++half) {
+          float best =
+              fmaxf(fmaxf(score[half][0], score[half][1]), fmaxf(score[half][2], score[half][3]));
           best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
           best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
           if (part == 0) maxima[query_row + 8 * half] = best;
@@ -196,22 +245,34 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
       }
     };
 
-    KeyGroup<kHeadDim> groups[2];
+    // Two groups in turn: one in flight while the other is multiplied. Pages are looked up one
+    // step earlier still.
+    Keys groups[2];
     load_keys(groups[0], 0, find_page(0));
     int next_page = find_page(1);
+    const auto refill = [&](Keys& group, int i) {
+      if (i < count) {
+        load_keys(group, i, next_page);
+        next_page = find_page(i + 1);
+      }
+    };
+    refill(groups[1], 1);
 
     const Element* query = static_cast<const Element*>(params.index_query) +
                            batch_row * params.query_batch_stride + 8 * part;
-    for (int step = warp; step < kHeadDim / 16; step += kScoreWarps) {
+    for (int step = warp; step < Shared::kSteps; step += kScoreWarps) {
 #pragma unroll
       for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
         uint2 half[2] = {};
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int64_t offset = shared.query_offset[kRowTile * row_tile + group_row + 8 * k];
+          // Rows 8 to 15: further query rows, or the same ones' channels for odd columns.
+          const int other_row = kWholeLines ? 0 : 8 * k, other_channel = kWholeLines ? 32 * k : 0;
+          const int64_t offset =
+              shared.query_offset[Shared::kTileRows * row_tile + group_row + other_row];
           if (offset >= 0) {
-            half[k] =
-                *reinterpret_cast<const uint2*>(query + offset + step / 2 * 32 + 4 * (step % 2));
+            const int channel = step / 2 * Keys::kChunkOfLoad + 4 * (step % 2) + other_channel;
+            half[k] = *reinterpret_cast<const uint2*>(query + offset + channel);
           }
         }
         shared.queries[row_tile][step][lane] = {half[0].x, half[1].x, half[0].y, half[1].y};
@@ -219,22 +280,10 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
     }
     __syncthreads();
 
-    // Two groups in turn: one in flight while the other is multiplied. Pages are looked up one
-    // step earlier still.
 #pragma unroll 1
     for (int i = 0; i < count; i += 2) {
-      if (i + 1 < count) {
-        load_keys(groups[1], i + 1, next_page);
-        next_page = find_page(i + 2);
-      }
-      score_group(groups[0], i);
-      if (i + 1 < count) {
-        if (i + 2 < count) {
-          load_keys(groups[0], i + 2, next_page);
-          next_page = find_page(i + 3);
-        }
-        score_group(groups[1], i + 1);
-      }
+      score_group(groups[0], i, [&] { refill(groups[0], i + 2); });
+      if (i + 1 < count) score_group(groups[1], i + 1, [&] { refill(groups[1], i + 3); });
       const int phase_end = min(i + 2, count);
       if (phase_end % Shared::kPhase != 0 && phase_end < count) continue;
 
@@ -257,10 +306,10 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
         float* scores =
             params.workspace + (int64_t{batch_row} * num_rows + query_row) * score_stride;
         if (params.block_size == kSlabKeys) {
-          scores[first + slab] = fmaxf(best[0], best[1]);
+          scores[slab_at(slab)] = fmaxf(best[0], best[1]);
         } else {
-          scores[2 * (first + slab)] = best[0];
-          scores[2 * (first + slab) + 1] = best[1];
+          scores[2 * slab_at(slab)] = best[0];
+          scores[2 * slab_at(slab) + 1] = best[1];
         }
       }
       parity ^= 1;
@@ -272,34 +321,37 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
 template <typename Element, int kHeadDim>
 void launch_index_scores(const DecodeSelectParams& params, cudaStream_t stream);
 
-template <typename Element, int kHeadDim, int kRowTiles>
+template <typename Element, int kHeadDim, int kRowTiles, bool kWholeLines>
 void launch_index_scores_tiled(const DecodeSelectParams& params, cudaStream_t stream) {
   const int64_t slabs = std::max<int64_t>(ceil_div(params.cache.max_slots, kSlabKeys), 1);
   const int batch = std::min(params.batch, kBatchChunk);
   const int num_rows = params.num_new * params.num_heads;
+  constexpr int kRows = ScoreShared<kHeadDim, kRowTiles, kWholeLines>::kRows;
   const dim3 grid(
       static_cast<unsigned>(std::min<int64_t>(kScoreCtasPerSm * params.num_sms, slabs * batch)),
-      static_cast<unsigned>(ceil_div(num_rows, kRowTile * kRowTiles)),
+      static_cast<unsigned>(ceil_div(num_rows, kRows)),
       static_cast<unsigned>(ceil_div(params.batch, kBatchChunk)));
-  launch_dependent<index_scores_kernel<Element, kHeadDim, kRowTiles>>(
+  launch_dependent<index_scores_kernel<Element, kHeadDim, kRowTiles, kWholeLines>>(
       grid, kScoreThreads, stream, params, score_row_stride(params));
 }
 
 }  // namespace msa::sm80::decode
 
 // The definition that an instantiation file emits.
-#define MSA_INSTANTIATE_INDEX_SCORES(Element, kHeadDim)                           \
-  namespace msa::sm80::decode {                                                   \
-  template <>                                                                     \
-  void launch_index_scores<Element, kHeadDim>(const DecodeSelectParams& params,   \
-                                              cudaStream_t stream) {              \
-    const int num_rows = params.num_new * params.num_heads;                       \
-    if (num_rows <= kRowTile) {                                                   \
-      launch_index_scores_tiled<Element, kHeadDim, 1>(params, stream);            \
-    } else if (num_rows <= 2 * kRowTile) {                                        \
-      launch_index_scores_tiled<Element, kHeadDim, 2>(params, stream);            \
-    } else {                                                                      \
-      launch_index_scores_tiled<Element, kHeadDim, kMaxRowTiles>(params, stream); \
-    }                                                                             \
-  }                                                                               \
+#define MSA_INSTANTIATE_INDEX_SCORES(Element, kHeadDim)                                  \
+  namespace msa::sm80::decode {                                                          \
+  template <>                                                                            \
+  void launch_index_scores<Element, kHeadDim>(const DecodeSelectParams& params,          \
+                                              cudaStream_t stream) {                     \
+    const int num_rows = params.num_new * params.num_heads;                              \
+    if (num_rows <= kRowTile / 2) {                                                      \
+      launch_index_scores_tiled<Element, kHeadDim, 1, true>(params, stream);             \
+    } else if (num_rows <= kRowTile) {                                                   \
+      launch_index_scores_tiled<Element, kHeadDim, 1, false>(params, stream);            \
+    } else if (num_rows <= 2 * kRowTile) {                                               \
+      launch_index_scores_tiled<Element, kHeadDim, 2, false>(params, stream);            \
+    } else {                                                                             \
+      launch_index_scores_tiled<Element, kHeadDim, kMaxRowTiles, false>(params, stream); \
+    }                                                                                    \
+  }                                                                                      \
   }  // namespace msa::sm80::decode

@@ -14,21 +14,10 @@
 #include "cache_rows.cuh"
 #include "config.h"
 #include "dependent_launch.cuh"
+#include "one_group_attention.cuh"
+#include "partial_results.cuh"
 
 namespace msa::sm80::decode {
-
-// Partial results in the workspace: unnormalised outputs (items, splits, G, D), then (maximum, sum)
-// pairs (items, splits, G), the maximum in units of log2.
-struct PartialResults {
-  float* outputs;
-  float2* softmax;
-};
-
-__host__ __device__ __forceinline__ PartialResults
-partial_results(const DecodeAttentionParams& params, int splits) {
-  const int64_t heads = int64_t{params.batch} * params.num_new * params.num_heads * splits;
-  return {params.workspace, reinterpret_cast<float2*>(params.workspace + heads * params.head_dim)};
-}
 
 // 16 keys that a warp takes at a time: all of them on one page.
 struct alignas(16) KeyGroupPlace {
@@ -307,12 +296,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
       result.z += factor * term.z;
       result.w += factor * term.w;
     }
-    const int64_t head_index = (item * splits + split) * num_group_heads + head;
     if (splits > 1) {
-      *reinterpret_cast<float4*>(partial.outputs + head_index * kHeadDim + 4 * column) = result;
-      if (column == 0) partial.softmax[head_index] = {best, total};
+      const int64_t index_of_partial = partial_index(item, split, head, splits, num_group_heads);
+      *reinterpret_cast<float4*>(partial.outputs + index_of_partial * kHeadDim + 4 * column) =
+          result;
+      if (column == 0) partial.softmax[index_of_partial] = {best, total};
     } else {
       const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+      const int64_t head_index = item * num_group_heads + head;
       *reinterpret_cast<uint2*>(static_cast<Element*>(params.out) + head_index * kHeadDim +
                                 4 * column) = {
           pack<Element>(result.x * inverse, result.y * inverse),
@@ -328,15 +319,22 @@ void launch_split_attention(const DecodeAttentionParams& params, cudaStream_t st
 }  // namespace msa::sm80::decode
 
 // The definition that an instantiation file emits.
-#define MSA_INSTANTIATE_SPLIT_ATTENTION(Element, kHeadDim)                            \
-  namespace msa::sm80::decode {                                                       \
-  template <>                                                                         \
-  void launch_split_attention<Element, kHeadDim>(const DecodeAttentionParams& params, \
-                                                 cudaStream_t stream) {               \
-    const AttentionPlan plan = plan_attention(params);                                \
-    const dim3 grid(params.batch * params.num_new, params.num_kv_heads, plan.splits); \
-    launch_dependent<split_attention_kernel<Element, kHeadDim>>(                      \
-        grid, kAttentionThreads, stream, params, plan.groups_per_split,               \
-        params.num_heads / params.num_kv_heads);                                      \
-  }                                                                                   \
+#define MSA_INSTANTIATE_SPLIT_ATTENTION(Element, kHeadDim)                                  \
+  namespace msa::sm80::decode {                                                             \
+  template <>                                                                               \
+  void launch_split_attention<Element, kHeadDim>(const DecodeAttentionParams& params,       \
+                                                 cudaStream_t stream) {                     \
+    const AttentionPlan plan = plan_attention(params);                                      \
+    const dim3 grid(params.batch * params.num_new, params.num_kv_heads, plan.splits);       \
+    const int64_t heads = int64_t{params.batch} * params.num_new * params.num_heads;        \
+    const bool small = heads * plan.splits * (kHeadDim + 2) <= INT32_MAX;                   \
+    if (small && plan.splits > 1 && plan.groups_per_split == kAttentionWarps) {             \
+      launch_dependent<one_group_attention_kernel<Element, kHeadDim>>(                      \
+          grid, kAttentionThreads, stream, params, params.num_heads / params.num_kv_heads); \
+      return;                                                                               \
+    }                                                                                       \
+    launch_dependent<split_attention_kernel<Element, kHeadDim>>(                            \
+        grid, kAttentionThreads, stream, params, plan.groups_per_split,                     \
+        params.num_heads / params.num_kv_heads);                                            \
+  }                                                                                         \
   }  // namespace msa::sm80::decode

@@ -25,9 +25,24 @@ void check_supported(const ForwardParams& params) {
   check_block_size(params.block_size);
 }
 
-// Partial output and sums of a pair, and a place in the pair list.
+// Partial output and sums of a pair.
 int64_t pair_bytes(const ForwardParams& params) {
-  return static_cast<int64_t>(kGroup) * (params.head_dim * 2 + 4) + 4;
+  return static_cast<int64_t>(kGroup) * (params.head_dim * 2 + 4);
+}
+
+int64_t num_parts(const ForwardParams& params) {
+  const int64_t part = forward_kv_part_tokens(params);
+  return (params.total_q + part - 1) / part;
+}
+
+void launch_combine_partials(const ForwardParams& params, const KvSchedule& schedule,
+                             cudaStream_t stream) {
+  dispatch_dtype(params.dtype, [&](auto element) {
+    dispatch_head_dim(params.head_dim, [&](auto head_dim) {
+      launch_combine_partials<decltype(element), decltype(head_dim)::value>(params, schedule,
+                                                                            stream);
+    });
+  });
 }
 
 }  // namespace
@@ -43,23 +58,35 @@ int64_t forward_kv_part_tokens(const ForwardParams& params) {
 
 int64_t attention_forward_kv_workspace(const ForwardParams& params) {
   check_supported(params);
-  return bucket_bytes(params) +
-         forward_kv_part_tokens(params) * token_pairs(params) * pair_bytes(params) +
-         3 * kWorkspaceAlignment;
+  const int64_t part = forward_kv_part_tokens(params), parts = num_parts(params);
+  const int64_t outputs = part * token_pairs(params) * pair_bytes(params);
+  const int64_t lists =
+      part * token_pairs(params) + max_tiles(params, part, kTileQueries);  // of a part
+  return bucket_bytes(params, parts) + outputs + parts * lists * 4 + 4 * kWorkspaceAlignment;
 }
 
-void launch_inverse_lists(const ForwardParams& params, const KvSchedule& schedule, int tile_queries,
-                          cudaStream_t stream) {
+void launch_inverse_lists(const ForwardParams& params, const KvParts& parts, cudaStream_t stream) {
   constexpr int kThreads = 256;
-  const int64_t tokens = schedule.token_end - schedule.token_begin;
-  const auto grid = static_cast<unsigned>((tokens * token_pairs(params) + kThreads - 1) / kThreads);
-  MSA_CHECK_CUDA(cudaMemsetAsync(schedule.bucket_count, 0, schedule.num_buckets * 4ll, stream));
-  count_pairs_kernel<<<grid, kThreads, 0, stream>>>(params, schedule);
+  const int64_t pairs = parts.part_tokens * token_pairs(params);
+  const dim3 grid(static_cast<unsigned>((pairs + kThreads - 1) / kThreads), parts.count);
+  const int64_t places = parts.count * (parts.first.num_buckets + 1ll);
+  MSA_CHECK_CUDA(cudaMemsetAsync(parts.first.bucket_count, 0, places * 4, stream));
+  count_pairs_kernel<<<grid, kThreads, 0, stream>>>(params, parts);
   MSA_CHECK_LAUNCH();
-  scan_buckets_kernel<<<1, 1024, 0, stream>>>(schedule, tile_queries);
+  scan_buckets_kernel<<<dim3(1, parts.count), 1024, 0, stream>>>(parts);
   MSA_CHECK_LAUNCH();
-  fill_lists_kernel<<<grid, kThreads, 0, stream>>>(params, schedule);
+  fill_lists_kernel<<<grid, kThreads, 0, stream>>>(params, parts);
   MSA_CHECK_LAUNCH();
+}
+
+void launch_inverse_lists(const ForwardParams& params, const KvSchedule& part,
+                          cudaStream_t stream) {
+  KvParts parts{};
+  parts.first = part;
+  parts.count = 1;
+  parts.part_tokens = part.token_end - part.token_begin;
+  parts.token_end = part.token_end;
+  launch_inverse_lists(params, parts, stream);
 }
 
 void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void* workspace,
@@ -70,34 +97,35 @@ void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void
     throw std::runtime_error("workspace holds " + std::to_string(workspace_bytes) +
                              " bytes, the KV-major forward needs " + std::to_string(needed));
   }
-  const int64_t part = forward_kv_part_tokens(params);
 
   constexpr double kLog2E = 1.44269504088896340736;
-  KvSchedule schedule;
-  schedule.scale_log2 = static_cast<float>(params.softmax_scale * kLog2E);
-  Workspace pieces(workspace);
-  const int64_t max_pairs = part * token_pairs(params);
-  schedule.partial_out = pieces.take(max_pairs * kGroup * params.head_dim * 2);
-  schedule.partial_lse = pieces.take_floats(max_pairs * kGroup);
-  schedule.pair_list = pieces.take_integers(max_pairs);
-  take_buckets(schedule, params, pieces);
+  KvParts parts{};
+  parts.count = static_cast<int>(num_parts(params));
+  parts.part_tokens = static_cast<int>(forward_kv_part_tokens(params));
+  parts.token_end = params.total_q;
+  const int64_t part_pairs = parts.part_tokens * token_pairs(params);
+  parts.part_pairs = static_cast<int>(part_pairs);
+  parts.part_tiles = static_cast<int>(max_tiles(params, parts.part_tokens, kTileQueries));
 
-  for (int64_t begin = 0; begin < params.total_q; begin += part) {
-    const int64_t end = std::min<int64_t>(begin + part, params.total_q);
-    schedule.token_begin = static_cast<int>(begin);
-    schedule.token_end = static_cast<int>(end);
-    if (order != nullptr) {
-      schedule.is_query_major = order->is_query_major;
-      schedule.has_kv = order->has_kv + begin / part;
-    }
-    launch_inverse_lists(params, schedule, kTileQueries, stream);
-    launch_partial(params, schedule, stream);
-    dispatch_dtype(params.dtype, [&](auto element) {
-      dispatch_head_dim(params.head_dim, [&](auto head_dim) {
-        launch_combine_partials<decltype(element), decltype(head_dim)::value>(params, schedule,
-                                                                              stream);
-      });
-    });
+  Workspace pieces(workspace);
+  KvSchedule& first = parts.first;
+  first.tile_queries = kTileQueries;
+  first.scale_log2 = static_cast<float>(params.softmax_scale * kLog2E);
+  first.partial_out = pieces.take(part_pairs * kGroup * params.head_dim * 2);
+  first.partial_lse = pieces.take_floats(part_pairs * kGroup);
+  first.pair_list = pieces.take_integers(parts.count * part_pairs);
+  first.tile_bucket = pieces.take_integers(static_cast<int64_t>(parts.count) * parts.part_tiles);
+  take_buckets(first, params, pieces, parts.count);
+  if (order != nullptr) {
+    first.is_query_major = order->is_query_major;
+    first.has_kv = order->has_kv;
+  }
+
+  launch_inverse_lists(params, parts, stream);
+  for (int number = 0; number < parts.count; ++number) {
+    const KvSchedule part = parts.part(number);
+    launch_partial(params, part, stream);
+    launch_combine_partials(params, part, stream);
   }
 }
 

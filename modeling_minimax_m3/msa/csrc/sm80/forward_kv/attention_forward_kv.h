@@ -16,8 +16,8 @@ namespace msa::sm80 {
 // integers.
 int64_t attention_forward_kv_workspace(const ForwardParams& params);
 
-// Query tokens of a part, a multiple of 8: as many as 1 GB of partial outputs takes, or up to 2
-// GB for long sequences, if there are so many.
+// Query tokens of a part, a multiple of 8: as many as kPartialBytes of partial outputs take, or up
+// to kMostPartialBytes for long sequences, if there are so many.
 int64_t forward_kv_part_tokens(const ForwardParams& params);
 
 // The kernels of one part, all of its tiles and all of its rows; each instantiation is compiled in
@@ -38,10 +38,9 @@ void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void
                        int64_t workspace_bytes, PartialAttentionLauncher launch_partial,
                        cudaStream_t stream);
 
-// The inverse lists of a part, whose tokens and integer arrays are set; a tile has at most
-// `tile_queries` query tokens. The order within a bucket varies from run to run.
-void launch_inverse_lists(const ForwardParams& params, const KvSchedule& schedule, int tile_queries,
-                          cudaStream_t stream);
+// The inverse lists of all parts, or of one. The order within a bucket varies from run to run.
+void launch_inverse_lists(const ForwardParams& params, const KvParts& parts, cudaStream_t stream);
+void launch_inverse_lists(const ForwardParams& params, const KvSchedule& part, cudaStream_t stream);
 
 // The portable kernel for the partial outputs, for any supported type and head dimension.
 void launch_partial_attention(const ForwardParams& params, const KvSchedule& schedule,

@@ -77,13 +77,15 @@ __device__ __forceinline__ int find_bucket(const int32_t* begins, int count, int
   return low;
 }
 
-// With `tile_queries` query tokens a tile at most, as the buckets were scanned.
 __device__ __forceinline__ KvTile find_tile(const ForwardParams& params, const KvSchedule& schedule,
-                                            int tile, int tile_queries = kTileQueries) {
+                                            int tile) {
+  const int tile_queries = schedule.tile_queries;
   KvTile result = {};
   if (is_idle(schedule) || tile >= schedule.tile_begin[schedule.num_buckets]) return result;
   // Empty buckets share their first tile with the next one; the last of them is the right one.
-  const int bucket = find_bucket(schedule.tile_begin, schedule.num_buckets, tile);
+  const int bucket = schedule.tile_bucket != nullptr
+                         ? schedule.tile_bucket[tile]
+                         : find_bucket(schedule.tile_begin, schedule.num_buckets, tile);
   result.list_begin =
       schedule.bucket_begin[bucket] + (tile - schedule.tile_begin[bucket]) * tile_queries;
   result.num_queries = min(schedule.bucket_begin[bucket + 1] - result.list_begin, tile_queries);

@@ -1,7 +1,8 @@
 // Adds up a query's partial outputs, each weighted by its share of the softmax sum.
 //
-// One warp per (query token, key/value head); a lane keeps the fragment of partial_attention.cuh.
-// The slots are added in their order, so that results repeat bit for bit.
+// A warp takes one half of the channels of a (query token, key/value head); a lane keeps the
+// fragment of partial_attention.cuh. The slots are added in their order, so that results repeat
+// bit for bit.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,21 +18,26 @@
 namespace msa::sm80 {
 
 constexpr int kCombineWarps = 4;
+constexpr int kCombineHalves = 2;
 
+// Pieces of work for a warp that a part has.
+__host__ __device__ inline int combine_pieces(const ForwardParams& params,
+                                              const KvSchedule& schedule) {
+  return (schedule.token_end - schedule.token_begin) * params.num_kv_heads * kCombineHalves;
+}
+
+// One piece, by all lanes of a warp.
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(32 * kCombineWarps)
-    combine_partials_kernel(const ForwardParams params, const KvSchedule schedule) {
-  constexpr int kVectors = kHeadDim / 16;
-  const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / 32;
-  if (row >=
-          static_cast<int64_t>(schedule.token_end - schedule.token_begin) * params.num_kv_heads ||
-      is_idle(schedule)) {
-    return;
-  }
-  const int64_t first_pair = row * params.topk;
-  const int token = schedule.token_begin + static_cast<int>(row / params.num_kv_heads);
-  const int kv_head = static_cast<int>(row % params.num_kv_heads);
+__device__ __forceinline__ void combine_piece(const ForwardParams& params,
+                                              const KvSchedule& schedule, int piece, int lane) {
+  constexpr int kVectors = kHeadDim / 16 / kCombineHalves;
+  constexpr int kSlots = 4;                            // whose loads are in flight together
+  constexpr int kPairVectors = kGroup * kHeadDim / 8;  // 16-byte vectors of a pair
+  const int row = piece / kCombineHalves;
+  const int first_vector = piece % kCombineHalves * kVectors;
+  const int64_t first_pair = static_cast<int64_t>(row) * params.topk;
+  const int token = schedule.token_begin + row / params.num_kv_heads;
+  const int kv_head = row % params.num_kv_heads;
   if (is_query_major(params, schedule, token, kv_head)) return;
 
   // Slots without a visible block were never written: a bit each for those that were.
@@ -45,54 +51,49 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
 
   const float* lse = schedule.partial_lse + first_pair * kGroup + lane / 4;
   float largest[2] = {-INFINITY, -INFINITY};
-  for (int slot = 0; slot < params.topk; ++slot) {
-    if ((written >> slot & 1) == 0) continue;
+  for (uint64_t left = written; left != 0; left &= left - 1) {
+    const int slot = __ffsll(static_cast<long long>(left)) - 1;
     largest[0] = fmaxf(largest[0], lse[slot * kGroup]);
     largest[1] = fmaxf(largest[1], lse[slot * kGroup + 8]);
   }
 
   float sum[2] = {0, 0};
   float out[kVectors][8] = {};
-  const uint4* source =
-      static_cast<const uint4*>(schedule.partial_out) + first_pair * (kGroup * kHeadDim / 8) + lane;
-  auto load = [&](uint4(&vectors)[kVectors], int slot) {
+  const uint4* source = static_cast<const uint4*>(schedule.partial_out) +
+                        first_pair * kPairVectors + first_vector * 32 + lane;
+#pragma unroll 1
+  for (uint64_t left = written; left != 0;) {
+    int slots[kSlots];
+    uint4 vectors[kSlots][kVectors];
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      vectors[i] = __ldcs(source + slot * (kGroup * kHeadDim / 8) + i * 32);
-    }
-  };
-  auto add = [&](const uint4(&vectors)[kVectors], int slot) {
-    const float weight[2] = {exp2_approx(lse[slot * kGroup] - largest[0]),
-                             exp2_approx(lse[slot * kGroup + 8] - largest[1])};
-    sum[0] += weight[0];
-    sum[1] += weight[1];
+    for (int i = 0; i < kSlots; ++i) {
+      slots[i] = __ffsll(static_cast<long long>(left)) - 1;
+      left &= left - 1;
+      if (slots[i] < 0) continue;
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const uint32_t words[4] = {vectors[i].x, vectors[i].y, vectors[i].z, vectors[i].w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 values = unpack<Element>(words[j]);
-        out[i][2 * j] += weight[j % 2] * values.x;
-        out[i][2 * j + 1] += weight[j % 2] * values.y;
+      for (int v = 0; v < kVectors; ++v) {
+        vectors[i][v] = __ldcs(source + slots[i] * kPairVectors + v * 32);
       }
     }
-  };
-  auto next_slot = [&](int slot) {
-    do {
-      ++slot;
-    } while (slot < params.topk && (written >> slot & 1) == 0);
-    return slot;
-  };
-  // Two slots at a time, so that the loads of one overlap the sums of the other.
-  int slot = next_slot(-1);
-  while (slot < params.topk) {
-    const int second = next_slot(slot);
-    uint4 first_vectors[kVectors], second_vectors[kVectors];
-    load(first_vectors, slot);
-    if (second < params.topk) load(second_vectors, second);
-    add(first_vectors, slot);
-    if (second < params.topk) add(second_vectors, second);
-    slot = next_slot(second);
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      if (slots[i] < 0) continue;
+      const float weight[2] = {exp2_approx(lse[slots[i] * kGroup] - largest[0]),
+                               exp2_approx(lse[slots[i] * kGroup + 8] - largest[1])};
+      sum[0] += weight[0];
+      sum[1] += weight[1];
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const uint32_t words[4] = {vectors[i][v].x, vectors[i][v].y, vectors[i][v].z,
+                                   vectors[i][v].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 values = unpack<Element>(words[j]);
+          out[v][2 * j] += weight[j % 2] * values.x;
+          out[v][2 * j + 1] += weight[j % 2] * values.y;
+        }
+      }
+    }
   }
 
 #pragma unroll
@@ -100,7 +101,8 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
     const int64_t head =
         static_cast<int64_t>(token) * params.num_heads + kv_head * kGroup + half * 8 + lane / 4;
     const float inverse = written == 0 ? 0 : 1 / sum[half];
-    uint32_t* target = reinterpret_cast<uint32_t*>(params.out) + head * (kHeadDim / 2) + lane % 4;
+    uint32_t* target = reinterpret_cast<uint32_t*>(params.out) + head * (kHeadDim / 2) +
+                       first_vector * 8 + lane % 4;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
@@ -109,11 +111,19 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
                                               out[i][4 * j + 2 * half + 1] * inverse);
       }
     }
-    if (lane % 4 == 0) {
+    if (lane % 4 == 0 && first_vector == 0) {
       constexpr float kLn2 = 0.693147180559945309f;
       params.lse[head] = written == 0 ? -INFINITY : (largest[half] + log2f(sum[half])) * kLn2;
     }
   }
+}
+
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(32 * kCombineWarps)
+    combine_partials_kernel(const ForwardParams params, const KvSchedule schedule) {
+  const int piece = static_cast<int>(blockIdx.x * kCombineWarps + threadIdx.x / 32);
+  if (piece >= combine_pieces(params, schedule) || is_idle(schedule)) return;
+  combine_piece<Element, kHeadDim>(params, schedule, piece, threadIdx.x % 32);
 }
 
 }  // namespace msa::sm80

@@ -25,14 +25,14 @@ struct ForwardKvConfig {
 };
 static_assert(ForwardKvConfig<128>::shared_bytes(128) + 1024 <= 99 * 1024);
 
-constexpr int kGroup = 16;        // query heads of a key/value head
-constexpr int kTileQueries = 64;  // query tokens of a thread block at most
+constexpr int kGroup = 16;         // query heads of a key/value head
+constexpr int kTileQueries = 128;  // query tokens of a thread block at most
 
 // Bytes of partial outputs that exist at a time. Fewer queries at a time would load every block of
 // a long sequence for fewer of them: so where a block has less than kWantedQueries of them, it is
 // more, up to the most.
-constexpr int64_t kPartialBytes = 1ll << 30;
+constexpr int64_t kPartialBytes = 3ll << 29;
 constexpr int64_t kMostPartialBytes = 2ll << 30;
-constexpr int64_t kWantedQueries = 128;
+constexpr int64_t kWantedQueries = 64;
 
 }  // namespace msa::sm80

@@ -1,8 +1,8 @@
 // Which queries chose each block: the block lists turned around.
 //
-// Count, scan, fill: for one source file only, being no templates. The fill order within a bucket
-// depends on the run, but nothing else does: each pair's result is computed from its own rows and
-// stored at its own place.
+// Count, scan, fill, for all parts at once (y of the grid): for one source file only, being no
+// templates. The fill order within a bucket depends on the run, but nothing else does: each pair's
+// result is computed from its own rows and stored at its own place.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,8 @@
 
 namespace msa::sm80 {
 
-__global__ void count_pairs_kernel(const ForwardParams params, const KvSchedule schedule) {
+__global__ void count_pairs_kernel(const ForwardParams params, const KvParts parts) {
+  const KvSchedule schedule = parts.part(blockIdx.y);
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t num_pairs = static_cast<int64_t>(schedule.token_end - schedule.token_begin) *
                             params.num_kv_heads * params.topk;
@@ -23,9 +24,10 @@ __global__ void count_pairs_kernel(const ForwardParams params, const KvSchedule 
   if (bucket >= 0) atomicAdd(schedule.bucket_count + bucket, 1);
 }
 
-// Exclusive sums over the buckets, of pairs and of tiles; one thread block.
-__global__ void __launch_bounds__(1024)
-    scan_buckets_kernel(const KvSchedule schedule, int tile_queries) {
+// Exclusive sums over the buckets, of pairs and of tiles; one thread block a part.
+__global__ void __launch_bounds__(1024) scan_buckets_kernel(const KvParts parts) {
+  const KvSchedule schedule = parts.part(blockIdx.y);
+  const int tile_queries = schedule.tile_queries;
   constexpr int kPerThread = 4;
   __shared__ int warp_pairs[32];
   __shared__ int warp_tiles[32];
@@ -76,8 +78,12 @@ __global__ void __launch_bounds__(1024)
         schedule.bucket_next[first + i] = pair_begin;
         schedule.tile_begin[first + i] = tile_begin;
       }
+      const int tile_end = tile_begin + (count[i] + tile_queries - 1) / tile_queries;
+      if (schedule.tile_bucket != nullptr) {
+        for (int tile = tile_begin; tile < tile_end; ++tile) schedule.tile_bucket[tile] = first + i;
+      }
       pair_begin += count[i];
-      tile_begin += (count[i] + tile_queries - 1) / tile_queries;
+      tile_begin = tile_end;
     }
     pairs_before += pairs_total;
     tiles_before += tiles_total;
@@ -89,7 +95,8 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-__global__ void fill_lists_kernel(const ForwardParams params, const KvSchedule schedule) {
+__global__ void fill_lists_kernel(const ForwardParams params, const KvParts parts) {
+  const KvSchedule schedule = parts.part(blockIdx.y);
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t num_pairs = static_cast<int64_t>(schedule.token_end - schedule.token_begin) *
                             params.num_kv_heads * params.topk;

@@ -23,9 +23,8 @@ void launch_partial_attention(const ForwardParams& params, const KvSchedule& sch
 template <typename Element, int kHeadDim>
 void launch_combine_partials(const ForwardParams& params, const KvSchedule& schedule,
                              cudaStream_t stream) {
-  const int64_t rows =
-      static_cast<int64_t>(schedule.token_end - schedule.token_begin) * params.num_kv_heads;
-  const auto grid = static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps);
+  const auto grid =
+      static_cast<unsigned>((combine_pieces(params, schedule) + kCombineWarps - 1) / kCombineWarps);
   combine_partials_kernel<Element, kHeadDim>
       <<<grid, 32 * kCombineWarps, 0, stream>>>(params, schedule);
   MSA_CHECK_LAUNCH();

@@ -1,7 +1,7 @@
 // Attention of gathered queries over one key block, KV-major.
 //
-// A thread block loads the keys and values of one block once and takes up to 64 of the query tokens
-// that chose it through them. A token with its 16 heads is one m16 tile, so no arithmetic is wasted
+// A thread block loads the keys and values of one block once and takes up to 128 of the tokens that
+// chose it through them. A token with its 16 heads is one m16 tile, so no arithmetic is wasted
 // whatever the selection. Warps share nothing but keys and values and run freely; the next two
 // tokens' queries are fetched while the present ones are worked on.
 //

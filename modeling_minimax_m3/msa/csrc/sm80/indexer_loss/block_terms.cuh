@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(IndexerLossConfig::kThreads, 2)
   using Config = IndexerLossConfig;
   extern __shared__ __align__(1024) unsigned char shared[];
   const ForwardParams& attention = params.attention;
-  const KvTile tile = find_tile(attention, schedule.lists, blockIdx.x, Config::kTilePairs);
+  const KvTile tile = find_tile(attention, schedule.lists, blockIdx.x);
   if (tile.num_queries == 0) return;
 
   const int block_size = attention.block_size;

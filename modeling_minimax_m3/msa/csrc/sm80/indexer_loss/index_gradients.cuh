@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
                                            Config::kStages * stage_bytes);
   if (threadIdx.x == 0) pairs[0] = atomicAdd(schedule.next_tile, 1);
   __syncthreads();
-  const KvTile tile = find_tile(params.attention, schedule.lists, pairs[0], kTilePairs);
+  const KvTile tile = find_tile(params.attention, schedule.lists, pairs[0]);
   if (tile.num_queries == 0) return;
   __syncthreads();  // its number is read
 

@@ -75,6 +75,7 @@ void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
   constexpr double kLog2E = 1.44269504088896340736;
   IndexerLossSchedule schedule = {};
   KvSchedule& lists = schedule.lists;
+  lists.tile_queries = IndexerLossConfig::kTilePairs;
   lists.scale_log2 = static_cast<float>(attention.softmax_scale * kLog2E);
   schedule.index_scale_log2 = static_cast<float>(params.index_scale * kLog2E);
   Workspace pieces(workspace);
@@ -104,9 +105,8 @@ void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
     const int tokens = static_cast<int>(end - begin);
     lists.token_begin = static_cast<int>(begin);
     lists.token_end = static_cast<int>(end);
-    schedule.max_tiles = static_cast<int>(
-        tokens * token_pairs(attention) / IndexerLossConfig::kTilePairs + lists.num_buckets);
-    launch_inverse_lists(attention, lists, IndexerLossConfig::kTilePairs, stream);
+    schedule.max_tiles = static_cast<int>(max_tiles(attention, tokens, lists.tile_queries));
+    launch_inverse_lists(attention, lists, stream);
     if (!is_gradient) {
       kernels.launch_block_terms(params, schedule, pass, stream);
       const int64_t rows = static_cast<int64_t>(tokens) * attention.num_kv_heads;

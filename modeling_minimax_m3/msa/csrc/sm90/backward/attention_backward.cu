@@ -27,9 +27,9 @@ void launch_attention_backward(const BackwardParams& params, void* workspace,
     return;
   }
   auto launch_gradients = [](const BackwardParams& params, const sm80::BackwardSchedule& schedule,
-                             cudaStream_t stream) {
+                             const sm80::BackwardSchedule* before, cudaStream_t stream) {
     dispatch_dtype(params.forward.dtype, [&](auto element) {
-      launch_block_gradients<decltype(element)>(params, schedule, stream);
+      launch_block_gradients<decltype(element)>(params, schedule, before, stream);
     });
   };
   sm80::launch_backward(params, workspace, workspace_bytes, launch_gradients, stream);

@@ -18,9 +18,10 @@ namespace msa::sm90 {
 void launch_attention_backward(const BackwardParams& params, void* workspace,
                                int64_t workspace_bytes, cudaStream_t stream);
 
-// The main kernel of one part; each instantiation is compiled in a file of its own.
+// The main kernel of one part, and the sums of the part before, unless it is nullptr; each
+// instantiation is compiled in a file of its own.
 template <typename Element>
 void launch_block_gradients(const BackwardParams& params, const sm80::BackwardSchedule& schedule,
-                            cudaStream_t stream);
+                            const sm80::BackwardSchedule* before, cudaStream_t stream);
 
 }  // namespace msa::sm90

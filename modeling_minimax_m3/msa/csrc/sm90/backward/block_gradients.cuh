@@ -20,6 +20,7 @@
 #include "../../common/turns.cuh"
 #include "../../params.h"
 #include "../../sm80/backward/tile_order.cuh"
+#include "../ptx/dependent_launch.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/named_barrier.cuh"
 #include "../ptx/registers.cuh"
@@ -145,8 +146,7 @@ __device__ __forceinline__ void copy_queries(const BackwardParams& params,
   RingPosition<Config::kStages> ring;
   for (int count = 0;; ++count) {
     const int ticket = __shfl_sync(0xffffffffu, lane == 0 ? sm80::take_tile(schedule) : 0, 0);
-    const sm80::KvTile tile =
-        sm80::find_tile(forward, schedule.lists, ticket, schedule.tile_queries);
+    const sm80::KvTile tile = sm80::find_tile(forward, schedule.lists, ticket);
     barrier_wait(barriers.work_empty + count % 2 * 8, count / 2 % 2 ^ 1);
     if (lane == 0) {
       BackwardWork& next = work[count % 2];
@@ -459,6 +459,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     take_registers<Config::kMultiplyingRegisters>();
     multiply<Element, Config>(params, schedule, shared_bytes, warpgroup, warp, lane);
   }
+  wait_for_kernels_before();  // the sums beside it, see launch_block_gradients.cuh
 }
 
 }  // namespace msa::sm90

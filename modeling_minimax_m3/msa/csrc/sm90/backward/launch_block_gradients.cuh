@@ -5,15 +5,33 @@
 
 #include "../../common/cuda_check.h"
 #include "../../common/device.h"
+#include "../../sm80/backward/row_kernels.cuh"
+#include "../ptx/dependent_launch.cuh"
 #include "../ptx/tensor_map.h"
 #include "attention_backward.h"
 #include "block_gradients.cuh"
 
 namespace msa::sm90 {
 
+constexpr int kAddingBlocks = 32;
+constexpr int kAddingThreads = 512;
+
+// Adds up the partial dQ of a part while the next kernel runs: each thread block fills a
+// multiprocessor, and stays on it.
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(kAddingThreads, 1)
+    add_beside_kernel(const BackwardParams params, const sm80::BackwardSchedule schedule) {
+  let_next_kernel_start();
+  const int rows = sm80::query_gradient_rows(params, schedule);
+  for (int row = (blockIdx.x * kAddingThreads + threadIdx.x) / 32; row < rows;
+       row += gridDim.x * (kAddingThreads / 32)) {
+    sm80::add_query_gradients<Element, kHeadDim>(params, schedule, row, threadIdx.x % 32);
+  }
+}
+
 template <typename Element>
 void launch_block_gradients(const BackwardParams& params, const sm80::BackwardSchedule& schedule,
-                            cudaStream_t stream) {
+                            const sm80::BackwardSchedule* before, cudaStream_t stream) {
   using Config = BackwardConfig;
   auto* kernel = block_gradients_kernel<Element, Config>;
   MSA_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -34,9 +52,19 @@ void launch_block_gradients(const BackwardParams& params, const sm80::BackwardSc
       row_map(forward.query, forward.query_token_stride, forward.query_head_stride);
   const CUtensorMap grad_out_map =
       row_map(params.grad_out, params.grad_out_token_stride, params.grad_out_head_stride);
-  kernel<<<std::min(schedule.max_tiles, num_multiprocessors()), Config::kThreads,
-           Config::kSharedBytes, stream>>>(params, schedule, query_map, grad_out_map);
+  const int grid = std::min(schedule.max_tiles, num_multiprocessors());
+  if (before == nullptr) {
+    kernel<<<grid, Config::kThreads, Config::kSharedBytes, stream>>>(params, schedule, query_map,
+                                                                     grad_out_map);
+    MSA_CHECK_LAUNCH();
+    return;
+  }
+  // The sums are all memory: a few multiprocessors do them while the others multiply.
+  add_beside_kernel<Element, Config::kHeadDim>
+      <<<kAddingBlocks, kAddingThreads, 0, stream>>>(params, *before);
   MSA_CHECK_LAUNCH();
+  launch_beside(kernel, grid, Config::kThreads, Config::kSharedBytes, stream, params, schedule,
+                query_map, grad_out_map);
 }
 
 }  // namespace msa::sm90

@@ -113,8 +113,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       // All rows of a warp belong to one token and see the same keys.
       const int last_key = tile.sequence.first_position - tile.sequence.query_begin +
                            schedule.token_begin + max(pair, 0) / pairs_per_token - tile.first_key;
+      float scale = schedule.scale_log2;
+      if (scale <= 0) {  // the largest product would not have the largest score
 #pragma unroll
-      for (int i = 0; i < 64; ++i) scores[i] *= schedule.scale_log2;
+        for (int i = 0; i < 64; ++i) scores[i] *= scale;
+        scale = 1;
+      }
       if (last_key < Config::kBlockSize - 1) {
 #pragma unroll
         for (int i = 0; i < 64; ++i) {
@@ -131,15 +135,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         }
         value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
         value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
-        largest[half] = value;
+        largest[half] = value * scale;
       }
       sum[0] = sum[1] = 0;
       uint32_t weights[8][4];
 #pragma unroll
       for (int i = 0; i < 64; i += 2) {
         const int half = i / 2 % 2;
-        const float first = exp2_approx(scores[i] - largest[half]);
-        const float second = exp2_approx(scores[i + 1] - largest[half]);
+        const float first = exp2_approx(fmaf(scores[i], scale, -largest[half]));
+        const float second = exp2_approx(fmaf(scores[i + 1], scale, -largest[half]));
         sum[half] += first + second;
         weights[i / 8][i % 8 / 2] = pack<Element>(first, second);
       }
@@ -172,11 +176,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
         for (int vector = 0; vector < 8; ++vector) {
           const float* values = out + vector * 8;
-          target[vector * 32] =
-              make_uint4(pack<Element>(values[0] * inverse[0], values[1] * inverse[0]),
-                         pack<Element>(values[2] * inverse[1], values[3] * inverse[1]),
-                         pack<Element>(values[4] * inverse[0], values[5] * inverse[0]),
-                         pack<Element>(values[6] * inverse[1], values[7] * inverse[1]));
+          __stcs(target + vector * 32,
+                 make_uint4(pack<Element>(values[0] * inverse[0], values[1] * inverse[0]),
+                            pack<Element>(values[2] * inverse[1], values[3] * inverse[1]),
+                            pack<Element>(values[4] * inverse[0], values[5] * inverse[0]),
+                            pack<Element>(values[6] * inverse[1], values[7] * inverse[1])));
         }
       }
       pair = next_pair;

@@ -33,8 +33,7 @@ __global__ void __launch_bounds__(sm80::IndexerLossConfig::kThreads, 2)
   constexpr int kRowFloats = Config::row_floats(kBlockSize);
   extern __shared__ __align__(1024) unsigned char shared[];
   const ForwardParams& attention = params.attention;
-  const sm80::KvTile tile =
-      sm80::find_tile(attention, schedule.lists, blockIdx.x, Config::kTilePairs);
+  const sm80::KvTile tile = sm80::find_tile(attention, schedule.lists, blockIdx.x);
   if (tile.num_queries == 0) return;
 
   const int warp = threadIdx.x / 32;

@@ -2,4 +2,5 @@
 
 template void msa::sm90::launch_block_gradients<__half>(const msa::BackwardParams&,
                                                         const msa::sm80::BackwardSchedule&,
+                                                        const msa::sm80::BackwardSchedule*,
                                                         cudaStream_t);
