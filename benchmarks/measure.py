@@ -127,8 +127,8 @@ def environment() -> dict[str, Any]:
     )
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        # a copy of the tree without git data is told by the variable which commit it is of
-        "commit": command_output("git", "rev-parse", "--short=12", "HEAD") or os.environ.get("COMMIT", "unknown"),
+        # a copy of the tree, whose git data is absent or another's, is told by the variable which commit it is of
+        "commit": os.environ.get("COMMIT") or command_output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
         "uncommitted_changes": bool(
             command_output(
                 "git",
