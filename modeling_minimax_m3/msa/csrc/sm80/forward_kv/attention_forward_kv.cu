@@ -35,6 +35,18 @@ int64_t num_parts(const ForwardParams& params) {
   return (params.total_q + part - 1) / part;
 }
 
+// Integers of a part's pair list and its tiles.
+int64_t list_integers(const ForwardParams& params) {
+  const int64_t part = forward_kv_part_tokens(params);
+  return part * token_pairs(params) + max_tiles(params, part, kTileQueries);
+}
+
+// Parts whose lists exist at a time.
+int64_t listed_parts(const ForwardParams& params) {
+  const int64_t part_bytes = bucket_bytes(params) + list_integers(params) * 4;
+  return std::clamp<int64_t>(kListBytes / part_bytes, 1, std::max<int64_t>(num_parts(params), 1));
+}
+
 void launch_combine_partials(const ForwardParams& params, const KvSchedule& schedule,
                              cudaStream_t stream) {
   dispatch_dtype(params.dtype, [&](auto element) {
@@ -58,11 +70,10 @@ int64_t forward_kv_part_tokens(const ForwardParams& params) {
 
 int64_t attention_forward_kv_workspace(const ForwardParams& params) {
   check_supported(params);
-  const int64_t part = forward_kv_part_tokens(params), parts = num_parts(params);
-  const int64_t outputs = part * token_pairs(params) * pair_bytes(params);
-  const int64_t lists =
-      part * token_pairs(params) + max_tiles(params, part, kTileQueries);  // of a part
-  return bucket_bytes(params, parts) + outputs + parts * lists * 4 + 4 * kWorkspaceAlignment;
+  const int64_t pairs = forward_kv_part_tokens(params) * token_pairs(params);
+  const int64_t parts = listed_parts(params);
+  return pairs * pair_bytes(params) + bucket_bytes(params, parts) +
+         parts * list_integers(params) * 4 + 4 * kWorkspaceAlignment;
 }
 
 void launch_inverse_lists(const ForwardParams& params, const KvParts& parts, cudaStream_t stream) {
@@ -99,8 +110,8 @@ void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void
   }
 
   constexpr double kLog2E = 1.44269504088896340736;
+  const int64_t all_parts = num_parts(params), listed = listed_parts(params);
   KvParts parts{};
-  parts.count = static_cast<int>(num_parts(params));
   parts.part_tokens = static_cast<int>(forward_kv_part_tokens(params));
   parts.token_end = params.total_q;
   const int64_t part_pairs = parts.part_tokens * token_pairs(params);
@@ -113,19 +124,21 @@ void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void
   first.scale_log2 = static_cast<float>(params.softmax_scale * kLog2E);
   first.partial_out = pieces.take(part_pairs * kGroup * params.head_dim * 2);
   first.partial_lse = pieces.take_floats(part_pairs * kGroup);
-  first.pair_list = pieces.take_integers(parts.count * part_pairs);
-  first.tile_bucket = pieces.take_integers(static_cast<int64_t>(parts.count) * parts.part_tiles);
-  take_buckets(first, params, pieces, parts.count);
-  if (order != nullptr) {
-    first.is_query_major = order->is_query_major;
-    first.has_kv = order->has_kv;
-  }
+  first.pair_list = pieces.take_integers(listed * part_pairs);
+  first.tile_bucket = pieces.take_integers(listed * parts.part_tiles);
+  take_buckets(first, params, pieces, listed);
+  if (order != nullptr) first.is_query_major = order->is_query_major;
 
-  launch_inverse_lists(params, parts, stream);
-  for (int number = 0; number < parts.count; ++number) {
-    const KvSchedule part = parts.part(number);
-    launch_partial(params, part, stream);
-    launch_combine_partials(params, part, stream);
+  for (int64_t begin = 0; begin < all_parts; begin += listed) {
+    parts.count = static_cast<int>(std::min(listed, all_parts - begin));
+    first.token_begin = static_cast<int>(begin * parts.part_tokens);
+    if (order != nullptr) first.has_kv = order->has_kv + begin;
+    launch_inverse_lists(params, parts, stream);
+    for (int number = 0; number < parts.count; ++number) {
+      const KvSchedule part = parts.part(number);
+      launch_partial(params, part, stream);
+      launch_combine_partials(params, part, stream);
+    }
   }
 }
 

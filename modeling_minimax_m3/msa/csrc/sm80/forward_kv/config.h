@@ -35,4 +35,7 @@ constexpr int64_t kPartialBytes = 3ll << 29;
 constexpr int64_t kMostPartialBytes = 2ll << 30;
 constexpr int64_t kWantedQueries = 64;
 
+// Bytes of the lists of parts at a time: for the released model those of a million tokens.
+constexpr int64_t kListBytes = 512ll << 20;
+
 }  // namespace msa::sm80
