@@ -232,7 +232,7 @@ def attention_lse(
     softmax_scale: float,
 ) -> torch.Tensor:
     """As `reference.attention_lse`, by a whole attention whose output nobody uses; over all keys in as many as the longest
-    list of blocks takes."""
+    list of blocks takes, and as if all keys were one sequence, because lengths are not read."""
     lists = [block_indices]
     if block_indices is None:
         # No sequence has more blocks than all keys together; a list may name some that a query does not have.

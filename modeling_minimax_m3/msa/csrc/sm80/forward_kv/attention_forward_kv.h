@@ -38,7 +38,7 @@ void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void
                        int64_t workspace_bytes, PartialAttentionLauncher launch_partial,
                        cudaStream_t stream);
 
-// The inverse lists of all parts, or of one. The order within a bucket varies from run to run.
+// The inverse lists of these parts, or of one. The order within a bucket varies from run to run.
 void launch_inverse_lists(const ForwardParams& params, const KvParts& parts, cudaStream_t stream);
 void launch_inverse_lists(const ForwardParams& params, const KvSchedule& part, cudaStream_t stream);
 

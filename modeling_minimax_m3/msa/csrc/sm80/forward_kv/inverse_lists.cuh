@@ -1,6 +1,6 @@
 // Which queries chose each block: the block lists turned around.
 //
-// Count, scan, fill, for all parts at once (y of the grid): for one source file only, being no
+// Count, scan, fill, for several parts at once (y of the grid): for one source file only, being no
 // templates. The fill order within a bucket depends on the run, but nothing else does: each pair's
 // result is computed from its own rows and stored at its own place.
 #pragma once

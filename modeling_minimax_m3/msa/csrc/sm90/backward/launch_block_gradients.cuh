@@ -59,7 +59,8 @@ void launch_block_gradients(const BackwardParams& params, const sm80::BackwardSc
     MSA_CHECK_LAUNCH();
     return;
   }
-  // The sums are all memory: a few multiprocessors do them while the others multiply.
+  // The sums are all memory: a few multiprocessors do them while the others multiply. They are
+  // launched normally, so that what the main kernel reads is complete before it can start.
   add_beside_kernel<Element, Config::kHeadDim>
       <<<kAddingBlocks, kAddingThreads, 0, stream>>>(params, *before);
   MSA_CHECK_LAUNCH();
