@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from processing_minimax_m3.resize import fits_patch_grid, smart_resize
@@ -45,11 +45,15 @@ def test_result_fits_the_grid_and_the_bounds(height, width, factor, min_pixels, 
 
 @settings(max_examples=200, deadline=None)
 @given(height=st.integers(100, 3000), width=st.integers(100, 3000))
+@example(height=2317, width=2317)  # scaled to 672 but for a rounding error, and so to the multiple of 28 below
 def test_aspect_ratio_is_kept_up_to_rounding(height, width):
     new_height, new_width = smart_resize(height, width, 28, 3136, 451_584)
     # the area is kept or, where rounding up would pass the bound, scaled down to it
     scales = (1.0, math.sqrt(451_584 / (height * width)))
-    assert any(abs(new_height - height * scale) <= 28 and abs(new_width - width * scale) <= 28 for scale in scales)
+    factor = 28 + 1e-6
+    assert any(
+        abs(new_height - height * scale) <= factor and abs(new_width - width * scale) <= factor for scale in scales
+    )
 
 
 @settings(max_examples=100, deadline=None)
