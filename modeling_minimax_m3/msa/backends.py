@@ -60,11 +60,14 @@ def resolve_backend(backend: str, function: str, args: tuple) -> str:
     return backend
 
 
-def run_on_backend(backend: str, function: str, *args):
+def run_on_backend(backend: str, function: str, *args, cuda_only: tuple = ()):
     """Calls `function`, named and used as in `reference`, on the backend that `backend` means for these arguments.
 
-    Autocast is off inside: it would compute float32 scores and sums in half precision.
+    The extension gets the arguments `cuda_only` as well. Autocast is off inside: it would compute float32 scores and
+    sums in half precision.
     """
     backend = resolve_backend(backend, function, args)
     with torch.autocast(args[0].device.type, enabled=False):
-        return cuda.run(function, args) if backend == "cuda" else getattr(_MODULES[backend], function)(*args)
+        if backend == "cuda":
+            return cuda.run(function, (*args, *cuda_only))
+        return getattr(_MODULES[backend], function)(*args)

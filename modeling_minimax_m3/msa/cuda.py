@@ -15,6 +15,7 @@ __all__ = [
     "indexer_kl_loss_backward",
     "missing_kernel",
     "run",
+    "saved_tokens",
     "select_blocks",
     "select_blocks_with_kvcache",
     "structured_blocks_of",
@@ -28,6 +29,11 @@ GROUP_SIZES = (1, 2, 4, 8, 16)
 MAX_TOPK = 64
 MAX_INDEX_HEADS = 64
 MAX_STRUCTURED_HEADS = 64
+
+# Of the probabilities that a loss keeps for its gradient: their bytes at most, and what they are multiplied by, so that
+# float16 keeps the small ones (kSavedProbabilityScale of the kernels).
+MAX_SAVED_BYTES = 2**30
+SAVED_SCALE = 2**15
 
 # Up to this many new tokens per row the cached forms have kernels of their own; above, rows run as packed sequences.
 MAX_DECODE_TOKENS = 16
@@ -139,11 +145,11 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
 
 
 def run(function: str, args: tuple):
-    """Calls `function` of this module with the arguments `args`.
+    """Calls `function` of this module with the arguments `args`, which may be more than those in `reference`.
 
     PyTorch's stable ABI hands the extension's errors on as plain RuntimeErrors, while callers that free memory or take
-    a smaller batch catch OutOfMemoryError. So a call that failed is made again, which is safe as none writes to its
-    arguments; if it fails again, the allocator's count of failures says whether memory was the reason.
+    a smaller batch catch OutOfMemoryError. So a call that failed is made again, which is safe as none reads what it
+    writes; if it fails again, the allocator's count of failures says whether memory was the reason.
 
     Raises:
         torch.OutOfMemoryError: The GPU's memory does not suffice.
@@ -245,6 +251,16 @@ def attention_lse(
     return functools.reduce(torch.logaddexp, parts)
 
 
+def saved_tokens(block_indices: torch.Tensor, block_size: int) -> int:
+    """Of how many query tokens, the first, the loss keeps the main attention's mean probabilities for its gradient.
+
+    As `saved_probs` (saved_tokens, H_kv, topk, block_size), float16, times SAVED_SCALE, by the slots of `block_indices`;
+    unspecified for slots without a block. The gradient computes those of the other tokens once more.
+    """
+    total_q, num_heads, topk = block_indices.shape
+    return min(total_q, MAX_SAVED_BYTES // (2 * num_heads * max(topk, 1) * block_size))
+
+
 def indexer_kl_loss(
     index_query: torch.Tensor,
     index_key: torch.Tensor,
@@ -257,11 +273,12 @@ def indexer_kl_loss(
     block_size: int,
     softmax_scale: float,
     index_scale: float,
+    saved_probs: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.indexer_kl_loss`."""
+    """As `reference.indexer_kl_loss`; fills `saved_probs`, see `saved_tokens`."""
     return torch.ops.minimax_m3_msa_cuda.indexer_kl_loss(
         index_query, index_key, query, key, *_contiguous(lse, block_indices, cu_seqlens_q, cu_seqlens_k), block_size,
-        softmax_scale, index_scale,
+        softmax_scale, index_scale, saved_probs,
     )  # fmt: skip
 
 
@@ -279,12 +296,13 @@ def indexer_kl_loss_backward(
     block_size: int,
     softmax_scale: float,
     index_scale: float,
+    saved_probs: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.indexer_kl_loss_backward`."""
+    """As `reference.indexer_kl_loss_backward`; reads the `saved_probs` of the value."""
     return torch.ops.minimax_m3_msa_cuda.indexer_kl_loss_backward(
         grad_kl.contiguous(), index_query, index_key, query, key,
         *_contiguous(lse, index_lse, block_indices, cu_seqlens_q, cu_seqlens_k), block_size, softmax_scale,
-        index_scale,
+        index_scale, saved_probs,
     )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from . import checks
-from .backends import check_backend, run_on_backend
+from . import checks, cuda, extension
+from .backends import check_backend, resolve_backend, run_on_backend
 from .sequences import compute_dtype
 
 
@@ -79,11 +79,30 @@ def indexer_kl_loss(
         lse = torch.ops.minimax_m3_msa.attention_lse(
             query, key, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale, backend
         )
-    kl, _ = torch.ops.minimax_m3_msa.indexer_kl_loss(
-        index_query, index_key, query, key, lse.detach(), block_indices, cu_seqlens_q, cu_seqlens_k, block_size,
-        softmax_scale, index_scale, backend,
+    lse = lse.detach()
+    saved_tokens = 0
+    if torch.is_grad_enabled() and (index_query.requires_grad or index_key.requires_grad):
+        args = index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size
+        if block_indices is not None and _is_for_extension(backend, (*args, softmax_scale, index_scale)):
+            saved_tokens = cuda.saved_tokens(block_indices, block_size)
+    kl, _, _ = torch.ops.minimax_m3_msa.indexer_kl_loss(
+        index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale,
+        index_scale, saved_tokens, backend,
     )  # fmt: skip
     return kl
+
+
+def _is_for_extension(backend: str, args: tuple) -> bool:
+    """Whether the extension will run the loss; while a graph is traced, there are no tensors to tell it by, and where
+    this is wrong, room for what nobody saves is allocated."""
+    if torch.compiler.is_compiling():
+        return args[0].device.type == "cuda" and backend in ("auto", "cuda") and _has_extension()
+    return resolve_backend(backend, "indexer_kl_loss", args) == "cuda"
+
+
+@torch.compiler.assume_constant_result
+def _has_extension() -> bool:
+    return extension.load(build=False) is None
 
 
 @torch.library.custom_op("minimax_m3_msa::attention_lse", mutates_args=())
@@ -123,24 +142,35 @@ def _indexer_kl_loss(
     block_size: int,
     softmax_scale: float,
     index_scale: float,
+    saved_tokens: int,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     checks.check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
     if block_indices is not None:
         checks.check_block_indices_values(block_indices)
-    return run_on_backend(
+    saved_probs = _empty_probs(index_query, block_indices, block_size, saved_tokens)
+    kl, index_lse = run_on_backend(
         backend, "indexer_kl_loss", index_query, index_key, query, key, lse, block_indices, cu_seqlens_q,
-        cu_seqlens_k, block_size, softmax_scale, index_scale,
+        cu_seqlens_k, block_size, softmax_scale, index_scale, cuda_only=(saved_probs,),
     )  # fmt: skip
+    return kl, index_lse, saved_probs
+
+
+def _empty_probs(
+    index_query: torch.Tensor, block_indices: torch.Tensor | None, block_size: int, saved_tokens: int
+) -> torch.Tensor:
+    """Room for what the extension keeps for the gradient, see `cuda.saved_tokens`; other backends leave it as it is."""
+    topk = 0 if block_indices is None else block_indices.shape[-1]
+    return index_query.new_empty((saved_tokens, index_query.shape[1], topk, block_size), dtype=torch.float16)
 
 
 @_indexer_kl_loss.register_fake
 def _(
     index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale,
-    index_scale, backend,
+    index_scale, saved_tokens, backend,
 ):  # fmt: skip
     kl = index_query.new_empty(index_query.shape[:2], dtype=compute_dtype(index_query))
-    return kl, torch.empty_like(kl)
+    return kl, torch.empty_like(kl), _empty_probs(index_query, block_indices, block_size, saved_tokens)
 
 
 @torch.library.custom_op("minimax_m3_msa::indexer_kl_loss_backward", mutates_args=())
@@ -152,6 +182,7 @@ def _indexer_kl_loss_backward(
     key: torch.Tensor,
     lse: torch.Tensor,
     index_lse: torch.Tensor,
+    saved_probs: torch.Tensor,
     block_indices: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
@@ -162,31 +193,33 @@ def _indexer_kl_loss_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return run_on_backend(
         backend, "indexer_kl_loss_backward", grad_kl, index_query, index_key, query, key, lse, index_lse,
-        block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale, index_scale,
+        block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale, index_scale, cuda_only=(saved_probs,),
     )  # fmt: skip
 
 
 @_indexer_kl_loss_backward.register_fake
 def _(
-    grad_kl, index_query, index_key, query, key, lse, index_lse, block_indices, cu_seqlens_q, cu_seqlens_k,
-    block_size, softmax_scale, index_scale, backend,
+    grad_kl, index_query, index_key, query, key, lse, index_lse, saved_probs, block_indices, cu_seqlens_q,
+    cu_seqlens_k, block_size, softmax_scale, index_scale, backend,
 ):  # fmt: skip
     return index_query.new_empty(index_query.shape), index_key.new_empty(index_key.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, *options = inputs
-    index_lse = output[1]
-    ctx.mark_non_differentiable(index_lse)
-    ctx.save_for_backward(
-        index_query, index_key, query, key, lse, index_lse, block_indices, cu_seqlens_q, cu_seqlens_k
-    )
-    ctx.options = options
+    *tensors, block_size, softmax_scale, index_scale, _, backend = inputs
+    *states, block_indices, cu_seqlens_q, cu_seqlens_k = tensors  # lse is the last of the states
+    _, index_lse, saved_probs = output
+    ctx.mark_non_differentiable(index_lse, saved_probs)
+    ctx.set_materialize_grads(False)  # or zeros of the size of `saved_probs` would come back
+    ctx.save_for_backward(*states, index_lse, saved_probs, block_indices, cu_seqlens_q, cu_seqlens_k)
+    ctx.options = block_size, softmax_scale, index_scale, backend
 
 
-def _backward(ctx, grad_kl, grad_index_lse):
+def _backward(ctx, grad_kl, grad_index_lse, grad_saved_probs):
+    if grad_kl is None:
+        return (None,) * 13
     grads = torch.ops.minimax_m3_msa.indexer_kl_loss_backward(grad_kl, *ctx.saved_tensors, *ctx.options)
-    return *grads, *[None] * 10
+    return *grads, *[None] * 11
 
 
 _indexer_kl_loss.register_autograd(_backward, setup_context=_setup_context)

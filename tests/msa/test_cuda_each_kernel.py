@@ -107,11 +107,12 @@ def test_indexer_loss(kernels, shape, form):
     block_indices = block_indices if form == "sparse" else None
     states = (case.index_query, case.index_key, case.query, case.key)
     lse = portable.attention_lse(case.query, case.key, block_indices, *where)
-    options = (block_indices, *where, case.scale, "cuda")
-    assert_repeats(lambda: OPS.indexer_kl_loss(*states, lse, *options))
-    index_lse = OPS.indexer_kl_loss(*states, lse, *options)[1]
-    grad_kl = torch.ones_like(index_lse)
-    assert_repeats(lambda: OPS.indexer_kl_loss_backward(grad_kl, *states, lse, index_lse, *options))
+    options = (block_indices, *where, case.scale)
+    saved_tokens = len(case.query) // 2 if form == "sparse" else 0
+    assert_repeats(lambda: OPS.indexer_kl_loss(*states, lse, *options, saved_tokens, "cuda")[:2])
+    _, *kept = OPS.indexer_kl_loss(*states, lse, *options, saved_tokens, "cuda")
+    grad_kl = torch.ones_like(kept[0])
+    assert_repeats(lambda: OPS.indexer_kl_loss_backward(grad_kl, *states, lse, *kept, *options, "cuda"))
 
 
 # slots in use, left padding and new tokens of each row

@@ -198,3 +198,29 @@ def test_both_orders_are_taken(kernels):
         shares[name] = query_major / sum(times.values())
     assert shares["shared"] > 0.8, shares
     assert shares["scattered"] < 0.2, shares  # the first tokens see so few blocks that they share them
+
+
+def test_lists_of_some_parts_at_a_time(kernels, needs_memory):
+    """Many heads over many small blocks: the lists of all parts of the queries are more than exist at a time."""
+    needs_memory(16)
+    tokens, total, heads, width = 10_240, 500_000, 64, 64
+    generator = torch.Generator("cuda").manual_seed(0)
+    query = torch.empty(tokens, 16 * heads, 64, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+    key, value = (
+        torch.empty(total, 1, 64, dtype=torch.bfloat16, device="cuda").normal_(generator=generator) for _ in range(2)
+    )
+    # All blocks are in the past; no query names one twice.
+    first = torch.randint(0, 7000, (tokens, heads, 1), generator=generator, device="cuda", dtype=torch.int32)
+    ids = (first + 61 * torch.arange(width, dtype=torch.int32, device="cuda")) % 7600
+
+    def attend(query, ids, keys, states, backend):
+        states = (state[:keys].expand(-1, heads, -1) for state in states)
+        lengths = {"cu_seqlens_q": offsets([len(query)]), "cu_seqlens_k": offsets([keys])}
+        return block_sparse_attention(query, *states, ids, **lengths, block_size=64, backend=backend)
+
+    out = attend(query, ids, total, (key, value), "cuda")
+    exact = (key.double(), value.double())
+    for row in (0, 1, 247, 248, 4000, 7935, 7936, 8200, tokens - 1):
+        rows = slice(row, row + 1)
+        expected = attend(query[rows].double(), ids[rows], total - tokens + row + 1, exact, "torch")
+        assert ((out[rows] - expected).norm() / expected.norm()).item() < TOLERANCE[torch.bfloat16]

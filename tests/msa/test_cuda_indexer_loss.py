@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from modeling_minimax_m3.msa import indexer_kl_loss
+from modeling_minimax_m3.msa import cuda, indexer_kl_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -181,7 +181,38 @@ def test_size_of_the_upstream_gradient(kernels, dtype, size):
         assert (grad.double() - expected).norm() < 1e-2 * expected.norm() + lost
 
 
-def test_results_repeat(kernels):
+@pytest.fixture(params=[None, 700, 0], ids=["all", "some", "none"])
+def kept(request, monkeypatch):
+    """Of how many tokens the value keeps probabilities for the gradient, as long as a token has 2 x 6 blocks of 128."""
+    if request.param is not None:
+        monkeypatch.setattr(cuda, "MAX_SAVED_BYTES", request.param * 2 * 6 * 128 * 2)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim, index_dim, group", [(128, 128, 16), (128, 64, 2), (64, 128, 8)])
+def test_kept_probabilities(kernels, kept, once, head_dim, index_dim, group, dtype):
+    case = Case("ragged", dtype, head_dim, index_dim, group)
+    block_indices = case.random_blocks(6, 128)
+    assert cuda.saved_tokens(block_indices, 128) == (len(case.query) if kept is None else kept)
+    check(case, block_indices, 128, once)
+
+
+@pytest.mark.parametrize("group", [16, 1])
+def test_an_indexer_that_agrees(kernels, kept, group):
+    """r = p: what remains of the gradient is the rounding of what is kept, next to that of r."""
+    case = Case("ragged", torch.float16, group=group)
+    case.index_key = case.key[:, 0]
+    case.key = case.index_key[:, None].expand(-1, 2, -1)
+    case.query = case.index_query.repeat_interleave(group, dim=1)
+    block_indices = case.random_blocks(6, 128)
+    grads = case.run(block_indices, 128)[1:]
+    case.query = case.query.flip(-1)
+    for grad, of_another in zip(grads, case.run(block_indices, 128)[1:]):
+        assert grad.norm() < 1e-3 * of_another.norm()
+
+
+def test_results_repeat(kernels, kept):
     case = Case(([1500, 700], [1500, 700]))
     block_indices = case.random_blocks(16, 128)
     first = case.run(block_indices, 128)
@@ -200,21 +231,27 @@ def test_log_sums_over_all_keys(kernels, lengths, once):
     torch.testing.assert_close(lse, expected.float(), atol=5e-3, rtol=0)
 
 
-def arguments(case, block_indices):
+def arguments(case, block_indices, saved_tokens):
     where = (block_indices, *case.lengths.values(), 128)
     lse = OPS.attention_lse(case.query, case.key, *where, 0.09, "cuda")
     states = (state.contiguous() for state in (case.index_query, case.index_key, case.query, case.key))
-    return *states, lse, *where, 0.09, 0.1, "cuda"
+    return *states, lse, *where, 0.09, 0.1, saved_tokens, "cuda"
 
 
-def test_operators():
-    case = Case("chunked")
-    args = arguments(case, case.random_blocks(6, 128))
+def gradient_arguments(case, args, index_lse, saved):
+    return case.grad_kl, *args[:5], index_lse, saved, *args[5:11], args[12]
+
+
+@pytest.mark.parametrize("saved_tokens", [0, 300])
+def test_operators(saved_tokens):
+    case = Case("ragged")
+    # All slots are used: what is kept of others may be anything.
+    args = arguments(case, torch.zeros((len(case.query), 2, 1), dtype=torch.int32, device="cuda"), saved_tokens)
     torch.library.opcheck(OPS.indexer_kl_loss.default, args)
     leaves = [x.detach().requires_grad_() for x in args[:2]]
     torch.library.opcheck(OPS.indexer_kl_loss.default, (*leaves, *args[2:]))
-    index_lse = OPS.indexer_kl_loss(*args)[1]
-    torch.library.opcheck(OPS.indexer_kl_loss_backward.default, (case.grad_kl, *args[:5], index_lse, *args[5:]))
+    _, *kept = OPS.indexer_kl_loss(*args)
+    torch.library.opcheck(OPS.indexer_kl_loss_backward.default, gradient_arguments(case, args, *kept))
     torch.library.opcheck(OPS.attention_lse.default, (*args[2:4], *args[5:10], "cuda"))
 
 
@@ -256,11 +293,11 @@ def test_checkpoint(use_reentrant):
 def test_capture(kernels):
     case = Case("ragged")
     block_indices = case.random_blocks(6, 128)
-    args = arguments(case, block_indices)
+    args = arguments(case, block_indices, 700)
 
     def both():
-        kl, index_lse = OPS.indexer_kl_loss(*args)
-        return kl, *OPS.indexer_kl_loss_backward(case.grad_kl, *args[:5], index_lse, *args[5:])
+        kl, *kept = OPS.indexer_kl_loss(*args)
+        return kl, *OPS.indexer_kl_loss_backward(*gradient_arguments(case, args, *kept))
 
     both()
     graph = torch.cuda.CUDAGraph()
@@ -268,7 +305,7 @@ def test_capture(kernels):
         captured = both()
     args[0].neg_()
     block_indices.copy_(case.random_blocks(6, 128))
-    args[4].copy_(arguments(case, block_indices)[4])  # the lse of other blocks would give NaN, which equals nothing
+    args[4].copy_(arguments(case, block_indices, 0)[4])  # the lse of other blocks would give NaN, which equals nothing
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, both()))
 

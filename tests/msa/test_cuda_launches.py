@@ -54,8 +54,10 @@ def prepare(name, dtype, head_dim, block_size, group, topk):
         lse = block_sparse_attention(*states, ids, return_lse=True, **packed)[1]
 
         def loss():
-            kl = indexer_kl_loss(index_query, index_key, *states[:2], ids, lse=lse, **packed)
-            return torch.autograd.grad(kl.sum(), (index_query, index_key))
+            # The gradient over all keys computes the probabilities once more, that over blocks has them from the value.
+            over_blocks = indexer_kl_loss(index_query, index_key, *states[:2], ids, lse=lse, **packed)
+            over_all = indexer_kl_loss(index_query, index_key, *states[:2], None, lse=lse, **packed)
+            return torch.autograd.grad(over_blocks.sum() + over_all.sum(), (index_query, index_key))
 
         return loss
     if name == "structured":

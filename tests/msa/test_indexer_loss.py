@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from modeling_minimax_m3.msa import backends, block_sparse_attention, cuda, extension, indexer_kl_loss, portable
+from modeling_minimax_m3.msa import (
+    backends,
+    block_sparse_attention,
+    cuda,
+    extension,
+    indexer_kl_loss,
+    indexer_loss,
+    portable,
+)
 
 OPS = torch.ops.minimax_m3_msa
 BACKENDS = ("reference", "torch")
@@ -226,15 +234,18 @@ def test_opcheck(inputs, backend, keys):
     torch.library.opcheck(OPS.attention_lse.default, lse_args)
     lse = OPS.attention_lse(*lse_args)
     states = (case.index_query, case.index_key, case.query, case.key, lse)
-    kl, index_lse = OPS.indexer_kl_loss(*states, *where, 0.25, 0.5, backend)
-    backward_args = (torch.ones_like(kl), *states, index_lse, *where, 0.25, 0.5, backend)
+    kl, index_lse, saved = OPS.indexer_kl_loss(*states, *where, 0.25, 0.5, 0, backend)
+    backward_args = (torch.ones_like(kl), *states, index_lse, saved, *where, 0.25, 0.5, backend)
     torch.library.opcheck(OPS.indexer_kl_loss_backward.default, backward_args)
     leaves = [state.clone().requires_grad_() for state in states[:2]]
-    torch.library.opcheck(OPS.indexer_kl_loss.default, (*leaves, *states[2:], *where, 0.25, 0.5, backend))
+    torch.library.opcheck(OPS.indexer_kl_loss.default, (*leaves, *states[2:], *where, 0.25, 0.5, 0, backend))
 
 
-@pytest.mark.parametrize("keys", ["blocks", "all"])
-def test_whole_graph_with_gradients(inputs, keys):
+@pytest.mark.parametrize("keys", ["blocks", "blocks, with room for probabilities", "all"])
+def test_whole_graph_with_gradients(inputs, keys, monkeypatch):
+    if "room" in keys:
+        monkeypatch.setattr(indexer_loss, "_is_for_extension", lambda *args: True)
+        monkeypatch.setattr(cuda, "MAX_SAVED_BYTES", 2 * 2 * 3 * 8 * 100)  # 100 tokens, of 2 x 3 blocks of 8
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
 
@@ -246,7 +257,7 @@ def test_whole_graph_with_gradients(inputs, keys):
     compiled = torch.compile(loss, fullgraph=True, backend=graphs)
     for lengths in ([40, 7], [90, 33]):
         case = inputs.make_varlen(lengths, block_size=8)
-        block_indices = case.random_blocks() if keys == "blocks" else None
+        block_indices = None if keys == "all" else case.random_blocks()
         leaves = with_grad(case)
         args = (*leaves, case.query, case.key, block_indices, *case.lengths.values())
         expected, value = loss(*args), compiled(*args)

@@ -106,6 +106,11 @@ struct IndexerLossParams {
   int64_t index_key_token_stride;
   int index_dim;
   float index_scale;
+  // The attention's mean probabilities of the first `saved_tokens` query tokens, times
+  // kSavedProbabilityScale in float16, which the value leaves for the gradient: (saved_tokens,
+  // num_kv_heads, topk, block_size), contiguous; slots that name no block are not written.
+  void* saved_probabilities;
+  int saved_tokens;
   float* kl;               // (total_q, num_kv_heads), contiguous output of the value
   float* index_lse;        // (total_q, num_kv_heads), contiguous; natural log; written by the value
   const float* grad_kl;    // (total_q, num_kv_heads), contiguous; the gradient only, as all below

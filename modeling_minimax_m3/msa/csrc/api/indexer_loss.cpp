@@ -20,7 +20,8 @@ IndexerLossParams loss_params(const Tensor& index_query, const Tensor& index_key
                               const Tensor& query, const Tensor& key, const Tensor& lse,
                               const std::optional<Tensor>& block_indices,
                               const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                              int64_t block_size, double softmax_scale, double index_scale) {
+                              int64_t block_size, double softmax_scale, double index_scale,
+                              const Tensor& saved_probabilities) {
   IndexerLossParams params{};
   ForwardParams& attention = params.attention;
   attention.query = vector_data("query", query);
@@ -60,6 +61,21 @@ IndexerLossParams loss_params(const Tensor& index_query, const Tensor& index_key
   params.index_key_token_stride = index_key.stride(0);
   params.index_dim = to_int("index_dim", index_query.size(2));
   params.index_scale = static_cast<float>(index_scale);
+
+  const int64_t saved_tokens = saved_probabilities.size(0);
+  if (saved_tokens > 0) {
+    const Tensor& saved = saved_probabilities;
+    STD_TORCH_CHECK(block_indices.has_value(), "there is no list of blocks to save `",
+                    "saved_probabilities` by");
+    STD_TORCH_CHECK(saved.scalar_type() == ScalarType::Half && saved.is_contiguous() &&
+                        saved.dim() == 4 && saved_tokens <= query.size(0) &&
+                        saved.size(1) == key.size(1) && saved.size(2) == block_indices->size(2) &&
+                        saved.size(3) == block_size,
+                    "`saved_probabilities` must be contiguous float16 of the shape (up to "
+                    "total_q, H_kv, topk, block_size)");
+    params.saved_probabilities = saved.mutable_data_ptr();
+    params.saved_tokens = to_int("saved_tokens", saved_tokens);
+  }
   return params;
 }
 
@@ -86,7 +102,8 @@ void launch(const IndexerLossParams& params, sm80::LossPass pass, const Tensor& 
 std::tuple<Tensor, Tensor> indexer_kl_loss(
     const Tensor& index_query, const Tensor& index_key, const Tensor& query, const Tensor& key,
     const Tensor& lse, const std::optional<Tensor>& block_indices, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale, double index_scale) {
+    const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale, double index_scale,
+    const Tensor& saved_probabilities) {
   const int64_t total_q = index_query.size(0), num_heads = index_query.size(1);
   Tensor kl = torch::stable::new_empty(index_query, {total_q, num_heads}, ScalarType::Float);
   Tensor index_lse = torch::stable::new_empty(index_query, {total_q, num_heads}, ScalarType::Float);
@@ -96,7 +113,7 @@ std::tuple<Tensor, Tensor> indexer_kl_loss(
   }
   IndexerLossParams params =
       loss_params(index_query, index_key, query, key, lse, block_indices, cu_seqlens_q,
-                  cu_seqlens_k, block_size, softmax_scale, index_scale);
+                  cu_seqlens_k, block_size, softmax_scale, index_scale, saved_probabilities);
   params.kl = static_cast<float*>(kl.mutable_data_ptr());
   params.index_lse = static_cast<float*>(index_lse.mutable_data_ptr());
   launch(params, sm80::LossPass::kValue, query);
@@ -107,7 +124,8 @@ std::tuple<Tensor, Tensor> indexer_kl_loss_backward(
     const Tensor& grad_kl, const Tensor& index_query, const Tensor& index_key, const Tensor& query,
     const Tensor& key, const Tensor& lse, const Tensor& index_lse,
     const std::optional<Tensor>& block_indices, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale, double index_scale) {
+    const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale, double index_scale,
+    const Tensor& saved_probabilities) {
   Tensor grad_index_query = torch::stable::new_empty(
       index_query, {index_query.size(0), index_query.size(1), index_query.size(2)});
   Tensor grad_index_key =
@@ -117,7 +135,7 @@ std::tuple<Tensor, Tensor> indexer_kl_loss_backward(
   }
   IndexerLossParams params =
       loss_params(index_query, index_key, query, key, lse, block_indices, cu_seqlens_q,
-                  cu_seqlens_k, block_size, softmax_scale, index_scale);
+                  cu_seqlens_k, block_size, softmax_scale, index_scale, saved_probabilities);
   params.index_lse = float_data("index_lse", index_lse);
   params.grad_kl = float_data("grad_kl", grad_kl);
   params.grad_index_query = grad_index_query.mutable_data_ptr();

@@ -48,10 +48,14 @@ struct IndexGradientConfig {
 };
 static_assert(IndexGradientConfig<128>::shared_bytes(128) + 1024 <= 99 * 1024);
 
+// Probabilities up to 1 come to at most half the range of float16, and keep 11 bits down to 2^-29.
+constexpr float kSavedProbabilityScale = 1 << 15;
+
 constexpr int kCombineRowWarps = 8;  // (query token, head) rows of a combining thread block
 
-// Most bytes of workspace that grow with the query tokens of a part.
-constexpr int64_t kIndexerLossBytes = 1ll << 30;
+// Most bytes of workspace that grow with the query tokens of a part; for the released model, 32k
+// tokens whose probabilities were saved are one.
+constexpr int64_t kIndexerLossBytes = 5ll << 28;
 
 // Most query tokens of a part of the gradient: a bit each in shared memory, when lists are sorted.
 constexpr int64_t kMaxSortedTokens = 1ll << 17;

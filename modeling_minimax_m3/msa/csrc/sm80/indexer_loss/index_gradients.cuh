@@ -3,6 +3,8 @@
 // A thread block keeps the index keys of one block and the sums of their gradients (registers) and
 // passes its pairs by, 64 at a time: score gradients times index keys are the pairs' part of the
 // gradients of their queries, score gradients transposed times index queries are added to the sums.
+// Score gradients come from memory, or, where the value saved the teacher's probabilities, from
+// those and the index scores, which are computed once more.
 // Those go to float32 sums in global memory, tile after tile of a block in ascending order of
 // heads and tokens, so that results repeat bit for bit: a tile may wait for those before it, which
 // are running, because thread blocks take tiles in ascending order when they start.
@@ -16,6 +18,7 @@
 #include "../forward_kv/buckets.cuh"
 #include "config.h"
 #include "operands.cuh"
+#include "pairs.cuh"
 #include "schedule.h"
 
 namespace msa::sm80 {
@@ -30,6 +33,12 @@ __device__ __forceinline__ int turn_of(const KvSchedule& lists, const KvTile& ti
   return turn;
 }
 
+// The rows of a lane's index scores, of the 64 of a pass.
+__device__ __forceinline__ int own_row(int half) {
+  return static_cast<int>(threadIdx.x) / 32 % 4 * 16 + half * 8 +
+         static_cast<int>(threadIdx.x) % 32 / 4;
+}
+
 // Adds to two floats that nobody else adds to meanwhile.
 __device__ __forceinline__ void add_without_waiting(float* target, float2 values) {
 #if __CUDA_ARCH__ >= 900
@@ -40,12 +49,82 @@ __device__ __forceinline__ void add_without_waiting(float* target, float2 values
 #endif
 }
 
+// Whose score gradients are computed here, besides scores and probabilities: the pair of a row.
+struct RowTerms {
+  float index_lse;
+  float grad_kl;
+  int last_key;  // as last_visible_key
+};
+
+__device__ __forceinline__ RowTerms load_row_terms(const IndexerLossParams& params,
+                                                   const KvTile& tile, int token) {
+  const int64_t row =
+      static_cast<int64_t>(max(token, 0)) * params.attention.num_kv_heads + tile.kv_head;
+  return {params.index_lse[row], params.grad_kl[row], last_visible_key(tile, token)};
+}
+
+// Of two keys, from their index scores, in place of their probabilities.
+template <typename Element>
+__device__ __forceinline__ void store_two_gradients(unsigned char* place, float2 scores, int key,
+                                                    const RowTerms& row, float scale_log2,
+                                                    float scale) {
+  constexpr float kLog2E = 1.44269504088896340736f;
+  const float2 saved = unpack<__half>(*reinterpret_cast<const uint32_t*>(place));
+  auto gradient = [&](float score, float probability, bool visible) {
+    const float r = exp2_approx(score * scale_log2 - row.index_lse * kLog2E);
+    return visible ? (r - probability * (1 / kSavedProbabilityScale)) * (row.grad_kl * scale) : 0;
+  };
+  *reinterpret_cast<uint32_t*>(place) =
+      pack<Element>(gradient(scores.x, saved.x, key <= row.last_key),
+                    gradient(scores.y, saved.y, key < row.last_key));
+}
+
 // The products of a thread block with mma.sync.
 template <typename Element, int kIndexDim>
 class WarpProducts {
  public:
-  // Makes this thread's copies, which have landed, visible to the products; before a barrier.
-  __device__ __forceinline__ static void publish_copies() {}
+  // Makes what this thread wrote or copied, which has landed, visible to the products; before a
+  // barrier.
+  __device__ __forceinline__ static void publish_writes() {}
+
+  // Gives the index scores of 64 pairs to `take`(half, row, key, scores of this key and the next):
+  // a lane's rows are own_row(half), in both classes of products. Operands in panels.
+  template <typename Take>
+  __device__ __forceinline__ static void scores(uint32_t queries, uint32_t keys, int block_size,
+                                                Take take) {
+    const int lane = threadIdx.x % 32;
+    const int row = threadIdx.x / 32 % 4 * 16;
+    const int half_keys = block_size / 2;
+    const uint32_t rows = queries + row * 128 + swizzled_offset<8>(lane & 15, lane >> 4);
+    const uint32_t columns =
+        keys + swizzled_offset<8>((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+    int key = threadIdx.x / 128 * half_keys;
+#pragma unroll 1
+    for (const int end = key + half_keys; key < end; key += 16) {
+      float sums[2][4] = {};
+#pragma unroll 2
+      for (int step = 0; step < kIndexDim / 16; ++step) {
+        uint32_t a[4];
+        load_matrix_x4(a, (rows + step / 4 * 8192) ^ (step % 4 * 32));
+#pragma unroll
+        for (int n = 0; n < 2; n += 2) {
+          uint32_t b[4];
+          load_matrix_x4(
+              b, (columns + (key + n * 8) * 128 + step / 4 * block_size * 128) ^ (step % 4 * 32));
+          multiply_add<Element>(sums[n], a, b[0], b[1]);
+          multiply_add<Element>(sums[n + 1], a, b[2], b[3]);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          take(half, own_row(half), key + n * 8 + lane % 4 * 2,
+               make_float2(sums[n][2 * half], sums[n][2 * half + 1]));
+        }
+      }
+    }
+  }
 
   // Of 64 pairs: adds to the sums of the index keys' gradients, and gives those of their index
   // queries to `store`(row, channel, values of this channel and the next). Operands in panels.
@@ -125,7 +204,7 @@ class WarpProducts {
   float key_sums_[kRowChunks][4] = {};
 };
 
-template <typename Element, typename Config, typename Products>
+template <typename Element, typename Config, typename Products, bool kTeacherSaved>
 __global__ void __launch_bounds__(Config::kThreads, 2)
     index_gradients_kernel(const IndexerLossParams params, const IndexerLossSchedule schedule) {
   constexpr int kIndexDim = Config::kIndexDim;
@@ -164,18 +243,25 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
   __syncthreads();  // the pairs are there
 
   const int pairs_per_token = params.attention.num_kv_heads * params.attention.topk;
+  const float scale = schedule.factors[0];
   auto copy_pass = [&](int first, int stage) {
     const uint32_t gradients = stages_address + stage * stage_bytes;
     const uint32_t queries = gradients + gradient_bytes;
     const int gradient_chunks = block_size / 8;
-    const auto* source = static_cast<const Element*>(schedule.score_gradients) +
-                         static_cast<int64_t>(tile.list_begin + first) * block_size;
 #pragma unroll 1
     for (int i = threadIdx.x; i < Config::kPassPairs * gradient_chunks; i += Config::kThreads) {
       const int row = i / gradient_chunks, chunk = i % gradient_chunks;
-      const bool valid = first + row < tile.num_queries;
-      copy_async_16(gradients + panel_offset(row, chunk, Config::kPassPairs),
-                    source + (valid ? i : 0) * 8, valid);
+      // Of a saved teacher a pair's place is its own, of score gradients that in the list.
+      const int pair = kTeacherSaved ? pairs[first + row] : tile.list_begin + first + row;
+      const bool valid = kTeacherSaved ? pair >= 0 : first + row < tile.num_queries;
+      const int64_t element = static_cast<int64_t>(valid ? pair : 0) * block_size + chunk * 8;
+      const void* source;
+      if constexpr (kTeacherSaved) {
+        source = schedule.saved_probabilities + element;
+      } else {
+        source = static_cast<const Element*>(schedule.score_gradients) + element;
+      }
+      copy_async_16(gradients + panel_offset(row, chunk, Config::kPassPairs), source, valid);
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < Config::kPassPairs * kRowChunks; i += Config::kThreads) {
@@ -191,17 +277,41 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
     commit_copies();
   };
 
+  // Loaded a pass ahead.
+  RowTerms row_terms[2];
+  auto load_terms = [&](int first) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int pair = pairs[first + own_row(half)];
+      row_terms[half] =
+          load_row_terms(params, tile,
+                         pair < 0 ? -1 : schedule.lists.token_begin + pair / pairs_per_token);
+    }
+  };
+
   Products products;
   copy_pass(0, 0);
+  if constexpr (kTeacherSaved) load_terms(0);
   for (int first = 0, stage = 0; first < tile.num_queries;
        first += Config::kPassPairs, stage ^= 1) {
     wait_copies<0>();
-    Products::publish_copies();
+    Products::publish_writes();
     __syncthreads();  // this pass, and at first the keys, have landed; the last one is read
-    if (first + Config::kPassPairs < tile.num_queries) {
-      copy_pass(first + Config::kPassPairs, stage ^ 1);
-    }
+    const bool is_last = first + Config::kPassPairs >= tile.num_queries;
+    if (!is_last) copy_pass(first + Config::kPassPairs, stage ^ 1);
     const uint32_t gradients = stages_address + stage * stage_bytes;
+    if constexpr (kTeacherSaved) {
+      unsigned char* stored = shared + (gradients - keys_address);
+      Products::scores(gradients + gradient_bytes, keys_address, block_size,
+                       [&](int half, int row, int key, float2 scores) {
+                         store_two_gradients<Element>(
+                             stored + panel_offset(row, key / 8, Config::kPassPairs) + key % 8 * 2,
+                             scores, key, row_terms[half], schedule.index_scale_log2, scale);
+                       });
+      if (!is_last) load_terms(first + Config::kPassPairs);
+      Products::publish_writes();
+      __syncthreads();  // they are there
+    }
     products.pass(gradients, gradients + gradient_bytes, keys_address, block_size,
                   [&](int row, int channel, float2 values) {
                     const int pair = pairs[first + row];

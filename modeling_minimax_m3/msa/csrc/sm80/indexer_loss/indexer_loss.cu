@@ -35,11 +35,15 @@ int64_t key_bytes(const IndexerLossParams& params, LossPass pass) {
          kWorkspaceAlignment;
 }
 
+int64_t score_gradient_bytes(const IndexerLossParams& params) {
+  return params.saved_tokens < params.attention.total_q ? params.attention.block_size * 2 : 0;
+}
+
 // A place in the pair list, and terms or, of the gradient, an unsorted list, score gradients and
 // the sums for the index query.
 int64_t pair_bytes(const IndexerLossParams& params, LossPass pass) {
   if (pass == LossPass::kValue) return 4 + 16;
-  return 4 + 4 + params.attention.block_size * 2 + params.index_dim * 4;
+  return 4 + 4 + score_gradient_bytes(params) + params.index_dim * 4;
 }
 
 constexpr int kAllocations = 4;  // that grow with the pairs, at most
@@ -86,7 +90,7 @@ void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
   int64_t sums_bytes = 0;
   if (is_gradient) {
     sorted_list = pieces.take_integers(max_pairs);
-    schedule.score_gradients = pieces.take(max_pairs * attention.block_size * 2);
+    schedule.score_gradients = pieces.take(max_pairs * score_gradient_bytes(params));
     schedule.partial_index_query = pieces.take_floats(max_pairs * params.index_dim);
     schedule.factors = pieces.take_floats(2);
     schedule.block_turn = pieces.take_integers(lists.buckets_per_head + 1ll);
@@ -100,12 +104,15 @@ void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
     schedule.terms = reinterpret_cast<float4*>(pieces.take(max_pairs * 16));
   }
 
-  for (int64_t begin = 0; begin < attention.total_q; begin += part) {
-    const int64_t end = std::min<int64_t>(begin + part, attention.total_q);
+  auto launch_part = [&](int64_t begin, int64_t end, bool is_saved) {
     const int tokens = static_cast<int>(end - begin);
     lists.token_begin = static_cast<int>(begin);
     lists.token_end = static_cast<int>(end);
     schedule.max_tiles = static_cast<int>(max_tiles(attention, tokens, lists.tile_queries));
+    const int64_t pairs_before = begin * token_pairs(attention);
+    schedule.saved_probabilities = is_saved ? static_cast<__half*>(params.saved_probabilities) +
+                                                  pairs_before * attention.block_size
+                                            : nullptr;
     launch_inverse_lists(attention, lists, stream);
     if (!is_gradient) {
       kernels.launch_block_terms(params, schedule, pass, stream);
@@ -113,14 +120,14 @@ void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
       const auto grid = static_cast<unsigned>((rows + kCombineRowWarps - 1) / kCombineRowWarps);
       combine_terms_kernel<<<grid, 32 * kCombineRowWarps, 0, stream>>>(params, schedule);
       MSA_CHECK_LAUNCH();
-      continue;
+      return;
     }
     IndexerLossSchedule sorted = schedule;
     sorted.lists.pair_list = sorted_list;
     sort_lists_kernel<<<lists.num_buckets, kSortThreads, sort_bytes(tokens), stream>>>(
         sorted.lists, lists.pair_list, static_cast<int>(token_pairs(attention)));
     MSA_CHECK_LAUNCH();
-    kernels.launch_block_terms(params, sorted, pass, stream);
+    if (!is_saved) kernels.launch_block_terms(params, sorted, pass, stream);
     MSA_CHECK_CUDA(
         cudaMemsetAsync(schedule.block_turn, 0, (lists.buckets_per_head + 1ll) * 4, stream));
     kernels.launch_index_gradients(params, sorted, stream);
@@ -130,7 +137,17 @@ void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
                                                                                   stream);
       });
     });
-  }
+  };
+  // Parts of a stretch of tokens are equally large: a small one would take almost as long.
+  auto launch_parts = [&](int64_t begin, int64_t end, bool is_saved) {
+    const int64_t parts = (end - begin + part - 1) / part;
+    for (int64_t i = 0; i < parts; ++i) {
+      launch_part(begin + (end - begin) * i / parts, begin + (end - begin) * (i + 1) / parts,
+                  is_saved);
+    }
+  };
+  launch_parts(0, params.saved_tokens, true);
+  launch_parts(params.saved_tokens, attention.total_q, false);
 
   if (!is_gradient) return;
   constexpr int kThreads = 256;

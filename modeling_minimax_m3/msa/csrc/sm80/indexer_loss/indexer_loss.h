@@ -13,7 +13,7 @@ namespace msa::sm80 {
 
 enum class LossPass { kValue, kGradient };
 
-// Bytes of scratch to allocate (16-byte aligned): for all queries at once or 1 GB, if that is less,
+// Bytes of scratch to allocate (16-byte aligned): for all queries at once or 1.25 GB, if that is less,
 // and what grows with the keys: integers, and for the gradient 4 bytes per channel of an index key.
 int64_t indexer_loss_workspace(const IndexerLossParams& params, LossPass pass);
 

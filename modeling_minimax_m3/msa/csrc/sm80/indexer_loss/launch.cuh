@@ -27,7 +27,10 @@ template <typename Element, int kIndexDim>
 void launch_index_gradients(const IndexerLossParams& params, const IndexerLossSchedule& schedule,
                             cudaStream_t stream) {
   using Config = IndexGradientConfig<kIndexDim>;
-  auto* kernel = index_gradients_kernel<Element, Config, WarpProducts<Element, kIndexDim>>;
+  using Products = WarpProducts<Element, kIndexDim>;
+  auto* kernel = schedule.saved_probabilities == nullptr
+                     ? index_gradients_kernel<Element, Config, Products, false>
+                     : index_gradients_kernel<Element, Config, Products, true>;
   const int shared_bytes = Config::shared_bytes(params.attention.block_size);
   MSA_CHECK_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));

@@ -1,6 +1,7 @@
 // One part of the indexer's loss: its queries, and where its parts lie in the workspace.
 #pragma once
 
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -20,6 +21,9 @@ struct IndexerLossSchedule {
   int max_tiles;           // thread blocks to launch; those without a tile return at once
   float index_scale_log2;  // index_scale * log2(e)
 
+  // (pairs, block_size): this part of IndexerLossParams::saved_probabilities; nullptr for none.
+  __half* saved_probabilities;
+
   // Value: sums over the keys of a pair's block, in units of log2, with u the scaled index scores:
   // largest u, sum of 2^(u - largest), sum of p * (log2(p) - u), sum of p.
   float4* terms;  // (pairs)
@@ -27,7 +31,8 @@ struct IndexerLossSchedule {
   // Gradient. Score gradients are grad_kl * (r - p) * factors[0], a power of two that brings them
   // into the range of 16 bits; factors[1] takes it out again and applies index_scale.
   float* factors;              // (2)
-  void* score_gradients;       // (places of pair_list, block_size), 16-bit
+  void* score_gradients;       // (places of pair_list, block_size), 16-bit; of a part without
+                               // saved probabilities only
   float* partial_index_query;  // (pairs, index_dim), over factors[1]
   float* index_key_sums;       // (total_k, index_dim), over factors[1]; zeros at the first part
   int32_t* next_tile;          // (1), 0 at launch: thread blocks take tiles in their order

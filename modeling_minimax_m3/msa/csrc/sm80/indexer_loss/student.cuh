@@ -143,6 +143,29 @@ __device__ __forceinline__ void store_terms(float4* terms, const IndexScores& sc
   }
 }
 
+// The warp's probabilities, for the gradient.
+__device__ __forceinline__ void save_probabilities(__half* target, const float* probabilities,
+                                                   const int (&pair)[2], int block_size) {
+  const int row_floats = IndexerLossConfig::row_floats(block_size);
+  const int row_chunks = block_size / 8;
+  for (int i = threadIdx.x % 32; i < IndexerLossConfig::kWarpPairs * row_chunks; i += 32) {
+    const int row = i / row_chunks, chunk = i % row_chunks;
+    const int even = __shfl_sync(0xffffffffu, pair[0], row / 2);
+    const int odd = __shfl_sync(0xffffffffu, pair[1], row / 2);
+    const int64_t place = row % 2 == 0 ? even : odd;
+    if (place < 0) continue;
+    const float4* values =
+        reinterpret_cast<const float4*>(probabilities + row * row_floats + chunk * 8);
+    const float4 low = values[0], high = values[1];
+    auto scaled = [](float first, float second) {
+      return pack<__half>(first * kSavedProbabilityScale, second * kSavedProbabilityScale);
+    };
+    reinterpret_cast<uint4*>(target + place * block_size)[chunk] =
+        make_uint4(scaled(low.x, low.y), scaled(low.z, low.w), scaled(high.x, high.y),
+                   scaled(high.z, high.w));
+  }
+}
+
 // The gradients of the warp's scaled index scores, to `target`: the row of its first pair, of which
 // `count` exist. `probabilities` are overwritten.
 template <typename Element>
@@ -193,6 +216,9 @@ __device__ __forceinline__ void store_student(const IndexerLossSchedule& schedul
                           min(tile.num_queries - first, IndexerLossConfig::kWarpPairs));
   } else {
     store_terms(schedule.terms, scores, probabilities, pairs.pair, block_size);
+    if (schedule.saved_probabilities != nullptr) {
+      save_probabilities(schedule.saved_probabilities, probabilities, pairs.pair, block_size);
+    }
   }
 }
 

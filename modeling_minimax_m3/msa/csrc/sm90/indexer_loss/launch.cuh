@@ -25,7 +25,10 @@ template <typename Element>
 void launch_index_gradients(const IndexerLossParams& params,
                             const sm80::IndexerLossSchedule& schedule, cudaStream_t stream) {
   using Config = sm80::IndexGradientConfig<IndexerLossShape::kHeadDim>;
-  auto* kernel = sm80::index_gradients_kernel<Element, Config, WarpgroupProducts<Element>>;
+  using Products = WarpgroupProducts<Element>;
+  auto* kernel = schedule.saved_probabilities == nullptr
+                     ? sm80::index_gradients_kernel<Element, Config, Products, false>
+                     : sm80::index_gradients_kernel<Element, Config, Products, true>;
   constexpr int kSharedBytes = Config::shared_bytes(IndexerLossShape::kBlockSize);
   MSA_CHECK_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../../sm80/indexer_loss/index_gradients.cuh"
 #include "../ptx/wgmma.cuh"
 #include "config.h"
 
@@ -13,7 +14,35 @@ namespace msa::sm90 {
 template <typename Element>
 class WarpgroupProducts {
  public:
-  __device__ __forceinline__ static void publish_copies() { fence_async_proxy(); }
+  __device__ __forceinline__ static void publish_writes() { fence_async_proxy(); }
+
+  template <typename Take>
+  __device__ __forceinline__ static void scores(uint32_t queries, uint32_t keys,
+                                                int /* block_size */, Take take) {
+    const int warpgroup = threadIdx.x / 128;
+    float sums[32];
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < IndexerLossShape::kHeadDim / 16; ++step) {
+      const int offset = step % 4 * 32;
+      wgmma_m64n64k16<Element, false, false>(
+          sums, swizzled_descriptor(queries + step / 4 * kPassPanelBytes + offset),
+          swizzled_descriptor(keys + step / 4 * kKeyPanelBytes + warpgroup * 64 * 128 + offset),
+          step > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    accumulators_ready(sums);
+    const int key = warpgroup * 64 + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 32; i += 4) {
+        take(half, sm80::own_row(half), key + i * 2,
+             make_float2(sums[i + 2 * half], sums[i + 2 * half + 1]));
+      }
+    }
+  }
 
   template <typename Store>
   __device__ __forceinline__ void pass(uint32_t gradients, uint32_t queries, uint32_t keys,
