@@ -25,7 +25,6 @@ class MiniMaxM3VLPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MiniMaxM3VLDecoderLayer", "MiniMaxM3VLVisionEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     # The released checkpoint carries multi-token-prediction weights that no class here uses.
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)mtp\..*"]

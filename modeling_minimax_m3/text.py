@@ -99,6 +99,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
 
     config: MiniMaxM3VLTextConfig
     input_modalities = ("text",)
+    _no_split_modules = ["MiniMaxM3VLDecoderLayer"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(MiniMaxM3VLTopKRouter, index=0),
         "hidden_states": MiniMaxM3VLDecoderLayer,

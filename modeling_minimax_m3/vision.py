@@ -275,6 +275,7 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "video")
     _input_embed_layer = "proj"
+    _no_split_modules = ["MiniMaxM3VLVisionEncoderLayer"]
     _can_record_outputs = {
         "hidden_states": MiniMaxM3VLVisionEncoderLayer,
         "attentions": MiniMaxM3VLVisionAttention,

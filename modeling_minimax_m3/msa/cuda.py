@@ -31,7 +31,7 @@ MAX_INDEX_HEADS = 64
 MAX_STRUCTURED_HEADS = 64
 
 # Of the probabilities that a loss keeps for its gradient: their bytes at most, and what they are multiplied by, so that
-# float16 keeps the small ones (kSavedProbabilityScale of the kernels).
+# float16 holds the small ones (kSavedProbabilityScale of the kernels).
 MAX_SAVED_BYTES = 2**30
 SAVED_SCALE = 2**15
 
@@ -114,9 +114,13 @@ def _indexer_loss_arguments(function: str, args: tuple) -> tuple[dict[str, torch
 
 
 def missing_kernel(function: str) -> str | None:
-    """Why the loaded binary cannot run `function`: one named by MINIMAX_M3_MSA_LIBRARY may be older than the loss."""
-    if function.startswith("indexer_kl_loss") and not hasattr(torch.ops.minimax_m3_msa_cuda, function):
-        return "the compiled extension has no kernel for it"
+    """Why the loaded binary cannot run `function`: one named by MINIMAX_M3_MSA_LIBRARY may be older than its kernel."""
+    if function.startswith("indexer_kl_loss"):
+        operator = getattr(torch.ops.minimax_m3_msa_cuda, function, None)
+        if operator is None:
+            return "the compiled extension has no kernel for it"
+        if all(argument.name != "saved_probabilities" for argument in operator.default._schema.arguments):
+            return "the compiled extension is too old for it"
     return None
 
 
@@ -255,7 +259,7 @@ def saved_tokens(block_indices: torch.Tensor, block_size: int) -> int:
     """Of how many query tokens, the first, the loss keeps the main attention's mean probabilities for its gradient.
 
     As `saved_probs` (saved_tokens, H_kv, topk, block_size), float16, times SAVED_SCALE, by the slots of `block_indices`;
-    unspecified for slots without a block. The gradient computes those of the other tokens once more.
+    unspecified for keys that a query does not see. The gradient computes those of the other tokens once more.
     """
     total_q, num_heads, topk = block_indices.shape
     return min(total_q, MAX_SAVED_BYTES // (2 * num_heads * max(topk, 1) * block_size))
@@ -299,6 +303,8 @@ def indexer_kl_loss_backward(
     saved_probs: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.indexer_kl_loss_backward`; reads the `saved_probs` of the value."""
+    if not (saved_probs.is_contiguous() and _is_aligned(saved_probs)):  # hooks may have put it elsewhere
+        saved_probs = saved_probs.clone(memory_format=torch.contiguous_format)
     return torch.ops.minimax_m3_msa_cuda.indexer_kl_loss_backward(
         grad_kl.contiguous(), index_query, index_key, query, key,
         *_contiguous(lse, index_lse, block_indices, cu_seqlens_q, cu_seqlens_k), block_size, softmax_scale,

@@ -1,6 +1,9 @@
 """`indexer_kl_loss`: how far the indexer's attention is from the main attention. Operators, gradient, dispatch."""
 
+import math
+
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from . import checks, cuda, extension
 from .backends import check_backend, resolve_backend, run_on_backend
@@ -34,6 +37,9 @@ def indexer_kl_loss(
 
     Differentiable in `index_query` and `index_key`, with r(s) - p(s) as the gradient of the scaled index scores: p
     counts as a constant that sums to one. `query`, `key` and `lse` get no gradient.
+
+    On the `cuda` backend, lists of blocks keep p for the gradient, in float16: 2 * H_kv * topk * block_size bytes a query,
+    1 GiB a call at most.
 
     Args:
         index_query (total_q, H_idx, D_idx), index_key (total_k, D_idx): The indexer's queries, one head per key/value
@@ -93,10 +99,13 @@ def indexer_kl_loss(
 
 
 def _is_for_extension(backend: str, args: tuple) -> bool:
-    """Whether the extension will run the loss; while a graph is traced, there are no tensors to tell it by, and where
-    this is wrong, room for what nobody saves is allocated."""
-    if torch.compiler.is_compiling():
-        return args[0].device.type == "cuda" and backend in ("auto", "cuda") and _has_extension()
+    """Whether the extension will run the loss. While a graph is traced, this is told by device and dtype alone, as there
+    are no addresses; where it is wrong, memory for what nobody keeps is held until the gradient."""
+    index_query = args[0]
+    if torch.compiler.is_compiling() or is_fake(index_query):
+        if index_query.device.type != "cuda" or index_query.dtype not in cuda.DTYPES:
+            return False
+        return backend == "cuda" or (backend == "auto" and _has_extension())
     return resolve_backend(backend, "indexer_kl_loss", args) == "cuda"
 
 
@@ -148,18 +157,22 @@ def _indexer_kl_loss(
     checks.check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
     if block_indices is not None:
         checks.check_block_indices_values(block_indices)
-    saved_probs = _empty_probs(index_query, block_indices, block_size, saved_tokens)
-    kl, index_lse = run_on_backend(
-        backend, "indexer_kl_loss", index_query, index_key, query, key, lse, block_indices, cu_seqlens_q,
-        cu_seqlens_k, block_size, softmax_scale, index_scale, cuda_only=(saved_probs,),
+    args = (
+        index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale,
+        index_scale,
     )  # fmt: skip
+    saved_probs = _empty_probs(index_query, block_indices, block_size, saved_tokens)
+    backend = resolve_backend(backend, "indexer_kl_loss", args)
+    if backend != "cuda":
+        saved_probs.fill_(math.nan)  # should the gradient run there after all, it must not pass unnoticed
+    kl, index_lse = run_on_backend(backend, "indexer_kl_loss", *args, cuda_only=(saved_probs,))
     return kl, index_lse, saved_probs
 
 
 def _empty_probs(
     index_query: torch.Tensor, block_indices: torch.Tensor | None, block_size: int, saved_tokens: int
 ) -> torch.Tensor:
-    """Room for what the extension keeps for the gradient, see `cuda.saved_tokens`; other backends leave it as it is."""
+    """Room for what the extension keeps for the gradient, see `cuda.saved_tokens`."""
     topk = 0 if block_indices is None else block_indices.shape[-1]
     return index_query.new_empty((saved_tokens, index_query.shape[1], topk, block_size), dtype=torch.float16)
 

@@ -561,6 +561,16 @@ class TestConstruction:
                      "base_model_prefix"):  # fmt: skip
             assert getattr(model, name) == getattr(stock_model, name), name
 
+    def test_layers_that_stay_whole_are_the_models_own(self):
+        """Else Accelerate's FSDP refuses a model, as it finds no layer of that name."""
+        composite = MiniMaxM3SparseForConditionalGeneration(tiny_config())
+        text = MiniMaxM3VLForCausalLM(tiny_config().text_config)
+        models = (composite, composite.model, composite.model.vision_tower, text, text.model)
+        for model in models:
+            layers = {type(layer).__name__ for layer in model.modules() if type(layer).__name__.endswith("Layer")}
+            assert set(model._no_split_modules) == layers
+        assert {len(model._no_split_modules) for model in models} == {1, 2}
+
     def test_signature_covers_stock(self, stock):
         for ours in (MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel):
             for method in ("forward", "get_image_features", "get_video_features"):

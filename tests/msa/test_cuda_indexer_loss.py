@@ -92,9 +92,18 @@ def poison():
 
 
 def check(case, block_indices, block_size, once):
+    """With the probabilities that the value keeps for the gradient, and without, which computes them itself."""
+    expected = once(lambda: case.run(block_indices, block_size, "reference", torch.float64))
+    compare(case, block_indices, block_size, *expected)
+    if block_indices is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "MAX_SAVED_BYTES", 0)
+            compare(case, block_indices, block_size, *expected)
+
+
+def compare(case, block_indices, block_size, expected_kl, *expected_grads):
     poison()
     kl, *grads = case.run(block_indices, block_size)
-    expected_kl, *expected_grads = once(lambda: case.run(block_indices, block_size, "reference", torch.float64))
     assert kl.dtype == torch.float32
     torch.testing.assert_close(kl.double(), expected_kl, atol=5e-5, rtol=5e-5)
     for grad, expected in zip(grads, expected_grads):
@@ -106,7 +115,6 @@ def check(case, block_indices, block_size, once):
         size, wrong = expected.norm(dim=-1), (grad.double() - expected).norm(dim=-1)
         assert (wrong < 10 * tolerance * size.clamp_min(size.square().mean().sqrt()) + 1e-4).all(), "of some row"
         assert (grad[(expected == 0).all(-1)].abs() < 1e-4).all(), "rows that no key or a single one decides"
-    return kl, *grads
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -181,21 +189,35 @@ def test_size_of_the_upstream_gradient(kernels, dtype, size):
         assert (grad.double() - expected).norm() < 1e-2 * expected.norm() + lost
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim, index_dim, group", [(128, 128, 16), (128, 64, 2), (64, 128, 8)])
+def test_probabilities_of_some_tokens(kernels, once, monkeypatch, head_dim, index_dim, group, dtype):
+    """The gradient has those of the others to compute."""
+    case = Case("ragged", dtype, head_dim, index_dim, group)
+    block_indices = case.random_blocks(6, 128)
+    monkeypatch.setattr(cuda, "MAX_SAVED_BYTES", 700 * 2 * 6 * 128 * 2 + 1)
+    assert cuda.saved_tokens(block_indices, 128) == 700 < len(case.query)
+    compare(case, block_indices, 128, *once(lambda: case.run(block_indices, 128, "reference", torch.float64)))
+
+
+def test_what_is_kept(kernels):
+    case = Case(([300], [300]))
+    block_indices = torch.zeros((300, 2, 1), dtype=torch.int32, device="cuda")
+    args = arguments(case, block_indices, 200)
+    kept = OPS.indexer_kl_loss(*args)[2]
+    scores = torch.einsum("thgd,khd->thgk", case.query[:200].unflatten(1, (2, 16)).double(), case.key[:128].double())
+    probs = (0.09 * scores - args[4][:200].unflatten(1, (2, 16)).unsqueeze(-1).double()).exp().mean(2)
+    visible = (torch.arange(128) <= torch.arange(200)[:, None]).cuda()[:, None].expand(-1, 2, -1)
+    found = kept[:, :, 0].double() / cuda.SAVED_SCALE
+    torch.testing.assert_close(found[visible], probs[visible], rtol=2e-3, atol=2e-9)
+
+
 @pytest.fixture(params=[None, 700, 0], ids=["all", "some", "none"])
 def kept(request, monkeypatch):
     """Of how many tokens the value keeps probabilities for the gradient, as long as a token has 2 x 6 blocks of 128."""
     if request.param is not None:
         monkeypatch.setattr(cuda, "MAX_SAVED_BYTES", request.param * 2 * 6 * 128 * 2)
     return request.param
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim, index_dim, group", [(128, 128, 16), (128, 64, 2), (64, 128, 8)])
-def test_kept_probabilities(kernels, kept, once, head_dim, index_dim, group, dtype):
-    case = Case("ragged", dtype, head_dim, index_dim, group)
-    block_indices = case.random_blocks(6, 128)
-    assert cuda.saved_tokens(block_indices, 128) == (len(case.query) if kept is None else kept)
-    check(case, block_indices, 128, once)
 
 
 @pytest.mark.parametrize("group", [16, 1])

@@ -1,6 +1,7 @@
 """`indexer_kl_loss`: value and gradients against loops over rows, layouts, registration, dispatch."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -359,5 +360,42 @@ def test_a_binary_without_the_kernel_is_passed_by(monkeypatch, function):
         assert backends.resolve_backend("auto", function, args) == "torch"
     with pytest.raises(NotImplementedError, match="no kernel"):
         backends.resolve_backend("cuda", function, args)
-    monkeypatch.setattr(Binary, function, None, raising=False)
-    assert backends.resolve_backend("auto", function, args) == "cuda"
+    with torch.library._scoped_library("minimax_m3_test_of_old_binaries", "DEF") as library:
+        library.define("old(Tensor query) -> Tensor")
+        library.define("now(Tensor query, Tensor(a!) saved_probabilities) -> Tensor")
+        operators = torch.ops.minimax_m3_test_of_old_binaries
+        monkeypatch.setattr(Binary, function, operators.old, raising=False)
+        with pytest.raises(NotImplementedError, match="too old"):
+            backends.resolve_backend("cuda", function, args)
+        monkeypatch.setattr(Binary, function, operators.now)
+        assert backends.resolve_backend("auto", function, args) == "cuda"
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_other_backends_leave_nothing_that_looks_kept(inputs, backend):
+    """A graph may have been traced for the extension."""
+    case = inputs.make_varlen([20], block_size=4)
+    states = (case.index_query, case.index_key, case.query, case.key)
+    where = (case.random_blocks(), *case.lengths.values(), 4)
+    lse = OPS.attention_lse(*states[2:], *where, 0.25, backend)
+    saved = OPS.indexer_kl_loss(*states, lse, *where, 0.25, 0.5, 7, backend)[2]
+    assert saved.shape[0] == 7
+    assert saved.isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_fake_tensors_build_and_load_nothing(monkeypatch, backend):
+    """And are not asked where they lie."""
+    monkeypatch.setattr(extension, "load", lambda build: pytest.fail("built") if build else "not there")
+    with torch._subclasses.FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        states = [
+            torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((8, 2, 64), (8, 64), (8, 4, 64))
+        ]
+        key, ids = states[2][:, :2], torch.empty((8, 2, 3), dtype=torch.int32, device="cuda")
+        offsets = torch.empty(2, dtype=torch.int32, device="cuda")
+        leaves = [state.requires_grad_() for state in states[:2]]
+        kl = indexer_kl_loss(
+            *leaves, states[2], key, ids, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_k=8, backend=backend
+        )
+        assert kl.shape == (8, 2)

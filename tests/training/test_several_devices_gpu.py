@@ -1,10 +1,7 @@
-"""Several GPUs: a model laid out over two of them, and data parallelism over NCCL."""
+"""Several GPUs: a model laid out over two, and what `test_scale_out.py` tests, with NCCL and the CUDA kernels."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,7 +14,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 
-WORKER = Path(__file__).with_name("data_parallel_worker_gpu.py")
 TEXT = {"head_dim": 64, "index_head_dim": 64, "hidden_size": 128, "index_block_size": 64, "index_topk_blocks": 2}
 LENGTH = 300
 
@@ -84,22 +80,40 @@ def test_gradients_over_two_devices(models, batch, kernels):
         assert difference <= 1e-2 * expected.float().norm() + 1e-6, name
 
 
-def run(checkpoint, output, world):
-    port = str(29500 + os.getpid() % 400 + world)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", port]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(WORKER), str(checkpoint), str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(output.read_text())
+@pytest.fixture(scope="module")
+def in_one_process(train):
+    # one visible device, or Trainer makes two of each batch
+    return train("trainer", CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
 
 
-def test_data_parallelism(checkpoint, tmp_path):
-    """Two processes with half of each batch train as one with all of it."""
-    one = run(checkpoint, tmp_path / "one.json", 1)
-    two = run(checkpoint, tmp_path / "two.json", 2)
-    assert one["backend"] == two["backend"] == ["cuda"], "the sparse layers ran on other kernels"
-    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-2, atol=0)
-    assert one["losses"][-1] < one["losses"][0]
-    assert two["same_weights"]
+def check(found, in_one_process, rounding=0.0):
+    """The same steps, up to what bfloat16 does to them.
+
+    The tolerances are two to three times what was seen on CPUs with autocast. The first step differs by the order of
+    sums, and by which parts of a model an engine computes in bfloat16: by up to 0.005 in the loss and 0.5% in the
+    gradients' norm. Later the weights differ too: up to 0.010 and 1.7%. Much further away are steps without the sum
+    of the gradients over the processes (55% in the norm), with the mean of the processes' means instead of the mean of
+    all tokens (0.05 and 4% in the first step, 0.4 in the last), with half of the experts' gradients (5%), and with the
+    experts of a process in another order (0.04, then 14%).
+    """
+    for step, (loss, norm) in enumerate(zip(in_one_process["losses"], in_one_process["norms"])):
+        absolute, relative = (0.01, 0.015) if step == 0 else (0.03, 0.05)
+        assert found["losses"][step] == pytest.approx(loss, rel=0, abs=absolute + rounding), step
+        assert found["norms"][step] == pytest.approx(norm, rel=relative), step
+    assert found["losses"][-1] < found["losses"][0] - 0.5
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero3"])
+def test_accelerate(train, in_one_process, config):
+    """Two processes over NCCL, by `accelerate launch` with our configurations and `Trainer`."""
+    if config == "zero3" and find_spec("deepspeed") is None:  # not imported here: it changes what other packages do
+        pytest.skip("DeepSpeed is not installed")
+    # Under FSDP2 Accelerate rounds what the model returns to bfloat16. The processes' shares of the loss, times two,
+    # are below 16 and below 8: rounding changes them by 1/32 and 1/64 at most, and their mean is taken.
+    check(train("trainer", config=config), in_one_process, rounding=3 / 128 if config == "fsdp2" else 0.0)
+
+
+@pytest.mark.parametrize("engine", ["expert_parallel", "expert_and_tensor_parallel", "tensor_parallel"])
+def test_plans(train, in_one_process, engine):
+    """The worker also compares weights and logits in float32, as on a CPU."""
+    check(train(engine, processes=2), in_one_process)

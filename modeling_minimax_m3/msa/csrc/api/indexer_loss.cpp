@@ -73,6 +73,7 @@ IndexerLossParams loss_params(const Tensor& index_query, const Tensor& index_key
                         saved.size(3) == block_size,
                     "`saved_probabilities` must be contiguous float16 of the shape (up to "
                     "total_q, H_kv, topk, block_size)");
+    vector_data("saved_probabilities", saved);  // checks where it lies
     params.saved_probabilities = saved.mutable_data_ptr();
     params.saved_tokens = to_int("saved_tokens", saved_tokens);
   }
@@ -99,11 +100,13 @@ void launch(const IndexerLossParams& params, sm80::LossPass pass, const Tensor& 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> indexer_kl_loss(
-    const Tensor& index_query, const Tensor& index_key, const Tensor& query, const Tensor& key,
-    const Tensor& lse, const std::optional<Tensor>& block_indices, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale, double index_scale,
-    const Tensor& saved_probabilities) {
+std::tuple<Tensor, Tensor> indexer_kl_loss(const Tensor& index_query, const Tensor& index_key,
+                                           const Tensor& query, const Tensor& key,
+                                           const Tensor& lse,
+                                           const std::optional<Tensor>& block_indices,
+                                           const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                           int64_t block_size, double softmax_scale,
+                                           double index_scale, const Tensor& saved_probabilities) {
   const int64_t total_q = index_query.size(0), num_heads = index_query.size(1);
   Tensor kl = torch::stable::new_empty(index_query, {total_q, num_heads}, ScalarType::Float);
   Tensor index_lse = torch::stable::new_empty(index_query, {total_q, num_heads}, ScalarType::Float);

@@ -29,7 +29,8 @@ struct IndexerLossConfig {
 static_assert(IndexerLossConfig::shared_bytes(128, 128, 128) + 1024 <= 99 * 1024);
 
 // A thread block of the second step of the gradient keeps the index keys of one block in shared
-// memory and passes the score gradients and index queries of its pairs through two stages.
+// memory and passes the score gradients, or saved probabilities, and the index queries of its pairs
+// through two stages.
 template <int kIndexDim_>
 struct IndexGradientConfig {
   static constexpr int kIndexDim = kIndexDim_;

@@ -3,11 +3,12 @@
 // A thread block keeps the index keys of one block and the sums of their gradients (registers) and
 // passes its pairs by, 64 at a time: score gradients times index keys are the pairs' part of the
 // gradients of their queries, score gradients transposed times index queries are added to the sums.
-// Score gradients come from memory, or, where the value saved the teacher's probabilities, from
-// those and the index scores, which are computed once more.
 // Those go to float32 sums in global memory, tile after tile of a block in ascending order of
 // heads and tokens, so that results repeat bit for bit: a tile may wait for those before it, which
 // are running, because thread blocks take tiles in ascending order when they start.
+//
+// Score gradients come from memory, or, where the value saved the teacher's probabilities, from
+// those and the index scores, which are computed once more.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -283,9 +284,8 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int pair = pairs[first + own_row(half)];
-      row_terms[half] =
-          load_row_terms(params, tile,
-                         pair < 0 ? -1 : schedule.lists.token_begin + pair / pairs_per_token);
+      row_terms[half] = load_row_terms(
+          params, tile, pair < 0 ? -1 : schedule.lists.token_begin + pair / pairs_per_token);
     }
   };
 

@@ -13,14 +13,15 @@ namespace msa::sm80 {
 
 enum class LossPass { kValue, kGradient };
 
-// Bytes of scratch to allocate (16-byte aligned): for all queries at once or 1.25 GB, if that is less,
-// and what grows with the keys: integers, and for the gradient 4 bytes per channel of an index key.
+// Bytes of scratch to allocate (16-byte aligned): for all queries at once or 1.25 GB, if that is
+// less, and what grows with the keys: integers, and for the gradient 4 bytes per channel of an
+// index key.
 int64_t indexer_loss_workspace(const IndexerLossParams& params, LossPass pass);
 
-// The value writes params.kl and params.index_lse, the gradient params.grad_index_query and
-// params.grad_index_key. Asynchronous on `stream`; reads nothing on the host, allocates nothing;
-// results repeat bit for bit. Throws std::runtime_error on unsupported sizes, a short workspace or
-// a CUDA error.
+// The value writes params.kl, params.index_lse and params.saved_probabilities, which the gradient
+// reads; that writes params.grad_index_query and params.grad_index_key. Asynchronous on `stream`;
+// reads nothing on the host, allocates nothing; results repeat bit for bit. Throws
+// std::runtime_error on unsupported sizes, a short workspace or a CUDA error.
 void launch_indexer_loss(const IndexerLossParams& params, LossPass pass, void* workspace,
                          int64_t workspace_bytes, cudaStream_t stream);
 

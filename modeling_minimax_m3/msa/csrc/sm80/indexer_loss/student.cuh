@@ -160,9 +160,8 @@ __device__ __forceinline__ void save_probabilities(__half* target, const float* 
     auto scaled = [](float first, float second) {
       return pack<__half>(first * kSavedProbabilityScale, second * kSavedProbabilityScale);
     };
-    reinterpret_cast<uint4*>(target + place * block_size)[chunk] =
-        make_uint4(scaled(low.x, low.y), scaled(low.z, low.w), scaled(high.x, high.y),
-                   scaled(high.z, high.w));
+    reinterpret_cast<uint4*>(target + place * block_size)[chunk] = make_uint4(
+        scaled(low.x, low.y), scaled(low.z, low.w), scaled(high.x, high.y), scaled(high.z, high.w));
   }
 }
 
