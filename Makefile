@@ -11,6 +11,7 @@ GPU_TESTS ?= $(wildcard tests/*/test_cuda_*.py) $(wildcard tests/*/test_*_gpu.py
 DURATIONS ?= 40
 # of `make sanitize-kernels`
 SANITIZERS ?= memcheck racecheck
+COMPUTE_SANITIZER ?= compute-sanitizer
 KERNEL ?=
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
@@ -86,7 +87,7 @@ sanitize-kernels: $(INSTALLED)
 	mkdir -p build
 	failed=0; for tool in $(SANITIZERS); do \
 		echo "$$tool: build/sanitizer-$$tool.log"; \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kns=msa --error-exitcode 1 \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $$tool --kernel-name kns=msa --error-exitcode 1 \
 			--log-file build/sanitizer-$$tool.log \
 			$(BIN)/python -m pytest tests/msa/test_cuda_each_kernel.py -k "$(KERNEL)" --durations=0 || failed=1; \
 		tail -n 1 build/sanitizer-$$tool.log; \

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kBuffers; ++i) {
-      barrier_init(planned + 8 * i, 1);
+      barrier_init(planned + 8 * i, 32);
       barrier_init(queried + 8 * i, 1);
       barrier_init(finished + 8 * i, Config::kConsumerWarps + 1);
     }
@@ -114,8 +114,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if (lane == 0) {
           plan.number = number;
           plan.num_blocks = num_blocks;
-          barrier_arrive(planned + 8 * buffer);
         }
+        // Each lane for what it wrote itself: racecheck does not see the warp's own barrier.
+        barrier_arrive(planned + 8 * buffer);
         if (number < 0) break;
       }
     } else if (warp == 1 && lane == 0) {
