@@ -85,17 +85,15 @@ def indexer_kl_loss(
         lse = torch.ops.minimax_m3_msa.attention_lse(
             query, key, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale, backend
         )
-    lse = lse.detach()
-    saved_tokens = 0
-    if torch.is_grad_enabled() and (index_query.requires_grad or index_key.requires_grad):
-        args = index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size
-        if block_indices is not None and _is_for_extension(backend, (*args, softmax_scale, index_scale)):
-            saved_tokens = cuda.saved_tokens(block_indices, block_size)
-    kl, _, _ = torch.ops.minimax_m3_msa.indexer_kl_loss(
-        index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale,
-        index_scale, saved_tokens, backend,
+    args = (
+        index_query, index_key, query, key, lse.detach(), block_indices, cu_seqlens_q, cu_seqlens_k, block_size,
+        softmax_scale, index_scale,
     )  # fmt: skip
-    return kl
+    has_gradient = torch.is_grad_enabled() and (index_query.requires_grad or index_key.requires_grad)
+    saved_tokens = 0
+    if has_gradient and block_indices is not None and _is_for_extension(backend, args):
+        saved_tokens = cuda.saved_tokens(block_indices, block_size)
+    return torch.ops.minimax_m3_msa.indexer_kl_loss(*args, saved_tokens, backend)[0]
 
 
 def _is_for_extension(backend: str, args: tuple) -> bool:

@@ -371,6 +371,13 @@ def test_a_binary_without_the_kernel_is_passed_by(monkeypatch, function):
         assert backends.resolve_backend("auto", function, args) == "cuda"
 
 
+def test_what_is_kept_for_the_gradient_is_bounded():
+    """16 KB a token of the released model, 1 GiB in all."""
+    kept = {tokens: cuda.saved_tokens(torch.empty((tokens, 4, 16), device="meta"), 128) for tokens in (0, 700, 2**17)}
+    assert kept == {0: 0, 700: 700, 2**17: 2**16}
+    assert cuda.saved_tokens(torch.empty((700, 4, 0), device="meta"), 128) == 700
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_other_backends_leave_nothing_that_looks_kept(inputs, backend):
     """A graph may have been traced for the extension."""
