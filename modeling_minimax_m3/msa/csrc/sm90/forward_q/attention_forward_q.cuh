@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int i = 0; i < Config::kBuffers; ++i) {
       barrier_init(planned + 8 * i, 32);
       barrier_init(queried + 8 * i, 1);
-      barrier_init(finished + 8 * i, Config::kConsumerWarps + 1);
+      barrier_init(finished + 8 * i, 32 * Config::kConsumerWarps + 1);
     }
     for (int i = 0; i < Config::kMaxSlots; ++i) {
       barrier_init(full + 8 * i, 1);
@@ -379,8 +379,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
       }
       fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(finished + 8 * buffer);
+      barrier_arrive(finished + 8 * buffer);  // each lane for what it read itself
     }
   }
 }
