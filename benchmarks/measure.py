@@ -125,21 +125,13 @@ def environment() -> dict[str, Any]:
         ),
         platform.processor(),
     )
+    # A copy of the tree, whose git data is absent or another's, is told by the variable which commit it is of.
+    told = os.environ.get("COMMIT")
+    watched = ("../modeling_minimax_m3", "../configuration", "../benchmarks/*.py")
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        # a copy of the tree, whose git data is absent or another's, is told by the variable which commit it is of
-        "commit": os.environ.get("COMMIT") or command_output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
-        "uncommitted_changes": bool(
-            command_output(
-                "git",
-                "status",
-                "--porcelain",
-                "--",
-                "../modeling_minimax_m3",
-                "../configuration",
-                "../benchmarks/*.py",
-            )
-        ),
+        "commit": told or command_output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
+        "uncommitted_changes": None if told else bool(command_output("git", "status", "--porcelain", "--", *watched)),
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
