@@ -617,3 +617,6 @@ def test_compiles_without_graph_breaks(make_pair, make_inputs, form):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+        inputs["input_ids"][inputs["input_ids"] == config.image_token_id] = 5
+        with pytest.raises(RuntimeError, match="one image token .* for each image feature"):
+            compiled(**inputs)

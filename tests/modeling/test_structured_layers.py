@@ -168,6 +168,7 @@ def test_gradients_and_checkpointing(model, rows, relative_error):
         model(rows[0][0][None], labels=rows[0][0][None]).loss.backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()  # else its hook stays, which older PyTorch (2.11) does not compile
     model.eval().zero_grad()
     assert gradients[0]["model.layers.1.self_attn.q_proj.weight"].abs().sum() > 0
     for name, gradient in gradients[0].items():
