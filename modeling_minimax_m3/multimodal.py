@@ -85,7 +85,9 @@ class MiniMaxM3VLCausalLMOutputWithPast(ModelOutput):
 def _check_one_feature_per_placeholder(
     modality: str, num_placeholders: torch.Tensor, num_features: int, token_id: int, hint: str
 ) -> None:
-    expected = f"input_ids (or inputs_embeds) must hold one {modality} token (id {token_id}) for each {modality} feature"
+    expected = (
+        f"input_ids (or inputs_embeds) must hold one {modality} token (id {token_id}) for each {modality} feature"
+    )
     agree = num_placeholders == num_features
     if torch.compiler.is_compiling():
         # Transformers' check makes a symbol of the number, with which PyTorch 2.10 to 2.12 cannot compile this.
@@ -93,7 +95,9 @@ def _check_one_feature_per_placeholder(
         return
     torch_compilable_check(
         agree,
-        lambda: f"{expected}, got {int(num_placeholders)} {modality} tokens and {num_features} {modality} features.{hint}",
+        lambda: (
+            f"{expected}, got {int(num_placeholders)} {modality} tokens and {num_features} {modality} features.{hint}"
+        ),
     )
 
 

@@ -126,7 +126,8 @@ class SequenceLayout:
     def _packed_coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sequence (B * T,) and position in it (B * T,) of every token, in working order."""
         token = torch.arange(self.batch * self.num_new, device=self.cu_seqlens.device)
-        sequence = torch.searchsorted(self.cu_seqlens[1:], token, right=True)
+        # Not in a slice of `cu_seqlens`, which PyTorch 2.11's compiler cannot search on a GPU.
+        sequence = torch.searchsorted(self.cu_seqlens, token, right=True) - 1
         return sequence, token - self.cu_seqlens[sequence]
 
     def visibility(self, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -200,7 +200,10 @@ def load_rows(names: list[str], split: str, data: DataArguments) -> Dataset | It
             raise ValueError(f"the files of a data set must be of one type, got {' and '.join(types)}: {names}")
         if empty := [name for name in names if Path(name).is_file() and not Path(name).stat().st_size]:
             raise ValueError(f"the file {', '.join(empty)} is empty")
-        return load_dataset(types[0], data_files=names, split="train", streaming=data.streaming)
+        try:
+            return load_dataset(types[0], data_files=names, split="train", streaming=data.streaming)
+        except ValueError as error:  # by older versions of datasets, which do not wrap what they find
+            raise ValueError(f"the data cannot be read: {error}") from error
     if len(names) > 1:
         raise ValueError(f"several names must be files ({', '.join(FILE_TYPES)}), got {names}")
     if Path(names[0]).is_dir() and any(

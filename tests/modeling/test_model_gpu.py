@@ -126,6 +126,28 @@ def test_generate_compiles_by_itself(on_cpu, make_tokens):
     assert torch.equal(compiled, expected)
 
 
+def loss_and_gradients(model, *args, **kwargs):
+    """The loss, and all gradients in one vector."""
+    model.zero_grad()
+    loss = model(*args, **kwargs).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", ["uniform", "left padding", "packed"])
+def test_training_compiles(on_cpu, make_tokens, relative_error, name):
+    """By the default backend of `torch.compile`, whose code for GPUs is another than for CPUs."""
+    torch.compiler.reset()
+    model = to_gpu(on_cpu, torch.float32).train()
+    tokens = make_tokens(model.config, 2, LENGTH).cuda()
+    inputs = {key: value.cuda() for key, value in LAYOUTS[name].items()}
+    inputs["labels"] = tokens.masked_fill(inputs.get("attention_mask", torch.ones_like(tokens)) == 0, -100)
+    loss, gradients = loss_and_gradients(model, tokens, **inputs)
+    compiled_loss, compiled = loss_and_gradients(torch.compile(model, fullgraph=True), tokens, **inputs)
+    assert compiled_loss == pytest.approx(loss, rel=1e-4)
+    assert relative_error(compiled, gradients) < 0.05  # other roundings may flip a near-tie between blocks or experts
+
+
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 def test_offloaded_caches(on_cpu, make_tokens, implementation):
     model = to_gpu(on_cpu, torch.float32)
@@ -219,6 +241,21 @@ def test_gradients_on_compiled_kernels(kernels, on_kernels, make_tokens, relativ
         gradients[backend] = torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
     # As in `test_gradients_in_bf16`, but the same roundings everywhere else.
     assert relative_error(gradients["cuda"], gradients["torch"]) < 0.2
+
+
+@pytest.mark.parametrize("indexer_loss_coef", [0.0, 0.1], ids=["", "with the indexers"])
+def test_training_on_compiled_kernels_compiles(on_kernels, make_tokens, relative_error, indexer_loss_coef):
+    torch.compiler.reset()
+    model = copy.deepcopy(on_kernels).half().train()
+    model.set_indexer_training(indexer_loss_coef)
+    tokens = make_tokens(model.config, 2, 600).cuda()
+    mask = torch.ones_like(tokens)
+    mask[1, :77] = 0
+    inputs = {"attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+    loss, gradients = loss_and_gradients(model, tokens, **inputs)
+    compiled_loss, compiled = loss_and_gradients(torch.compile(model, fullgraph=True), tokens, **inputs)
+    assert compiled_loss == pytest.approx(loss, rel=1e-2)
+    assert relative_error(compiled, gradients) < 0.2
 
 
 class Prescribed(LogitsProcessor):

@@ -62,3 +62,13 @@ def test_static_cache_generates_what_the_dynamic_one_does(on_cpu, inputs):
     options = {"max_new_tokens": 12, "do_sample": False}
     expected = model.generate(**to_gpu(inputs), **options)
     torch.testing.assert_close(model.generate(**to_gpu(inputs), **options, cache_implementation="static"), expected)
+
+
+def test_compiles(on_cpu, inputs, relative_error):
+    torch.compiler.reset()
+    model = copy.deepcopy(on_cpu).cuda()
+    with torch.no_grad():
+        expected = model(**to_gpu(inputs), use_cache=False).logits
+        logits = torch.compile(model, fullgraph=True)(**to_gpu(inputs), use_cache=False).logits
+    errors = sorted(relative_error(a, b) for a, b in zip(logits[0], expected[0]))
+    assert errors[len(errors) * 9 // 10] < 1e-4  # as above

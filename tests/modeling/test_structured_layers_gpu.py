@@ -74,6 +74,17 @@ def test_layouts(kernels, model, make_tokens, relative_error, name):
     assert relative_error(by_backend["cuda"], by_backend["torch"]) < 3e-2
 
 
+def test_compiles(model, make_tokens, relative_error):
+    """By the default backend of `torch.compile`."""
+    torch.compiler.reset()
+    model = copy.deepcopy(model).half()
+    tokens = make_tokens(model.config, 2, LENGTH).cuda()
+    mask = LAYOUTS["left padding"]["attention_mask"].cuda()
+    expected = logits_of(model, "cuda", tokens, attention_mask=mask, use_cache=False)
+    logits = logits_of(torch.compile(model, fullgraph=True), "cuda", tokens, attention_mask=mask, use_cache=False)
+    assert relative_error(logits[mask == 1], expected[mask == 1]) < 1e-2
+
+
 def test_static_cache(kernels, model, make_tokens, relative_error):
     tokens = make_tokens(model.config, 2, LENGTH).cuda()
     mask = torch.ones_like(tokens)

@@ -269,7 +269,7 @@ ERRORS = {
     ),
     "role": (["--dataset", "{role}"], "a chat does not fit the chat template: role must be one of .* got .human"),
     "role beside images": (["--dataset", "{role}", "--eval_dataset", "{images}"], "does not fit the chat template"),
-    "half a line": (["--dataset", "{half}"], "the data cannot be read: .*JSON"),
+    "half a line": (["--dataset", "{half}"], "the data cannot be read: .*(JSON|Expected object)"),
     "hole for image": (["--dataset", "{hole}"], "`images` of a row must hold no None"),
     "rows": (["--dataset", "{texts}", "--max_rows", "0"], "the training data has no rows"),
 }
