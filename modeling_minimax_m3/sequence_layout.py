@@ -15,6 +15,8 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import is_torchdynamo_compiling
 
+from .msa.sequences import sequence_of
+
 
 @dataclass
 class SequenceLayout:
@@ -126,8 +128,7 @@ class SequenceLayout:
     def _packed_coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sequence (B * T,) and position in it (B * T,) of every token, in working order."""
         token = torch.arange(self.batch * self.num_new, device=self.cu_seqlens.device)
-        # Not in a slice of `cu_seqlens`, which PyTorch 2.11's compiler cannot search on a GPU.
-        sequence = torch.searchsorted(self.cu_seqlens, token, right=True) - 1
+        sequence = sequence_of(token, self.cu_seqlens)
         return sequence, token - self.cu_seqlens[sequence]
 
     def visibility(self, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:

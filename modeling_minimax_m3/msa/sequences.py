@@ -10,6 +10,12 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def sequence_of(token: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """The sequence in which each token of a pack lies, int64; past the last one: the number of sequences."""
+    # Not in `cu_seqlens[1:]`: PyTorch 2.11's compiler cannot search a slice on a GPU.
+    return torch.searchsorted(cu_seqlens, token, right=True) - 1
+
+
 def packed_sequences(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     """The token ranges (queries, keys) of each sequence that has queries."""
     q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()

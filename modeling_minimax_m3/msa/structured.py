@@ -20,6 +20,7 @@ import torch
 from . import checks, cuda, reference
 from .backends import check_backend, resolve_backend
 from .reference import PHILOX_KEY_STEPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
+from .sequences import sequence_of
 
 _WORD = 0xFFFFFFFF
 
@@ -167,8 +168,7 @@ def structured_blocks(
     if total_q is None:
         total_q = int(cu_seqlens_q[-1])
     token = torch.arange(total_q, device=cu_seqlens_q.device)
-    # not in a slice of `cu_seqlens_q`, which PyTorch 2.11's compiler cannot search on a GPU
-    sequence = (torch.searchsorted(cu_seqlens_q, token, right=True) - 1).clamp(max=max(len(cu_seqlens_q) - 2, 0))
+    sequence = sequence_of(token, cu_seqlens_q).clamp(max=max(len(cu_seqlens_q) - 2, 0))
     past = cu_seqlens_k.diff() - cu_seqlens_q.diff()
     position = token - cu_seqlens_q[sequence] + past[sequence]
     own_block = torch.div(position, block_size, rounding_mode="floor")
