@@ -20,8 +20,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig
 from processing_minimax_m3 import MiniMaxM3VLImageProcessor, MiniMaxM3VLProcessor, MiniMaxM3VLVideoProcessor
 
+from .fused_projections import with_fused_projections
 from .multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
-from .sharded_loading import with_whole_concatenation
 from .text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
 from .vision import MiniMaxM3VLVisionModel
 
@@ -51,6 +51,6 @@ def register() -> None:
     # Transformers converts checkpoint names only for its own classes and for model types registered by hand.
     register_checkpoint_conversion_mapping(
         MiniMaxM3VLConfig.model_type,
-        with_whole_concatenation(get_checkpoint_conversion_mapping(MiniMaxM3VLConfig.model_type)),
+        with_fused_projections(get_checkpoint_conversion_mapping(MiniMaxM3VLConfig.model_type)),
         overwrite=True,
     )
