@@ -5,13 +5,14 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .auto_class import AutoClassByImport
 from .checks import require_at_least
 from .text import MiniMaxM3VLTextConfig
 from .vision import MiniMaxM3VLVisionConfig
 
 
 @strict
-class MiniMaxM3VLConfig(PreTrainedConfig):
+class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
     """
     Configuration of MiniMax-M3 with its vision tower.
 

@@ -12,6 +12,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
+from configuration_minimax_m3.auto_class import AutoClassByImport
 
 from .indexer import MiniMaxM3VLIndexer
 from .moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
@@ -19,7 +20,7 @@ from .normalization import MiniMaxM3VLRMSNorm
 from .quantized_checkpoints import finish_loading
 
 
-class MiniMaxM3VLPreTrainedModel(PreTrainedModel):
+class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
     """Base class of the text, vision and composite models."""
 
     config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig

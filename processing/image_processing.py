@@ -15,6 +15,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from configuration_minimax_m3.auto_class import AutoClassByImport
+
 from .media import as_source, check_pixels, check_range, describe, flatten_images, read_image
 from .patches import patchify
 from .resize import check_pixel_bounds, fits_patch_grid, smart_resize
@@ -41,7 +43,7 @@ class MiniMaxM3VLImageProcessorKwargs(ImagesKwargs, total=False):
     merge_size: int
 
 
-class MiniMaxM3VLImageProcessor(TorchvisionBackend):
+class MiniMaxM3VLImageProcessor(AutoClassByImport, TorchvisionBackend):
     """Resizes, normalises and cuts images into patches, on the CPU or (`device="cuda"`) on a GPU.
 
     Output of a call: `pixel_values` (patches of all images, channels * temporal_patch_size * patch_size**2), float32,
