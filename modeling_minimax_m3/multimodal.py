@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from configuration_minimax_m3 import MiniMaxM3VLConfig
 
 from .indexer import indexer_loss
-from .language_loss import LanguageModelingHead, batch_share
+from .language_loss import LanguageModelingHead, batch_share, without_targets_of_padding
 from .moe import load_balancing_loss
 from .multimodal_generation import PIXEL_NAMES, TOKEN_TYPES, MultimodalGenerationMixin
 from .outputs import MiniMaxM3VLCausalLMOutputWithPast, MiniMaxM3VLModelOutputWithPast
@@ -503,6 +503,8 @@ class MiniMaxM3SparseForConditionalGeneration(
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        if isinstance(logits_to_keep, int):
+            labels = without_targets_of_padding(labels, attention_mask, kwargs.get("ignore_index", -100))
         logits, loss = self.logits_and_loss(hidden_states, labels, skip_logits, **kwargs)
 
         aux_loss = None

@@ -16,7 +16,7 @@ from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 from .attention import MiniMaxM3VLAttention
 from .cache import adopt_cache
 from .indexer import indexer_loss
-from .language_loss import LanguageModelingHead, batch_share
+from .language_loss import LanguageModelingHead, batch_share, without_targets_of_padding
 from .moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter, load_balancing_loss
 from .normalization import MiniMaxM3VLRMSNorm
 from .outputs import MiniMaxM3VLTextCausalLMOutputWithPast, MiniMaxM3VLTextModelOutputWithPast
@@ -337,6 +337,8 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        if isinstance(logits_to_keep, int):
+            labels = without_targets_of_padding(labels, attention_mask, kwargs.get("ignore_index", -100))
         logits, loss = self.logits_and_loss(hidden_states, labels, skip_logits, **kwargs)
         aux_loss = None
         if output_router_logits:
