@@ -29,12 +29,18 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 logger = logging.get_logger(__name__)
 
-FIRST_UNTESTED = "5.25"
-if Version(transformers.__version__).release >= Version(FIRST_UNTESTED).release:
-    logger.warning(
-        f"MiniMax-M3 was tested with Transformers 5.23 and 5.24, and this is {transformers.__version__}, which may "
-        f'have renamed what it relies on. `pip install "transformers<{FIRST_UNTESTED}"` installs a tested one.'
-    )
+FIRST_UNTESTED = "5.25"  # as in pyproject.toml, for those who upgrade Transformers afterwards
+
+
+def warn_if_untested(release: str) -> None:
+    if Version(release).release >= Version(FIRST_UNTESTED).release:
+        logger.warning(
+            f"MiniMax-M3 was tested with Transformers 5.23 and 5.24. This is {release}, which may have renamed what it "
+            f'relies on. `pip install "transformers<{FIRST_UNTESTED}"` installs a tested one.'
+        )
+
+
+warn_if_untested(transformers.__version__)
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
 

@@ -1,15 +1,19 @@
 """Both names of the cache and of the vision features work, whichever release of Transformers is installed."""
 
 import warnings
+from importlib.metadata import requires
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from transformers import DynamicCache, StaticCache
 from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as stock
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.transformers_versions import CACHE_NAME
+from modeling_minimax_m3.transformers_versions import CACHE_NAME, FIRST_UNTESTED, warn_if_untested
+
+pytestmark = pytest.mark.compatibility
 
 NAMES = ["cache", "past_key_values"]
 
@@ -137,3 +141,18 @@ def test_evaluation_leaves_the_cache_out():
     """`Trainer` gathers every output that the config does not name."""
     for config in (tiny_config(), tiny_config().text_config):
         assert CACHE_NAME in config.keys_to_ignore_at_inference
+
+
+@pytest.mark.parametrize(
+    ("release", "is_tested"), [("5.23.0", True), ("5.24.3", True), ("5.25.0.dev0", False), ("6.0.0", False)]
+)
+def test_untested_releases_are_named(release, is_tested, caplog):
+    warn_if_untested(release)
+    assert (release in caplog.text) != is_tested
+
+
+def test_the_declared_range_is_the_tested_one():
+    declared = [Requirement(line) for line in requires("minimax-m3-transformers")]
+    (versions,) = (requirement.specifier for requirement in declared if requirement.name == "transformers")
+    assert "5.23.0" in versions and "5.24.9" in versions
+    assert FIRST_UNTESTED not in versions and "5.22.9" not in versions
