@@ -164,13 +164,14 @@ def plot_training(load_script, tmp_path, monkeypatch):
 
 
 def write_video(load_script, tmp_path, monkeypatch):
+    """Stops after more frames than the encoder keeps back."""
     photograph = tmp_path / "ramp.png"
     Image.linear_gradient("L").convert("RGB").save(photograph)
-    frames = iter([av.VideoFrame.from_image(Image.new("RGB", (64, 64)))] * 2)
+    frames = iter([av.VideoFrame.from_image(Image.new("RGB", (64, 64)))] * 100)
     script = load_script("demo")
     fake = SimpleNamespace(from_image=lambda image: next(frames, None) or interrupted())
     monkeypatch.setattr(script.av, "VideoFrame", fake)
-    return lambda target: script.write_panning_video(photograph, target, seconds=1, fps=5, side=64)
+    return lambda target: script.write_panning_video(photograph, target, seconds=30, fps=5, side=64)
 
 
 FOLDERS = (convert, convert_the_last_step, make_checkpoint)
