@@ -3,7 +3,6 @@
 import copy
 import os
 import tempfile
-from datetime import timedelta
 
 import pytest
 import torch
@@ -379,7 +378,6 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
     )
     head, hidden_states, labels = make_case()
     expected = gradients(causal_lm_loss, head, hidden_states, labels)[2].clone() * world_size
