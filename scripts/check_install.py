@@ -19,14 +19,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-# The snippets that follow each command of the README's Install, and what makes the file that they name.
+# The snippets that follow each command of the README's Install, and what makes the files that they name.
 STAGES = {
     ".": ["Chat with an image", "Several conversations at once"],
     ".[video]": ["Chat with a video"],
     ".[train]": ["With Trainer"],
 }
 MAKE_PHOTO = "from PIL import Image; Image.effect_noise((224, 168), 60).convert('RGB').save('photo.png')"
-MAKE_CLIP = "from demo import write_panning_video; write_panning_video('photo.png', 'clip.mp4', seconds=2)"
+MAKE_CLIP = """
+import av, numpy
+with av.open("clip.mp4", "w") as container:
+    stream = container.add_stream("mpeg4", rate=12)
+    stream.width = stream.height = 112
+    for shade in range(24):
+        frame = av.VideoFrame.from_ndarray(numpy.full((112, 112, 3), 10 * shade, numpy.uint8), format="rgb24")
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+"""
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "av", "peft", "datasets", "pillow", "numpy")
 
 
