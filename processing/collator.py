@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .processor import MiniMaxM3VLProcessor, is_list
+from .messages import is_list
+from .processor import MiniMaxM3VLProcessor
 
 IGNORED = -100  # label of a token that is not learned
 
