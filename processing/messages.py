@@ -90,8 +90,11 @@ def _normalize_message(message: Any, where: str) -> dict[str, Any]:
                 f"{where}: `reasoning_content` must be a string, got {message['reasoning_content']!r:.100}."
             )
         _check_tool_calls(message.get("tool_calls", []), where)
-    for name in ("role", "content", "tool_calls", *REASONING_FIELDS):
+    for name in ("role", "tool_calls", *REASONING_FIELDS):
         check_text(message.get(name), f"{where}: `{name}`")
+    content = message.get("content")  # where a file's name is no text, it may still be its name
+    texts = [part for part in content if part["type"] not in MEDIA_TYPES] if is_list(content) else content
+    check_text(texts, f"{where}: `content`")
     return message
 
 

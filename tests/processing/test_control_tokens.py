@@ -289,6 +289,14 @@ def test_media_are_read_from_where_they_are(encode, processor, image_files, tmp_
     assert encode(messages) == encode(messages, sanitize=False)
 
 
+def test_needs_a_tokenizer_that_can(processor, monkeypatch):
+    monkeypatch.setattr(type(processor.tokenizer), "is_fast", False)
+    with pytest.raises(ValueError, match="needs a tokenizer of the tokenizers library"):
+        processor.apply_chat_template(
+            [{"role": "user", "content": "[e~["}], tokenize=True, sanitize_control_tokens=True
+        )
+
+
 def test_needs_ids(processor):
     with pytest.raises(ValueError, match="`sanitize_control_tokens=True` needs `tokenize=True`"):
         processor.apply_chat_template([{"role": "user", "content": "[e~["}], sanitize_control_tokens=True)

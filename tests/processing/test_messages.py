@@ -172,6 +172,17 @@ class Part:
         return self.fields
 
 
+def test_file_whose_name_is_no_text(processor, image_files, tmp_path):
+    """As Python gives names in another encoding."""
+    file = tmp_path / "\udcfc.png"
+    file.write_bytes(image_files["png"].read_bytes())
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "path": str(path)}]}] for path in (file, image_files["png"])
+    ]
+    ids = [processor.apply_chat_template(chat, tokenize=True) for chat in chats]
+    assert ids[0] == ids[1]
+
+
 def test_message_objects(processor):
     expected = processor.apply_chat_template([USER])
     message = Message("user", [Part(type="text", text="Hello")])
