@@ -1,4 +1,4 @@
-"""Processing for MiniMax-M3: text, images and videos to model inputs.
+"""Processing for MiniMax-M3: text, images and videos to model inputs. Importing it registers the processors.
 
     collator.py           batches for fine-tuning on chats with images and videos
     processor.py          the three together: placeholders in the text, counts, what serving engines ask for
@@ -7,17 +7,24 @@
     resize.py             the resize rule
     patches.py            cutting frames into patches
     media.py              nesting, sources and checks of images and videos
+    messages.py           what a chat may hold, checked before any media is loaded
+    control_tokens.py     keeps control tokens that somebody typed text
+    registration.py       tells Transformers' Auto classes about the processors
     chat_template.jinja   from messages to a prompt; chat_template.py: its loader
     special_tokens.py     the tokenizer's control tokens
 
-Nothing here knows the model; the only shared facts are the sizes of patches, which both read from their own files.
+Nothing here knows the model but for its configuration's class; the only shared facts are the sizes of patches, which
+both read from their own files.
 """
 
 from .chat_template import load_chat_template
 from .collator import MultimodalChatCollator
 from .image_processing import MiniMaxM3VLImageProcessor
 from .processor import MiniMaxM3VLProcessor
+from .registration import register_processors
 from .video_processing import MiniMaxM3VLVideoProcessor
+
+register_processors()
 
 __all__ = [
     "MiniMaxM3VLImageProcessor",

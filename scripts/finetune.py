@@ -9,10 +9,11 @@ A YAML or JSON file holds the same names as the flags, and flags win over it. Be
 every option of Transformers' `TrainingArguments` is taken: `--bf16`, `--activation_checkpointing`, `--report_to
 tensorboard`, `--resume_from_checkpoint true`, and so on.
 
-A row of the data has a column `messages`, a chat of which the assistant's turns are learned (and `tools`, if it needs
-them), or a column `text`, of which all is learned. Images and videos of a chat stand in its messages, or in columns
-`images` and `videos`, as paths, URLs or what `datasets` makes of them. A data set is the name of one on the Hub, a folder, or files
-(`.jsonl`, `.json`, `.parquet`, `.csv`, `.arrow`).
+A row of the data has a column `messages`, a chat of which the assistant's turns are learned (and `tools` and
+`chat_template_kwargs`, such as `{"thinking_mode": "enabled"}`, if it needs them), or a column `text`, of which all is
+learned. Images and videos of a chat stand in its messages, or in columns `images` and `videos`, as paths, URLs or what
+`datasets` makes of them. A data set is the name of one on the Hub, a folder, or files (`.jsonl`, `.json`, `.parquet`,
+`.csv`, `.arrow`).
 """
 
 import argparse
@@ -51,7 +52,8 @@ import modeling_minimax_m3  # noqa: F401  (registers the classes)
 from idle_options import refuse_idle
 from modeling_minimax_m3.trainer_logging import IndexerLossLogging
 from processing_minimax_m3 import MiniMaxM3VLProcessor, MultimodalChatCollator
-from processing_minimax_m3.collator import without_none
+from processing_minimax_m3.chat_template import THINKING_MODES, check_thinking_mode
+from processing_minimax_m3.collator import named_in_errors, template_variables, without_none
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 MEDIA_COLUMNS = ("images", "videos")
@@ -102,6 +104,13 @@ class DataArguments:
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
     text_column: str = field(default="text", metadata={"help": "Column of texts."})
     messages_column: str = field(default="messages", metadata={"help": "Column of chats."})
+    thinking_mode: str = field(
+        default=THINKING_MODES[0],
+        metadata={
+            "help": "adaptive, enabled or disabled: which of them the prompt of a chat asks for, unless the column "
+            "chat_template_kwargs of its row says so."
+        },
+    )
     max_length: int = field(
         default=4096,
         metadata={
@@ -115,6 +124,9 @@ class DataArguments:
         default=True, metadata={"help": "Put the rows of a batch one behind the other instead of padding them."}
     )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+
+    def __post_init__(self) -> None:
+        check_thinking_mode(self.thinking_mode, "--thinking_mode")
 
 
 # ---- arguments ----------------------------------------------------------------------------------------------------
@@ -276,8 +288,13 @@ def with_collator_names(rows: Dataset | IterableDataset, collator: Any, data: Da
         )
     if data.messages_column != "messages":
         rows = rows.rename_column(data.messages_column, "messages")
+
+    def is_useful(row: dict[str, Any], index: int) -> bool:
+        with named_in_errors(f"row {index} of the {name} data"):
+            return collator.is_useful(row)
+
     options = {} if data.streaming else {"num_proc": data.num_proc, "desc": f"measuring the {name} data"}
-    rows = rows.filter(collator.is_useful, **options)
+    rows = rows.filter(is_useful, with_indices=True, **options)
     if next(iter(rows), None) is None:
         raise ValueError(
             f"no row of the {name} data has all of its images and videos, and anything to learn, within its first "
@@ -298,7 +315,9 @@ def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArgument
     if is_chat and not tokenizer.chat_template:
         raise ValueError("the data are chats, but the checkpoint's tokenizer has no chat template")
 
-    def from_chat(row: dict[str, Any]) -> dict[str, list[int]]:
+    def from_chat(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        with named_in_errors(f"row {index} of the {name} data"):
+            variables = template_variables(row, {"thinking_mode": data.thinking_mode})
         if has_media(row[data.messages_column]):
             raise ValueError(f"the {name} data has an image or a video, but none in its first hundred rows")
         encoded = tokenizer.apply_chat_template(
@@ -307,6 +326,7 @@ def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArgument
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
+            **variables,
         )
         ids = encoded["input_ids"][: data.max_length]
         return {
@@ -326,7 +346,7 @@ def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArgument
         pieces = [piece for piece in pieces if len(piece) > 1]
         return {"input_ids": pieces, "labels": pieces}
 
-    options = {"remove_columns": list(first), "batched": not is_chat}
+    options = {"remove_columns": list(first), "batched": not is_chat, "with_indices": is_chat}
     if not data.streaming:
         options |= {"num_proc": data.num_proc, "desc": f"tokenising the {name} data"}
     encoded = rows.map(from_chat if is_chat else from_texts, **options)
@@ -510,7 +530,11 @@ def prepare(argv: list[str]) -> Trainer:
         if with_media:
             if not isinstance(processor, MiniMaxM3VLProcessor):
                 raise ValueError("the data have images or videos, but the checkpoint reads text only")
-            collator = MultimodalChatCollator(processor, max_length=data_arguments.max_length)
+            collator = MultimodalChatCollator(
+                processor,
+                max_length=data_arguments.max_length,
+                chat_template_kwargs={"thinking_mode": data_arguments.thinking_mode},
+            )
             training.remove_unused_columns = False  # the collator reads them
             # Dispatching cuts every tensor of a batch to as many rows as the batch has, pixels too.
             training.accelerator_config.dispatch_batches = False
