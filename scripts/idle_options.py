@@ -28,7 +28,7 @@ IDLE = {
     ),
     "streaming": ("with --streaming", ("num_proc", "data_seed", "train_sampling_strategy")),
     "no_named_data": ("where the data are files or were saved by `save_to_disk`", ("dataset_config",)),
-    "no_chats": ("where the data have no such column", ("messages_column",)),
+    "no_chats": ("where the data have no column of chats", ("messages_column", "thinking_mode")),
     "no_texts": ("where all data are chats", ("text_column",)),
     "media": ("where the data have images or videos", ("padding_free", "remove_unused_columns")),
     "no_media": ("where the data have neither images nor videos", ("train_vision",)),

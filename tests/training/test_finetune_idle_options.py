@@ -92,8 +92,8 @@ CASES = {
         "--dataset_config would do nothing where the data are files",
     ),
     "no_chats": (
-        [*TEXTS, "--messages_column", "chat"],
-        "--messages_column would do nothing where the data have no such column: the columns are text",
+        [*TEXTS, "--messages_column", "chat", "--thinking_mode", "disabled"],
+        "--messages_column, --thinking_mode would do nothing where the data have no column of chats: the columns are text",
     ),
     "no_texts": ([*CHATS, "--text_column", "body"], "--text_column would do nothing where all data are chats"),
     "media": ([*IMAGES, "--padding_free", "true"], "--padding_free would do nothing where the data have images"),
