@@ -84,4 +84,9 @@ def decode_video(
             f"{name} ({shorten(source)!r}): only {len(frames)} of {len(indices)} frames could be decoded; the file "
             "may be damaged."
         )
+    elif video.declared_duration is not None and duration < 0.9 * video.declared_duration:
+        logger.warning(
+            f"{name} ({shorten(source)!r}): only {duration:.1f} of {video.declared_duration:.1f} seconds could be "
+            "read; the file may be cut off."
+        )
     return frames, metadata

@@ -28,6 +28,7 @@ class PyavVideo:
             from the file's start where the format has no zero. Increasing.
         end (float): when the last frame ceases to be shown.
         fps (float, Optional): average rate, as the file declares it.
+        declared_duration (float, Optional): how long the frames should be shown, as the file declares it.
 
     Raises:
         ValueError: there are no pictures, or they are larger than Pillow would take.
@@ -44,16 +45,19 @@ class PyavVideo:
             if container.format.flags & FORMATS_WITHOUT_ZERO:
                 self._zero = (container.start_time or 0) / 1e6  # microseconds
             rate = stream.average_rate or stream.guessed_rate
+            # AVI tells when a packet is decoded only. Its frames come out in the order of these times.
+            self._has_times = container.format.name != "avi"
             # A packet is a frame; discarded ones are those that an edit list cuts off.
             lengths = {
-                packet.pts: packet.duration or 0
+                packet.pts if self._has_times else packet.dts: packet.duration or 0
                 for packet in self._packets(container, stream)
                 if packet.size and not packet.is_discard
             }
+            self.declared_duration = float(stream.duration * self._base) if stream.duration else None
         if None in lengths:
             lengths = dict.fromkeys((frame.pts for frame in self._frames()), 0)
-        self._is_bare = None in lengths  # a stream without any times
-        if self._is_bare:
+        if None in lengths:  # a bare stream, without any times
+            self._has_times = False
             self._base = 1 / Fraction(rate or GUESSED_RATE)
             lengths = dict.fromkeys(range(sum(1 for _ in self._frames())), 1)
         if not lengths:
@@ -133,7 +137,7 @@ class PyavVideo:
         """
         wanted, video, found = self._ticks[indices], None, []
         for count, frame in enumerate(self._frames()):
-            tick = count if self._is_bare else frame.pts
+            tick = frame.pts if self._has_times else self._ticks[min(count, len(self._ticks) - 1)]
             if tick is None or tick < wanted[0]:
                 continue
             turn = turn_of(frame)

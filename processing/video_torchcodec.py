@@ -7,9 +7,10 @@ FRAMES_AT_ONCE = 16
 
 
 class TorchcodecVideo:
-    """As `PyavVideo`, except that it decodes the file for the times too, and turns frames itself.
+    """As `PyavVideo`, except that it decodes the file for the times too.
 
-    Times are the file's, in every format. A file with damage anywhere cannot be read.
+    torchcodec turns frames itself, but does not mirror those that the file wants mirrored. Times are the file's, in
+    formats without a zero too. A file with damage anywhere cannot be read.
     """
 
     def __init__(self, content: str | bytes):
@@ -25,6 +26,7 @@ class TorchcodecVideo:
             self.times += frames.pts_seconds.tolist()
         self.end = self.times[-1] + float(frames.duration_seconds[-1])
         self.fps = self._decoder.metadata.average_fps
+        self.declared_duration = None
 
     @staticmethod
     def turns_frames() -> bool:
