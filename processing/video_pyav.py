@@ -79,10 +79,10 @@ class PyavVideo:
     def _open(self) -> tuple[Any, Any]:
         import av
 
-        is_path = isinstance(self._content, str)
-        # A playlist in the guise of a video must not make us fetch what it names.
-        options = {"protocol_whitelist": "file" if is_path else "data"}
-        container = av.open(self._content if is_path else io.BytesIO(self._content), options=options)
+        if isinstance(self._content, str):
+            container = av.open(self._content)
+        else:  # from elsewhere: if it is a list of other files, none of them may be read
+            container = av.open(io.BytesIO(self._content), options={"protocol_whitelist": "data"})
         try:
             stream = container.streams.best("video")
             if stream is None:
