@@ -3,7 +3,9 @@
     collator.py           batches for fine-tuning on chats with images and videos
     processor.py          the three together: placeholders in the text, counts, what serving engines ask for
     image_processing.py   images to patches
-    video_processing.py   videos to patches; sampling.py: which frames; video_decoding.py: from files
+    video_processing.py   videos to patches; sampling.py: which frames
+    video_decoding.py     videos from files; video_pyav.py, video_torchcodec.py: through these libraries
+    video_metadata.py     the times of frames; video_orientation.py: turning them upright
     resize.py             the resize rule
     patches.py            cutting frames into patches
     media.py              nesting, sources and checks of images and videos

@@ -21,7 +21,8 @@ class MiniMaxM3VLProcessor(ProcessorMixin):
     Each image placeholder `]<]image[>[` and video placeholder `]<]video[>[` in the text becomes as many of itself as
     the model has features for it: one per merged patch, between start and end tokens. A video has one such bracket
     per temporal patch, each after its time (`]<]1.5 seconds[>[`, of its first frame) where the timing is known: for
-    files, and for arrays given with `video_metadata` that has `fps` and `frames_indices`.
+    files, whose frames have their own times, and for arrays given with `video_metadata` that has `fps` and
+    `frames_indices`.
 
     Images and videos belong to the placeholders in their order. Given as one list per text, they are counted per
     text; a flat list is counted over all texts.
@@ -179,8 +180,9 @@ class MiniMaxM3VLProcessor(ProcessorMixin):
         metadata = video_inputs["video_metadata"][video_idx] if "video_metadata" in video_inputs else None
         if metadata is None or metadata.fps is None or metadata.frames_indices is None:
             return bracket * grid_t
-        first_frames = [metadata.frames_indices[step * temporal_patch_size] for step in range(grid_t)]
-        return "".join(f"]<]{frame / metadata.fps:.1f} seconds[>[{bracket}" for frame in first_frames)
+        times = metadata.timestamps
+        first_times = [times[step * temporal_patch_size] for step in range(grid_t)]
+        return "".join(f"]<]{time:.1f} seconds[>[{bracket}" for time in first_times)
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
         # also the brackets: truncation may cut between the last placeholder and its end token
