@@ -6,7 +6,8 @@
     video_processing.py   videos to patches; sampling.py: which frames; video_decoding.py: from files
     resize.py             the resize rule
     patches.py            cutting frames into patches
-    media.py              nesting, sources and checks of images and videos
+    media.py              nesting, decoding and checks of images and videos
+    image_sources.py      paths, addresses, base64 text; downloads.py: from the web; media_limits.py: how much of it
     chat_template.jinja   from messages to a prompt; chat_template.py: its loader
     special_tokens.py     the tokenizer's control tokens
 
@@ -16,13 +17,17 @@ Nothing here knows the model; the only shared facts are the sizes of patches, wh
 from .chat_template import load_chat_template
 from .collator import MultimodalChatCollator
 from .image_processing import MiniMaxM3VLImageProcessor
+from .media_limits import MediaLimits, get_media_limits, set_media_limits
 from .processor import MiniMaxM3VLProcessor
 from .video_processing import MiniMaxM3VLVideoProcessor
 
 __all__ = [
+    "MediaLimits",
     "MiniMaxM3VLImageProcessor",
     "MiniMaxM3VLProcessor",
     "MiniMaxM3VLVideoProcessor",
     "MultimodalChatCollator",
+    "get_media_limits",
     "load_chat_template",
+    "set_media_limits",
 ]
