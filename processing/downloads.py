@@ -114,10 +114,7 @@ def download(address: str, file: BinaryIO) -> None:
             request = client.build_request("GET", address)
             if _must_be_public(is_redirect):
                 request.extensions["trace"] = _watch_connection(request.url.raw_host.decode("ascii"))
-            try:
-                response = client.send(request, stream=True, follow_redirects=False)
-            except httpx.UnsupportedProtocol as error:  # httpx looks at the scheme of a redirect, too
-                raise ValueError(f"a redirect leads to an address that is not http(s): {error}") from error
+            response = client.send(request, stream=True, follow_redirects=False)
             try:
                 if not response.has_redirect_location:
                     return _write_body(response, file)

@@ -116,12 +116,17 @@ def read_image(source: str | bytes) -> Image.Image:
 def _open_image(file: BinaryIO, source: str | bytes) -> Image.Image:
     formats = get_media_limits().image_formats
     try:
-        return Image.open(file, formats=formats)
+        image = Image.open(file, formats=formats)
     except UnidentifiedImageError as error:
         content = f"no image in a format that {'Pillow reads' if formats is None else 'is allowed'}."
         if isinstance(file, io.BytesIO) and is_path_or_base64(source):
             raise ValueError(f"there is no such file, and as base64 text it is {content}") from error
         raise ValueError(f"it is {content}") from error
+    if image.format == "PNG":
+        image.verify()  # checksums, which decoding skips; the image cannot be used after it
+        file.seek(0)
+        image = Image.open(file, formats=("PNG",))
+    return image
 
 
 def load_pixels(image: Image.Image) -> None:
