@@ -8,7 +8,8 @@
     video_metadata.py     the times of frames; video_orientation.py: turning them upright
     resize.py             the resize rule
     patches.py            cutting frames into patches
-    media.py              nesting, sources and checks of images and videos
+    media.py              nesting, decoding and checks of images and videos
+    image_sources.py      paths, addresses, base64 text; downloads.py: from the web; media_limits.py: how much of it
     messages.py           what a chat may hold, checked before any media is loaded
     control_tokens.py     keeps control tokens that somebody typed text
     registration.py       tells Transformers' Auto classes about the processors
@@ -22,6 +23,7 @@ both read from their own files.
 from .chat_template import load_chat_template
 from .collator import MultimodalChatCollator
 from .image_processing import MiniMaxM3VLImageProcessor
+from .media_limits import MediaLimits, get_media_limits, set_media_limits
 from .processor import MiniMaxM3VLProcessor
 from .registration import register_processors
 from .video_processing import MiniMaxM3VLVideoProcessor
@@ -29,9 +31,12 @@ from .video_processing import MiniMaxM3VLVideoProcessor
 register_processors()
 
 __all__ = [
+    "MediaLimits",
     "MiniMaxM3VLImageProcessor",
     "MiniMaxM3VLProcessor",
     "MiniMaxM3VLVideoProcessor",
     "MultimodalChatCollator",
+    "get_media_limits",
     "load_chat_template",
+    "set_media_limits",
 ]

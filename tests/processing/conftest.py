@@ -4,10 +4,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,3 +186,37 @@ def clip(tmp_path) -> Callable[..., Path]:
 def video_file(tmp_path_factory) -> Path:
     """2.5 seconds at 10 frames per second: 25 frames of 60 x 90, frame i of brightness 10 * i."""
     return write_video(tmp_path_factory.mktemp("videos") / "gray.mp4", num_frames=25, fps=10)
+
+
+@pytest.fixture(scope="session")
+def web_host() -> Iterator[SimpleNamespace]:
+    """A web server on this machine.
+
+    `answers` maps a path to a status, headers and a body (bytes, or an iterable of bytes); `address` begins every
+    address of it, and `asked` lists the paths that were asked for.
+    """
+    host = SimpleNamespace(answers={}, asked=[])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            host.asked.append(self.path)
+            status, headers, body = host.answers.get(self.path, (404, {}, b""))
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            try:
+                for piece in [body] if isinstance(body, bytes) else body:
+                    self.wfile.write(piece)
+            except ConnectionError:  # the client has had enough
+                pass
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    host.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield host
+    server.shutdown()
+    server.server_close()
