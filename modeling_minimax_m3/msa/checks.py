@@ -6,10 +6,11 @@ synchronisation that they cost.
 """
 
 import os
-import sys
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
+
+from .sequences import compute_dtype
 
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -23,9 +24,16 @@ MAX_TOPK = 2**16
 
 
 def _describe(tensor: object) -> str:
-    if not isinstance(tensor, torch.Tensor):
-        return repr(tensor)
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(
+            f"`{name}` must be a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}"
+        )
 
 
 def check_tensor(
@@ -67,36 +75,33 @@ def check_unit_stride(name: str, tensor: torch.Tensor) -> None:
 
 def check_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"`{name}` must be an int, got {_short(value)} of type {type(value).__name__}")
 
 
 def check_at_least(name: str, value: int, minimum: int, maximum: int = _MAX_INT32) -> None:
     """Raises unless `value` is an int from `minimum` to `maximum`."""
     check_int(name, value)
     if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
+        raise ValueError(f"`{name}` must be at least {minimum}, got {_short(value)}")
     if value > maximum:
-        raise ValueError(f"`{name}` must be at most {maximum}, got {value}")
+        raise ValueError(f"`{name}` must be at most {maximum}, got {_short(value)}")
 
 
 def check_bool(name: str, value: bool) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {value!r}")
-
-
-def check_finite(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}")
-    largest = sys.float_info.max
-    if not -largest <= value <= largest:  # math.isfinite cannot be traced, and raises for ints past it
-        raise ValueError(f"`{name}` must be finite, got {value}")
+        raise TypeError(f"`{name}` must be True or False, got {_short(value)}")
 
 
 def scale(name: str, value: float | None, states: torch.Tensor) -> float:
     """The factor of the scores of `states` (..., D): `value` once checked, or 1 / sqrt(D) for None."""
     if value is None:
         return states.shape[-1] ** -0.5
-    check_finite(name, value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {_short(value)} of type {type(value).__name__}")
+    dtype = compute_dtype(states)
+    largest = torch.finfo(dtype).max
+    if not -largest <= value <= largest:  # also NaN, and ints that are no float
+        raise ValueError(f"`{name}` must be finite in {str(dtype).removeprefix('torch.')}, got {_short(value)}")
     return float(value)
 
 
@@ -280,6 +285,11 @@ def check_block_indices_values(block_indices: torch.Tensor) -> None:
             "`block_indices` must not list a block twice for the same query and head, "
             f"got {_abbreviate(block_indices[row].tolist())} at {row}"
         )
+
+
+def _short(value: object, limit: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _abbreviate(values: list, limit: int = 12) -> str:

@@ -27,7 +27,7 @@ _WORD = 0xFFFFFFFF
 
 # Places of a list: the `torch` backend does something for each of them, and draws one after the other.
 MAX_WIDTH = 1024
-MAX_KV_HEADS = 2**16
+MAX_KV_HEADS = 1024
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ def structured_blocks_of(
     checks.check_at_least("layer_idx", layer_idx, 0)
     if not isinstance(pattern, StructuredPattern):
         raise TypeError(f"`pattern` must be a StructuredPattern, got {pattern!r}")
-    if not isinstance(own_block, torch.Tensor) or own_block.dtype not in checks.INTEGER_DTYPES:
-        raise TypeError(f"`own_block` must be a tensor of integers, got {getattr(own_block, 'dtype', own_block)}")
+    checks.check_dense("own_block", own_block)
+    if own_block.dtype not in checks.INTEGER_DTYPES:
+        raise TypeError(f"`own_block` must be a tensor of integers, got {own_block.dtype}")
     if num_blocks is not None:
         checks.check_at_least("num_blocks", num_blocks, 0)
     seed = pattern.seed - 2**64 if pattern.seed >= 2**63 else pattern.seed  # operators take signed integers
