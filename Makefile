@@ -17,18 +17,25 @@ BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 INSTALLED := $(VENV)/.installed
+# of `make test-compatibility`: the environment with the newest versions, and which tests run
+NEWEST := .venv-newest
+CHOSEN ?= -m compatibility
 CXX_SOURCES = $(shell find modeling_minimax_m3 -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
 
 # nothing here reads from a model hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo finetune-demo test test-gpu lint format benchmark kernels check-kernels sanitize-kernels clean
+.PHONY: help setup demo finetune-demo test test-install test-compatibility test-versions check-upstream test-gpu lint format benchmark kernels check-kernels sanitize-kernels clean
 
 help:
 	@echo "make demo       build a tiny MiniMax-M3 and chat with a photograph, a video and a long text"
 	@echo "make finetune-demo"
 	@echo "                teach a tiny MiniMax-M3 a sentence with LoRA, and ask for it"
 	@echo "make test       run the tests (PYTEST_ARGS='-k name' to choose)"
+	@echo "make test-versions"
+	@echo "                run the tests on the oldest and on the newest versions of the dependencies"
+	@echo "make check-upstream"
+	@echo "                say whether a newer Transformers is out, and which tests fail on it"
 	@echo "make test-gpu   run the tests that need a GPU, on the Hopper and on the portable kernels"
 	@echo "make lint       check style"
 	@echo "make format     apply style"
@@ -40,7 +47,7 @@ setup: $(INSTALLED)
 
 # torch goes first and by itself, so that nothing else decides which build of it is taken
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Transformers 5.23 needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another with PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with PYTHON=...")'
 	@echo "Setting up $(VENV): a few minutes the first time, most of them for torch"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch torchvision
@@ -55,6 +62,22 @@ finetune-demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+# The README's Install, Load and Chat in an empty environment, which is made anew each time.
+test-install:
+	$(PYTHON) scripts/check_install.py $(NEWEST) --keep_wheel build/newest
+
+# Tests on the oldest versions that pyproject.toml allows, and on the newest, which `pip install` takes today.
+test-compatibility: test-install
+	$(NEWEST)/bin/python -m pip install -qq "$$(ls build/newest/*.whl)[dev]"
+	$(NEWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) $(CHOSEN)
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=requirements/oldest.txt PYTEST_ARGS="$(CHOSEN)"
+
+test-versions:
+	$(MAKE) test-compatibility CHOSEN=
+
+check-upstream: $(INSTALLED)
+	$(BIN)/python scripts/check_upstream.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -95,4 +118,4 @@ sanitize-kernels: $(INSTALLED)
 
 clean:
 	rm -rf modeling_minimax_m3/msa/kernels-*.so
-	rm -rf $(VENV) build dist demo_output finetune_demo .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(NEWEST) .venv-oldest .venv-upstream build dist demo_output finetune_demo .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -91,7 +91,7 @@ def decode(implementation: str, prompt: int) -> tuple[dict[str, torch.Tensor], d
     cache = DynamicCache(config=config)
 
     def feed(start: int, stop: int) -> torch.Tensor:
-        return model(tokens[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        return model(tokens[:, start:stop], cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 
     for start in range(0, prompt, PREFILL_CHUNK):
         feed(start, min(start + PREFILL_CHUNK, prompt))

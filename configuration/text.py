@@ -167,7 +167,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
 
     model_type = "minimax_m3_vl_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values", "indexer_loss"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "indexer_loss"]
     attribute_map = {"num_experts": "num_local_experts"}
     default_theta = 5000000.0
 

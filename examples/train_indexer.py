@@ -20,10 +20,13 @@ measured too: that of an indexer whose scores are the attention's own.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import torch
 from matplotlib.figure import Figure
@@ -31,6 +34,7 @@ from torch import nn
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM, msa
+from replace_when_done import replace_when_done
 
 TOKENS, BATCH = 512, 4
 TOPICS, CLASSES, VALUES = 24, 4, 4  # classes in a topic, values of a class
@@ -167,7 +171,8 @@ def plot(history: list[dict], warmup_steps: int, path: Path) -> None:
         panel.axvline(warmup_steps, color="0.6", linewidth=0.8)
         panel.annotate(" sparse", (warmup_steps, 0.97), xycoords=("data", "axes fraction"), fontsize=8, color="0.4")
     right.legend(loc="center right", fontsize=8)
-    figure.savefig(path)
+    with replace_when_done(path) as unfinished:
+        figure.savefig(unfinished)
 
 
 def main() -> None:
@@ -180,6 +185,7 @@ def main() -> None:
     parser.add_argument("--sparse-steps", type=int, default=100, help="steps of the indexers over the chosen blocks")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -220,10 +226,10 @@ def main() -> None:
         model.set_indexer_training(1.0, warmup=is_warmup)
         train(model, steps, 3e-3, generator, report_indexer)
     history[-1] |= measure(len(history), history[-1]["kl"])
-    arguments.output.mkdir(parents=True, exist_ok=True)
     plot(history, arguments.warmup_steps, arguments.output / "indexer_training.png")
     rows = ",\n".join(json.dumps(entry) for entry in history)
-    (arguments.output / "indexer_training.json").write_text(f"[\n{rows}\n]\n")
+    with replace_when_done(arguments.output / "indexer_training.json") as unfinished:
+        unfinished.write_text(f"[\n{rows}\n]\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from .materialized import select_blocks_under_mask, sparse_attention_weights
 from .normalization import MiniMaxM3VLRMSNorm
 from .rotary import apply_rotary
 from .sequence_layout import SequenceLayout
+from .transformers_versions import takes_cache
 
 logger = logging.get_logger(__name__)
 
@@ -63,12 +64,13 @@ class MiniMaxM3VLAttention(nn.Module):
                 f"`attention_dropout` is {self.attention_dropout}, but layers that attend to chosen blocks apply none."
             )
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: SequenceLayout,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool = False,
         output_indexer_loss: bool = False,
         **kwargs,
@@ -78,7 +80,7 @@ class MiniMaxM3VLAttention(nn.Module):
             hidden_states (`torch.Tensor`): (B, T, hidden).
             position_embeddings: Cosines and sines, (B, T, R) each.
             attention_mask (`SequenceLayout`): Where the sequences lie.
-            past_key_values (`Cache`, *optional*): Receives the keys and values of this pass.
+            cache (`Cache`, *optional*): Receives the keys and values of this pass.
             output_attentions (`bool`): Whether to build the attention weights, at quadratic memory.
             output_indexer_loss (`bool`): Whether to compute the divergence of the indexer from the attention.
 
@@ -94,16 +96,16 @@ class MiniMaxM3VLAttention(nn.Module):
         projected_dtype, dtype = query.dtype, self._attention_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
-        if past_key_values is not None:
-            cached = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+        if cache is not None:
+            cached = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
             if layout.is_cached or layout.allowed is not None:
                 key, value = (states.transpose(1, 2) for states in cached)
 
         index = None
         if self.indexer is not None:
             index_query, index_key = (states.to(dtype) for states in self.indexer(hidden_states, position_embeddings))
-            if past_key_values is not None:
-                cached = past_key_values.layers[self.layer_idx].update_index(index_key.unsqueeze(1))
+            if cache is not None:
+                cached = cache.layers[self.layer_idx].update_index(index_key.unsqueeze(1))
                 if layout.is_cached or layout.allowed is not None:
                     index_key = cached.squeeze(1)
             index = (index_query, index_key)

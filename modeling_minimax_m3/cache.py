@@ -177,6 +177,8 @@ class MiniMaxM3VLStructuredDynamicLayer(MiniMaxM3VLDynamicLayer):
 class MiniMaxM3VLStaticLayer(StaticLayer):
     """Preallocated cache layer of dense attention, written in place so that CUDA graphs can replay it."""
 
+    is_croppable = True
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
@@ -307,17 +309,16 @@ def adopt_cache(cache: Cache, layer_types: list[str], batch: int) -> None:
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(
-            f"`past_key_values` must be a `Cache` of a decoder, such as `DynamicCache(config=model.config)`, "
+            f"`cache` must be a `Cache` of a decoder, such as `DynamicCache(config=model.config)`, "
             f"got {type(cache).__name__}"
         )
     if cache.layers and len(cache.layers) != len(layer_types):
         raise ValueError(
-            f"`past_key_values` must have one layer for each of the model's {len(layer_types)} layers, "
-            f"got {len(cache.layers)}"
+            f"`cache` must have one layer for each of the model's {len(layer_types)} layers, got {len(cache.layers)}"
         )
     rows = {len(layer.keys) for layer in cache.layers if layer.is_initialized and layer.keys.numel() > 0}
     if rows - {batch}:
-        raise ValueError(f"`past_key_values` must hold the input's {batch} rows, got {max(rows)}")
+        raise ValueError(f"`cache` must hold the input's {batch} rows, got {max(rows)}")
     if cache.layer_class_to_replicate is DynamicLayer and not cache.layers:
         cache.layers = [DynamicLayer() for _ in layer_types]  # a cache made without a config
     for index, (layer, layer_type) in enumerate(zip(cache.layers, layer_types)):
@@ -335,7 +336,7 @@ def adopt_cache(cache: Cache, layer_types: list[str], batch: int) -> None:
                 cache.layers[index] = layer = layer_class()
         if is_sparse and not hasattr(layer, "update_index"):
             raise ValueError(
-                f"`past_key_values` has a {type(layer).__name__} for layer {index}, which keeps no index keys, but "
+                f"`cache` has a {type(layer).__name__} for layer {index}, which keeps no index keys, but "
                 f"that layer's type is {layer_type!r}. Make the cache with `DynamicCache(config=model.config)` or "
                 "`StaticCache(config=model.config, ...)`."
             )

@@ -51,6 +51,25 @@ def batch_share(
     return (targets != ignore_index).sum().to(device) / _on(device, num_items)
 
 
+def without_targets_of_padding(
+    labels: torch.Tensor | None, attention_mask: Any, ignore_index: int = -100
+) -> torch.Tensor | None:
+    """`labels` (B, T) with `ignore_index` where padding would make the prediction.
+
+    The last pad to the left of a row stands before the row's first token. Its output means nothing, and the unpadded
+    row has no such prediction: counted, it would make the loss depend on the padding.
+
+    Args:
+        labels (`torch.Tensor`, *optional*): (B, T), not shifted, of the last T tokens.
+        attention_mask: (B, S) with 0 at padding; labels stay as they are with any other form of mask, or None.
+        ignore_index (`int`): See `causal_lm_loss`.
+    """
+    if labels is None or not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return labels
+    is_padding = attention_mask[:, attention_mask.shape[1] - labels.shape[1] : -1] == 0
+    return labels.masked_fill(F.pad(is_padding, (1, 0)).to(labels.device), ignore_index)
+
+
 def causal_lm_loss(
     lm_head: nn.Module,
     hidden_states: torch.Tensor,

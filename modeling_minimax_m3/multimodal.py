@@ -3,83 +3,32 @@
 B is the batch size, T the number of tokens of this pass, H the hidden size of the language model.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, logging, torch_compilable_check
+from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import accepts_precomputed_kwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig
 
 from .indexer import indexer_loss
-from .language_loss import LanguageModelingHead, batch_share
+from .language_loss import LanguageModelingHead, batch_share, without_targets_of_padding
 from .moe import load_balancing_loss
 from .multimodal_generation import PIXEL_NAMES, TOKEN_TYPES, MultimodalGenerationMixin
+from .outputs import MiniMaxM3VLCausalLMOutputWithPast, MiniMaxM3VLModelOutputWithPast
 from .pretrained import MiniMaxM3VLPreTrainedModel
 from .sequence_layout import real_tokens
 from .text import MiniMaxM3VLTextModel
+from .transformers_versions import output_fields, takes_cache
 from .vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class MiniMaxM3VLModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of `MiniMaxM3VLModel`.
-
-    Args:
-        image_hidden_states (`tuple[torch.Tensor]`, *optional*): For each image, `(merged patches, H)` projected
-            features.
-        video_hidden_states (`tuple[torch.Tensor]`, *optional*): The same for each row of `video_grid_thw`.
-        router_logits (`tuple[torch.Tensor]`, *optional*): `(B * T, experts)` for each layer with experts.
-        indexer_divergence (`torch.Tensor`, *optional*): `(B, T)` float32: the KL divergence of the indexers from the
-            main attention, in nats, mean over index heads and sparse layers. Unspecified at pads.
-    """
-
-    image_hidden_states: tuple[torch.Tensor, ...] | None = None
-    video_hidden_states: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    indexer_divergence: torch.Tensor | None = None
-
-
-@dataclass
-class MiniMaxM3VLCausalLMOutputWithPast(ModelOutput):
-    """Output of `MiniMaxM3SparseForConditionalGeneration`.
-
-    Args:
-        loss (`torch.Tensor`, *optional*): Scalar, where labels were given: language-modelling loss, plus the weighted
-            load-balancing loss where router logits were asked for, plus the weighted loss of the indexers.
-        logits (`torch.Tensor`, *optional*): `(B, kept tokens, vocab_size)`. None where the loss was computed without
-            them: see `skip_logits` of `forward`.
-        past_key_values (`Cache`, *optional*): The cache, extended by this pass.
-        hidden_states (`tuple[torch.Tensor]`, *optional*): `(B, T, H)` after the embedding and after every layer.
-        attentions (`tuple[torch.Tensor]`, *optional*): `(B, heads, T, keys)` probabilities of every layer.
-        image_hidden_states (`tuple[torch.Tensor]`, *optional*): For each image, `(merged patches, H)` projected
-            features.
-        video_hidden_states (`tuple[torch.Tensor]`, *optional*): The same for each row of `video_grid_thw`.
-        aux_loss (`torch.Tensor`, *optional*): Scalar load-balancing loss, before its coefficient.
-        router_logits (`tuple[torch.Tensor]`, *optional*): `(B * T, experts)` for each layer with experts.
-        indexer_loss (`torch.Tensor`, *optional*): Scalar, before its coefficient: the divergence of the indexers from
-            the main attention, in nats, over the tokens that the language loss counts.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: tuple[torch.Tensor, ...] | None = None
-    video_hidden_states: tuple[torch.Tensor, ...] | None = None
-    aux_loss: torch.Tensor | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    indexer_loss: torch.Tensor | None = None
 
 
 def _check_one_feature_per_placeholder(
@@ -267,8 +216,8 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         images: tuple[torch.Tensor, torch.Tensor | None],
         videos: tuple[torch.Tensor, torch.Tensor | None],
         kwargs: dict[str, Any],
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Features of images and of videos, each given as pixels and grid, from one call of the tower."""
+    ) -> tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling]:
+        """Features (`pooler_output`) of images and of videos, each given as pixels and grid, from one call of the tower."""
         tower, cu_seqlens, max_seqlens, position_ids = self.vision_tower, [], [], []
         for modality, (pixel_values, grid_thw) in (("image", images), ("video", videos)):
             _check_grid_is_given(modality, grid_thw)
@@ -286,7 +235,9 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             position_ids=torch.cat(position_ids),
         ).pooler_output
         num_images = images[1].shape[0]
-        return features[:num_images], features[num_images:]
+        return tuple(
+            BaseModelOutputWithPooling(pooler_output=part) for part in (features[:num_images], features[num_images:])
+        )
 
     def _encode_modality(
         self,
@@ -295,20 +246,22 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         grid_thw: torch.Tensor | None,
         encoded: dict[str, BaseModelOutputWithPooling],
         kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, ...] | None:
-        """Features of one modality, from its pixels or already encoded; None where there are neither."""
+    ) -> BaseModelOutputWithPooling | None:
+        """The tower's output for one modality, from its pixels or already encoded; None where there are neither."""
         precomputed = _pop_precomputed(modality, kwargs)
         output, pixel_name = encoded.get(modality), PIXEL_NAMES[modality]
         if pixel_values is None:
-            return None if output is None else output.pooler_output
+            return output
         if output is not None:
             raise ValueError(
                 f"Pass the {modality} inputs once: got both {pixel_name} and mm_encoder_outputs['{modality}']."
             )
         _check_grid_is_given(modality, grid_thw)
         encode = self.get_image_features if modality == "image" else self.get_video_features
-        return encode(pixel_values, grid_thw, return_dict=True, **precomputed).pooler_output
+        flags = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+        return encode(pixel_values, grid_thw, return_dict=True, **flags, **precomputed)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -319,7 +272,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         video_grid_thw: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
@@ -338,7 +291,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
                 itself alone.
             attention_mask (`torch.Tensor`, *optional*): `(B, keys)`, 0 at pads.
             position_ids (`torch.LongTensor`, *optional*): `(B, T)`.
-            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
+            cache (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
             inputs_embeds (`torch.Tensor`, *optional*): `(B, T, H)`.
             mm_encoder_outputs (`dict`, *optional*): Outputs of `get_image_features` and `get_video_features` under
                 `"image"` and `"video"`, in place of the pixels. Where several processes get such, it is given in every
@@ -362,15 +315,18 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
 
         images, videos = (pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)
         num_media = (pixel_values is not None) + (pixel_values_videos is not None)
-        calls_once = past_key_values is None and mm_encoder_outputs is None and self._peers_wait_for_vision()
+        calls_once = cache is None and mm_encoder_outputs is None and self._peers_wait_for_vision()
         nothing = None
         if calls_once and num_media == 2:
-            image_features, video_features = self._encode_together(images, videos, kwargs)
+            image_outputs, video_outputs = self._encode_together(images, videos, kwargs)
         else:
-            image_features = self._encode_modality("image", *images, encoded, kwargs)
-            video_features = self._encode_modality("video", *videos, encoded, kwargs)
+            image_outputs = self._encode_modality("image", *images, encoded, kwargs)
+            video_outputs = self._encode_modality("video", *videos, encoded, kwargs)
             if calls_once and num_media == 0:
                 nothing = self._nothing_seen(input_ids if inputs_embeds is None else inputs_embeds)
+        image_features, video_features = (
+            None if output is None else output.pooler_output for output in (image_outputs, video_outputs)
+        )
         if inputs_embeds is None:
             self._warn_about_lone_placeholders(
                 input_ids, mm_token_type_ids, image=image_features, video=video_features
@@ -385,20 +341,22 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             return_dict=True,
             **kwargs,
         )
         return MiniMaxM3VLModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=image_features,
-            video_hidden_states=video_features,
-            router_logits=outputs.router_logits,
-            indexer_divergence=outputs.indexer_divergence,
+            **output_fields(
+                last_hidden_state=outputs.last_hidden_state,
+                cache=outputs.cache,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+                router_logits=outputs.router_logits,
+                image_outputs=image_outputs,
+                video_outputs=video_outputs,
+                indexer_divergence=outputs.indexer_divergence,
+            )
         )
 
     @staticmethod
@@ -483,6 +441,7 @@ class MiniMaxM3SparseForConditionalGeneration(
         """See `MiniMaxM3VLModel.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -493,7 +452,7 @@ class MiniMaxM3SparseForConditionalGeneration(
         video_grid_thw: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         output_router_logits: bool | None = None,
@@ -534,7 +493,7 @@ class MiniMaxM3SparseForConditionalGeneration(
             video_grid_thw=video_grid_thw,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             output_router_logits=output_router_logits,
             output_indexer_loss=output_indexer_loss,
@@ -544,6 +503,8 @@ class MiniMaxM3SparseForConditionalGeneration(
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        if isinstance(logits_to_keep, int):
+            labels = without_targets_of_padding(labels, attention_mask, kwargs.get("ignore_index", -100))
         logits, loss = self.logits_and_loss(hidden_states, labels, skip_logits, **kwargs)
 
         aux_loss = None
@@ -567,14 +528,16 @@ class MiniMaxM3SparseForConditionalGeneration(
                 loss = loss + text_config.indexer_loss_coef * kl_loss.to(loss.device)
 
         return MiniMaxM3VLCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            video_hidden_states=outputs.video_hidden_states,
-            aux_loss=aux_loss,
-            router_logits=outputs.router_logits,
-            indexer_loss=kl_loss,
+            **output_fields(
+                loss=loss,
+                aux_loss=aux_loss,
+                logits=logits,
+                cache=outputs.cache,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+                router_logits=outputs.router_logits,
+                image_outputs=outputs.image_outputs,
+                video_outputs=outputs.video_outputs,
+                indexer_loss=kl_loss,
+            )
         )

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .text import MiniMaxM3GenerationMixin
+from .transformers_versions import CACHE_NAME
 
 # What `mm_token_type_ids` holds at the placeholders of each modality; 0 is text.
 TOKEN_TYPES = {"image": 1, "video": 2}
@@ -57,7 +58,7 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
         prompt: torch.Tensor, model_kwargs: dict[str, Any], generation_config: GenerationConfig
     ) -> int:
         """How many of the prompt's first tokens the cache holds; 0 where the prompt is what follows the cache."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is None:
             return 0
         mask = model_kwargs.get("attention_mask")

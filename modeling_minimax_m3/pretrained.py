@@ -27,7 +27,7 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     # The released checkpoint carries multi-token-prediction weights that no class here uses.
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)mtp\..*"]
     _supports_sdpa = True

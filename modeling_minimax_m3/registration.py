@@ -1,4 +1,4 @@
-"""The one place that tells Transformers about our classes, so that its Auto classes and pipelines return them.
+"""Tells Transformers about our classes, so that its Auto classes and pipelines return them.
 
 Transformers has a model of the same name. Registering replaces what the Auto classes resolve to; stock's own classes
 stay importable and go on working.
@@ -6,19 +6,15 @@ stay importable and go on working.
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    AutoProcessor,
-    AutoVideoProcessor,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig
-from processing_minimax_m3 import MiniMaxM3VLImageProcessor, MiniMaxM3VLProcessor, MiniMaxM3VLVideoProcessor
+from processing_minimax_m3.registration import register_processors
 
 from .fused_projections import with_fused_projections
 from .multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
@@ -38,15 +34,7 @@ def register() -> None:
     for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto_class.register(MiniMaxM3VLConfig, MiniMaxM3SparseForConditionalGeneration, exist_ok=True)
 
-    AutoImageProcessor.register(
-        MiniMaxM3VLConfig, image_processor_classes={"torchvision": MiniMaxM3VLImageProcessor}, exist_ok=True
-    )
-    AutoVideoProcessor.register(
-        MiniMaxM3VLConfig, video_processor_classes={"torchvision": MiniMaxM3VLVideoProcessor}, exist_ok=True
-    )
-    AutoProcessor.register(MiniMaxM3VLConfig, MiniMaxM3VLProcessor, exist_ok=True)
-    # AutoProcessor looks a saved class name up among the built-in names first, and would find stock's.
-    PROCESSOR_MAPPING_NAMES.pop(MiniMaxM3VLConfig.model_type, None)
+    register_processors()
 
     # Transformers converts checkpoint names only for its own classes and for model types registered by hand.
     register_checkpoint_conversion_mapping(

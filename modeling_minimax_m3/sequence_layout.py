@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import is_torchdynamo_compiling
 
 from .msa.sequences import sequence_of
+from .transformers_versions import takes_cache
 
 
 @dataclass
@@ -178,7 +179,7 @@ def _offsets(lengths: torch.Tensor) -> torch.Tensor:
 def build_layout(
     attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
     position_ids: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     batch: int,
     num_new: int,
     device: torch.device,
@@ -194,7 +195,7 @@ def build_layout(
             additive (0 attends, the lowest number or -inf does not); or the dict that `create_masks_for_generate`
             returns; or None.
         position_ids: (B, T); one that does not grow starts a new sequence.
-        past_key_values: The cache that this pass appends to, if any.
+        cache: The cache that this pass appends to, if any.
         batch, num_new: B and T.
         device: Where the inputs are.
         cu_seq_lens_q, cu_seq_lens_k (sequences + 1): Offsets of packed sequences among the B * T tokens. Tokens after
@@ -206,12 +207,12 @@ def build_layout(
         ValueError: The inputs' shapes or values contradict each other.
         NotImplementedError: `cu_seq_lens_*` together with a cache that holds tokens.
     """
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = 0 if cache is None else cache.get_seq_length()
     holds_tokens = isinstance(past, torch.Tensor) or past > 0
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         if holds_tokens:
             raise NotImplementedError(
-                "`cu_seq_lens_q` / `cu_seq_lens_k` describe packed sequences without a past, but `past_key_values` "
+                "`cu_seq_lens_q` / `cu_seq_lens_k` describe packed sequences without a past, but `cache` "
                 "holds tokens already. Pass a 2-D `attention_mask` to continue from a cache."
             )
         return _packed_layout(cu_seq_lens_q, cu_seq_lens_k, batch, num_new, device)
@@ -221,14 +222,14 @@ def build_layout(
         else:
             return SequenceLayout(batch, num_new, **attention_mask)
     if attention_mask is not None and attention_mask.dim() == 4:
-        return _layout_of_full_mask(attention_mask, past, past_key_values, batch, num_new, num_heads)
+        return _layout_of_full_mask(attention_mask, past, cache, batch, num_new, num_heads)
     if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[0] != batch):
         raise ValueError(
             f"`attention_mask` must have shape (batch, tokens) or (batch, heads, new tokens, tokens) with batch {batch}, "
             f"got {tuple(attention_mask.shape)}"
         )
     if holds_tokens:
-        return _cached_layout(attention_mask, past, past_key_values, batch, num_new, device)
+        return _cached_layout(attention_mask, past, cache, batch, num_new, device)
     if attention_mask is not None:
         return _padded_layout(attention_mask, batch, num_new)
     if may_be_packed and position_ids is not None and num_new > 1:
@@ -343,14 +344,14 @@ def _padded_layout(attention_mask: torch.Tensor, batch: int, num_new: int) -> Se
 def _layout_of_full_mask(
     attention_mask: torch.Tensor,
     past: int | torch.Tensor,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     batch: int,
     num_new: int,
     num_heads: int | None,
 ) -> SequenceLayout:
     rows, heads, queries, keys = attention_mask.shape
     # A static cache hands out all of its slots, a dynamic one those in use.
-    capacity = -1 if past_key_values is None else past_key_values.get_max_length(0)
+    capacity = -1 if cache is None else cache.get_max_length(0)
     expected = f"{past + num_new}" if capacity < 0 else f"at most the {capacity} of the static cache"
     fits = keys == past + num_new if capacity < 0 else keys <= capacity
     if rows not in (1, batch) or heads not in (1, num_heads or heads) or queries != num_new or not fits:
@@ -379,7 +380,7 @@ def _layout_of_full_mask(
 def _cached_layout(
     attention_mask: torch.Tensor | None,
     past: int | torch.Tensor,
-    past_key_values: Cache,
+    cache: Cache,
     batch: int,
     num_new: int,
     device: torch.device,
@@ -394,7 +395,7 @@ def _cached_layout(
             f"got shape {tuple(attention_mask.shape)}"
         )
     if isinstance(past, torch.Tensor):
-        capacity = past_key_values.get_max_length(0)
+        capacity = cache.get_max_length(0)
         if attention_mask.shape[1] > capacity:
             raise ValueError(
                 f"`attention_mask` must cover at most the {capacity} slots of the static cache, "
@@ -431,11 +432,12 @@ def _cached_rows(attention_mask: torch.Tensor, used: int | torch.Tensor, num_new
     }
 
 
+@takes_cache
 def create_masks_for_generate(
     config,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor | dict[str, torch.Tensor] | None:
@@ -444,14 +446,14 @@ def create_masks_for_generate(
     `generate` calls this before every compiled step. The layout of cached rows is worked out here, where values may be
     looked at, in tensors of a shape that stays the same from step to step.
     """
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = 0 if cache is None else cache.get_seq_length()
     if not isinstance(past, torch.Tensor) or (attention_mask is not None and attention_mask.dim() != 2):
         return attention_mask
     batch, num_new = inputs_embeds.shape[:2]
     used = past + num_new
     if attention_mask is None:
         return {"cache_seqlens": _per_row(used, batch, inputs_embeds.device)}
-    capacity = past_key_values.get_max_length(0)
+    capacity = cache.get_max_length(0)
     rows = _cached_rows(
         torch.nn.functional.pad(attention_mask, (0, capacity - attention_mask.shape[1])), used, num_new
     )

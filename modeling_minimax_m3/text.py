@@ -1,14 +1,11 @@
 """The text model: decoder layers over dense or sparse attention, and the causal language model."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -19,12 +16,14 @@ from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 from .attention import MiniMaxM3VLAttention
 from .cache import adopt_cache
 from .indexer import indexer_loss
-from .language_loss import LanguageModelingHead, batch_share
+from .language_loss import LanguageModelingHead, batch_share, without_targets_of_padding
 from .moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter, load_balancing_loss
 from .normalization import MiniMaxM3VLRMSNorm
+from .outputs import MiniMaxM3VLTextCausalLMOutputWithPast, MiniMaxM3VLTextModelOutputWithPast
 from .pretrained import MiniMaxM3VLPreTrainedModel
 from .rotary import MiniMaxM3VLRotaryEmbedding
 from .sequence_layout import SequenceLayout, build_layout, create_masks_for_generate, real_tokens
+from .transformers_versions import CACHE_NAME, GenerationMixin, output_fields, takes_cache
 
 logger = logging.get_logger(__name__)
 
@@ -41,12 +40,13 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = MiniMaxM3VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MiniMaxM3VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: SequenceLayout,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_indexer_loss: bool = False,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
@@ -56,7 +56,7 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             output_indexer_loss=output_indexer_loss,
             **kwargs,
         )
@@ -64,30 +64,6 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         # Returned, and not collected by a hook or an attribute, because gradient checkpointing sees nothing else.
         return (hidden_states, divergence) if output_indexer_loss else hidden_states
-
-
-@dataclass
-class MiniMaxM3VLTextModelOutputWithPast(MoeModelOutputWithPast):
-    """Output of `MiniMaxM3VLTextModel`.
-
-    Args:
-        indexer_divergence (`torch.Tensor`, *optional*): (B, T) float32: the KL divergence of the indexers from the
-            main attention, in nats, mean over index heads and sparse layers. Unspecified at pads.
-    """
-
-    indexer_divergence: torch.Tensor | None = None
-
-
-@dataclass
-class MiniMaxM3VLTextCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """Output of `MiniMaxM3VLForCausalLM`.
-
-    Args:
-        indexer_loss (`torch.Tensor`, *optional*): Scalar, before its coefficient: the divergence of the indexers from
-            the main attention, in nats, over the tokens that the language loss counts.
-    """
-
-    indexer_loss: torch.Tensor | None = None
 
 
 class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
@@ -119,6 +95,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -126,7 +103,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
@@ -141,7 +118,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
                 (B, heads, T, S) mask of your own, boolean or additive, which makes every layer quadratic in tokens.
             position_ids (`torch.LongTensor`, *optional*): (B, T), used by the rotary embedding. Without a mask and a
                 cache, a position that does not grow starts a new packed sequence.
-            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; receives those of this pass.
+            cache (`Cache`, *optional*): Keys and values of earlier tokens; receives those of this pass.
             inputs_embeds (`torch.FloatTensor`, *optional*): (B, T, hidden).
             use_cache (`bool`, *optional*): Whether to return a cache. Packed sequences never make one.
             cu_seq_lens_q, cu_seq_lens_k (`torch.Tensor`, *optional*): (sequences + 1,) offsets of packed sequences
@@ -152,6 +129,9 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         Raises:
             ValueError: Inputs of the wrong shape, that contradict each other, or longer than the context.
         """
+        for name, value in kwargs.items():
+            if isinstance(value, Cache):  # a name of another release of Transformers: the past would be forgotten
+                raise TypeError(f"`{name}` is no argument of this model: pass the cache as `cache`")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         if inputs_embeds is None:
@@ -161,24 +141,24 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         batch, num_new = inputs_embeds.shape[:2]
         if batch == 0 or num_new == 0:
             raise ValueError(f"the input must hold at least one token, got batch {batch} and {num_new} tokens")
-        if past_key_values is not None:
-            adopt_cache(past_key_values, self.config.layer_types, batch)
+        if cache is not None:
+            cache = self._usable_cache(cache, batch)
         layout = build_layout(
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             batch,
             num_new,
             inputs_embeds.device,
             cu_seq_lens_q=cu_seq_lens_q,
             cu_seq_lens_k=cu_seq_lens_k,
-            may_be_packed=past_key_values is None,
+            may_be_packed=cache is None,
             num_heads=self.config.num_attention_heads,
         )
-        self._check_context_length(past_key_values, layout)
-        if use_cache and past_key_values is None and not layout.is_packed:
-            past_key_values = DynamicCache(config=self.config)
-            adopt_cache(past_key_values, self.config.layer_types, batch)
+        self._check_context_length(cache, layout)
+        if use_cache and cache is None and not layout.is_packed:
+            cache = DynamicCache(config=self.config)
+            adopt_cache(cache, self.config.layer_types, batch)
         if position_ids is None:
             position_ids = layout.positions()
         elif (
@@ -211,7 +191,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=layout,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 output_indexer_loss=output_indexer_loss,
                 **kwargs,
@@ -223,12 +203,26 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         if divergences:
             divergence = sum(other.to(hidden_states.device) for other in divergences) / len(divergences)
         return MiniMaxM3VLTextModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, indexer_divergence=divergence
+            **output_fields(last_hidden_state=self.norm(hidden_states), cache=cache, indexer_divergence=divergence)
         )
 
-    def _check_context_length(self, past_key_values: Cache | None, layout: SequenceLayout) -> None:
+    def _usable_cache(self, cache: Cache, batch: int) -> Cache | None:
+        adopt_cache(cache, self.config.layer_types, batch)
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return cache
+        # The backward runs each layer again, which would write to the cache again.
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                f"`cache` holds {int(cache.get_seq_length())} tokens, which gradient checkpointing cannot read in a "
+                "forward with gradients. Call the model under `torch.no_grad()` or in evaluation mode, or switch "
+                "gradient checkpointing off with `model.gradient_checkpointing_disable()`."
+            )
+        logger.warning_once("`cache` is not filled: gradient checkpointing cannot be combined with it.")
+        return None
+
+    def _check_context_length(self, cache: Cache | None, layout: SequenceLayout) -> None:
         limit = context_length(self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         if isinstance(past, torch.Tensor):  # a static cache has its own bound, and asking it would wait for the device
             past = 0
         # Rows that long may still consist of shorter sequences and padding.
@@ -249,7 +243,7 @@ class MiniMaxM3GenerationMixin(GenerationMixin):
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         # An offloaded cache moves between devices at every step, so a compiled step would be compiled again each time.
-        if getattr(model_kwargs.get("past_key_values"), "offloading", False):
+        if getattr(model_kwargs.get(CACHE_NAME), "offloading", False):
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
@@ -293,13 +287,14 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
         self.num_experts_per_tok = config.num_experts_per_tok
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -311,7 +306,7 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
     ) -> MiniMaxM3VLTextCausalLMOutputWithPast:
         """
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, and `cu_seq_lens_q` /
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, and `cu_seq_lens_q` /
                 `cu_seq_lens_k` in `kwargs`: As in `MiniMaxM3VLTextModel.forward`.
             labels (`torch.LongTensor`, *optional*): (B, T), token ids to predict, -100 where nothing is to be learned.
             output_router_logits (`bool`, *optional*): Whether to return the router logits and the balance loss, which
@@ -333,7 +328,7 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
@@ -342,6 +337,8 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        if isinstance(logits_to_keep, int):
+            labels = without_targets_of_padding(labels, attention_mask, kwargs.get("ignore_index", -100))
         logits, loss = self.logits_and_loss(hidden_states, labels, skip_logits, **kwargs)
         aux_loss = None
         if output_router_logits:
@@ -362,12 +359,14 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
             if loss is not None:
                 loss = loss + self.config.indexer_loss_coef * kl_loss.to(loss.device)
         return MiniMaxM3VLTextCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            indexer_loss=kl_loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            **output_fields(
+                loss=loss,
+                aux_loss=aux_loss,
+                indexer_loss=kl_loss,
+                logits=logits,
+                cache=outputs.cache,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+                router_logits=outputs.router_logits,
+            )
         )

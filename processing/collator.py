@@ -1,13 +1,16 @@
 """Batches for fine-tuning on chats with images and videos."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .processor import MiniMaxM3VLProcessor, is_list
+from .chat_template import check_thinking_mode
+from .messages import is_list
+from .processor import MiniMaxM3VLProcessor
 
 IGNORED = -100  # label of a token that is not learned
 
@@ -23,7 +26,8 @@ MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_
 class MultimodalChatCollator:
     """Turns rows of chats, with or without images and videos, into a batch of which the assistant's turns are learned.
 
-    A row has `messages` in the form that `processor.apply_chat_template` takes, and optionally `tools`. Images and
+    A row has `messages` in the form that `processor.apply_chat_template` takes, and optionally `tools` and
+    `chat_template_kwargs` (variables of the chat template, `{"thinking_mode": "disabled"}` for one). Images and
     videos stand in the messages (`{"type": "image", "image": ...}`), or in columns `images` and `videos` of the row,
     whose items go in order to the parts that name none (`{"type": "image"}`). Where the messages have no such part
     at all, they come before the first user message's text. Columns may hold anything that the processor reads, and
@@ -34,6 +38,8 @@ class MultimodalChatCollator:
         max_length (`int`, *optional*): Longer rows lose their end, if that is text. See `fits`.
         pad_to_multiple_of (`int`, *optional*): Round the batch's length up to a multiple of this.
         processor_kwargs (`dict`): Options of the processor's call, such as `{"videos_kwargs": {"fps": 1.0}}`.
+        chat_template_kwargs (`dict`): Variables of the chat template for rows that do not set them themselves. Without
+            `thinking_mode`, here or in its row, an answer is learned under the chat template's default, "adaptive".
 
     Returns, from a call with a list of rows:
         `dict` of tensors: input_ids, attention_mask, labels, (rows, tokens), padded on the right; pixel_values,
@@ -41,25 +47,30 @@ class MultimodalChatCollator:
         the assistant wrote, its end-of-turn token included, and -100 elsewhere.
 
     Raises:
-        ValueError: A row has no messages, images or videos do not match the parts that want them, or `max_length`
-            would cut an image or a video off.
+        ValueError: A row has no messages, images or videos do not match the parts that want them, its thinking mode is
+            none, or `max_length` would cut an image or a video off. It names the row of the batch.
     """
 
     processor: MiniMaxM3VLProcessor
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("max_length", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer or None, got {value!r}.")
+        template_variables({}, self.chat_template_kwargs)
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if not rows:
             raise ValueError("`rows` must hold at least one row, got none.")
-        encoded = [self._encode(row) for row in rows]
+        encoded = []
+        for index, row in enumerate(rows):
+            with named_in_errors(f"row {index} of the batch"):
+                encoded.append(self._encode(row))
         longest = max(len(row["input_ids"]) for row in encoded)
         if self.pad_to_multiple_of:
             longest += -longest % self.pad_to_multiple_of
@@ -103,6 +114,7 @@ class MultimodalChatCollator:
             return_assistant_tokens_mask=True,
             return_tensors="pt",
             processor_kwargs=dict(self.processor_kwargs),
+            **template_variables(row, self.chat_template_kwargs),
         )
         ids = output["input_ids"][0]
         learned = torch.as_tensor(output["assistant_masks"])[0].bool() & ~self._is_media(ids)
@@ -128,7 +140,10 @@ class MultimodalChatCollator:
         """The row's messages, each part of which holds its own image or video."""
         if not row.get("messages"):
             raise ValueError(f"a row must have `messages`, a list that is not empty; it has {', '.join(row)}.")
-        messages = [_without_empty(message) for message in row["messages"]]
+        messages = row["messages"]
+        if not is_list(messages) or not all(isinstance(message, Mapping) for message in messages):
+            return messages  # which the processor refuses, with its place
+        messages = [_without_empty(message) for message in messages]
         for message in messages:
             if is_list(message.get("content")):
                 message["content"] = [_with_sources(_without_empty(part)) for part in message["content"]]
@@ -141,6 +156,30 @@ class MultimodalChatCollator:
                 )
             _distribute(kind, [_as_source(item) for item in items], messages)
         return messages
+
+
+@contextmanager
+def named_in_errors(row: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{row}: {error}") from error
+
+
+def template_variables(row: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of the chat template for a row: those in its `chat_template_kwargs`, else the given ones.
+
+    Raises:
+        ValueError: they are no mapping, or their thinking mode is none.
+    """
+    variables = {}
+    for given in (default, row.get("chat_template_kwargs")):
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(f"`chat_template_kwargs` must be a mapping of names and values, got {given!r:.100}.")
+        variables |= without_none(given or {})
+    if "thinking_mode" in variables:
+        check_thinking_mode(variables["thinking_mode"], "`thinking_mode` in `chat_template_kwargs`")
+    return variables
 
 
 def without_none(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import group_images_by_shape, reorder_images
@@ -17,7 +18,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from configuration_minimax_m3.auto_class import AutoClassByImport
 
-from .media import as_source, check_pixels, check_range, describe, flatten_images, read_image
+from .media import check_pixels, check_range, describe, fetch_images, flatten_images, turn_upright
 from .patches import patchify
 from .resize import check_pixel_bounds, fits_patch_grid, smart_resize
 
@@ -50,8 +51,13 @@ class MiniMaxM3VLImageProcessor(AutoClassByImport, TorchvisionBackend):
     and `image_grid_thw` (images, 3), int64: the number of patches along time (1), height and width of each image.
     `size["shortest_edge"]` and `size["longest_edge"]` bound the area in pixels, not the edges.
 
+    An image is a path (also a `pathlib` one or a `file://` address), an http(s) address, a data URL, base64 text, the
+    bytes of a file, `{"bytes": ..., "path": ...}`, a PIL image or an array. One rule holds for every format and every
+    way to pass it: Pillow decodes, the first frame counts, the image is turned upright by its orientation tag (an array
+    has none), transparency lies over white. `MediaLimits` bounds what is read.
+
     Raises:
-        ValueError: an image cannot be read, is empty, too elongated or not finite, does not fit the patch grid with
+        ValueError: an image cannot be read, exceeds the `MediaLimits` in force, is empty, too elongated or not finite, does not fit the patch grid with
             `do_resize=False`, or `size` lacks a bound. The message names the image by its index.
     """
 
@@ -78,11 +84,14 @@ class MiniMaxM3VLImageProcessor(AutoClassByImport, TorchvisionBackend):
         super().__init__(size=size, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Load paths, addresses and base64 text in a nested list to (3, height, width) uint8; pass images through."""
-        if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(item) for item in image_url_or_urls]
-        source = as_source(image_url_or_urls)
-        return read_image(source) if isinstance(source, str) else source
+        """Read every source in a nested list to a PIL image in RGB; pass images and arrays through."""
+        return fetch_images(image_url_or_urls)
+
+    def process_image(self, image: Any, *args, **kwargs) -> torch.Tensor:
+        """Convert one image to (channels, height, width); a PIL image is turned upright."""
+        if isinstance(image, Image.Image):
+            image = turn_upright(image)
+        return super().process_image(image, *args, **kwargs)
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
         images = flatten_images(self.fetch_images(images))

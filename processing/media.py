@@ -3,27 +3,52 @@
 Everything here runs before any pixel is resized, so that a bad input costs nothing but its own loading.
 """
 
-import base64
 import io
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlparse
 
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from transformers.image_transforms import convert_to_rgb
-from transformers.image_utils import load_image_as_tensor
+
+from .image_sources import is_path_or_base64, open_image_source
+from .media_limits import get_media_limits
+
+# What brings an image upright, by the value of its orientation tag; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def as_source(item: Any) -> Any:
-    """Turn a `pathlib` path or a `file://` address into a path string; leave anything else as it is."""
+    """Bring a source into the form of a string or bytes; leave anything else as it is.
+
+    A `pathlib` path and a `file://` address become a path, `{"bytes": ..., "path": ...}` (a file as `datasets` stores
+    it) its bytes or, without them, its path, and other buffers of bytes `bytes`.
+
+    Raises:
+        ValueError: a `file://` address names a host.
+    """
+    if isinstance(item, Mapping) and item and item.keys() <= {"bytes", "path"}:
+        item = item.get("path") if item.get("bytes") is None else item["bytes"]
+    if isinstance(item, (bytearray, memoryview)):
+        return bytes(item)
     if isinstance(item, os.PathLike):
         return os.fspath(item)
-    if isinstance(item, str) and item.startswith("file://"):
-        return unquote(urlparse(item).path)
+    if isinstance(item, str) and item[:7].lower() == "file://":
+        address = urlparse(item)
+        if address.netloc not in ("", "localhost"):
+            raise ValueError(f"{shorten(item)!r} names the host {address.netloc!r}; write file:///FOLDER/FILE.")
+        return unquote(address.path)
     return item
 
 
@@ -41,7 +66,7 @@ def describe(item: Any) -> str:
     """What an item is, for an error message."""
     if isinstance(item, (np.ndarray, torch.Tensor)):
         return f"{type(item).__name__} of shape {tuple(item.shape)} and dtype {item.dtype}"
-    if isinstance(item, (list, tuple)):
+    if isinstance(item, (list, tuple, bytes)):
         return f"{type(item).__name__} of length {len(item)}"
     return type(item).__name__
 
@@ -54,35 +79,87 @@ def is_frame(item: Any) -> bool:
     return isinstance(item, Image.Image) or (is_array(item) and item.ndim == 3)
 
 
-def read_image(source: str) -> torch.Tensor:
-    """Load a path, an http(s) address or base64 text to (3, height, width) uint8, upright, transparency over white.
+def fetch_images(images: Any, name: str = "images") -> Any:
+    """Read every source in a nested list to a PIL image; pass images and arrays through.
 
     Raises:
-        ValueError: it cannot be read, is no image, or its pixels are no 8-bit ones.
+        ValueError: as `read_image`; the message names the item by its place in `name`.
+    """
+    if isinstance(images, (list, tuple)):
+        return [fetch_images(item, f"{name}[{index}]") for index, item in enumerate(images)]
+    try:
+        source = as_source(images)
+        return read_image(source) if isinstance(source, (str, bytes)) else source
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from error
+
+
+def read_image(source: str | bytes) -> Image.Image:
+    """Read a path, an http(s) address, a data URL, base64 text or the bytes of a file to an RGB image.
+
+    Only Pillow decodes: it raises an error for a damaged file, where torchvision's decoder may end the process. The
+    first frame counts. The image is upright, with transparency over white.
+
+    Raises:
+        ValueError: it cannot be read, is no image, exceeds the `MediaLimits` in force, or its pixels are no 8-bit
+            ones.
     """
     try:
-        if source.startswith(("http://", "https://")):
-            content = httpx.get(source, follow_redirects=True).content
-            return decode_image(base64.encodebytes(content).decode(), content)
-        if os.path.isfile(source):
-            return decode_image(source, source)
-        return decode_image(source, base64.decodebytes(source.rpartition(",")[2].encode()))
-    except Exception as error:
-        raise ValueError(f"the image {shorten(source)!r} cannot be read: {shorten(str(error))}") from error
+        with open_image_source(source) as file:
+            return Image.fromarray(to_rgb_array(_open_image(file, source)))
+    except Exception as error:  # Pillow has no one error for damage
+        label = repr(shorten(source)) if isinstance(source, str) else f"of {len(source)} bytes"
+        reason = shorten(str(error)) or type(error).__name__
+        raise ValueError(f"the image {label} cannot be read: {reason}") from error
 
 
-def decode_image(source: str, content: str | bytes) -> torch.Tensor:
-    """Decode one image, given twice: as a path or base64 text, and as a path or bytes."""
-    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-        # torchvision's decoder is fast, but drops transparency and keeps 16 bits; Pillow also knows more formats.
-        if not image.has_transparency_data and not has_wide_pixels(image):
-            try:
-                pixels = load_image_as_tensor(source)
-                if pixels.dtype == torch.uint8:
-                    return pixels
-            except Exception:
-                pass
-        return torch.from_numpy(to_rgb_array(ImageOps.exif_transpose(image))).permute(2, 0, 1)
+def _open_image(file: BinaryIO, source: str | bytes) -> Image.Image:
+    formats = get_media_limits().image_formats
+    try:
+        image = Image.open(file, formats=formats)
+    except UnidentifiedImageError as error:
+        content = f"no image in a format that {'Pillow reads' if formats is None else 'is allowed'}."
+        if isinstance(file, io.BytesIO) and is_path_or_base64(source):
+            raise ValueError(f"there is no such file, and as base64 text it is {content}") from error
+        raise ValueError(f"it is {content}") from error
+    if image.format == "PNG":
+        image.verify()  # checksums, which decoding skips; the image cannot be used after it
+        file.seek(0)
+        image = Image.open(file, formats=("PNG",))
+    return image
+
+
+def load_pixels(image: Image.Image) -> None:
+    """Decode an image that Pillow has only opened.
+
+    Raises:
+        ValueError: it is damaged, or larger than `MediaLimits.max_image_pixels` (known before anything is decoded).
+    """
+    limit = get_media_limits().max_image_pixels
+    # an image that was made or changed in memory has cost what it costs
+    if isinstance(image, ImageFile.ImageFile) and limit is not None and image.width * image.height > limit:
+        raise ValueError(
+            f"it has {image.width} x {image.height} pixels, more than the {limit} that "
+            "`MediaLimits.max_image_pixels` allows."
+        )
+    try:
+        image.load()
+    except Exception as error:  # Pillow has no one error for damage
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turn or mirror an image as its orientation tag says, if it still carries one.
+
+    Metadata that cannot be read has no orientation. `ImageOps.exif_transpose` would fail: it writes all of it anew.
+    """
+    image.load()  # TIFF files are turned here, by Pillow; a PNG file may have its metadata behind its pixels
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        orientation = None
+    method = TURNS.get(orientation)
+    return image if method is None else image.transpose(method)
 
 
 def has_wide_pixels(image: Image.Image) -> bool:
@@ -91,13 +168,14 @@ def has_wide_pixels(image: Image.Image) -> bool:
 
 
 def to_rgb_array(image: Image.Image) -> np.ndarray:
-    """(height, width, 3) uint8, transparency over white.
+    """(height, width, 3) uint8, upright, transparency over white.
 
     Raises:
-        ValueError: pixels lie outside 0 to 255.
+        ValueError: it cannot be decoded (see `load_pixels`), or pixels lie outside 0 to 255.
     """
+    load_pixels(image)
     check_range(image)
-    return convert_to_rgb(image, return_numpy=True)
+    return convert_to_rgb(turn_upright(image), return_numpy=True)
 
 
 def check_range(pixels: Image.Image | torch.Tensor) -> None:
@@ -109,7 +187,8 @@ def check_range(pixels: Image.Image | torch.Tensor) -> None:
     if isinstance(pixels, Image.Image):
         if not has_wide_pixels(pixels):
             return
-        low, high = pixels.getextrema()
+        # Pillow measures and converts 16 bits in the order of this machine alone
+        low, high = (pixels.convert("I") if pixels.mode.startswith("I;16") else pixels).getextrema()
     elif pixels.is_floating_point() or pixels.dtype in (torch.uint8, torch.bool):
         return
     else:
@@ -121,7 +200,7 @@ def check_range(pixels: Image.Image | torch.Tensor) -> None:
 def flatten_images(images: Any) -> list[Any]:
     """List every image of an arbitrarily nested input, in order.
 
-    An image is a PIL image, a path, an address, base64 text, or an array of 2 (grayscale) or 3 dimensions;
+    An image is a PIL image, a path, an address, base64 text, the bytes of a file, or an array of 2 (grayscale) or 3 dimensions;
     an array of 4 dimensions is a batch of images.
 
     Raises:
@@ -134,7 +213,7 @@ def _iterate_images(images: Any, name: str) -> Iterator[Any]:
     if isinstance(images, (list, tuple)):
         for index, item in enumerate(images):
             yield from _iterate_images(item, f"{name}[{index}]")
-    elif isinstance(images, (Image.Image, str)) or (is_array(images) and images.ndim in (2, 3)):
+    elif isinstance(images, (Image.Image, str, bytes)) or (is_array(images) and images.ndim in (2, 3)):
         yield images
     elif is_array(images) and images.ndim == 4:
         yield from images
@@ -191,8 +270,11 @@ def stack_frames(frames: list[Any], name: str) -> np.ndarray | torch.Tensor:
     """Make one array of 4 dimensions from a list of frames.
 
     Raises:
-        ValueError: the frames differ in size.
+        ValueError: a frame cannot be decoded, or the frames differ in size.
     """
+    for index, frame in enumerate(frames):
+        if isinstance(frame, Image.Image):
+            check_pixels(frame, f"{name}[{index}]")
     frames = [to_rgb_array(frame) if isinstance(frame, Image.Image) else frame for frame in frames]
     shapes = {tuple(frame.shape) for frame in frames}
     if len(shapes) > 1:
@@ -211,8 +293,8 @@ def check_pixels(pixels: Any, name: str) -> None:
     """
     if isinstance(pixels, Image.Image):
         try:
-            pixels.load()  # an image file is decoded only here
-        except (OSError, SyntaxError, ValueError) as error:
+            load_pixels(pixels)
+        except ValueError as error:
             raise ValueError(f"`{name}` cannot be decoded: {error}") from error
         if 0 in pixels.size:
             raise ValueError(f"`{name}` must have a height and a width of at least 1 pixel, got {pixels.size}.")

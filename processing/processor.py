@@ -1,5 +1,6 @@
 """Text, images and videos together: from prompts with placeholders to model inputs."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,9 @@ from transformers.video_utils import VideoInput
 
 from configuration_minimax_m3.auto_class import AutoClassByImport
 
+from .control_tokens import Walls
 from .media import flatten_images, flatten_videos, is_frame_list, map_sources
+from .messages import check_text, is_list, normalize_conversations, normalize_tools
 from .special_tokens import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END_TOKEN, VISION_START_TOKEN
 
 
@@ -20,7 +23,8 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
     Each image placeholder `]<]image[>[` and video placeholder `]<]video[>[` in the text becomes as many of itself as
     the model has features for it: one per merged patch, between start and end tokens. A video has one such bracket
     per temporal patch, each after its time (`]<]1.5 seconds[>[`, of its first frame) where the timing is known: for
-    files, and for arrays given with `video_metadata` that has `fps` and `frames_indices`.
+    files, whose frames have their own times, and for arrays given with `video_metadata` that has `fps` and
+    `frames_indices`.
 
     Images and videos belong to the placeholders in their order. Given as one list per text, they are counted per
     text; a flat list is counted over all texts.
@@ -90,8 +94,13 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
         **kwargs,
     ) -> None:
         """Check texts and counts before anything is decoded or resized (see the class for what is refused)."""
-        if audio is not None or "audios" in kwargs:
-            raise ValueError("`audio` must be None: MiniMax-M3 takes text, images and videos.")
+        if kwargs.get("sanitize_control_tokens"):
+            raise ValueError(
+                "`sanitize_control_tokens` is an option of `apply_chat_template`: a finished `text` does not say which "
+                "of its control tokens somebody typed. Pass messages to it instead."
+            )
+        if "audios" in kwargs:
+            raise ValueError("`audios` is no argument: MiniMax-M3 takes text, images and videos.")
         if text is None:
             if images is None and videos is None:
                 raise ValueError("at least one of `text`, `images` and `videos` must be given, got none of them.")
@@ -100,7 +109,8 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
             raise ValueError("`text` must hold at least one prompt, got an empty list.")
         for index, sample in enumerate(text):
             if not isinstance(sample, str) or not sample:
-                raise ValueError(f"`text[{index}]` must be a string that is not empty, got {sample!r}.")
+                raise ValueError(f"`text[{index}]` must be a string that is not empty, got {sample!r:.100}.")
+            check_text(sample, f"`text[{index}]`")
         self._check_counts("images", self.image_token, text, images, flatten_images, is_list)
         # a list of frames is one video
         self._check_counts(
@@ -123,10 +133,15 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
     ) -> None:
         wanted = [sample.count(token) for sample in text]
         given = 0 if media is None else len(flatten(media))
+        # The wordings are those of Transformers, which other programs look for.
+        if media is None and sum(wanted):
+            raise ValueError(
+                f"Found {sum(wanted)} {token} tokens in the text but no {name} were passed (tokens per text: {wanted})."
+            )
         if sum(wanted) != given:
             raise ValueError(
-                f"`{name}` must hold one item for each {token!r} in `text`: {sum(wanted)} (per text: {wanted}), got "
-                f"{given}."
+                f"The total number of {token} tokens in the prompts should be the same as the number of {name} passed. "
+                f"Found total {sum(wanted)} {token} tokens and {given} {name} (tokens per text: {wanted})."
             )
         if is_list(media) and len(media) == len(text) and all(map(is_list_of_a_text, media)):
             per_text = [len(flatten([item])) for item in media]
@@ -167,22 +182,68 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
         metadata = video_inputs["video_metadata"][video_idx] if "video_metadata" in video_inputs else None
         if metadata is None or metadata.fps is None or metadata.frames_indices is None:
             return bracket * grid_t
-        first_frames = [metadata.frames_indices[step * temporal_patch_size] for step in range(grid_t)]
-        return "".join(f"]<]{frame / metadata.fps:.1f} seconds[>[{bracket}" for frame in first_frames)
+        times = metadata.timestamps
+        first_times = [times[step * temporal_patch_size] for step in range(grid_t)]
+        return "".join(f"]<]{time:.1f} seconds[>[{bracket}" for time in first_times)
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
         # also the brackets: truncation may cut between the last placeholder and its end token
         super()._check_special_mm_tokens(text, text_inputs, [*modalities, "vision_start", "vision_end"])
 
     def _normalize_conversations(self, conversation: Any) -> tuple[list, bool]:
-        if not conversation:
-            raise ValueError(f"`conversation` must hold at least one message, got {conversation!r}.")
-        conversations, is_batched = super()._normalize_conversations(conversation)
-        for messages in conversations:
-            for message in messages:
-                if is_list(message.get("content")):
-                    message["content"] = [normalize_part(part, message.get("role")) for part in message["content"]]
-        return conversations, is_batched
+        return normalize_conversations(conversation)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: list | None = None,
+        documents: list | None = None,
+        *args,
+        sanitize_control_tokens: bool = False,
+        **kwargs,
+    ):
+        """Turn a chat, or a batch of chats, into a prompt, or with `tokenize=True` into model inputs.
+
+        Arguments and results are those of `ProcessorMixin.apply_chat_template`. The chat template decides what its
+        variables are: `thinking_mode` ("adaptive", "enabled" or "disabled") and `model_identity` (a string).
+
+        Args:
+            sanitize_control_tokens (`bool`, defaults to `False`): Whether control tokens that stand in messages, tools,
+                documents and template variables stay text, whoever wrote them: none of these then opens or ends a
+                turn, counts as an image or a video, or begins a tool call. Only what the chat template itself writes
+                becomes a control token. Text that holds none has the same ids either way. By default, as in
+                Transformers, they become control tokens. Needs `tokenize=True`, and goes with every other option.
+
+        Raises:
+            ValueError: a message, a part of one, a tool call or a tool is none, with its place, or a string has half
+                a surrogate pair.
+            jinja2.TemplateError: the chat template refuses the chat, for a role that it does not know for example.
+        """
+        tools = normalize_tools(tools)
+        check_text([kwargs.get("model_identity"), documents], "`model_identity` or `documents`")
+        if not sanitize_control_tokens:
+            return super().apply_chat_template(conversation, chat_template, tools, documents, *args, **kwargs)
+        if not kwargs.get("tokenize"):
+            raise ValueError(
+                "`sanitize_control_tokens=True` needs `tokenize=True`: a prompt that is a string cannot say which of "
+                "its control tokens somebody typed."
+            )
+        conversations, is_batched = self._normalize_conversations(conversation)
+        others = ("processor_kwargs", "images", "videos")
+        variables = {name: value for name, value in kwargs.items() if name not in others}
+        walls = Walls(self.tokenizer, [conversations, tools, documents, variables])
+        conversations = [[walls.around_message(message) for message in messages] for messages in conversations]
+        reader = copy.copy(self)
+        reader.tokenizer = walls.tokenizer
+        return reader.apply_chat_template(
+            conversations if is_batched else conversations[0],
+            chat_template,
+            walls.around(tools),
+            walls.around(documents),
+            *args,
+            **{**kwargs, **walls.around(variables)},
+        )
 
     def _get_num_multimodal_tokens(
         self,
@@ -235,25 +296,3 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **kwargs,
         )
-
-
-def is_list(item: Any) -> bool:
-    return isinstance(item, (list, tuple))
-
-
-def normalize_part(part: Any, role: str | None) -> dict[str, Any]:
-    """Bring one part of a message's content into the form {"type": ..., ...} that `ProcessorMixin` collects from.
-
-    Raises:
-        ValueError: the part is neither a string nor a mapping with a type.
-    """
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    if isinstance(part, dict) and part.get("type") == "video_url":
-        address = part.get("video_url")
-        return {"type": "video", "url": address["url"] if isinstance(address, dict) else address}
-    if isinstance(part, dict) and "type" in part:
-        return part
-    if isinstance(part, dict) and role == "tool":  # a result in the tool's own form
-        return {"type": "text", "text": str(part.get("output", part))}
-    raise ValueError(f"a part of a message's `content` must be a string or a mapping with a 'type', got {part!r}.")

@@ -1,60 +1,92 @@
 """Which frames of a video are looked at."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+
+# Matroska rounds times to a millisecond: a frame counts as shown this much before its time, in seconds.
+TIME_TOLERANCE = 1e-3
 
 
 def sample_frame_indices(
     total_num_frames: int,
     video_fps: float | None = None,
     *,
+    times: Sequence[float] | None = None,
+    duration: float | None = None,
     num_frames: int | None = None,
     fps: float | None = None,
     min_frames: int | None = None,
     max_frames: int | None = None,
 ) -> np.ndarray:
-    """Choose frames evenly spread over a video.
+    """Choose frames evenly spread over the time of a video.
 
-    The number of frames is `num_frames`, or duration x `fps` rounded down, or all of them. Except for `num_frames`,
-    which is exact, it is then brought into [`min_frames`, `max_frames`] and never exceeds what the video has.
+    With `num_frames`, exactly so many. With `fps`, those that are on show at duration x `fps` (rounded down) moments;
+    a frame that is on show at several of them is chosen once. Without either, all. Unless `num_frames` is given, the
+    number is then brought into [`min_frames`, `max_frames`], and never exceeds what the video has.
 
     Args:
         total_num_frames (int): frames of the video.
-        video_fps (float, Optional): frames per second of the video; needed for `fps`.
+        video_fps (float, Optional): frames per second of the video; needed for `fps` where there are no `times`.
+        times (sequence of float, Optional): when each frame begins to be shown, in seconds, increasing. Without it
+            each is shown equally long.
+        duration (float, Optional): from the first frame's begin to the last one's end, in seconds; goes with `times`.
 
     Returns:
         Strictly increasing indices of at least one frame, int64.
 
     Raises:
         ValueError: an empty video, `num_frames` together with `fps` or larger than the video or than `max_frames`, a
-            rate that is not positive, `min_frames` above `max_frames`.
+            rate or a `max_frames` that is not positive, `min_frames` above `max_frames`.
     """
     if total_num_frames < 1:
         raise ValueError(f"the video must have at least one frame, got total_num_frames={total_num_frames}.")
     if num_frames is not None and fps is not None:
         raise ValueError(f"`num_frames` and `fps` exclude each other, got num_frames={num_frames} and fps={fps}.")
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"`max_frames` must be at least 1, got {max_frames}.")
     if min_frames is not None and max_frames is not None and min_frames > max_frames:
         raise ValueError(f"`min_frames` must not exceed `max_frames`, got {min_frames} and {max_frames}.")
 
+    if times is None:
+        begins, end, tolerance = np.arange(total_num_frames, dtype=np.float64), total_num_frames, 0.0
+    else:
+        begins, end, tolerance = np.asarray(times, dtype=np.float64) - times[0], duration, TIME_TOLERANCE
+
+    greatest = total_num_frames if max_frames is None else min(total_num_frames, max_frames)
     if num_frames is not None:
-        greatest = total_num_frames if max_frames is None else min(total_num_frames, max_frames)
         if not 1 <= num_frames <= greatest:
             raise ValueError(
                 f"`num_frames` must be between 1 and {greatest} (the video has {total_num_frames} frames, "
                 f"max_frames={max_frames}), got {num_frames}."
             )
-        count = num_frames
-    else:
-        count = total_num_frames
-        if fps is not None:
-            for name, rate in (("fps", fps), ("video_metadata.fps", video_fps)):
-                if rate is None or not 0 < rate < math.inf:
-                    raise ValueError(
-                        f"sampling by `fps` needs a positive `{name}`, got {rate}. Pass `video_metadata` with the "
-                        "frame rate of the video, or sample by `num_frames`."
-                    )
-            count = int(total_num_frames / video_fps * fps)
-        count = max(count, min_frames or 1)
-        count = min(count, max_frames or count, total_num_frames)
-    return np.arange(count, dtype=np.int64) * total_num_frames // count
+        return _spread(begins, end, num_frames, tolerance)
+
+    chosen = np.arange(total_num_frames, dtype=np.int64)
+    if fps is not None and fps != math.inf:
+        if not fps > 0:
+            raise ValueError(f"sampling by `fps` needs a positive `fps`, got {fps}.")
+        if times is not None:
+            seconds = duration + tolerance
+        elif video_fps is not None and 0 < video_fps < math.inf:
+            seconds = total_num_frames / video_fps
+        else:
+            raise ValueError(
+                f"sampling by `fps` needs a positive `video_metadata.fps`, got {video_fps}. Pass `video_metadata` with "
+                "the frame rate of the video, or sample by `num_frames`."
+            )
+        # The moments are k * end / count. A frame is on show at those from its own begin to the next one's.
+        count = max(1.0, math.floor(seconds * fps))
+        first_moments = np.ceil((begins - tolerance) * count / end)
+        chosen = np.flatnonzero(first_moments < np.append(first_moments[1:], count)).astype(np.int64)
+    count = min(max(len(chosen), min_frames or 1), greatest)
+    return chosen if count == len(chosen) else _spread(begins, end, count, tolerance)
+
+
+def _spread(begins: np.ndarray, end: float, count: int, tolerance: float) -> np.ndarray:
+    """The frames on show at `count` evenly spaced moments, with neighbours in the place of what would come twice."""
+    order = np.arange(count)
+    on_show = np.searchsorted(begins - tolerance, order * end / count, side="right") - 1
+    increasing = np.maximum.accumulate(on_show - order) + order
+    return np.minimum(increasing, len(begins) - count + order).astype(np.int64)

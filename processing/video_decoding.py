@@ -1,44 +1,34 @@
-"""Reading video files through the decoders that Transformers supports."""
+"""From a video file to upright frames, each with its own time."""
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils import httpx
 from transformers.utils import is_av_available, is_torchcodec_usable, logging
-from transformers.video_utils import (
-    VideoMetadata,
-    default_sample_indices_fn,
-    is_torchvision_video_decoding_available,
-    load_video,
-)
 
 from .media import shorten
+from .video_metadata import VideoMetadata
+from .video_pyav import PyavVideo
+from .video_torchcodec import TorchcodecVideo
 
 logger = logging.get_logger(__name__)
 
+DECODERS = {"pyav": PyavVideo, "torchcodec": TorchcodecVideo}
+
 
 def find_decoder() -> str:
-    """Name the best decoder at hand.
+    """Name the decoder to use: PyAV, which this package asks for; without it torchcodec.
 
     Raises:
         ImportError: there is none.
     """
-    if is_torchcodec_usable(decode="video"):
-        return "torchcodec"
     if is_av_available():
         return "pyav"
-    if is_torchvision_video_decoding_available():
-        return "torchvision"
-    raise ImportError("reading a video file needs a decoder: `pip install av` or `pip install torchcodec`.")
-
-
-def _count_frames(source: str) -> int:
-    import av
-
-    with av.open(source) as container:
-        return sum(1 for _ in container.decode(video=0))
+    if is_torchcodec_usable(decode="video") and TorchcodecVideo.turns_frames():
+        return "torchcodec"
+    raise ImportError("reading a video file needs a decoder: `pip install av`, or a recent torchcodec.")
 
 
 def decode_video(
@@ -48,41 +38,55 @@ def decode_video(
 
     Args:
         source (str): local path, or http(s) address.
-        sample_indices_fn (Callable, Optional): takes `metadata`, returns increasing frame indices.
+        sample_indices_fn (Callable, Optional): takes `metadata`, whose `frame_times` are those of the whole video,
+            and returns increasing frame indices.
         name (str): what to call the video in errors.
 
     Returns:
-        The frames, uint8, with 4 dimensions in the layout of the decoder, and their metadata; `frames_indices` has
-        one entry for each.
+        The frames, upright, uint8, with 4 dimensions in the layout of the decoder, and their metadata;
+        `frames_indices` and `frame_times` have one entry for each.
 
     Raises:
-        ValueError: no such file, not a video, or nothing in it can be decoded.
+        ValueError: no such file, not a video, nothing in it can be decoded, or what `sample_indices_fn` refuses.
+        ImportError: there is no decoder.
     """
     is_address = source.startswith(("http://", "https://"))
     if not is_address and not os.path.isfile(source):
         raise ValueError(f"`{name}` must be an existing file or an http(s) address, got {shorten(source)!r}.")
     decoder = find_decoder()
-
-    def choose(metadata: VideoMetadata, **kwargs: Any) -> np.ndarray:
-        if metadata.total_num_frames < 1:
-            # Matroska, WebM and GIF need not say how long they are
-            if decoder != "pyav" or is_address:
-                raise ValueError("it does not declare its number of frames; pass a local file and install `av`")
-            metadata.total_num_frames = _count_frames(source)
-            metadata.duration = metadata.total_num_frames / metadata.fps if metadata.fps else 0.0
-        return (sample_indices_fn or default_sample_indices_fn)(metadata=metadata, **kwargs)
-
+    place = f"`{name}` ({shorten(source)!r})"
     try:
-        video, metadata = load_video(source, backend=decoder, sample_indices_fn=choose)
-    except ImportError:
-        raise
+        content = httpx.get(source, follow_redirects=True).raise_for_status().content if is_address else source
+        video = DECODERS[decoder](content)
     except Exception as error:
-        raise ValueError(f"`{name}` ({shorten(source)!r}) cannot be decoded with {decoder}: {error}") from error
+        raise ValueError(f"{place} cannot be decoded with {decoder}: {error}") from error
 
-    if len(video) < len(metadata.frames_indices):
+    duration = video.end - video.times[0]
+    metadata = VideoMetadata(
+        total_num_frames=len(video.times),
+        fps=video.fps or len(video.times) / duration,
+        duration=duration,
+        video_backend=decoder,
+    )
+    metadata.frame_times = video.times
+    try:
+        indices = np.arange(len(video.times)) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    try:
+        frames, metadata.frames_indices, metadata.frame_times = video.read(np.asarray(indices))
+    except Exception as error:
+        raise ValueError(f"{place} cannot be decoded with {decoder}: {error}") from error
+
+    metadata.height, metadata.width = frames.shape[-2:] if isinstance(frames, torch.Tensor) else frames.shape[1:3]
+    if len(frames) < len(indices):
         logger.warning(
-            f"{name} ({shorten(source)!r}): only {len(video)} of {len(metadata.frames_indices)} frames could be "
-            "decoded; the file may be damaged at its end."
+            f"{name} ({shorten(source)!r}): only {len(frames)} of {len(indices)} frames could be decoded; the file "
+            "may be damaged."
         )
-        metadata.frames_indices = metadata.frames_indices[: len(video)]
-    return video, metadata
+    elif video.declared_duration is not None and duration < 0.9 * video.declared_duration:
+        logger.warning(
+            f"{name} ({shorten(source)!r}): only {duration:.1f} of {video.declared_duration:.1f} seconds could be "
+            "read; the file may be cut off."
+        )
+    return frames, metadata

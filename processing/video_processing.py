@@ -1,7 +1,9 @@
 """Videos to the flat patches, grid sizes and chunk counts that the vision tower reads."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,6 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import (
     VideoInput,
-    VideoMetadata,
     group_videos_by_shape,
     make_batched_metadata,
     reorder_videos,
@@ -32,6 +33,7 @@ from .patches import patchify
 from .resize import check_pixel_bounds, fits_patch_grid, smart_resize
 from .sampling import sample_frame_indices
 from .video_decoding import decode_video
+from .video_metadata import VideoMetadata
 
 
 class MiniMaxM3VLVideoProcessorKwargs(VideosKwargs, total=False):
@@ -44,14 +46,22 @@ class MiniMaxM3VLVideoProcessorKwargs(VideosKwargs, total=False):
         min_pixels (int): least area of a resized frame, in pixels. Default: 4 * 28 * 28.
         max_pixels (int): greatest area of a resized frame, in pixels. Default: 768 * 28 * 28.
         total_pixels (int): greatest area of all resized frames of a video together, in pixels.
-        min_frames (int): least number of frames to sample (all, where the video has fewer).
-        max_frames (int): greatest number of frames to sample.
         vision_segment_max_frames (int, Optional): greatest number of temporal patches that attend to each other in
             the vision tower; None keeps each video whole. Default: 4.
-        fps (float): frames to sample per second of video, with `do_sample_frames=True`. Default: 1.0.
+        do_sample_frames (bool, Optional): False takes every frame; True samples, by the processor's own `num_frames`
+            or `fps` where the call gives neither. Without it (as by default), a call samples if it gives `num_frames`,
+            `fps` or `max_frames`; and of a file without any of these come the processor's own `num_frames`, or all
+            frames up to the processor's own `max_frames`.
+        num_frames (int, Optional): frames to sample, exactly; excludes `fps`. Default: None.
+        fps (float): frames to sample per second of video. Default: 1.0.
+        min_frames (int, Optional): least number of frames to sample (all, where the video has fewer). The
+            processor's own goes with the processor's own `fps`, not with one from the call. Default: 4.
+        max_frames (int, Optional): greatest number of frames to sample; the processor's own does not bind
+            `num_frames`. Default: 768.
 
-    The released files carry `total_pixels`, `min_frames` and `max_frames`, and the released code never reads them.
-    They count here once they are asked for: in a call, or on a processor set to another value than the released one.
+    The defaults are those of the released processor. Of these its code never reads `total_pixels`, `min_frames` and
+    `max_frames`. `total_pixels` counts here in a call, or on a processor set to another value than the released one,
+    which every saved file carries.
     """
 
     patch_size: int
@@ -121,12 +131,11 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
             return [video for video, _ in decoded], [metadata for _, metadata in decoded]
         return decode_video(as_source(video_url_or_urls), sample_indices_fn)
 
-    # A limit counts once somebody asked for it (see MiniMaxM3VLVideoProcessorKwargs).
-    def _limit(self, name: str, options: Mapping[str, Any]) -> int | None:
-        if options.get(name) is not None:
-            return options[name]
-        value = getattr(self, name)
-        return None if value == getattr(type(self), name) else value
+    # It counts once somebody asked for it (see MiniMaxM3VLVideoProcessorKwargs).
+    def _total_pixels(self, options: Mapping[str, Any]) -> int | None:
+        if options.get("total_pixels") is not None:
+            return options["total_pixels"]
+        return None if self.total_pixels == type(self).total_pixels else self.total_pixels
 
     def preprocess(self, videos: VideoInput, **kwargs: Unpack[MiniMaxM3VLVideoProcessorKwargs]) -> BatchFeature:
         """Process one video or several (see the class for what comes out and `flatten_videos` for what goes in)."""
@@ -137,11 +146,15 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
         segment = kwargs.get("vision_segment_max_frames", self.vision_segment_max_frames)
         if segment is not None and segment < 1:
             raise ValueError(f"`vision_segment_max_frames` must be at least 1 or None, got {segment}.")
-        for name in ("total_pixels", "min_frames", "max_frames"):
-            kwargs[name] = self._limit(name, kwargs)  # so that the base class fills in no released value
-        # `sample_frames` chooses between these two; a default of the class must not meet the other one from the call
-        for name in ("num_frames", "fps"):
+        kwargs["total_pixels"] = self._total_pixels(kwargs)
+        # the base class fills in what is missing, but None: what the call leaves open is for `sample_frames` to settle
+        for name in ("num_frames", "fps", "min_frames", "max_frames"):
             kwargs.setdefault(name, None)
+        if kwargs.setdefault("do_sample_frames", None) is None:
+            if self.do_sample_frames or kwargs["num_frames"] is not None or kwargs["fps"] is not None:
+                kwargs["do_sample_frames"] = True
+            elif kwargs["max_frames"] is not None:
+                kwargs.update(do_sample_frames=True, fps=math.inf)
         return super().preprocess(videos, **kwargs)
 
     def sample_frames(
@@ -153,23 +166,35 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
         max_frames: int | None = None,
         **kwargs,
     ) -> np.ndarray:
-        """Choose frames evenly spread over the video: `num_frames` of them, or `fps` per second.
+        """Choose frames evenly spread over the time of the video: `num_frames` of them, or `fps` per second.
 
-        Without either, those of the processor: its `num_frames` if it has one, else its `fps`.
+        Without either, those of the processor: its `num_frames` if it has one, else its `fps`. `fps=math.inf` is every
+        frame. See MiniMaxM3VLVideoProcessorKwargs for the limits.
 
         Returns:
             Strictly increasing frame indices, int64.
+
+        Raises:
+            ValueError: as `sample_frame_indices`.
         """
-        if num_frames is None and fps is None:
-            num_frames = self.num_frames
-            fps = self.fps if num_frames is None else None
-        limits = {"min_frames": min_frames, "max_frames": max_frames}
+        is_own_rate = num_frames is None and fps is None
+        if is_own_rate and self.num_frames is not None:
+            num_frames = self.num_frames if max_frames is None else min(self.num_frames, max_frames)
+        elif num_frames is None:
+            max_frames = self.max_frames if max_frames is None else max_frames
+            if is_own_rate:
+                fps = self.fps
+                if min_frames is None and self.min_frames is not None:
+                    min_frames = self.min_frames if max_frames is None else min(self.min_frames, max_frames)
         return sample_frame_indices(
             metadata.total_num_frames,
             metadata.fps,
+            times=getattr(metadata, "frame_times", None),
+            duration=metadata.duration,
             num_frames=num_frames,
             fps=fps,
-            **{name: self._limit(name, limits) for name in limits},
+            min_frames=min_frames,
+            max_frames=max_frames,
         )
 
     def _decode_and_sample_videos(
@@ -187,22 +212,28 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
         for index, video in enumerate(videos):
             name = f"videos[{index}]"
             if isinstance(video, str):
-                videos[index], all_metadata[index] = decode_video(video, sample_indices_fn, name)
+                choose = sample_indices_fn
+                if do_sample_frames is None:  # nothing asked for
+                    choose = self.sample_frames if self.num_frames else partial(self.sample_frames, fps=math.inf)
+                videos[index], all_metadata[index] = decode_video(video, choose, name)
                 check_pixels(videos[index], name)
                 self._check_timing(all_metadata[index], len(videos[index]), index)
                 continue
             if isinstance(video, list):
                 if isinstance(video[0], str):
                     if do_sample_frames:
-                        raise ValueError(
-                            f"`do_sample_frames` must be False for `{name}`: a list of image files is taken whole."
+                        raise ValueError(  # stock's words, which other tools look for
+                            f"`{name}`: Sampling frames from a list of images is not supported! Set "
+                            "`do_sample_frames=False`."
                         )
                     video = [read_image(frame) for frame in video]
                 video = stack_frames(video, name)
             check_pixels(video, name)
             if all_metadata[index] is None:
                 self._find_layout(video, name)
-                metadata = make_batched_metadata([video], None)[0]
+                metadata = VideoMetadata(**make_batched_metadata([video], None)[0])
+            elif isinstance(all_metadata[index], VideoMetadata):
+                metadata = copy.copy(all_metadata[index])
             else:
                 metadata = VideoMetadata(**all_metadata[index])
             if do_sample_frames:
@@ -212,6 +243,8 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
                         f"sample from them, got {metadata.total_num_frames}."
                     )
                 metadata.frames_indices = sample_indices_fn(metadata=metadata)
+                if metadata.frame_times is not None:
+                    metadata.frame_times = [metadata.frame_times[frame] for frame in metadata.frames_indices]
                 video = video[metadata.frames_indices]
             self._check_timing(metadata, len(video), index)
             videos[index], all_metadata[index] = video, metadata
@@ -235,11 +268,13 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
     def _check_timing(metadata: VideoMetadata, num_frames: int, index: int) -> None:
         if metadata.fps is not None and not 0 < metadata.fps < math.inf:
             raise ValueError(f"`video_metadata[{index}].fps` must be positive, got {metadata.fps}.")
-        if metadata.frames_indices is not None and len(metadata.frames_indices) != num_frames:
-            raise ValueError(
-                f"`video_metadata[{index}].frames_indices` must have one entry for each of the {num_frames} frames of "
-                f"`videos[{index}]`, got {len(metadata.frames_indices)}."
-            )
+        for name in ("frames_indices", "frame_times"):
+            entries = getattr(metadata, name)
+            if entries is not None and len(entries) != num_frames:
+                raise ValueError(
+                    f"`video_metadata[{index}].{name}` must have one entry for each of the {num_frames} frames of "
+                    f"`videos[{index}]`, got {len(entries)}."
+                )
 
     def _prepare_input_videos(
         self,
@@ -391,7 +426,7 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
             merge_size=options["merge_size"],
             min_pixels=options["min_pixels"],
             max_pixels=options["max_pixels"],
-            total_pixels=self._limit("total_pixels", options),
+            total_pixels=self._total_pixels(options),
         )
         grid_t = math.ceil(num_frames / options["temporal_patch_size"])
         return grid_t * (new_height // options["patch_size"]) * (new_width // options["patch_size"])

@@ -5,6 +5,7 @@ Turn a checkpoint with dense or learned-sparse attention into one with structure
 
 Structured layers choose key blocks by position alone, so the indexer's weights of converted layers are dropped; all
 other weights are kept as they are. Files are read and written one by one, and never is more than one of them in memory.
+The folder appears when all of them are written, so that a run that stops early leaves nothing that loads as a model.
 Stock Transformers cannot load the result, which wants training before it is of use.
 """
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import modeling_minimax_m3  # noqa: F401 - registers the configuration
+from replace_when_done import replace_when_done
 
 STRUCTURED = "minimax_m3_structured"
 # The indexer under its name on disk in composite checkpoints, and in text-only ones.
@@ -79,32 +81,33 @@ def convert(
     for name, value in (pattern or {}).items():
         setattr(text, f"structured_{name}", value)
     text.validate()
-    target.mkdir(parents=True, exist_ok=True)
     dropped, dropped_bytes = [], 0
-    for file in tqdm(weight_files, desc="converting", unit="file"):
-        kept = {}
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a mapping
-                match = INDEXER_WEIGHT.search(name)
-                if match and int(match[1]) in chosen:
-                    dropped.append(name)
-                    dropped_bytes += weights.get_tensor(name).nbytes
-                else:
-                    kept[name] = weights.get_tensor(name)
-            metadata = weights.metadata()
-        save_file(kept, target / file.name, metadata=metadata)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix != ".safetensors":
-            shutil.copy2(file, target / file.name)
-    index_file = target / "model.safetensors.index.json"
-    if index_file.exists():
-        index = json.loads(index_file.read_text())
-        for name in dropped:
-            index["weight_map"].pop(name)
-        if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] -= dropped_bytes
-        index_file.write_text(json.dumps(index, indent=2) + "\n")
-    config.save_pretrained(target)
+    with replace_when_done(target) as unfinished:
+        unfinished.mkdir()
+        for file in tqdm(weight_files, desc="converting", unit="file"):
+            kept = {}
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - not a mapping
+                    match = INDEXER_WEIGHT.search(name)
+                    if match and int(match[1]) in chosen:
+                        dropped.append(name)
+                        dropped_bytes += weights.get_tensor(name).nbytes
+                    else:
+                        kept[name] = weights.get_tensor(name)
+                metadata = weights.metadata()
+            save_file(kept, unfinished / file.name, metadata=metadata)
+        for file in source.iterdir():
+            if file.is_file() and file.suffix != ".safetensors":
+                shutil.copy2(file, unfinished / file.name)
+        index_file = unfinished / "model.safetensors.index.json"
+        if index_file.exists():
+            index = json.loads(index_file.read_text())
+            for name in dropped:
+                index["weight_map"].pop(name)
+            if "total_size" in index.get("metadata", {}):
+                index["metadata"]["total_size"] -= dropped_bytes
+            index_file.write_text(json.dumps(index, indent=2) + "\n")
+        config.save_pretrained(unfinished)
     return {"layers": chosen, "dropped": sorted(dropped)}
 
 

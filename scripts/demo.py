@@ -33,6 +33,7 @@ from configuration_minimax_m3 import tiny_config
 from make_tiny_checkpoint import make_tiny_checkpoint, training_text
 from modeling_minimax_m3.msa import available_backends
 from plot_selection import SelectionRecorder, plot_selections, sparse_layers
+from replace_when_done import replace_when_done
 
 MIB = 2**20
 NUM_STEPS = 5
@@ -75,7 +76,7 @@ def write_panning_video(photograph: Path, path: Path, *, seconds: int = 4, fps: 
     """Encode an mp4 (H.264) in which a square window of `side` pixels moves diagonally over the photograph."""
     image = Image.open(photograph).convert("RGB")
     num_frames = seconds * fps
-    with av.open(str(path), "w") as container:
+    with replace_when_done(path) as unfinished, av.open(str(unfinished), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.width = stream.height = side
         stream.pix_fmt = "yuv420p"

@@ -9,32 +9,38 @@ A YAML or JSON file holds the same names as the flags, and flags win over it. Be
 every option of Transformers' `TrainingArguments` is taken: `--bf16`, `--activation_checkpointing`, `--report_to
 tensorboard`, `--resume_from_checkpoint true`, and so on.
 
-A row of the data has a column `messages`, a chat of which the assistant's turns are learned (and `tools`, if it needs
-them), or a column `text`, of which all is learned. Images and videos of a chat stand in its messages, or in columns
-`images` and `videos`, as paths, URLs or what `datasets` makes of them. A data set is the name of one on the Hub, a folder, or files
-(`.jsonl`, `.json`, `.parquet`, `.csv`, `.arrow`).
+A row of the data has a column `messages`, a chat of which the assistant's turns are learned (and `tools` and
+`chat_template_kwargs`, such as `{"thinking_mode": "enabled"}`, if it needs them), or a column `text`, of which all is
+learned. Images and videos of a chat stand in its messages, or in columns `images` and `videos`, as paths, URLs or what
+`datasets` makes of them. A data set is the name of one on the Hub, a folder, or files (`.jsonl`, `.json`, `.parquet`,
+`.csv`, `.arrow`).
 """
 
+import argparse
+import copy
 import importlib.util
 import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 import yaml
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -43,15 +49,18 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import modeling_minimax_m3  # noqa: F401  (registers the classes)
+from idle_options import refuse_idle
 from modeling_minimax_m3.trainer_logging import IndexerLossLogging
 from processing_minimax_m3 import MiniMaxM3VLProcessor, MultimodalChatCollator
-from processing_minimax_m3.collator import without_none
+from processing_minimax_m3.chat_template import THINKING_MODES, check_thinking_mode
+from processing_minimax_m3.collator import named_in_errors, template_variables, without_none
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 MEDIA_COLUMNS = ("images", "videos")
 # What LoRA changes by default, and what it leaves alone unless it is asked for.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+VISION = ("vision_tower", "multi_modal_projector")
 
 
 @dataclass
@@ -60,10 +69,10 @@ class ModelArguments:
     dtype: str = field(default="auto", metadata={"help": "Type of the loaded weights; auto: as they were saved."})
     attn_implementation: str | None = field(default=None, metadata={"help": "For dense layers: sdpa, eager, ..."})
     train_vision: bool = field(
-        default=False, metadata={"help": "Also train the vision tower and its projector, where the data have images."}
+        default=False, metadata={"help": "Also train the vision tower and its projector; the data must have images."}
     )
     router_aux_loss_coef: float | None = field(
-        default=None, metadata={"help": "Weight of the experts' load-balancing loss; without it, none is added."}
+        default=None, metadata={"help": "Weight of the experts' load-balancing loss, if other than the checkpoint's."}
     )
     indexer_loss_coef: float = field(
         default=0.0, metadata={"help": "Weight of the loss that trains the indexers of sparse layers; 0 freezes them."}
@@ -95,6 +104,13 @@ class DataArguments:
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
     text_column: str = field(default="text", metadata={"help": "Column of texts."})
     messages_column: str = field(default="messages", metadata={"help": "Column of chats."})
+    thinking_mode: str = field(
+        default=THINKING_MODES[0],
+        metadata={
+            "help": "adaptive, enabled or disabled: which of them the prompt of a chat asks for, unless the column "
+            "chat_template_kwargs of its row says so."
+        },
+    )
     max_length: int = field(
         default=4096,
         metadata={
@@ -109,12 +125,21 @@ class DataArguments:
     )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
 
+    def __post_init__(self) -> None:
+        check_thinking_mode(self.thinking_mode, "--thinking_mode")
+
 
 # ---- arguments ----------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, LoraArguments, DataArguments, TrainingArguments]:
-    """Reads flags, and the values of a YAML or JSON file that comes before them."""
+def parse_arguments(
+    argv: list[str],
+) -> tuple[ModelArguments, LoraArguments, DataArguments, TrainingArguments, set[str]]:
+    """Reads flags, and the values of a YAML or JSON file that comes before them.
+
+    The last of what is returned are the names of the options that were given, and not only to switch something off.
+    """
+    values = {}
     parser = HfArgumentParser((ModelArguments, LoraArguments, DataArguments, TrainingArguments), description=__doc__)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file, *argv = argv
@@ -135,11 +160,17 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, LoraArguments, Dat
             if known[name].nargs in ("+", "*") and not isinstance(value, list):
                 values[name] = [value]
         parser.set_defaults(**values)
-    return parser.parse_args_into_dataclasses(argv)
+    arguments = parser.parse_args_into_dataclasses(argv)
+    unset = argparse.Namespace(**{action.dest: None for action in parser._actions})
+    given = values.keys() | {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+    chosen = {name: value for part in arguments for name, value in vars(part).items() if name in given}
+    return *arguments, {name for name, value in chosen.items() if value and value != "no"}
 
 
-def check_arguments(model: ModelArguments, lora: LoraArguments, data: DataArguments, training: TrainingArguments):
-    """Raises ValueError for what would go wrong later, before anything is loaded."""
+def check_arguments(
+    model: ModelArguments, lora: LoraArguments, data: DataArguments, training: TrainingArguments, asked: set[str]
+) -> None:
+    """Raises ValueError for what would go wrong or do nothing later, before anything is loaded."""
     if lora.lora and importlib.util.find_spec("peft") is None:
         raise ValueError("--lora needs PEFT: pip install peft")
     if "tensorboard" in training.report_to and importlib.util.find_spec("tensorboard") is None:
@@ -148,20 +179,19 @@ def check_arguments(model: ModelArguments, lora: LoraArguments, data: DataArgume
         raise ValueError(f"--max_length must be at least 2, got {data.max_length}")
     if data.streaming and training.max_steps <= 0:
         raise ValueError("--streaming needs --max_steps: nobody knows how many rows there are")
-    if data.streaming and data.num_proc:
-        raise ValueError("--num_proc does not go with --streaming")
-    if training.eval_strategy != "no" and not (data.eval_dataset or data.eval_split):
-        raise ValueError(f"--eval_strategy {training.eval_strategy} needs --eval_dataset or --eval_split")
-    if lora.lora and model.train_vision:
-        raise ValueError(
-            "--train_vision does not go with --lora, which trains adapters of the language model and what --lora_save "
-            "names"
-        )
-    if training.label_smoothing_factor and (model.indexer_loss_coef or model.router_aux_loss_coef):
-        raise ValueError(
-            "--label_smoothing_factor takes the place of the model's loss, and with it of those of "
-            "--indexer_loss_coef and --router_aux_loss_coef: leave one or the other out"
-        )
+    if lora.lora and lora.lora_alpha == 0:
+        raise ValueError("--lora_alpha must not be 0: adapters of that scale change nothing and learn nothing")
+    sources = [data.dataset, data.eval_dataset] if data.eval_dataset else [data.dataset]
+    refuse_idle(
+        asked,
+        no_lora=not lora.lora,
+        lora=lora.lora,
+        label_smoothing=bool(training.label_smoothing_factor),
+        no_evaluation=not (data.eval_dataset or data.eval_split),
+        any_run=True,
+        streaming=data.streaming,
+        no_named_data=all(are_files(names) or is_saved(names[0]) for names in sources),
+    )
     resumes = training.resume_from_checkpoint
     if str(resumes).lower() in ("true", "false"):
         training.resume_from_checkpoint = True if str(resumes).lower() == "true" else None
@@ -185,6 +215,11 @@ def are_files(names: list[str]) -> bool:
     return all(Path(name).suffix in FILE_TYPES for name in names)
 
 
+def is_saved(name: str) -> bool:
+    """Whether it is a folder that `save_to_disk` wrote."""
+    return any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+
+
 def load_rows(names: list[str], split: str, data: DataArguments) -> Dataset | IterableDataset:
     """One split of a data set: files, a folder, or a name on the Hub."""
     suffixes = {Path(name).suffix for name in names}
@@ -206,17 +241,16 @@ def load_rows(names: list[str], split: str, data: DataArguments) -> Dataset | It
             raise ValueError(f"the data cannot be read: {error}") from error
     if len(names) > 1:
         raise ValueError(f"several names must be files ({', '.join(FILE_TYPES)}), got {names}")
-    if Path(names[0]).is_dir() and any(
-        (Path(names[0]) / file).is_file() for file in ("state.json", "dataset_dict.json")
-    ):
+    if is_saved(names[0]):
         rows = load_from_disk(names[0])
+        if isinstance(rows, Dataset):
+            rows = DatasetDict({"train": rows})
     else:
         rows = load_dataset(names[0], data.dataset_config, streaming=data.streaming)
-    if isinstance(rows, (DatasetDict, IterableDatasetDict)):
-        if split not in rows:
-            raise ValueError(f"{names[0]} has the splits {', '.join(rows)}, not {split!r}")
-        rows = rows[split]
-    return rows
+    if split not in rows:
+        raise ValueError(f"{names[0]} has the splits {', '.join(rows)}, not {split!r}")
+    rows = rows[split]
+    return rows.to_iterable_dataset() if data.streaming and isinstance(rows, Dataset) else rows
 
 
 def first_row(rows: Dataset | IterableDataset, name: str) -> dict[str, Any]:
@@ -254,8 +288,13 @@ def with_collator_names(rows: Dataset | IterableDataset, collator: Any, data: Da
         )
     if data.messages_column != "messages":
         rows = rows.rename_column(data.messages_column, "messages")
+
+    def is_useful(row: dict[str, Any], index: int) -> bool:
+        with named_in_errors(f"row {index} of the {name} data"):
+            return collator.is_useful(row)
+
     options = {} if data.streaming else {"num_proc": data.num_proc, "desc": f"measuring the {name} data"}
-    rows = rows.filter(collator.is_useful, **options)
+    rows = rows.filter(is_useful, with_indices=True, **options)
     if next(iter(rows), None) is None:
         raise ValueError(
             f"no row of the {name} data has all of its images and videos, and anything to learn, within its first "
@@ -276,7 +315,9 @@ def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArgument
     if is_chat and not tokenizer.chat_template:
         raise ValueError("the data are chats, but the checkpoint's tokenizer has no chat template")
 
-    def from_chat(row: dict[str, Any]) -> dict[str, list[int]]:
+    def from_chat(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        with named_in_errors(f"row {index} of the {name} data"):
+            variables = template_variables(row, {"thinking_mode": data.thinking_mode})
         if has_media(row[data.messages_column]):
             raise ValueError(f"the {name} data has an image or a video, but none in its first hundred rows")
         encoded = tokenizer.apply_chat_template(
@@ -285,6 +326,7 @@ def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArgument
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
+            **variables,
         )
         ids = encoded["input_ids"][: data.max_length]
         return {
@@ -304,7 +346,7 @@ def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArgument
         pieces = [piece for piece in pieces if len(piece) > 1]
         return {"input_ids": pieces, "labels": pieces}
 
-    options = {"remove_columns": list(first), "batched": not is_chat}
+    options = {"remove_columns": list(first), "batched": not is_chat, "with_indices": is_chat}
     if not data.streaming:
         options |= {"num_proc": data.num_proc, "desc": f"tokenising the {name} data"}
     encoded = rows.map(from_chat if is_chat else from_texts, **options)
@@ -333,47 +375,117 @@ def describe(rows: Dataset | IterableDataset) -> str:
 # ---- model --------------------------------------------------------------------------------------------------------
 
 
-def load_model(arguments: ModelArguments, max_length: int, with_media: bool) -> PreTrainedModel:
+def load_config(arguments: ModelArguments, max_length: int, asked: set[str]) -> PreTrainedConfig:
+    """The checkpoint's configuration, with what the arguments change in it."""
     config = AutoConfig.from_pretrained(arguments.model)
     text = config.get_text_config()
     if max_length > text.max_position_embeddings:
         raise ValueError(
             f"--max_length must be at most the model's context of {text.max_position_embeddings} tokens, got {max_length}"
         )
+    refuse_idle(
+        asked,
+        no_vision=not is_composite(config),
+        no_experts="sparse" not in text.mlp_layer_types,
+        no_indexers="minimax_m3_sparse" not in text.layer_types,
+    )
     text.indexer_loss_coef = arguments.indexer_loss_coef
     if arguments.router_aux_loss_coef is not None:
         text.output_router_logits = True
         text.router_aux_loss_coef = arguments.router_aux_loss_coef
-    is_composite = type(config) in AutoModelForImageTextToText._model_mapping
-    model_class = AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
-    model = model_class.from_pretrained(
+    return config
+
+
+def is_composite(config: PreTrainedConfig) -> bool:
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]:
+    return AutoModelForImageTextToText if is_composite(config) else AutoModelForCausalLM
+
+
+def load_model(arguments: ModelArguments, config: PreTrainedConfig, with_media: bool) -> PreTrainedModel:
+    model = auto_class(config).from_pretrained(
         arguments.model, config=config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
     )
     model.skip_logits = True  # an evaluation needs the loss alone, as training does
-    if is_composite:
+    if is_composite(config):
         # Text never reaches these, and data parallelism waits for the gradient of every trainable parameter.
         model.model.vision_tower.requires_grad_(with_media and arguments.train_vision)
         model.model.multi_modal_projector.requires_grad_(with_media and arguments.train_vision)
     return model
 
 
-def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PreTrainedModel:
+def find_modules(
+    model: PreTrainedModel, option: str, endings: list[str], is_possible: Callable[[str, torch.nn.Module], bool]
+) -> list[str]:
+    """Full names of the possible modules whose name ends in one of the endings.
+
+    Raises:
+        ValueError: An ending that no possible module has; it says which there are.
+    """
+    possible = [name for name, module in model.named_modules() if is_possible(name, module)]
+    found = {ending: [name for name in possible if f".{name}".endswith(f".{ending}")] for ending in endings}
+    if unknown := [ending for ending, names in found.items() if not names]:
+        there = sorted({last for name in possible if not (last := name.rpartition(".")[2]).isdigit()})
+        raise ValueError(f"{option}: nothing to train ends in {', '.join(unknown)}; there are {', '.join(there)}")
+    return sorted(set(itertools.chain(*found.values())))
+
+
+def add_adapters(model: PreTrainedModel, arguments: LoraArguments, with_media: bool) -> PreTrainedModel:
+    """Puts adapters on modules of the language model that the loss reaches, and on no others.
+
+    Raises:
+        ValueError: Names that fit no such module, or what PEFT refuses.
+    """
     from peft import LoraConfig, get_peft_model
 
-    elsewhere = ["vision_tower", "multi_modal_projector"]
-    if model.config.get_text_config().indexer_loss_coef == 0:
-        elsewhere.append("indexer")
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_targets,
-        exclude_modules=rf".*\b({'|'.join(elsewhere)})\b.*",
-        target_parameters=list(EXPERTS) if arguments.lora_experts else None,
-        modules_to_save=arguments.lora_save or None,
+    unreached = {"indexer"} if model.config.get_text_config().indexer_loss_coef == 0 else set()
+    parts = {name: set(name.split(".")) for name, _ in model.named_modules()}
+    saved = find_modules(
+        model,
+        "--lora_save",
+        arguments.lora_save,
+        lambda name, module: (
+            not parts[name] & (unreached if with_media else {*unreached, *VISION})
+            and not isinstance(module, torch.nn.ModuleList)
+            and any(True for _ in module.parameters())
+        ),
     )
-    return get_peft_model(model, config)
+    find_modules(
+        model,
+        "--lora_targets",
+        arguments.lora_targets,
+        lambda name, module: (
+            isinstance(module, torch.nn.Linear)
+            and not parts[name] & {*unreached, *VISION}
+            and not any(f"{name}.".startswith(f"{other}.") for other in saved)
+        ),
+    )
+    elsewhere = [part for part in (*VISION, *unreached) if any(part in names for names in parts.values())]
+    try:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=arguments.lora_rank,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=arguments.lora_targets,
+            exclude_modules=rf".*\b({'|'.join(elsewhere)})\b.*" if elsewhere else None,
+            target_parameters=list(EXPERTS) if arguments.lora_experts else None,
+            modules_to_save=saved or None,
+        )
+        return get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"PEFT cannot make the adapters: {error}") from error
+
+
+def check_adapters(config: PreTrainedConfig, lora: LoraArguments, with_media: bool, asked: set[str]) -> None:
+    """Raises ValueError for adapters that cannot be, or that an option needs and that are not there."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # the model's structure without its weights
+        model = auto_class(config)._model_mapping[type(config)](copy.deepcopy(config))
+        model = add_adapters(model, lora, with_media)
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    refuse_idle(asked, no_adapted_indexers=not any(".indexer." in name for name in trained))
 
 
 class FinetuneTrainer(IndexerLossLogging, Trainer):
@@ -386,10 +498,12 @@ def prepare(argv: list[str]) -> Trainer:
     Raises:
         ValueError: Arguments, data or checkpoint do not fit together.
     """
-    model_arguments, lora_arguments, data_arguments, training = parse_arguments(argv)
-    check_arguments(model_arguments, lora_arguments, data_arguments, training)
+    model_arguments, lora_arguments, data_arguments, training, asked = parse_arguments(argv)
+    check_arguments(model_arguments, lora_arguments, data_arguments, training, asked)
+    config = load_config(model_arguments, data_arguments.max_length, asked)
     set_seed(training.seed)
-    processor = AutoProcessor.from_pretrained(model_arguments.model)
+    # A tokenizer of the composite model names its processor, which a text model has no files for.
+    processor = (AutoProcessor if is_composite(config) else AutoTokenizer).from_pretrained(model_arguments.model)
     tokenizer = getattr(processor, "tokenizer", processor)
 
     with training.main_process_first(desc="reading the data"):
@@ -400,11 +514,27 @@ def prepare(argv: list[str]) -> Trainer:
             names = data_arguments.eval_dataset or data_arguments.dataset
             split = data_arguments.eval_split or ("train" if are_files(names) else data_arguments.train_split)
             data["evaluation"] = load_rows(names, split, data_arguments)
+        columns = [list(first_row(rows, name)) for name, rows in data.items()]
+        chats = [data_arguments.messages_column in names for names in columns]
         with_media = any(is_multimodal(rows, data_arguments, name) for name, rows in data.items())
+        refuse_idle(
+            asked,
+            no_chats=not any(chats) and f"the columns are {', '.join(dict.fromkeys(itertools.chain(*columns)))}",
+            no_texts=all(chats),
+            media=with_media,
+            no_media=not with_media,
+            own_attention="full_attention" not in config.get_text_config().layer_types and not with_media,
+        )
+        if lora_arguments.lora:
+            check_adapters(config, lora_arguments, with_media, asked)
         if with_media:
             if not isinstance(processor, MiniMaxM3VLProcessor):
                 raise ValueError("the data have images or videos, but the checkpoint reads text only")
-            collator = MultimodalChatCollator(processor, max_length=data_arguments.max_length)
+            collator = MultimodalChatCollator(
+                processor,
+                max_length=data_arguments.max_length,
+                chat_template_kwargs={"thinking_mode": data_arguments.thinking_mode},
+            )
             training.remove_unused_columns = False  # the collator reads them
             # Dispatching cuts every tensor of a batch to as many rows as the batch has, pixels too.
             training.accelerator_config.dispatch_batches = False
@@ -415,9 +545,9 @@ def prepare(argv: list[str]) -> Trainer:
         read, reader = (with_collator_names, collator) if with_media else (tokenise, tokenizer)
         given, data = data, {name: read(rows, reader, data_arguments, name) for name, rows in data.items()}
 
-    model = load_model(model_arguments, data_arguments.max_length, with_media)
+    model = load_model(model_arguments, config, with_media)
     if lora_arguments.lora:
-        model = add_adapters(model, lora_arguments)
+        model = add_adapters(model, lora_arguments, with_media)
     if training.process_index == 0:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         for name, rows in data.items():

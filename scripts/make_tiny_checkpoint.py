@@ -32,6 +32,7 @@ from processing_minimax_m3.special_tokens import (
     TEXT_MARKUP_TOKENS,
     UNKNOWN_TOKEN,
 )
+from replace_when_done import replace_when_done
 
 # How the released tokenizer cuts text before merging bytes: words with their leading space, runs of up to three
 # digits, punctuation, line breaks.
@@ -142,6 +143,8 @@ def make_tiny_checkpoint(
     """
     Write a checkpoint with random weights to `directory`, which is made if it does not exist.
 
+    An earlier checkpoint of this function there is replaced.
+
     Args:
         directory: Where the files go.
         config: The model, `tiny_config()` by default.
@@ -150,6 +153,9 @@ def make_tiny_checkpoint(
 
     Returns:
         `directory` as a path.
+
+    Raises:
+        FileExistsError: `directory` holds other files than a checkpoint of this function.
     """
     directory = Path(directory)
     config = tiny_config() if config is None else config
@@ -162,8 +168,9 @@ def make_tiny_checkpoint(
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
-    model.save_pretrained(directory)
-    processor.save_pretrained(directory)
+    with replace_when_done(directory) as unfinished:
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
     return directory
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 from modeling_minimax_m3 import msa
 from plot_selection import selection_shares
+from replace_when_done import replace_when_done
 
 CELLS = 256  # at most so many rows and columns, each of several blocks where there are more
 COLOURS = {"local": "tab:red", "anchor": "tab:blue", "random": "tab:green"}
@@ -97,8 +98,8 @@ def plot_pattern(
     for name, colour in COLOURS.items():
         columns[1, 0].scatter([], [], c=colour, s=14, label=name)
     figure.legend(loc="outside lower center", ncols=len(COLOURS))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replace_when_done(path) as unfinished:
+        figure.savefig(unfinished)
     return path
 
 

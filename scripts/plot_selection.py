@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import modeling_minimax_m3  # noqa: F401  registers the model with the Auto classes
+from replace_when_done import replace_when_done
 
 
 class SelectionRecorder(TorchDispatchMode):
@@ -108,8 +109,8 @@ def plot_selections(
     figure.colorbar(image, ax=panels, label="share of the query block's tokens that attend to the key block")
     if title:
         figure.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replace_when_done(path) as unfinished:
+        figure.savefig(unfinished)
     return path
 
 

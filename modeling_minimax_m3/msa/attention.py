@@ -2,7 +2,7 @@
 
 import torch
 
-from . import checks
+from . import checks, derivatives, reference
 from .backends import check_backend, run_on_backend
 from .sequences import compute_dtype
 
@@ -34,7 +34,8 @@ def block_sparse_attention(
             order, without duplicates, -1 after the last one. Ids past the sequence or the query attend to nothing.
         cu_seqlens_q, cu_seqlens_k (batch + 1): int32 offsets of the sequences, starting at 0. A sequence may have
             no queries, but never more queries than keys.
-        max_seqlen_q, max_seqlen_k: Hints: the longest sequence, in tokens.
+        max_seqlen_q, max_seqlen_k: At least the length of the longest sequence, in tokens. No backend needs them; they
+            are checked against offsets on the CPU, outside of `torch.compile`.
         block_size: Keys per block.
         softmax_scale: Factor of the scores; None means 1 / sqrt(D).
         return_lse: Also return the log-sum-exp of the scaled scores.
@@ -59,10 +60,16 @@ def block_sparse_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value), ("block_indices", block_indices)):
         checks.check_unit_stride(name, tensor)
     checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, query.device)
-    out, lse = torch.ops.minimax_m3_msa.block_sparse_attention(
-        query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size,
-        checks.scale("softmax_scale", softmax_scale, query), check_backend(backend),
-    )  # fmt: skip
+    checks.check_max_seqlens(max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k)
+    softmax_scale = checks.scale("softmax_scale", softmax_scale, query)
+    checks.check_bool("return_lse", return_lse)
+    check_backend(backend)
+
+    where = (block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale)
+    if derivatives.are_beyond_backward(query, key, value):
+        out, lse = derivatives.by_definition("block_sparse_attention", backend, (query, key, value), *where)
+    else:
+        out, lse = torch.ops.minimax_m3_msa.block_sparse_attention(query, key, value, *where, backend)
     return (out, lse) if return_lse else out
 
 
@@ -159,6 +166,27 @@ def _backward(ctx, grad_out, grad_lse):
 _block_sparse_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _setup_context_of_backward(ctx, inputs, output) -> None:
+    grad_out, query, key, value, _, _, block_indices, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
+    ctx.save_for_backward(grad_out, query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k)
+
+
+def _backward_of_backward(ctx, *grad_grads):
+    grad_out, query, key, value, *where = ctx.saved_tensors
+    *options, backend = ctx.options
+    derivatives.check_has_definition("block_sparse_attention", backend)
+    grads = derivatives.gradient_of_gradient(
+        lambda *states: reference.block_sparse_attention(*states, *where, *options)[0],
+        grad_out,
+        (query, key, value),
+        grad_grads,
+    )
+    return *grads, *[None] * 8
+
+
+_block_sparse_attention_backward.register_autograd(_backward_of_backward, setup_context=_setup_context_of_backward)
+
+
 def block_sparse_attention_with_kvcache(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -172,7 +200,7 @@ def block_sparse_attention_with_kvcache(
     softmax_scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """`block_sparse_attention` for the newest T tokens of each row, reading straight from a cache. No gradient.
+    """`block_sparse_attention` for the newest T tokens of each row, reading straight from a cache. No derivatives.
 
     The new tokens' keys and values are already in the cache. Query i of a row sits at position
     `cache_seqlens - cache_leftpad - T + i`; where that is negative the query is padding and gives 0.
@@ -207,10 +235,13 @@ def block_sparse_attention_with_kvcache(
     checks.check_tensor(
         "block_indices", block_indices, (*query.shape[:2], num_kv_heads, "topk"), (torch.int32,), query.device
     )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key_cache, value_cache)):
+    states = (query, key_cache, value_cache)
+    has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states)
+    if has_gradient or derivatives.are_beyond_backward(*states):
         raise NotImplementedError(
-            "`block_sparse_attention_with_kvcache` has no gradient: call it under torch.no_grad(), "
-            "or use `block_sparse_attention`"
+            "`block_sparse_attention_with_kvcache` has no gradient and no other derivative: call it under "
+            "torch.no_grad() and outside of `torch.func.grad`, `torch.func.jvp` and the like, or use "
+            "`block_sparse_attention`"
         )
     return torch.ops.minimax_m3_msa.block_sparse_attention_with_kvcache(
         query, key_cache, value_cache, block_indices, cache_seqlens, cache_leftpad, block_table, block_size,

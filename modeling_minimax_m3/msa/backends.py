@@ -26,7 +26,7 @@ def available_backends() -> tuple[str, ...]:
 
 def check_backend(backend: str) -> str:
     """Returns `backend`; raises ValueError unless it is a backend's name or "auto"."""
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}")
     return backend
 

@@ -5,18 +5,35 @@ operators, on CPU tensors, and on CUDA tensors when the environment variable `MI
 synchronisation that they cost.
 """
 
-import math
 import os
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
+
+from .sequences import compute_dtype
 
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+# Axes of tensors that must not be empty; those of tokens, rows, slots and lists may be.
+_HEADS_AND_CHANNELS = ("H_idx", "H_kv", "H_q", "D", "D_idx", "D_v")
+
+_MAX_INT32 = 2**31 - 1
+# Of lists of blocks that an operator writes: a slip of the pen must not ask for more memory than there is.
+MAX_TOPK = 2**16
 
 
 def _describe(tensor: object) -> str:
-    if not isinstance(tensor, torch.Tensor):
-        return repr(tensor)
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(
+            f"`{name}` must be a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}"
+        )
 
 
 def check_tensor(
@@ -29,11 +46,18 @@ def check_tensor(
     """Raises unless `tensor` has the given axes (an int is a required size, a str only a name), dtype and device."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(
+            f"`{name}` must be a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}"
+        )
     if tensor.dim() != len(shape) or any(
         isinstance(axis, int) and size != axis for axis, size in zip(shape, tensor.shape)
     ):
         axes = ", ".join(str(axis) for axis in shape)
         raise ValueError(f"`{name}` must have shape ({axes}), got {_describe(tensor)}")
+    for axis, size in zip(shape, tensor.shape):
+        if axis in _HEADS_AND_CHANNELS and size < 1:
+            raise ValueError(f"`{name}` must have {axis} of at least 1, got {_describe(tensor)}")
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"`{name}` must be {allowed}, got {_describe(tensor)}")
@@ -49,31 +73,41 @@ def check_unit_stride(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def check_at_least(name: str, value: int, minimum: int) -> None:
+def check_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"`{name}` must be an int, got {_short(value)} of type {type(value).__name__}")
+
+
+def check_at_least(name: str, value: int, minimum: int, maximum: int = _MAX_INT32) -> None:
+    """Raises unless `value` is an int from `minimum` to `maximum`."""
+    check_int(name, value)
     if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
+        raise ValueError(f"`{name}` must be at least {minimum}, got {_short(value)}")
+    if value > maximum:
+        raise ValueError(f"`{name}` must be at most {maximum}, got {_short(value)}")
 
 
-def check_finite(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced
-        raise ValueError(f"`{name}` must be finite, got {value}")
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {_short(value)}")
 
 
 def scale(name: str, value: float | None, states: torch.Tensor) -> float:
     """The factor of the scores of `states` (..., D): `value` once checked, or 1 / sqrt(D) for None."""
     if value is None:
         return states.shape[-1] ** -0.5
-    check_finite(name, value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {_short(value)} of type {type(value).__name__}")
+    dtype = compute_dtype(states)
+    largest = torch.finfo(dtype).max
+    if not -largest <= value <= largest:  # also NaN, and ints that are no float
+        raise ValueError(f"`{name}` must be finite in {str(dtype).removeprefix('torch.')}, got {_short(value)}")
     return float(value)
 
 
 def check_selection_options(block_size: int, topk: int, local_blocks: int, init_blocks: int) -> None:
     check_at_least("block_size", block_size, 1)
-    check_at_least("topk", topk, 1)
+    check_at_least("topk", topk, 1, MAX_TOPK)
     check_at_least("local_blocks", local_blocks, 0)
     check_at_least("init_blocks", init_blocks, 0)
     if init_blocks + local_blocks > topk:
@@ -83,9 +117,12 @@ def check_selection_options(block_size: int, topk: int, local_blocks: int, init_
         )
 
 
-def check_cu_seqlens(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, device: torch.device) -> None:
+def check_cu_seqlens(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, device: torch.device | None = None
+) -> None:
+    """`device` is that of the queries; without it, both must be on the same one."""
     check_tensor("cu_seqlens_q", cu_seqlens_q, ("batch + 1",), (torch.int32,), device)
-    check_tensor("cu_seqlens_k", cu_seqlens_k, ("batch + 1",), (torch.int32,), device)
+    check_tensor("cu_seqlens_k", cu_seqlens_k, ("batch + 1",), (torch.int32,), cu_seqlens_q.device)
     if cu_seqlens_q.shape[0] < 1 or cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             "`cu_seqlens_q` and `cu_seqlens_k` must have the same length batch + 1, at least 1: "
@@ -95,7 +132,7 @@ def check_cu_seqlens(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, dev
 
 def check_head_groups(query: torch.Tensor, num_kv_heads: int) -> None:
     num_heads = query.shape[-2]
-    if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+    if num_heads % num_kv_heads != 0:
         raise ValueError(
             f"the number of heads of `query` must be a multiple of the number of key/value heads, "
             f"got {num_heads} and {num_kv_heads}"
@@ -125,6 +162,8 @@ def check_cache(
     check_tensor("cache_seqlens", cache_seqlens, (batch,), (torch.int32,), device)
     if block_table is not None:
         check_tensor("block_table", block_table, (batch, "pages of a row"), (torch.int32,), device)
+        if first_two[1] < 1:
+            raise ValueError(f"`{name}` must have a page_size of at least 1, got {_describe(cache)}")
         if cache_leftpad is not None:
             raise ValueError(
                 "`cache_leftpad` needs a contiguous cache: it cannot be given together with `block_table`, "
@@ -136,6 +175,37 @@ def check_cache(
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("MINIMAX_M3_MSA_CHECK") == "1"
+
+
+def are_readable(tensor: torch.Tensor) -> bool:
+    """Whether values are checked outside of the operators, where a tensor that is traced has none."""
+    if torch.compiler.is_compiling() or is_fake(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return values_are_checked(tensor)
+
+
+def check_max_seqlens(
+    max_seqlen_q: int | None, max_seqlen_k: int | None, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
+) -> None:
+    """Raises unless each hint is None or an int that no sequence is longer than."""
+    hints = (
+        ("max_seqlen_q", max_seqlen_q, "cu_seqlens_q", cu_seqlens_q),
+        ("max_seqlen_k", max_seqlen_k, "cu_seqlens_k", cu_seqlens_k),
+    )
+    for name, hint, name_of_offsets, cu_seqlens in hints:
+        if hint is None:
+            continue
+        check_int(name, hint)
+        if torch.compiler.is_compiling():
+            continue  # a graph may compute the hint, and must not be made to branch on it
+        check_at_least(name, hint, 0)
+        if len(cu_seqlens) > 1 and are_readable(cu_seqlens):
+            longest = int(cu_seqlens.diff().max())
+            if hint < longest:
+                raise ValueError(
+                    f"`{name}` must be at least the length of the longest sequence, {longest} by `{name_of_offsets}`, "
+                    f"got {hint}"
+                )
 
 
 def check_cu_seqlens_values(
@@ -215,6 +285,11 @@ def check_block_indices_values(block_indices: torch.Tensor) -> None:
             "`block_indices` must not list a block twice for the same query and head, "
             f"got {_abbreviate(block_indices[row].tolist())} at {row}"
         )
+
+
+def _short(value: object, limit: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _abbreviate(values: list, limit: int = 12) -> str:

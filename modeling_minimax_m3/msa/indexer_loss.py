@@ -5,7 +5,7 @@ import math
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
-from . import checks, cuda, extension
+from . import checks, cuda, derivatives, extension, reference
 from .backends import check_backend, resolve_backend, run_on_backend
 from .sequences import compute_dtype
 
@@ -76,6 +76,7 @@ def indexer_kl_loss(
     for name, tensor in named.items():
         checks.check_unit_stride(name, tensor)
     checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, device)
+    checks.check_max_seqlens(max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k)
     softmax_scale = checks.scale("softmax_scale", softmax_scale, query)
     index_scale = checks.scale("index_scale", index_scale, index_query)
     check_backend(backend)
@@ -89,6 +90,8 @@ def indexer_kl_loss(
         index_query, index_key, query, key, lse.detach(), block_indices, cu_seqlens_q, cu_seqlens_k, block_size,
         softmax_scale, index_scale,
     )  # fmt: skip
+    if derivatives.are_beyond_backward(index_query, index_key):
+        return derivatives.by_definition("indexer_kl_loss", backend, args[:5], *args[5:])[0]
     has_gradient = torch.is_grad_enabled() and (index_query.requires_grad or index_key.requires_grad)
     saved_tokens = 0
     if has_gradient and block_indices is not None and _is_for_extension(backend, args):
@@ -234,3 +237,25 @@ def _backward(ctx, grad_kl, grad_index_lse, grad_saved_probs):
 
 
 _indexer_kl_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _setup_context_of_backward(ctx, inputs, output) -> None:
+    grad_kl, index_query, index_key, query, key, lse, _, _, *where = inputs
+    block_indices, cu_seqlens_q, cu_seqlens_k, *ctx.options = where
+    ctx.save_for_backward(grad_kl, index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k)
+
+
+def _backward_of_backward(ctx, *grad_grads):
+    grad_kl, index_query, index_key, *constant = ctx.saved_tensors
+    *options, backend = ctx.options
+    derivatives.check_has_definition("indexer_kl_loss", backend)
+    grads = derivatives.gradient_of_gradient(
+        lambda *states: reference.indexer_kl_loss(*states, *constant, *options)[0],
+        grad_kl,
+        (index_query, index_key),
+        grad_grads,
+    )
+    return *grads, *[None] * 12
+
+
+_indexer_kl_loss_backward.register_autograd(_backward_of_backward, setup_context=_setup_context_of_backward)

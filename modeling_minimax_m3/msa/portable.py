@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from .sequences import cached_sequences, compute_dtype, packed_sequences
+from .sequences import bounded_block_size, cached_sequences, compute_dtype, packed_sequences
 
 # Elements of the largest temporary score tile: 16 MiB in float32 for the selection, whose matmuls want many keys, and
 # 4 MiB for the attention, whose tile is read and written several times and should stay in cache.
@@ -35,34 +35,38 @@ _DENSE_KEYS = 512
 _MAX_GATHERED_TOKENS = 16
 
 
-def _top_blocks(block_scores: torch.Tensor, topk: int) -> torch.Tensor:
-    """Ids of the `topk` highest scores per row, ties to the lower id, -1 for those at -inf: int32 (..., topk).
+def _top_blocks(
+    block_scores: torch.Tensor, position: torch.Tensor, block_size: int, topk: int, local_blocks: int, init_blocks: int
+) -> torch.Tensor:
+    """Ids of the `topk` best blocks of each row, ascending, -1 after them: int32 (..., topk).
 
-    `torch.topk` leaves open which of several equal scores it returns, so only its threshold is used.
+    `block_scores` is (..., N), `position` (..., 1) with the position of each row's query, negative for padding. Blocks
+    up to the query's own are listed, the always-selected ones first, whatever any score is.
     """
     num_blocks = block_scores.shape[-1]
+    own_block = torch.div(position, block_size, rounding_mode="floor")
+    block = torch.arange(num_blocks, dtype=torch.int32, device=block_scores.device)
+    forced = (block < init_blocks) | (block > own_block - local_blocks)
+    ranks = _ordered_bits(block_scores)
+    limits = torch.iinfo(ranks.dtype)
+    ranks.masked_fill_(forced, limits.max).masked_fill_(block > own_block, limits.min)
+
+    # `torch.topk` leaves open which of several equal ranks it returns, so only its threshold is used.
     width = min(topk, num_blocks)
-    threshold = block_scores.topk(width, dim=-1).values[..., -1:]
-    above = block_scores > threshold
-    tied = (block_scores == threshold) & (threshold > float("-inf"))
+    threshold = ranks.topk(width, dim=-1).values[..., -1:]
+    above = ranks > threshold
+    tied = (ranks == threshold) & (threshold > limits.min)
     open_places = width - above.sum(-1, keepdim=True)
     chosen = above | (tied & (tied.cumsum(-1) <= open_places))
-    block = torch.arange(num_blocks, dtype=torch.int32, device=block_scores.device)
     ids = torch.where(chosen, block, num_blocks).topk(width, dim=-1, largest=False, sorted=True).values
     return pad(ids.masked_fill(ids == num_blocks, -1), (0, topk - width), value=-1)
 
 
-def _force_blocks(
-    block_scores: torch.Tensor, position: torch.Tensor, block_size: int, local_blocks: int, init_blocks: int
-) -> torch.Tensor:
-    """Sets the scores of always-selected blocks to +inf and of blocks in the future to -inf, in place.
-
-    `block_scores` is (..., N), `position` (..., 1) with the position of each row's query, negative for padding.
-    """
-    own_block = torch.div(position, block_size, rounding_mode="floor")
-    block = torch.arange(block_scores.shape[-1], device=block_scores.device)
-    forced = (block < init_blocks) | (block > own_block - local_blocks)
-    return block_scores.masked_fill_(forced, float("inf")).masked_fill_(block > own_block, float("-inf"))
+def _ordered_bits(values: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of the floats, NaN above inf; never the least or the greatest of their dtype."""
+    values = values.masked_fill(values.isnan(), float("nan")) + 0.0  # NaN of one sign, zero of one sign
+    bits = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32)
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 
 
 def _selection_chunk(keys: int, num_heads: int) -> int:
@@ -88,22 +92,22 @@ def select_blocks(
     for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
         len_k = keys.stop - keys.start
         past = len_k - (queries.stop - queries.start)
+        size = bounded_block_size(block_size, len_k)
         # Zero keys complete the last block; they lie in every query's future, so the causal mask removes them.
-        padded_keys = pad(index_key[keys].to(dtype), (0, 0, 0, -len_k % block_size))
+        padded_keys = pad(index_key[keys].to(dtype), (0, 0, 0, -len_k % size))
         start = queries.start
         while start < queries.stop:
             first = past + start - queries.start  # position of the chunk's first query
-            stop = min(start + _selection_chunk(first + block_size, num_heads), queries.stop)
+            stop = min(start + _selection_chunk(first + size, num_heads), queries.stop)
             last = past + stop - 1 - queries.start
-            seen = (last // block_size + 1) * block_size  # keys of the blocks that the chunk can see
+            seen = (last // size + 1) * size  # keys of the blocks that the chunk can see
             scores = index_query[start:stop].to(dtype).flatten(0, 1) @ padded_keys[:seen].T
             scores = scores.view(stop - start, num_heads, seen)
             position = torch.arange(first, last + 1, device=device)[:, None, None]
             # Keys before `first` are in no query's future.
             scores[..., first:].masked_fill_(torch.arange(first, seen, device=device) > position, float("-inf"))
-            block_scores = scores.unflatten(-1, (-1, block_size)).amax(-1)
-            _force_blocks(block_scores, position, block_size, local_blocks, init_blocks)
-            selected[start:stop] = _top_blocks(block_scores, topk)
+            block_scores = scores.unflatten(-1, (-1, size)).amax(-1)
+            selected[start:stop] = _top_blocks(block_scores, position, size, topk, local_blocks, init_blocks)
             start = stop
     return selected
 
@@ -136,6 +140,9 @@ def _tiles(
     """Inverts the block lists: for every key block and head, the queries that selected it, in bounded tiles."""
     total_q, num_heads = block_indices.shape[:2]
     device = block_indices.device
+    starts, ends = cu_seqlens_k[:-1].tolist(), cu_seqlens_k[1:].tolist()
+    longest = max((end - start for start, end in zip(starts, ends)), default=0)
+    block_size = bounded_block_size(block_size, longest)
     len_q, len_k = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
     blocks_of_sequence = (len_k + block_size - 1) // block_size
     first_block = blocks_of_sequence.cumsum(0) - blocks_of_sequence  # of each sequence, counted over the batch
@@ -158,7 +165,7 @@ def _tiles(
     counts = torch.bincount(pair, minlength=num_heads * num_blocks).tolist()
     inside = inside.tolist()
 
-    starts, ends, owners = cu_seqlens_k[:-1].tolist(), cu_seqlens_k[1:].tolist(), []
+    owners = []
     for start, end in zip(starts, ends):
         owners += [slice(first, min(first + block_size, end)) for first in range(start, end, block_size)]
     sequence_start = torch.repeat_interleave(
@@ -516,6 +523,7 @@ def select_blocks_with_kvcache(
         keys = keys[:, : max(cache_seqlens.tolist(), default=0)]
     slots = keys.shape[1]
     scores = (index_query.to(dtype).flatten(1, 2) @ keys.to(dtype).mT).unflatten(1, (num_new, num_heads))
+    block_size = bounded_block_size(block_size, slots)
     position, leftpad = _gathered_position(num_new, cache_seqlens, cache_leftpad)
     rank = torch.arange(slots, device=device)
     if cache_leftpad is not None and slots > 0:  # shift each row, so that its first real token has rank 0
@@ -525,7 +533,7 @@ def select_blocks_with_kvcache(
     block_scores = scores.unflatten(-1, (-1, block_size)).amax(-1)
     if block_scores.shape[-1] == 0:
         return torch.full((batch, num_new, num_heads, topk), -1, dtype=torch.int32, device=device)
-    return _top_blocks(_force_blocks(block_scores, position, block_size, local_blocks, init_blocks), topk)
+    return _top_blocks(block_scores, position, block_size, topk, local_blocks, init_blocks)
 
 
 def block_sparse_attention_with_kvcache(
@@ -558,6 +566,8 @@ def block_sparse_attention_with_kvcache(
             )
         return out
 
+    slots = key_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    block_size = bounded_block_size(block_size, slots)
     position, leftpad = _gathered_position(num_new, cache_seqlens, cache_leftpad)
     rank = (block_indices.long()[..., None] * block_size + torch.arange(block_size, device=device)).flatten(-2)
     attended = (rank >= 0) & (rank <= position)  # (B, T, H_kv, topk * block_size)

@@ -10,7 +10,7 @@ heads, equal to H_kv key/value heads; H_q query heads; G = H_q / H_kv; D head_di
 
 import torch
 
-from .sequences import cached_sequences, compute_dtype, packed_sequences
+from .sequences import bounded_block_size, cached_sequences, compute_dtype, packed_sequences
 
 
 def _positions(queries: slice, keys: slice, device: torch.device) -> torch.Tensor:
@@ -34,37 +34,45 @@ def select_blocks(
     selected = torch.full((*index_query.shape[:2], topk), -1, dtype=torch.int32, device=device)
     for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
         len_k = keys.stop - keys.start
-        num_blocks = -(-len_k // block_size)
+        size = bounded_block_size(block_size, len_k)
+        num_blocks = -(-len_k // size)
         position = _positions(queries, keys, device)[:, None, None]  # (Lq, 1, 1)
 
         scores = torch.einsum("qhd,kd->qhk", index_query[queries].to(dtype), index_key[keys].to(dtype))
         scores = scores.masked_fill(torch.arange(len_k, device=device) > position, float("-inf"))
-        scores = torch.nn.functional.pad(scores, (0, num_blocks * block_size - len_k), value=float("-inf"))
-        block_scores = scores.unflatten(-1, (num_blocks, block_size)).amax(-1)  # (Lq, H_idx, N)
+        scores = torch.nn.functional.pad(scores, (0, num_blocks * size - len_k), value=float("-inf"))
+        block_scores = scores.unflatten(-1, (num_blocks, size)).amax(-1)  # (Lq, H_idx, N)
 
-        own_block = position // block_size
+        own_block = position // size
         block = torch.arange(num_blocks, device=device)
         visible = block <= own_block
         forced = (block < init_blocks) | (block > own_block - local_blocks)
-        block_scores = block_scores.masked_fill(forced, float("inf")).masked_fill(~visible, float("-inf"))
 
-        # A stable sort gives ties to the lower block id.
-        best = block_scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+        # Stable sorts: by score, NaN first, ties to the lower block id; then by what comes before any score.
+        best = block_scores.sort(dim=-1, descending=True, stable=True).indices
+        rank = torch.where(visible, torch.where(forced, 0, 1), 2).expand_as(best)
+        best = best.gather(-1, rank.gather(-1, best).sort(dim=-1, stable=True).indices)[..., :topk]
         best = best.masked_fill(best > own_block, -1)
         selected[queries, :, : best.shape[-1]] = best.to(torch.int32)
     return selected
 
 
+def _packed(parts: list[torch.Tensor], rest: torch.Tensor) -> torch.Tensor:
+    """The rows of the sequences, one after the other; those that belong to no sequence as in `rest`, which has all."""
+    return torch.cat([*parts, rest[sum(map(len, parts)) :]])
+
+
 def _attended(block_indices: torch.Tensor, queries: slice, keys: slice, block_size: int, group: int) -> torch.Tensor:
     """Which keys of its sequence each query head attends to: bool (Lq, H_q, Lk)."""
     len_k = keys.stop - keys.start
+    block_size = bounded_block_size(block_size, len_k)
     num_blocks = -(-len_k // block_size)
     position = _positions(queries, keys, block_indices.device)[:, None, None]
     # Ids that name no block of this sequence go to an extra column that is dropped.
     block = block_indices[queries].long()
     block = block.masked_fill((block < 0) | (block >= num_blocks), num_blocks)
     chosen = torch.zeros((*block.shape[:2], num_blocks + 1), dtype=torch.bool, device=block.device)
-    chosen.scatter_(-1, block, True)
+    chosen = chosen.scatter(-1, block, True)
     attended = chosen[..., :num_blocks].repeat_interleave(block_size, dim=-1)[..., :len_k]
     attended = attended & (torch.arange(len_k, device=block.device) <= position)
     return attended.repeat_interleave(group, dim=1)
@@ -83,8 +91,7 @@ def block_sparse_attention(
     """Exact causal softmax attention over the listed blocks: out like `query`, lse (total_q, H_q), natural log."""
     dtype = compute_dtype(query)
     group = query.shape[1] // key.shape[1]
-    out = torch.zeros((*query.shape[:2], value.shape[-1]), dtype=dtype, device=query.device)
-    lse = torch.full(query.shape[:2], float("-inf"), dtype=dtype, device=query.device)
+    out, lse = [], []
     for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
         attended = _attended(block_indices, queries, keys, block_size, group)
         keys_of_heads = key[keys].to(dtype).repeat_interleave(group, dim=1)
@@ -92,9 +99,11 @@ def block_sparse_attention(
         scores = torch.einsum("qhd,khd->qhk", query[queries].to(dtype), keys_of_heads) * softmax_scale
         # A finite fill, because the softmax of a row of -inf would be NaN.
         weights = scores.masked_fill(~attended, torch.finfo(dtype).min).softmax(-1) * attended
-        out[queries] = torch.einsum("qhk,khd->qhd", weights, values_of_heads)
-        lse[queries] = scores.masked_fill(~attended, float("-inf")).logsumexp(-1)
-    return out.to(query.dtype), lse
+        out.append(torch.einsum("qhk,khd->qhd", weights, values_of_heads))
+        lse.append(scores.detach().masked_fill(~attended, float("-inf")).logsumexp(-1))
+    no_out = query.new_zeros((query.shape[0], query.shape[1], value.shape[-1]), dtype=dtype)
+    no_lse = query.new_full(query.shape[:2], float("-inf"), dtype=dtype)
+    return _packed(out, no_out).to(query.dtype), _packed(lse, no_lse)
 
 
 def block_sparse_attention_backward(
@@ -184,16 +193,15 @@ def _teacher_and_student(
     softmax_scale: float,
     index_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of one sequence: the main attention's mean probabilities p (Lq, H_idx, Lk), 0 where not attended, the scaled
-    index scores of the same shape, -inf where not attended, and their log-sum-exp (Lq, H_idx)."""
+    """Of one sequence: the main attention's mean probabilities p, 0 where not attended; the scaled index scores; and
+    which keys are attended to. All (Lq, H_idx, Lk)."""
     scores, attended = _attention_scores(query, key, block_indices, queries, keys, block_size, softmax_scale)
     grouped_lse = lse[queries].to(scores.dtype).unflatten(1, (key.shape[1], -1))
     # Masked before exp: an empty row's lse is -inf, and its differences would be NaN or inf.
     probs = (scores - grouped_lse.unsqueeze(-1)).masked_fill(~attended.unsqueeze(2), float("-inf")).exp().mean(2)
     index_rows = index_query[queries].to(scores.dtype)
     index_scores = torch.einsum("qhd,kd->qhk", index_rows, index_key[keys].to(scores.dtype)) * index_scale
-    index_scores = index_scores.masked_fill(~attended, float("-inf"))
-    return probs, index_scores, index_scores.logsumexp(-1)
+    return probs, index_scores, attended
 
 
 def indexer_kl_loss(
@@ -211,18 +219,21 @@ def indexer_kl_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL divergence (total_q, H_idx) of the index softmax from the main attention's mean over each group, over the
     listed blocks, or all keys s <= t for None; and the log-sum-exp (total_q, H_idx) of the index scores."""
-    dtype, device = compute_dtype(index_query), index_query.device
-    kl = torch.zeros(index_query.shape[:2], dtype=dtype, device=device)
-    index_lse = torch.full(index_query.shape[:2], float("-inf"), dtype=dtype, device=device)
+    dtype = compute_dtype(index_query)
+    kl, index_lse = [], []
     for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
-        probs, index_scores, index_lse[queries] = _teacher_and_student(
+        probs, index_scores, attended = _teacher_and_student(
             index_query, index_key, query, key, lse, block_indices, queries, keys, block_size, softmax_scale,
             index_scale,
         )  # fmt: skip
-        log_r = index_scores - index_lse[queries].unsqueeze(-1)
-        # Keys that are not attended have p = 0 and log r = -inf, and add nothing; so do probabilities that underflow.
-        kl[queries] = torch.where(probs > 0, probs * (probs.log() - log_r), 0.0).sum(-1)
-    return kl, index_lse
+        # A finite fill, because the softmax of a row of -inf would be NaN, and so would its derivatives.
+        log_r = index_scores.masked_fill(~attended, torch.finfo(dtype).min).log_softmax(-1)
+        # Keys that are not attended have p = 0 and add nothing; so do probabilities that underflow.
+        kl.append((torch.xlogy(probs, probs) - probs * log_r).sum(-1))
+        index_lse.append(index_scores.detach().masked_fill(~attended, float("-inf")).logsumexp(-1))
+    no_kl = index_query.new_zeros(index_query.shape[:2], dtype=dtype)
+    no_lse = index_query.new_full(index_query.shape[:2], float("-inf"), dtype=dtype)
+    return _packed(kl, no_kl), _packed(index_lse, no_lse)
 
 
 def indexer_kl_loss_backward(
@@ -245,12 +256,11 @@ def indexer_kl_loss_backward(
     grad_index_query = torch.zeros(index_query.shape, dtype=dtype, device=index_query.device)
     grad_index_key = torch.zeros(index_key.shape, dtype=dtype, device=index_key.device)
     for queries, keys in packed_sequences(cu_seqlens_q, cu_seqlens_k):
-        probs, index_scores, _ = _teacher_and_student(
+        probs, index_scores, attended = _teacher_and_student(
             index_query, index_key, query, key, lse, block_indices, queries, keys, block_size, softmax_scale,
             index_scale,
         )  # fmt: skip
-        # Rows of -inf are empty rows.
-        index_probs = (index_scores - index_lse[queries].unsqueeze(-1)).exp().nan_to_num(0.0)
+        index_probs = (index_scores - index_lse[queries].unsqueeze(-1)).exp().masked_fill(~attended, 0.0)
         grad_scores = (index_probs - probs) * grad_kl[queries].unsqueeze(-1).to(dtype) * index_scale
         grad_index_query[queries] = torch.einsum("qhk,kd->qhd", grad_scores, index_key[keys].to(dtype))
         grad_index_key[keys] = torch.einsum("qhk,qhd->kd", grad_scores, index_query[queries].to(dtype))

@@ -32,7 +32,8 @@ def select_blocks(
         index_key (total_k, D_idx): Keys of the indexer, one head shared by all query heads; same dtype.
         cu_seqlens_q, cu_seqlens_k (batch + 1): int32 offsets of the sequences, starting at 0. A sequence may have
             no queries, but never more queries than keys.
-        max_seqlen_q, max_seqlen_k: Hints: the longest sequence, in tokens.
+        max_seqlen_q, max_seqlen_k: At least the length of the longest sequence, in tokens. No backend needs them; they
+            are checked against offsets on the CPU, outside of `torch.compile`.
         block_size: Keys per block.
         topk: Blocks per query, forced ones included.
         local_blocks: Blocks always selected at the query's end: its own and those before it.
@@ -55,6 +56,7 @@ def select_blocks(
     )
     checks.check_unit_stride("index_key", index_key)
     checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, index_query.device)
+    checks.check_max_seqlens(max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k)
     return torch.ops.minimax_m3_msa.select_blocks(
         index_query.detach(), index_key.detach(), cu_seqlens_q, cu_seqlens_k, block_size, topk, local_blocks,
         init_blocks, check_backend(backend),

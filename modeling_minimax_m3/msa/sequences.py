@@ -16,6 +16,12 @@ def sequence_of(token: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cu_seqlens, token, right=True) - 1
 
 
+def bounded_block_size(block_size: int, longest: int) -> int:
+    """`block_size`, but no more than `longest`, the keys of the longest sequence: they are one block either way, and
+    tiles of whole blocks then need no more memory than there are keys."""
+    return min(block_size, max(longest, 1))
+
+
 def packed_sequences(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     """The token ranges (queries, keys) of each sequence that has queries."""
     q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()

@@ -13,6 +13,7 @@ visible block. Otherwise:
 same integers from tensor operations, and the `cuda` backend from a kernel.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,10 @@ from .reference import PHILOX_KEY_STEPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
 from .sequences import sequence_of
 
 _WORD = 0xFFFFFFFF
+
+# Places of a list: the `torch` backend does something for each of them, and draws one after the other.
+MAX_WIDTH = 1024
+MAX_KV_HEADS = 1024
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,14 @@ class StructuredPattern:
     def __post_init__(self) -> None:
         checks.check_at_least("local_blocks", self.local_blocks, 1)
         checks.check_at_least("anchor_blocks", self.anchor_blocks, 0)
-        checks.check_at_least("anchor_stride", self.anchor_stride, 1)
+        checks.check_at_least("anchor_stride", self.anchor_stride, 1, maximum=sys.maxsize)
         checks.check_at_least("random_blocks", self.random_blocks, 0)
-        checks.check_at_least("seed", self.seed, 0)
-        if self.seed >= 2**64:
-            raise ValueError(f"`seed` must be below 2**64, got {self.seed}")
+        checks.check_at_least("seed", self.seed, 0, maximum=2**64 - 1)
+        if self.width > MAX_WIDTH:
+            raise ValueError(
+                f"`local_blocks` + `anchor_blocks` + `random_blocks` must be at most {MAX_WIDTH}: "
+                f"got {self.local_blocks} + {self.anchor_blocks} + {self.random_blocks}"
+            )
 
     @property
     def width(self) -> int:
@@ -80,10 +88,15 @@ def structured_blocks_of(
         ValueError, TypeError: an argument's dtype or value is not as above.
         NotImplementedError: the named backend cannot run the call.
     """
-    checks.check_at_least("num_kv_heads", num_kv_heads, 1)
+    checks.check_at_least("num_kv_heads", num_kv_heads, 1, MAX_KV_HEADS)
     checks.check_at_least("layer_idx", layer_idx, 0)
-    if not isinstance(own_block, torch.Tensor) or own_block.is_floating_point():
-        raise TypeError(f"`own_block` must be a tensor of integers, got {getattr(own_block, 'dtype', own_block)}")
+    if not isinstance(pattern, StructuredPattern):
+        raise TypeError(f"`pattern` must be a StructuredPattern, got {pattern!r}")
+    checks.check_dense("own_block", own_block)
+    if own_block.dtype not in checks.INTEGER_DTYPES:
+        raise TypeError(f"`own_block` must be a tensor of integers, got {own_block.dtype}")
+    if num_blocks is not None:
+        checks.check_at_least("num_blocks", num_blocks, 0)
     seed = pattern.seed - 2**64 if pattern.seed >= 2**63 else pattern.seed  # operators take signed integers
     return torch.ops.minimax_m3_msa.structured_blocks_of(
         own_block.long(), num_kv_heads, layer_idx, pattern.local_blocks, pattern.anchor_blocks,
@@ -104,6 +117,11 @@ def _structured_blocks_of(
     num_blocks: int | None,
     backend: str,
 ) -> torch.Tensor:
+    if checks.values_are_checked(own_block) and own_block.numel() > 0:
+        largest = int(own_block.max())
+        if largest >= (2**31 if num_blocks is None else num_blocks):
+            limit = "2**31" if num_blocks is None else f"`num_blocks`, which is {num_blocks}"
+            raise ValueError(f"`own_block` must lie below {limit}, got {largest}")
     args = (own_block, num_kv_heads, layer_idx, local_blocks, anchor_blocks, anchor_stride, random_blocks, seed)
     backend = resolve_backend(backend, "structured_blocks_of", args)
     if backend == "reference":
@@ -164,7 +182,15 @@ def structured_blocks(
     """
     pattern = StructuredPattern(local_blocks, anchor_blocks, anchor_stride, random_blocks, seed)
     checks.check_at_least("block_size", block_size, 1)
-    checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.device)
+    checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
+    check_backend(backend)
+    if total_q is not None:
+        checks.check_at_least("total_q", total_q, 0)
+    if checks.are_readable(cu_seqlens_q):
+        last_q, last_k = int(cu_seqlens_q[-1]), int(cu_seqlens_k[-1])
+        checks.check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, last_q, last_k)
+        if total_q not in (None, last_q):
+            raise ValueError(f"`total_q` must be the last of `cu_seqlens_q`, {last_q}, got {total_q}")
     if total_q is None:
         total_q = int(cu_seqlens_q[-1])
     token = torch.arange(total_q, device=cu_seqlens_q.device)

@@ -78,19 +78,19 @@ def test_static_decode_is_one_graph(model, make_tokens, relative_error, prepared
     mask = torch.ones_like(tokens)
     mask[1, :11] = 0
     cache = StaticCache(config=model.config, max_cache_len=64)
-    model(tokens[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+    model(tokens[:, :30], attention_mask=mask[:, :30], cache=cache)
     twin = copy.deepcopy(cache)
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     forward = torch.compile(model, fullgraph=True, backend=counter)
     for step in range(30, 36):
         token = tokens[:, step : step + 1]
-        expected = model(token, attention_mask=mask[:, : step + 1], past_key_values=cache).logits
+        expected = model(token, attention_mask=mask[:, : step + 1], cache=cache).logits
         # A mask of the cache's full width keeps its shape from step to step.
         step_mask = torch.nn.functional.pad(mask[:, : step + 1], (0, 64 - step - 1))
         if prepared:
             embeds = torch.empty(2, 1, 0)
             step_mask = model.create_masks_for_generate(model.config, embeds, mask[:, : step + 1], twin)
-        assert relative_error(forward(token, attention_mask=step_mask, past_key_values=twin).logits, expected) < 1e-5
+        assert relative_error(forward(token, attention_mask=step_mask, cache=twin).logits, expected) < 1e-5
     assert counter.frame_count == 1
 
 

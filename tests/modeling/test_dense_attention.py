@@ -86,9 +86,9 @@ def test_flash_implementations_with_a_cache(model_and_calls, make_tokens, relati
     expected = model(tokens, attention_mask=mask).logits[:, 50:]
     model.config._attn_implementation = "test_flash"
     past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=70)
-    model(tokens[:, :50], attention_mask=mask[:, :50], past_key_values=past)
+    model(tokens[:, :50], attention_mask=mask[:, :50], cache=past)
     calls.seen.clear()
-    logits = model(tokens[:, 50:], attention_mask=mask, past_key_values=past).logits
+    logits = model(tokens[:, 50:], attention_mask=mask, cache=past).logits
     assert relative_error(logits, expected) < 1e-5
     assert set(calls.seen) == ({"mask"} if cache == "dynamic" else set())
 
@@ -126,5 +126,5 @@ def test_cached_attention_in_small_tiles(monkeypatch, make_pair, make_tokens, re
     with torch.no_grad():
         expected = model(tokens).logits[:, 30:]
         monkeypatch.setattr(dense, "_TILE", 2 * 80 * 7)
-        cache = model(tokens[:, :30]).past_key_values
-        assert relative_error(model(tokens[:, 30:], past_key_values=cache).logits, expected) < 1e-5
+        cache = model(tokens[:, :30]).cache
+        assert relative_error(model(tokens[:, 30:], cache=cache).logits, expected) < 1e-5

@@ -6,6 +6,7 @@ from transformers import CompileConfig, GenerationConfig, StaticCache
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.transformers_versions import CACHE_NAME
 
 NEW = 20
 
@@ -89,9 +90,9 @@ def test_offloaded_static_caches_are_not_compiled(model):
     config = GenerationConfig(compile_config=CompileConfig())
     config.compile_config._compile_all_devices = True
     cache = StaticCache(config=model.config, max_cache_len=8)
-    assert model._valid_auto_compile_criteria({"past_key_values": cache}, config)
+    assert model._valid_auto_compile_criteria({CACHE_NAME: cache}, config)
     cache.offloading = True
-    assert not model._valid_auto_compile_criteria({"past_key_values": cache}, config)
+    assert not model._valid_auto_compile_criteria({CACHE_NAME: cache}, config)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -297,10 +297,7 @@ def test_pads_never_count_even_with_labels(model, make_tokens):
 def test_a_pass_with_a_past(model, make_tokens):
     tokens, cache = make_tokens(model.config, 1, 60), DynamicCache(config=model.config)
     whole = model.model(tokens).indexer_divergence
-    pieces = [
-        model.model(tokens[:, start : start + 20], past_key_values=cache).indexer_divergence
-        for start in range(0, 60, 20)
-    ]
+    pieces = [model.model(tokens[:, start : start + 20], cache=cache).indexer_divergence for start in range(0, 60, 20)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 

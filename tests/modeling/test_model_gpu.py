@@ -87,7 +87,7 @@ def test_static_decode_replays_as_a_cuda_graph(on_cpu, make_tokens, relative_err
     mask[1, :13] = 0
     with torch.no_grad():
         cache = StaticCache(config=model.config, max_cache_len=64)
-        model(tokens[:, :40], attention_mask=mask[:, :40], past_key_values=cache)
+        model(tokens[:, :40], attention_mask=mask[:, :40], cache=cache)
         twin = copy.deepcopy(cache)
 
         def prepared(step, cache):
@@ -98,15 +98,13 @@ def test_static_decode_replays_as_a_cuda_graph(on_cpu, make_tokens, relative_err
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warm up on a copy, as capturing must not be the first call
-            model(token, attention_mask=layout, past_key_values=copy.deepcopy(twin))
+            model(token, attention_mask=layout, cache=copy.deepcopy(twin))
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = model(token, attention_mask=layout, past_key_values=twin).logits
+            logits = model(token, attention_mask=layout, cache=twin).logits
         for step in range(40, 50):
-            expected = model(
-                tokens[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=cache
-            ).logits
+            expected = model(tokens[:, step : step + 1], attention_mask=mask[:, : step + 1], cache=cache).logits
             token.copy_(tokens[:, step : step + 1])
             for name, tensor in prepared(step, twin).items():
                 layout[name].copy_(tensor)
@@ -218,9 +216,9 @@ def test_compiled_kernels_in_the_model(kernels, on_kernels, make_tokens, relativ
                 logits[backend] = model(tokens, attention_mask=mask).logits[mask == 1]
                 continue
             past = StaticCache(config=model.config, max_cache_len=640)
-            model(tokens[:, :590], attention_mask=mask[:, :590], past_key_values=past)
+            model(tokens[:, :590], attention_mask=mask[:, :590], cache=past)
             steps = [
-                model(tokens[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=past).logits
+                model(tokens[:, i : i + 1], attention_mask=mask[:, : i + 1], cache=past).logits
                 for i in range(590, 600)
             ]
             logits[backend] = torch.cat(steps, dim=1).flatten(0, 1)

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM, MiniMaxM3VLModel
+from modeling_minimax_m3.transformers_versions import CACHE_NAME
 
 IMAGES = [[1, 4, 6], [1, 4, 4]]
 VIDEOS = [[1, 4, 4], [2, 4, 4]]
@@ -56,7 +57,7 @@ class TestForward:
         assert set(output) == set(expected)
         assert len(output.hidden_states) == 5
         assert len(output.router_logits) == 3
-        for name in set(expected) - {"past_key_values"}:
+        for name in set(expected) - {CACHE_NAME}:
             torch.testing.assert_close(output[name], expected[name], rtol=1e-5, atol=1e-5)
 
     def test_gradients_equal_stock_with_and_without_checkpointing(self, make_models, make_inputs, config):
@@ -358,10 +359,10 @@ class TestGenerate:
         second = make_inputs(config, images=[[1, 2, 4]], length=20, seed=2)
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(**first, past_key_values=cache)
+            model(**first, cache=cache)
             ids = torch.cat((first["input_ids"], second["input_ids"]), 1)
             mask = torch.ones_like(ids)
-            output = model(**{**second, "attention_mask": mask}, past_key_values=cache).logits
+            output = model(**{**second, "attention_mask": mask}, cache=cache).logits
             pixels = {name: torch.cat((first[name], second[name])) for name in ("pixel_values", "image_grid_thw")}
             expected = model(input_ids=ids, attention_mask=mask, **pixels).logits[:, 30:]
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
@@ -432,7 +433,7 @@ class TestGenerate:
             cache = StaticCache(config=model.config, max_cache_len=80)
         else:
             cache = DynamicCache(config=model.config)
-        ids = model.generate(**first, **options, past_key_values=cache).sequences
+        ids = model.generate(**first, **options, cache=cache).sequences
         ids = torch.cat((ids, second["input_ids"]), 1)
         media = {name: torch.cat((first[name], second[name])) for name in second if "pixel" in name or "grid" in name}
         whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -451,7 +452,7 @@ class TestGenerate:
         model.model.vision_tower.register_forward_pre_hook(
             lambda module, args, kwargs: patches.append(len(kwargs["pixel_values"])), with_kwargs=True
         )
-        output = model.generate(**whole, **media, **options, past_key_values=cache)
+        output = model.generate(**whole, **media, **options, cache=cache)
         torch.testing.assert_close(output.sequences, expected.sequences)
         torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
         assert patches == ([] if given == "all features" else [8, 32])
@@ -460,11 +461,11 @@ class TestGenerate:
         first = make_inputs(config, images=[[1, 4, 4]], length=30)
         options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
         cache = DynamicCache(config=model.config)
-        ids = model.generate(**first, **options, past_key_values=cache)
+        ids = model.generate(**first, **options, cache=cache)
         again = {**first, "input_ids": torch.nn.functional.pad(ids, (0, 7), value=5)}
         again["attention_mask"] = torch.ones_like(again["input_ids"])
         expected = model.generate(**again, **options)
-        torch.testing.assert_close(model.generate(**again, **options, past_key_values=cache), expected)
+        torch.testing.assert_close(model.generate(**again, **options, cache=cache), expected)
 
     def test_embeddings_in_place_of_ids(self, model, text):
         embeddings = model.get_input_embeddings()(text["input_ids"])
@@ -557,7 +558,7 @@ class TestConstruction:
     def test_plans_and_tables_equal_stock(self, make_models):
         stock_model, model = make_models()
         for name in ("tp_plan", "ep_plan", "pp_plan", "all_tied_weights_keys", "_no_split_modules",
-                     "_skip_keys_device_placement", "_keys_to_ignore_on_load_unexpected", "input_modalities",
+                     "_keys_to_ignore_on_load_unexpected", "input_modalities",
                      "base_model_prefix"):  # fmt: skip
             assert getattr(model, name) == getattr(stock_model, name), name
 

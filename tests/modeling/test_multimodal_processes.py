@@ -132,7 +132,7 @@ def test_no_call_where_nobody_waits(trained, calls, make_inputs, config, case):
     if case == "no features":
         options = {"mm_encoder_outputs": {}}
     if case == "cache":
-        options = {"past_key_values": DynamicCache(config=config.text_config)}
+        options = {"cache": DynamicCache(config=config.text_config)}
     with torch.set_grad_enabled(case != "no gradients"):
         if case == "generation":  # without gradients, somebody waits only where weights are cut
             next(trained.model.vision_tower.parameters()).ds_id = 0

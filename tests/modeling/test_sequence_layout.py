@@ -88,7 +88,7 @@ def test_chunked_prefill(model, rows, relative_error, side, chunks, cache):
     with torch.no_grad():
         for chunk in chunks:
             stop = start + chunk
-            logits.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
+            logits.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache).logits)
             start = stop
     logits = torch.cat(logits, dim=1)
     assert torch.isfinite(logits).all()
@@ -109,7 +109,7 @@ def test_packing(model, rows, relative_error, how):
     with torch.no_grad():
         output = model(ids, **kwargs)
     assert relative_error(output.logits[0], torch.cat(rows[1])) < 1e-5
-    assert output.past_key_values is None, "no cache can continue a pack"
+    assert output.cache is None, "no cache can continue a pack"
 
 
 def test_packed_rows_of_a_batch(model, rows, relative_error):
@@ -147,7 +147,7 @@ def test_gradients_through_a_cached_prompt(model, rows, relative_error):
         model.zero_grad()
         cache, start, logits = DynamicCache(config=model.config), 0, []
         for chunk in chunks:
-            logits.append(model(tokens[:, start : start + chunk], past_key_values=cache).logits)
+            logits.append(model(tokens[:, start : start + chunk], cache=cache).logits)
             start += chunk
         torch.cat(logits, dim=1).logsumexp(-1).sum().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
@@ -170,7 +170,7 @@ def test_any_mask_with_any_chunks(model, rows, relative_error, data):
     cache, logits = DynamicCache(config=model.config), []
     with torch.no_grad():
         for start, stop in zip([0, *cuts], [*cuts, width]):
-            logits.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
+            logits.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache).logits)
     logits = torch.cat(logits, dim=1)
     for i, n in enumerate(lengths):
         assert relative_error(logits[i][mask[i] == 1], rows[1][i][:n]) < 1e-5
@@ -253,7 +253,7 @@ def test_own_mask_with_a_cache(model, rows, relative_error, cache):
     with torch.no_grad():
         for start, stop in ((0, 70), (70, WIDTH)):
             mask = allowed[None, None, start:stop, : width if "wide" in cache else stop]
-            logits = model(tokens[:, start:stop], attention_mask=mask, past_key_values=past).logits[0]
+            logits = model(tokens[:, start:stop], attention_mask=mask, cache=past).logits[0]
             assert relative_error(logits, rows[1][0][start:stop]) < 1e-5
 
 
@@ -285,7 +285,7 @@ def test_gradient_of_queries_alone_through_a_cache(make_pair, make_tokens):
         parameter.requires_grad_(".q_proj." in name and ".indexer." not in name)
     tokens, cache, loss = make_tokens(model.config, 1, 60), DynamicCache(config=model.config), 0.0
     for start in range(0, 60, 15):
-        logits = model(tokens[:, start : start + 15], past_key_values=cache).logits
+        logits = model(tokens[:, start : start + 15], cache=cache).logits
         loss = loss + logits.logsumexp(-1).sum()
     loss.backward()
     chunked = model.model.layers[-1].self_attn.q_proj.weight.grad.clone()
@@ -297,11 +297,11 @@ def test_gradient_of_queries_alone_through_a_cache(make_pair, make_tokens):
 def test_bad_input_with_a_cache_is_named(model):
     tokens = torch.ones(1, 6, dtype=torch.long)
     with torch.no_grad():
-        cache = model(tokens).past_key_values
+        cache = model(tokens).cache
         with pytest.raises(ValueError, match="must cover the 6 cached and 6 new tokens"):
-            model(tokens, attention_mask=torch.ones(1, 6), past_key_values=cache)
-        with pytest.raises(NotImplementedError, match="`past_key_values` holds tokens already"):
-            model(tokens, cu_seq_lens_q=torch.tensor([0, 6]), past_key_values=cache)
+            model(tokens, attention_mask=torch.ones(1, 6), cache=cache)
+        with pytest.raises(NotImplementedError, match="`cache` holds tokens already"):
+            model(tokens, cu_seq_lens_q=torch.tensor([0, 6]), cache=cache)
         limit = model.config.max_position_embeddings
         with pytest.raises(ValueError, match=rf"reaches {6 + limit} tokens \(6 cached, {limit} new\)"):
-            model(torch.ones(1, limit, dtype=torch.long), past_key_values=cache)
+            model(torch.ones(1, limit, dtype=torch.long), cache=cache)

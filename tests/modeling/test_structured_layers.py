@@ -70,7 +70,7 @@ def test_structured_layers_differ_from_dense_ones(model, rows, relative_error):
 def test_no_indexer_parameters_and_no_index_cache(model):
     assert [layer.self_attn.indexer is not None for layer in model.model.layers] == [False, False, True, False]
     with torch.no_grad():
-        cache = model(torch.ones(1, 9, dtype=torch.long)).past_key_values
+        cache = model(torch.ones(1, 9, dtype=torch.long)).cache
     assert type(cache.layers[1]) is MiniMaxM3VLStructuredDynamicLayer
     assert not hasattr(cache.layers[1], "update_index")
     static = StaticCache(config=model.config, max_cache_len=9)
@@ -98,7 +98,7 @@ def test_chunked_prefill(model, rows, relative_error, side, cache):
     with torch.no_grad():
         for chunk in (40, 1, 16, 50, 1, 9):
             stop = start + chunk
-            logits.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
+            logits.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache).logits)
             start = stop
     logits = torch.cat(logits, dim=1)
     for i, expected in enumerate(rows[1]):

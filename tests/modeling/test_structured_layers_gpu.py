@@ -94,9 +94,7 @@ def test_static_cache(kernels, model, make_tokens, relative_error):
         cache, logits, start = StaticCache(config=model.config, max_cache_len=960), [], 0
         for chunk in (500, 390, *[1] * 10):
             stop = start + chunk
-            logits.append(
-                logits_of(model, backend, tokens[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
-            )
+            logits.append(logits_of(model, backend, tokens[:, start:stop], attention_mask=mask[:, :stop], cache=cache))
             start = stop
         by_backend[backend] = torch.cat(logits, dim=1)[mask == 1]
     assert relative_error(by_backend["cuda"], by_backend["torch"]) < 3e-2

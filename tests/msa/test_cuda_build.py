@@ -127,6 +127,14 @@ def test_a_newer_torch_compiles_the_api_again(compiler):
     assert set(compiler.commands()) == {"select.cpp"}
 
 
+@pytest.mark.compatibility
+@pytest.mark.skipif(kernel_build.find_nvcc() is None, reason="needs nvcc")
+def test_the_api_compiles_with_the_installed_torch(tmp_path):
+    """An installed package builds the kernels where it runs, with the headers of whatever torch is there."""
+    api = [path for path in kernel_build.units() if path.suffix == ".cpp"]
+    assert len(kernel_build.Builder(kernel_build.find_nvcc(), tmp_path, say=str).compile(api, jobs=1)) == len(api) > 1
+
+
 def test_a_failed_compilation_names_command_and_output(compiler, tmp_path):
     compiler.output.write_text("error: expected a ';'")
     (tmp_path / "broken").touch()

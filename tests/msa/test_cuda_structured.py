@@ -87,7 +87,7 @@ def test_layouts(name, cross_document):
     for device in ("cpu", "cuda"):
         given = {"attention_mask": None, "position_ids": None} | LAYOUTS[name]
         given = {key: value if value is None else value.to(device) for key, value in given.items()}
-        layout = build_layout(**given, past_key_values=None, batch=2, num_new=LENGTH, device=torch.device(device))
+        layout = build_layout(**given, cache=None, batch=2, num_new=LENGTH, device=torch.device(device))
         if cross_document:
             layout = layout.as_one_document()
         own_block = torch.div(layout.working_positions(), 64, rounding_mode="floor")

@@ -312,16 +312,6 @@ def test_only_wanted_gradients(inputs, backend):
     assert key.grad is not None and case.query.grad is None and case.value.grad is None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_second_derivatives_are_refused(inputs, backend):
-    case = inputs.make_varlen([12], block_size=4)
-    block_indices = case.random_blocks(empty_rows=False)
-    query = case.query.requires_grad_()
-    (grad,) = torch.autograd.grad(attend(case, block_indices, backend).square().sum(), query, create_graph=True)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.autograd.grad(grad.sum(), query)
-
-
 def test_repeats_bit_for_bit(inputs):
     torch.set_num_threads(2)  # the order of sums must not depend on which thread is first
     case = inputs.make_varlen([700, 90], group=4, head_dim=64, block_size=64, topk=5)

@@ -158,7 +158,7 @@ BAD = {
     "anchor_blocks": (-1, "`anchor_blocks` must be at least 0, got -1"),
     "anchor_stride": (0, "`anchor_stride` must be at least 1, got 0"),
     "random_blocks": (-2, "`random_blocks` must be at least 0, got -2"),
-    "seed": (2**64, r"`seed` must be below 2\*\*64"),
+    "seed": (2**64, f"`seed` must be at most {2**64 - 1}, got {2**64}"),
 }
 
 

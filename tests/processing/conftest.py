@@ -4,9 +4,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,20 +129,94 @@ def image_files(tmp_path_factory, pixels) -> dict[str, Path]:
     return files
 
 
-def write_video(path: Path, num_frames: int, fps: int, height: int = 60, width: int = 90) -> Path:
-    """An mp4 whose frame i is a flat gray of brightness 10 * i."""
+def write_video(
+    path: Path,
+    num_frames: int,
+    fps: int,
+    height: int = 60,
+    width: int = 90,
+    *,
+    milliseconds: Sequence[int] | None = None,
+    codec: str = "mpeg4",
+    movflags: str = "",
+    max_b_frames: int = 0,
+    seconds_of_silence: int = 0,
+) -> Path:
+    """A video whose frame i is a flat gray of brightness 10 * i (modulo 250), shown at `milliseconds[i]` if given."""
     av = pytest.importorskip("av")
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
+    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
+        stream = container.add_stream(codec, rate=fps, options={"bf": str(max_b_frames)})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if milliseconds is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        sound = container.add_stream("mp2", rate=48000) if seconds_of_silence else None
+        for index in range(seconds_of_silence * 48000 // 1152):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48000, index * 1152, Fraction(1, 48000)
+            container.mux(sound.encode(frame))
         for index in range(num_frames):
-            gray = np.full((height, width, 3), 10 * index, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
+            gray = np.full((height, width, 3), 10 * index % 250, dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(gray, format="rgb24").reformat(format="yuv420p")
+            if milliseconds is not None:
+                frame.pts, frame.time_base = milliseconds[index], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if sound is not None:
+            container.mux(sound.encode())
     return path
+
+
+@pytest.fixture(scope="session")
+def make_video() -> Callable[..., Path]:
+    return write_video
+
+
+@pytest.fixture
+def clip(tmp_path) -> Callable[..., Path]:
+    """Write a video of 56 x 56 pixels by its name and the times of its frames; further options of `write_video`."""
+
+    def make(name: str, milliseconds: Sequence[int], fps: int = 10, **options) -> Path:
+        options = {"height": 56, "width": 56} | options
+        return write_video(tmp_path / name, len(milliseconds), fps, milliseconds=milliseconds, **options)
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def video_file(tmp_path_factory) -> Path:
     """2.5 seconds at 10 frames per second: 25 frames of 60 x 90, frame i of brightness 10 * i."""
     return write_video(tmp_path_factory.mktemp("videos") / "gray.mp4", num_frames=25, fps=10)
+
+
+@pytest.fixture(scope="session")
+def web_host() -> Iterator[SimpleNamespace]:
+    """A web server on this machine.
+
+    `answers` maps a path to a status, headers and a body (bytes, or an iterable of bytes); `address` begins every
+    address of it, and `asked` lists the paths that were asked for.
+    """
+    host = SimpleNamespace(answers={}, asked=[])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            host.asked.append(self.path)
+            status, headers, body = host.answers.get(self.path, (404, {}, b""))
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            try:
+                for piece in [body] if isinstance(body, bytes) else body:
+                    self.wfile.write(piece)
+            except ConnectionError:  # the client has had enough
+                pass
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    host.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield host
+    server.shutdown()
+    server.server_close()

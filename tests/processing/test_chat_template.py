@@ -157,35 +157,48 @@ def test_placeholders_keep_their_place(render):
     assert render({"role": "user", "content": parts}) == head() + expected
 
 
+CALL = {"name": "f", "arguments": {}}
+
+
 @pytest.mark.parametrize(
     "messages, options, message",
     [
-        ([USER, {"role": "system", "content": "late"}], {}, "a message of role 'system' must come first"),
-        ([{"role": "narrator", "content": "x"}], {}, 'role must be one of .* got "narrator"'),
-        ([USER, {"role": "tool", "content": "x"}], {}, "must follow an assistant message with tool_calls"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], {}, "a content part must be .* got {'type': 'audio'}"),
-        ([{"role": "user", "content": {"type": "text"}}], {}, "content must be a string or a list of parts"),
+        ([USER, {"role": "system", "content": "late"}], {}, "role 'system' must come first .*message 1"),
+        ([{"role": "root", "content": "x"}, USER, {"role": "root", "content": "x"}], {}, "'root' must .*message 2"),
+        ([{"role": "narrator", "content": "x"}], {}, 'role must be one of .* got "narrator" .message 0'),
+        ([USER, {"content": "x"}], {}, "role must be one of .*message 1"),
+        ([USER, {"role": 5, "content": "x"}], {}, 'role must be one of .* got "5" .message 1'),
+        ([USER, {"role": "tool", "content": "x"}], {}, "must follow an assistant message with tool_calls .message 1"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], {}, "part must be .* got {'type': 'audio'} .message 0"),
+        ([{"role": "user", "content": {"type": "text"}}], {}, "content must be a string .*message 0"),
+        ([{"role": "root", "content": "x"}, {"role": "system", "content": 5}], {}, "content must .* got 5 .message 1"),
+        ([USER, {"role": "user", "content": [5]}], {}, "a content part must be .* got 5 .message 1"),
+        ([USER, {"role": "user"}], {}, "role 'user' must have content, .*message 1"),
+        ([{"role": "system", "content": None}, USER], {}, "role 'system' must have content, .*message 0"),
         ([USER], {"thinking_mode": "sometimes"}, 'thinking_mode must be .* got "sometimes"'),
+        ([USER], {"thinking_mode": ["enabled"]}, "thinking_mode must be .* got"),
+        ([USER], {"model_identity": 5}, "model_identity must be a string, got 5"),
+        ([{"role": "assistant", "tool_calls": "x"}], {}, "tool_calls must be a list, got x .message 0"),
+        ([{"role": "assistant", "tool_calls": ["x"]}], {}, "tool_calls.0. must be a mapping with a name, got x"),
+        ([{"role": "assistant", "tool_calls": [CALL, {"arguments": {}}]}], {}, "tool_calls.1. must .*message 0"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}], {}, "tool_calls.0. must .* a name"),
         (
             [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a": 1}'}]}],
             {},
-            "the arguments of tool call 'f' must be a mapping",
+            "the arguments of tool call 'f' must be a mapping .*message 0",
         ),
+        ([USER], {"tools": [{}]}, "tools.0. must be a mapping with a name, got {}"),
+        ([USER], {"tools": [CALL, {"function": {"name": ["f"]}}]}, "tools.1. must be a mapping with a name"),
     ],
-    ids=["late-system", "role", "lonely-tool", "part", "content", "mode", "arguments"],
 )
-def test_bad_chat(messages, options, message, render):
+def test_chat_that_the_template_refuses(messages, options, message, tokenizer):
+    """By itself, without the processor's checks, as in serving engines."""
     with pytest.raises(jinja2.TemplateError, match=message):
-        render(*messages, **options)
+        tokenizer.apply_chat_template(messages, chat_template=load_chat_template(), tokenize=False, **options)
 
 
-def test_bad_chat_structure(processor):
-    with pytest.raises(ValueError, match="`conversation` must hold at least one message"):
-        processor.apply_chat_template([])
-    with pytest.raises(
-        ValueError, match="a part of a message's `content` must be a string or a mapping with a 'type'"
-    ):
-        processor.apply_chat_template([{"role": "user", "content": [{"text": "no type"}]}])
+def test_none_as_identity_is_the_default(render):
+    assert render(USER, model_identity=None) == render(USER)
 
 
 def test_template_needs_no_extension_of_ours(processor, tokenizer):
@@ -330,21 +343,5 @@ def test_lost_web_address(web_address, processor):
 
 
 def test_placeholder_without_an_image(processor):
-    with pytest.raises(ValueError, match="`images` must hold one item for each"):
+    with pytest.raises(ValueError, match="Found 1 .* tokens in the text but no images were passed"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=True)
-
-
-def test_markup_in_user_text_can_be_disarmed(processor, pixels):
-    chat = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "image": pixels(56, 56, 3)},
-                {"type": "text", "text": "]<]image[>[ [e~[ ]<]start of image[>["},
-            ],
-        }
-    ]
-    output = processor.apply_chat_template(chat, tokenize=True, return_dict=True, sanitize_control_tokens=True)
-    ids = output["input_ids"][0]
-    assert ids.count(processor.image_token_id) == 4
-    assert ids.count(processor.vision_start_token_id) == 1

@@ -109,6 +109,24 @@ def test_batch_is_what_the_processor_gives_row_by_row(collator, rows, processor,
     torch.testing.assert_close(collator([rows[2]])["pixel_values"], alone["pixel_values"], rtol=0, atol=0)
 
 
+def modes(batch, processor):
+    """The thinking mode that each row's prompt asks for."""
+    prompts = processor.tokenizer.batch_decode(batch["input_ids"])
+    return [prompt.split("Current thinking mode: ")[1].split(".")[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("default", [None, "adaptive", "enabled", "disabled"])
+def test_thinking_mode_is_the_rows_or_the_collators(rows, processor, default):
+    given = {} if default is None else {"chat_template_kwargs": {"thinking_mode": default}}
+    collator = MultimodalChatCollator(processor, **given)
+    rows[0]["chat_template_kwargs"] = {"thinking_mode": "disabled", "model_identity": "You are M."}
+    rows[1]["chat_template_kwargs"] = {"thinking_mode": None}  # as `datasets` fills what only other rows have
+    batch = collator([*rows, {**rows[2], "chat_template_kwargs": {"thinking_mode": "enabled"}}])
+    default = default or "adaptive"
+    assert modes(batch, processor) == ["disabled", default, default, "enabled"]
+    assert "You are M." in processor.tokenizer.decode(batch["input_ids"][0])
+
+
 def test_text_alone(collator, rows):
     batch = collator(rows[:1])
     assert not {"pixel_values", "pixel_values_videos"} & batch.keys()
@@ -165,12 +183,40 @@ def test_length_is_rounded_up(processor, rows):
         ({"messages": chat(IMAGE)}, "`images` of a row must hold one item .*: 1, got 0"),
         ({"messages": chat(VIDEO), "videos": ["a.mp4", "b.mp4"]}, "`videos` of a row must hold .*: 1, got 2"),
         ({"messages": [{"role": "assistant", "content": "Hi."}], "images": ["a.png"]}, "no user message"),
+        ({"messages": chat("Hi."), "chat_template_kwargs": {"thinking_mode": "on"}}, "`thinking_mode` .*'on'"),
+        ({"messages": chat("Hi."), "chat_template_kwargs": "disabled"}, "must be a mapping .* got 'disabled'"),
+        ({"messages": [*chat("Hi."), "Bye."]}, "message 4 of conversation 0 must be a mapping"),
+        ({"messages": chat({"type": "text"})}, r"message 0 of conversation 0: `content\[0\]`: `text`"),
+        ({"messages": chat("Hi."), "tools": "look"}, "`tools` must be a list"),
     ],
-    ids=["no messages", "an image is missing", "a video too many", "nobody asks"],
+    ids=[
+        "no messages",
+        "an image is missing",
+        "a video too many",
+        "nobody asks",
+        "mode",
+        "no variables",
+        "no message",
+        "no text",
+        "no tools",
+    ],
 )
 def test_rows_that_are_refused(collator, row, message):
-    with pytest.raises(ValueError, match=message):
-        collator([row])
+    with pytest.raises(ValueError, match=f"row 1 of the batch: .*{message}"):
+        collator([{"messages": chat("Hi.")}, row])
+
+
+@pytest.mark.parametrize("variables", [{"thinking_mode": "never"}, {"thinking_mode": True}, "disabled"])
+def test_thinking_modes_that_are_refused(processor, variables):
+    with pytest.raises(ValueError, match="`chat_template_kwargs`"):
+        MultimodalChatCollator(processor, chat_template_kwargs=variables)
+
+
+def test_part_that_waits_for_its_image_may_be_called_image_url(collator, rows):
+    expected = collator([rows[1]])
+    part = rows[1]["messages"][0]["content"]
+    part[0] = {"type": "image_url"}
+    assert torch.equal(collator([rows[1]])["pixel_values"], expected["pixel_values"])
 
 
 @pytest.mark.parametrize("options", [{"max_length": 0}, {"pad_to_multiple_of": 1.5}], ids=lambda o: next(iter(o)))

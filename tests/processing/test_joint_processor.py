@@ -237,15 +237,22 @@ def test_counting_one_kind_only(processor):
 
 # --- bad input --------------------------------------------------------------------------------------------------
 
+# Transformers' own words, which other programs look for.
+SHOULD = "The total number of ]<]{0}[>[ tokens in the prompts should be the same as the number of {0}s passed."
+
 
 @pytest.mark.parametrize(
     "text, options, message",
     [
-        (IMAGE, {}, "`images` must hold one item for each ']<]image[>[' in `text`: 1 (per text: [1]), got 0."),
-        ("no placeholder", {"images": 1}, "`images` must hold .* 0 (per text: [0]), got 1."),
-        ([IMAGE, "x"], {"images": 2}, "`images` must hold .* 1 (per text: [1, 0]), got 2."),
-        (VIDEO, {}, "`videos` must hold one item for each ']<]video[>[' in `text`: 1 (per text: [1]), got 0."),
-        (VIDEO * 2, {"videos": 1}, "`videos` must hold .* 2 (per text: [2]), got 1."),
+        (IMAGE, {}, "Found 1 ]<]image[>[ tokens in the text but no images were passed (tokens per text: [1])."),
+        (
+            "no placeholder",
+            {"images": 1},
+            f"{SHOULD.format('image')} Found total 0 .* and 1 images (tokens per text: [0]).",
+        ),
+        ([IMAGE, "x"], {"images": 2}, "Found total 1 ]<]image[>[ tokens and 2 images (tokens per text: [1, 0])."),
+        (VIDEO, {}, "Found 1 ]<]video[>[ tokens in the text but no videos were passed (tokens per text: [1])."),
+        (VIDEO * 2, {"videos": 1}, f"{SHOULD.format('video')} Found total 2 .* and 1 videos (tokens per text: [2])."),
         (
             [IMAGE, IMAGE * 2],
             {"images": [2, 1]},
@@ -294,13 +301,23 @@ def test_lists_of_frames_are_not_lists_per_text(pixels, processor):
         ({"text": []}, "`text` must hold at least one prompt"),
         ({"text": [["pre", "tokenized"]]}, r"`text\[0\]` must be a string"),
         ({"text": 5}, "`text` must be a string or a list of strings, got int"),
-        ({"text": "a", "audio": [np.zeros(9)]}, "`audio` must be None"),
+        ({"text": "a", "audios": [np.zeros(9)]}, "`audios` is no argument"),
+        ({"text": ["a", "b\ud83d"]}, r"`text\[1\]` must be text, but holds '.ud83d', one half of a surrogate pair"),
+        ({"text": "a", "sanitize_control_tokens": True}, "`sanitize_control_tokens` is an option of `apply_chat_temp"),
     ],
-    ids=["nothing", "empty", "empty-in-batch", "no-prompt", "tokens", "number", "audio"],
+    ids=["nothing", "empty", "empty-in-batch", "no-prompt", "tokens", "number", "audio", "surrogate", "sanitize"],
 )
 def test_bad_text(options, message, processor):
     with pytest.raises(ValueError, match=message):
         processor(**options)
+
+
+@pytest.mark.parametrize("audio", [None, [], [np.zeros(9)]], ids=["none", "empty", "sound"])
+def test_audio_is_ignored_as_in_stock(audio, media, processor, stock, assert_same_output):
+    inputs = {"text": PROMPTS["image"], "images": media["images"][:1], "audio": audio, "return_tensors": "pt"}
+    ours = processor(**inputs)
+    assert_same_output(ours, stock.joint(**inputs))
+    assert_same_output(ours, processor(**{**inputs, "audio": None}))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -1,5 +1,7 @@
 """Random prompts and media: equality with stock, counts, and independence of the samples of a batch."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -106,3 +108,38 @@ def test_sampled_frames_are_spread_evenly(total, video_fps, fps, limits):
 @pytest.mark.parametrize("total, count", [(10, 10), (10, 3), (7, 1)])
 def test_exact_number_of_frames(total, count):
     assert len(sample_frame_indices(total, num_frames=count)) == count
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    steps=st.lists(st.integers(1, 5000), min_size=1, max_size=60),
+    start=st.integers(0, 10_000),
+    fps=st.floats(0.1, 60),
+    count=st.integers(1, 60),
+)
+def test_sampled_frames_are_on_show(steps, start, fps, count):
+    """Of frames with their own times (in milliseconds here): those on show at evenly spread moments."""
+    times = [start / 1000 + sum(steps[:index]) / 1000 for index in range(len(steps))]
+    duration = sum(steps) / 1000
+    options = {"times": times, "duration": duration}
+
+    def on_show(number: int) -> list[set[int]]:
+        """What may be taken at each moment: a frame counts as shown a millisecond before its time."""
+        moments = [times[0] + index * duration / number for index in range(number)]
+        frames, lateness = range(len(times)), (-1e-9, 1e-9, 1e-3 - 1e-9, 1e-3 + 1e-9)
+        return [
+            {max((frame for frame in frames if times[frame] <= moment + late), default=0) for late in lateness}
+            for moment in moments
+        ]
+
+    moments = on_show(max(1, int((duration + 1e-3) * fps)))
+    indices = sample_frame_indices(len(steps), fps=fps, **options)
+    assert (np.diff(indices) > 0).all()
+    assert set(indices.tolist()) <= set().union(*moments)
+    assert all(moment & set(indices.tolist()) for moment in moments)
+
+    count = min(count, len(steps))
+    indices = sample_frame_indices(len(steps), num_frames=count, **options)
+    assert len(indices) == count and (np.diff(indices) > 0).all() and indices[0] >= 0 and indices[-1] < len(steps)
+    if all(first.isdisjoint(second) for first, second in itertools.pairwise(on_show(count))):
+        assert all(index in frames for index, frames in zip(indices, on_show(count), strict=True))

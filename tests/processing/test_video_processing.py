@@ -136,7 +136,7 @@ def test_total_pixels_bounds_all_frames_together(pixels, processor):
         processor.video_processor(video, total_pixels=6 * 3135)
 
 
-def test_limits_of_a_processor_count_once_they_are_set(pixels):
+def test_limits_of_a_processor(pixels):
     video_processor = MiniMaxM3VLVideoProcessor(max_frames=3, total_pixels=4 * 28 * 28 * 3, do_sample_frames=True)
     metadata = [VideoMetadata(total_num_frames=20, fps=2.0)]
     output = video_processor(pixels(20, 280, 280, 3), video_metadata=metadata, return_metadata=True)
@@ -149,10 +149,10 @@ def test_limits_of_a_processor_count_once_they_are_set(pixels):
 # --- sampling ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fps", [None, 0.5, 1, 3, 4.0])
+@pytest.mark.parametrize("fps", [0.5, 1, 3, 4.0])
 @pytest.mark.parametrize("num_frames", [3, 8, 30])
 def test_sampling_by_rate_equals_stock(num_frames, fps, pixels, processor, stock, assert_same_output):
-    options = {"do_sample_frames": True, "return_metadata": True} | ({"fps": fps} if fps else {})
+    options = {"do_sample_frames": True, "return_metadata": True, "fps": fps}
     metadata = {"total_num_frames": num_frames, "fps": 4.0}
     video = pixels(num_frames, 28, 28, 3)
     ours = processor.video_processor(video, video_metadata=[dict(metadata)], **options)
@@ -166,7 +166,8 @@ SAMPLING = {
     "greatest": ({"fps": 2, "max_frames": 3}, [0, 10, 20]),
     "least": ({"fps": 0.5, "min_frames": 5}, [0, 6, 12, 18, 24]),
     "least-above-the-video's": ({"fps": 0.5, "min_frames": 50}, list(range(30))),
-    "default": ({}, [0, 10, 20]),
+    "default": ({}, [0, 7, 15, 22]),  # the processor's own rate gives 3, its own `min_frames` is 4
+    "default-below-the-call's-limit": ({"max_frames": 2}, [0, 15]),
 }
 
 

@@ -73,7 +73,7 @@ def train(scale_out_models, tmp_path_factory) -> Callable[..., dict]:
         output = tmp_path_factory.mktemp(engine) / "found.json"
         done = subprocess.run(
             [sys.executable, *launcher, str(WORKER), engine, str(scale_out_models), str(output)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(output.read_text())

@@ -248,7 +248,6 @@ ERRORS = {
     "context": (["--dataset", "{texts}", "--max_length", "200000"], "context of 131072 tokens, got 200000"),
     "cut": (["--dataset", "{chats}", "--max_length", "20"], "anything to learn within its first 20 tokens"),
     "stream": (["--dataset", "{texts}", "--streaming", "--max_steps", "-1"], "--streaming needs --max_steps"),
-    "eval": (["--dataset", "{texts}", "--eval_strategy", "steps"], "--eval_strategy .* needs --eval_dataset"),
     "resume": (["--dataset", "{texts}", "--resume_from_checkpoint", "true"], "there is no checkpoint in"),
     "no image": (["--dataset", "{missing}"], "nowhere.png"),
     "cut image": (["--dataset", "{look}", "--max_length", "300"], "no row .* videos, .* within its first 300 tokens"),
@@ -257,11 +256,6 @@ ERRORS = {
     "empty": (["--dataset", "{empty}"], "the file .*empty.jsonl is empty"),
     "no text": (["--dataset", "{holes}"], "every row of the training data must hold a text, got None"),
     "no chat": (["--dataset", "{holes}", "--messages_column", "text"], "must hold a list of messages, got 'a'"),
-    "vision": (["--dataset", "{look}", "--lora", "--train_vision"], "--train_vision does not go with --lora"),
-    "smoothing": (
-        ["--dataset", "{texts}", "--label_smoothing_factor", "0.1", "--indexer_loss_coef", "0.1"],
-        "--label_smoothing_factor takes the place",
-    ),
     "split of files": (["--dataset", "{texts}", "--eval_split", "test"], "files are one split, 'train', not 'test'"),
     "resume elsewhere": (
         ["--dataset", "{texts}", "--resume_from_checkpoint", "nowhere"],
@@ -331,5 +325,8 @@ def test_mistakes_in_a_file_of_options(finetune, tmp_path, capsys, content, mess
 def test_flags_win_over_a_file(finetune, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model:\ndataset: rows.jsonl\nlora_rank: 4\n")
-    model, lora, data, _ = finetune.parse_arguments([str(file), "--model", "here", "--lora_rank", "8"])
+    model, lora, data, _, asked = finetune.parse_arguments(
+        [str(file), "--model", "here", "--lora_rank", "8", "--output_dir", "run"]
+    )
     assert (model.model, lora.lora_rank, data.dataset) == ("here", 8, ["rows.jsonl"])
+    assert asked == {"model", "lora_rank", "dataset", "output_dir"}

@@ -3,7 +3,6 @@
 import copy
 import os
 import tempfile
-from datetime import timedelta
 
 import pytest
 import torch
@@ -379,7 +378,6 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
     )
     head, hidden_states, labels = make_case()
     expected = gradients(causal_lm_loss, head, hidden_states, labels)[2].clone() * world_size
@@ -402,3 +400,28 @@ def test_fsdp_ranks_with_different_numbers_of_chunks():
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(run_rank, (2, folder), nprocs=2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("skip_logits", [True, False])
+@pytest.mark.parametrize("head", ["text", "composite"])
+def test_padding_does_not_change_the_loss(head, skip_logits, side):
+    """The last pad to the left of a row predicts nothing: what it would predict is the row's first token."""
+    torch.manual_seed(0)
+    config = tiny_config()
+    model = (
+        MiniMaxM3VLForCausalLM(config.text_config)
+        if head == "text"
+        else MiniMaxM3SparseForConditionalGeneration(config)
+    ).train()
+    rows = [tokens_of(model.config, 1, length, seed=length) for length in (23, 40)]
+    alone = [model(row, labels=row, skip_logits=skip_logits).loss * (row.shape[1] - 1) for row in rows]
+    expected = sum(alone) / (22 + 39)
+    pads = torch.full((1, 17), 1)
+    short = torch.cat((pads, rows[0]) if side == "left" else (rows[0], pads), dim=1)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, slice(17) if side == "left" else slice(23, None)] = 0
+    tokens = torch.cat((short, rows[1]))
+    labels = tokens.masked_fill(mask == 0, -100)
+    loss = model(tokens, attention_mask=mask, labels=labels, skip_logits=skip_logits).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -113,7 +113,7 @@ def test_generation(cache, autocast, came, tokens):
         generated = model.generate(**options, cache_implementation=cache, disable_compile=True)
         without_cache = model.generate(**options, use_cache=False)
     torch.testing.assert_close(generated.sequences, without_cache.sequences, rtol=0, atol=0)
-    layers = generated.past_key_values.layers
+    layers = generated.cache.layers
     assert {states.dtype for layer in layers for states in (layer.keys, layer.values)} == {torch.bfloat16}
     # Their arguments are the caches as well, that of the index keys among them.
     assert set(came) >= {"select_blocks_with_kvcache", "block_sparse_attention_with_kvcache", "dense_attention"}
@@ -133,4 +133,4 @@ def test_float32_stays_float32(was_quantized, came, tokens):
             parameter.data = parameter.data.bfloat16()
     generated = model.generate(input_ids=tokens, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
     assert set().union(*came.values()) == {torch.float32}
-    assert {layer.keys.dtype for layer in generated.past_key_values.layers} == {torch.float32}
+    assert {layer.keys.dtype for layer in generated.cache.layers} == {torch.float32}

@@ -84,4 +84,4 @@ def test_training_steps_and_generation(checkpoint, autocast, kernels):
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         generated = model.generate(input_ids=tokens, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     assert generated.sequences.shape == (2, 504)
-    assert {layer.keys.dtype for layer in generated.past_key_values.layers} == {torch.bfloat16}
+    assert {layer.keys.dtype for layer in generated.cache.layers} == {torch.bfloat16}

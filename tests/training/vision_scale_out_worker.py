@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -99,7 +98,7 @@ def in_one_process(flags: list[str]) -> tuple[list[float], float]:
 
 
 def with_torch(engine: str, flags: list[str]) -> tuple[list[float], float]:
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    torch.distributed.init_process_group("gloo")
     model = make_model(flags).train()
     config, is_ddp = model.config, engine == "ddp"
     if is_ddp:
@@ -135,7 +134,7 @@ def with_torch(engine: str, flags: list[str]) -> tuple[list[float], float]:
 def with_zero3(flags: list[str]) -> tuple[list[float], float]:
     import deepspeed
 
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=120))
+    deepspeed.init_distributed("gloo")
     model = make_model(flags).train()
     options = {
         "train_micro_batch_size_per_gpu": 1,

@@ -61,7 +61,7 @@ Tensor allocate_workspace(const Tensor& like, int64_t elements) {
 DeviceScope::DeviceScope(const Tensor& tensor)
     : device_(tensor.get_device_index()), guard_(device_) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
   stream_ = static_cast<cudaStream_t>(stream);
 }
 

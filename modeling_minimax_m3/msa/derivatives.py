@@ -1,0 +1,106 @@
+"""Derivatives that the operators' own gradients do not give: forward mode, `torch.func`, and those of a gradient.
+
+The backends have one derivative, the gradient by reverse mode. PyTorch would take their results for constants in forward
+mode. So a call that is differentiated in any other way runs `reference`, which is made of differentiable operations, at
+quadratic memory; and so does the derivative of a gradient.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.autograd import forward_ad
+
+from . import checks, reference
+
+_DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+
+
+def are_beyond_backward(*tensors: torch.Tensor) -> bool:
+    """Whether derivatives by anything but plain reverse mode pass through these tensors."""
+    if _transform_differentiates():
+        return True
+    # `torch.compile` guards a graph on the level where it is read here.
+    is_forward_mode = forward_ad._current_level >= 0
+    return is_forward_mode and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+@torch.compiler.assume_constant_result  # a graph is guarded on the transforms that it was traced in
+def _transform_differentiates() -> bool:
+    """Whether a transform of `torch.func` that differentiates is at work; `vmap` alone is none."""
+    interpreters = torch._C._functorch.get_interpreter_stack()
+    return interpreters is not None and any(one.key() in _DIFFERENTIATING for one in interpreters)
+
+
+def by_definition(
+    function: str,
+    backend: str,
+    states: tuple[torch.Tensor, ...],
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *options: int | float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Calls `function` of `reference` so that it can be differentiated in every way.
+
+    Raises:
+        NotImplementedError: The backend is "cuda", or `torch.func.vmap` runs over the lengths of sequences.
+    """
+    check_has_definition(function, backend)
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if _is_batched(cu_seqlens):
+            raise NotImplementedError(
+                f"`{name}` must be the same for all examples of `torch.func.vmap` where `{function}` is differentiated "
+                "inside it: sequence lengths are read on the host"
+            )
+    checks.check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, states[0].shape[0], states[1].shape[0])
+    if block_indices is not None and not _is_batched(block_indices):
+        checks.check_block_indices_values(block_indices)
+    with torch.autocast(states[0].device.type, enabled=False):
+        return getattr(reference, function)(*states, block_indices, cu_seqlens_q, cu_seqlens_k, *options)
+
+
+def check_has_definition(function: str, backend: str) -> None:
+    """Raises NotImplementedError where the kernels are asked for by name, which have a gradient and nothing else."""
+    if backend == "cuda":
+        raise NotImplementedError(
+            f"`backend`='cuda' has no derivatives of `{function}` but the gradient by reverse mode, once: "
+            "`backend`='auto', 'torch' or 'reference' has forward mode, `torch.func` and gradients of gradients"
+        )
+
+
+def gradient_of_gradient(
+    function: Callable[..., torch.Tensor],
+    upstream: torch.Tensor,
+    states: Sequence[torch.Tensor],
+    grad_grads: Sequence[torch.Tensor | None],
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of `upstream` and `states`, given those of the gradient that `upstream` has with respect to `states`.
+
+    Differentiable itself where gradients are being recorded, so that any order works.
+    """
+    is_recorded = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(upstream.device.type, enabled=False):
+        # Not the tensors themselves: one may have been computed from another.
+        inputs = [
+            tensor.view_as(tensor) if is_recorded and tensor.requires_grad else tensor.detach().requires_grad_()
+            for tensor in (upstream, *states)
+        ]
+        out = function(*inputs[1:])
+        if not out.requires_grad:  # there is no sequence
+            return tuple(map(torch.zeros_like, inputs))
+        grads = torch.autograd.grad(out, inputs[1:], inputs[0], create_graph=True)
+        known = [(grad, of_grad) for grad, of_grad in zip(grads, grad_grads) if of_grad is not None]
+        grads, of_grads = zip(*known)
+        return torch.autograd.grad(
+            grads, inputs, of_grads, create_graph=is_recorded, allow_unused=True, materialize_grads=True
+        )
+
+
+def _is_batched(tensor: torch.Tensor) -> bool:
+    """Whether the elements differ between the examples of some `torch.func.vmap` at work."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False

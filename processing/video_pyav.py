@@ -1,0 +1,157 @@
+"""Video files through PyAV."""
+
+import io
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .video_orientation import turn_of, turn_upright
+
+# FFmpeg's AVFMT_TS_DISCONT: MPEG-TS, MPEG-PS and Ogg, whose clocks start anywhere.
+FORMATS_WITHOUT_ZERO = 0x0200
+GUESSED_RATE = 25  # what FFmpeg takes for a stream that tells nothing
+
+
+class PyavVideo:
+    """Reads a file once for its times, without decoding, and once for the frames that are wanted.
+
+    Memory holds the wanted frames only. What cannot be decoded is left out.
+
+    Args:
+        content (str or bytes): path of a local file, or what is in it.
+
+    Attributes:
+        times (list of float): when each frame begins to be shown, in seconds from the zero of the file's time line, or
+            from the file's start where the format has no zero. Increasing.
+        end (float): when the last frame ceases to be shown.
+        fps (float, Optional): average rate, as the file declares it.
+        declared_duration (float, Optional): how long the frames should be shown, as the file declares it.
+
+    Raises:
+        ValueError: there are no pictures, or they are larger than Pillow would take.
+        av.FFmpegError: it is no video file.
+    """
+
+    def __init__(self, content: str | bytes):
+        self._content = content
+        self._fault = None
+        container, stream = self._open()
+        with container:
+            self._base = stream.time_base
+            self._zero = 0.0
+            if container.format.flags & FORMATS_WITHOUT_ZERO:
+                self._zero = (container.start_time or 0) / 1e6  # microseconds
+            rate = stream.average_rate or stream.guessed_rate
+            # AVI tells when a packet is decoded only. Its frames come out in the order of these times.
+            self._has_times = container.format.name != "avi"
+            # A packet is a frame; discarded ones are those that an edit list cuts off.
+            lengths = {
+                packet.pts if self._has_times else packet.dts: packet.duration or 0
+                for packet in self._packets(container, stream)
+                if packet.size and not packet.is_discard
+            }
+            self.declared_duration = float(stream.duration * self._base) if stream.duration else None
+        if None in lengths:
+            lengths = dict.fromkeys((frame.pts for frame in self._frames()), 0)
+        if None in lengths:  # a bare stream, without any times
+            self._has_times = False
+            self._base = 1 / Fraction(rate or GUESSED_RATE)
+            lengths = dict.fromkeys(range(sum(1 for _ in self._frames())), 1)
+        if not lengths:
+            raise self._fault or ValueError("it has no frames")
+
+        self._ticks = np.array(sorted(lengths), dtype=np.int64)
+        first, last = int(self._ticks[0]), int(self._ticks[-1])
+        length = lengths[last]
+        if length <= 0:
+            alone = len(lengths) == 1
+            length = 1 / (self._base * (rate or GUESSED_RATE)) if alone else (last - first) / (len(lengths) - 1)
+        self.times = self._seconds(self._ticks)
+        self.end = self.times[-1] + float(length * self._base)
+        self.fps = float(rate) if rate else None
+
+    def _seconds(self, ticks: np.ndarray) -> list[float]:
+        return [float(tick * self._base) - self._zero for tick in ticks.tolist()]
+
+    def _open(self) -> tuple[Any, Any]:
+        import av
+
+        if isinstance(self._content, str):
+            container = av.open(self._content)
+        else:  # from elsewhere: if it is a list of other files, none of them may be read
+            container = av.open(io.BytesIO(self._content), options={"protocol_whitelist": "data"})
+        try:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise ValueError("it has no pictures")
+            if Image.MAX_IMAGE_PIXELS is not None:
+                limit = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow refuses a picture
+                width, height = stream.codec_context.width, stream.codec_context.height
+                if width * height > limit:
+                    raise ValueError(f"a frame has {width} x {height} pixels, more than {limit}")
+                stream.codec_context.options = {"max_pixels": str(limit)}  # for those that grow midway
+            stream.thread_type = "AUTO"
+        except Exception:
+            container.close()
+            raise
+        return container, stream
+
+    def _packets(self, container: Any, stream: Any) -> Iterator[Any]:
+        import av
+
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return
+            except av.FFmpegError as error:  # the end of a file that was cut
+                self._fault = error
+                return
+            yield packet
+
+    def _frames(self) -> Iterator[Any]:
+        import av
+
+        container, stream = self._open()
+        with container:
+            for packet in self._packets(container, stream):
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError as error:
+                    self._fault = error
+                    continue
+                yield from frames
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """Decode the frames at increasing `indices`.
+
+        In the place of a frame that cannot be decoded stands the next one, if that is not wanted itself.
+
+        Returns:
+            The frames, upright, (frames, height, width, 3) uint8, their indices and their times: fewer than wanted
+            where the file is damaged, but at least one.
+        """
+        wanted, video, found = self._ticks[indices], None, []
+        for count, frame in enumerate(self._frames()):
+            tick = frame.pts if self._has_times else self._ticks[min(count, len(self._ticks) - 1)]
+            if tick is None or tick < wanted[0]:
+                continue
+            turn = turn_of(frame)
+            if video is None:
+                height, width = (frame.width, frame.height) if turn.transpose else (frame.height, frame.width)
+                video = np.empty((len(indices), height, width, 3), dtype=np.uint8)
+            # the size may change midway; that of the first frame counts
+            size = (height, width) if turn.transpose else (width, height)
+            video[len(found)] = turn_upright(frame.to_ndarray(format="rgb24", width=size[0], height=size[1]), turn)
+            found.append(tick)
+            wanted = wanted[np.searchsorted(wanted, tick, side="right") :]
+            if len(wanted) == 0:
+                break
+        if not found:
+            raise self._fault or ValueError("none of its frames can be decoded")
+        found = np.array(found)
+        return video[: len(found)], np.searchsorted(self._ticks, found), self._seconds(found)

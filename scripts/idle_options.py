@@ -1,0 +1,60 @@
+"""Options of `finetune.py` that would do nothing are errors, not silence."""
+
+# Every circumstance in which options do nothing: those of the script, and those of TrainingArguments that the script
+# makes idle. What TrainingArguments' options do to each other is the affair of Transformers.
+IDLE = {
+    "no_lora": (
+        "without --lora",
+        ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_experts", "lora_save"),
+    ),
+    "lora": (
+        "with --lora, which trains adapters of the language model and what --lora_save names",
+        ("train_vision",),
+    ),
+    "label_smoothing": (
+        "with --label_smoothing_factor, which takes the place of the model's loss",
+        ("indexer_loss_coef", "router_aux_loss_coef"),
+    ),
+    "no_evaluation": (
+        "without --eval_dataset or --eval_split",
+        (
+            *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval", "per_device_eval_batch_size"),
+            *("eval_accumulation_steps", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        ),
+    ),
+    "any_run": (
+        "here: the script predicts nothing and measures the loss alone",
+        ("do_predict", "include_for_metrics", "batch_eval_metrics"),
+    ),
+    "streaming": ("with --streaming", ("num_proc", "data_seed", "train_sampling_strategy")),
+    "no_named_data": ("where the data are files or were saved by `save_to_disk`", ("dataset_config",)),
+    "no_chats": ("where the data have no column of chats", ("messages_column", "thinking_mode")),
+    "no_texts": ("where all data are chats", ("text_column",)),
+    "media": ("where the data have images or videos", ("padding_free", "remove_unused_columns")),
+    "no_media": ("where the data have neither images nor videos", ("train_vision",)),
+    "no_vision": ("with a checkpoint that reads text only", ("train_vision",)),
+    "no_experts": ("with a checkpoint that has no routed experts", ("lora_experts", "router_aux_loss_coef")),
+    "no_indexers": ("with a checkpoint that has no learned-sparse layers", ("indexer_loss_coef",)),
+    "no_adapted_indexers": (
+        "where no adapter is on the indexers: add q_proj and k_proj to --lora_targets, or leave it out",
+        ("indexer_loss_coef",),
+    ),
+    "own_attention": (
+        "where neither a dense layer nor a vision tower computes attention",
+        ("attn_implementation",),
+    ),
+}
+
+
+def refuse_idle(asked: set[str], **circumstances: bool | str) -> None:
+    """Raises ValueError for an option that would do nothing.
+
+    Args:
+        asked: Names of the options that were given.
+        circumstances: Whether each of these circumstances, which are keys of IDLE, is there; a text says more of it.
+    """
+    for name, detail in circumstances.items():
+        when, options = IDLE[name]
+        if detail and (idle := [f"--{option}" for option in options if option in asked]):
+            more = f": {detail}" if isinstance(detail, str) else ""
+            raise ValueError(f"{', '.join(idle)} would do nothing {when}{more}")
