@@ -8,7 +8,7 @@ def finish_loading(model: PreTrainedModel) -> None:
     """Make a model that has just been loaded by a quantizer fit to be saved and called. Others stay as they are."""
     _forget_rules_without_reverse(model)
     if getattr(model, "is_quantized", None) is False:  # dequantized; not set where there was no quantizer
-        _widen_to(model, model.config.dtype)
+        _cast_to(model, model.config.dtype)
     for module in model.modules():
         # On CPUs with AVX512-BF16, a 4-bit layer of bitsandbytes 0.50 repacks its weight in the first forward without
         # gradients, and rounds the scales. No gradient passes it from then on, not in training either, and the next
@@ -26,9 +26,8 @@ def _forget_rules_without_reverse(model: PreTrainedModel) -> None:
         del model._weight_conversions
 
 
-def _widen_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Transformers gives the asked-for dtype only to the weights it dequantizes. The rest come in the dtype of the
-    file, and here in `dtype`, unless the file is more precise, as it is for routers: those stay, as in Transformers."""
+def _cast_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Transformers 5.23 gives the asked-for dtype only to the weights that it dequantizes, and leaves the others in that
+    of the file."""
     for parameter in model.parameters():
-        if torch.promote_types(parameter.dtype, dtype) != parameter.dtype:
-            parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(dtype)
