@@ -221,9 +221,22 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         divergence = None
         if divergences:
             divergence = sum(other.to(hidden_states.device) for other in divergences) / len(divergences)
+            self._warn_of_frozen_indexers(divergence)
         return MiniMaxM3VLTextModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, indexer_divergence=divergence
         )
+
+    def _warn_of_frozen_indexers(self, divergence: torch.Tensor) -> None:
+        """Warns once of a loss that trains nothing: its gradient reaches the indexers alone."""
+        if not self.training or not torch.is_grad_enabled() or divergence.requires_grad or is_torchdynamo_compiling():
+            return
+        coef = self.config.indexer_loss_coef
+        if coef > 0:
+            logger.warning_once(
+                f"`indexer_loss_coef` is {coef}, but the indexers' parameters are frozen, so the indexers' loss is added "
+                f"and trains nothing. `model.set_indexer_training({coef})`, before adapters and the optimizer are made, "
+                "trains them; `model.set_indexer_training(0)` leaves the loss out."
+            )
 
     def _warn_past_context_length(self, past_key_values: Cache | None, layout: SequenceLayout) -> None:
         """Warns once of sequences longer than the config says, as `generate` does. They run all the same."""
