@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .checks import require_at_least
+from .checks import MAX_TOKENS, MAX_WIDTH, check_inherited_keys, check_renamed_fields, integer
 from .text import MiniMaxM3VLTextConfig
 from .vision import MiniMaxM3VLVisionConfig
 
@@ -38,7 +38,11 @@ class MiniMaxM3VLConfig(PreTrainedConfig):
     """
 
     model_type = "minimax_m3_vl"
-    keys_to_ignore_at_inference = MiniMaxM3VLTextConfig.keys_to_ignore_at_inference
+    # `Trainer.predict` joins the other outputs of all batches, and these have another shape in each.
+    keys_to_ignore_at_inference = [
+        *MiniMaxM3VLTextConfig.keys_to_ignore_at_inference,
+        *("image_outputs", "video_outputs", "image_hidden_states", "video_hidden_states"),
+    ]
     sub_configs_defaults = {
         "text_config": MiniMaxM3VLTextConfig,
         "vision_config": MiniMaxM3VLVisionConfig,
@@ -50,12 +54,13 @@ class MiniMaxM3VLConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
-    image_token_index: int = 200025
-    video_token_index: int = 200026
-    projector_hidden_size: int = 6144
+    image_token_index: int = integer(200025, 0, MAX_TOKENS)
+    video_token_index: int = integer(200026, 0, MAX_TOKENS)
+    projector_hidden_size: int = integer(6144, 1, MAX_WIDTH)
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_inherited_keys(self, kwargs)
         self._adopt_stock_sub_configs()
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
@@ -76,7 +81,7 @@ class MiniMaxM3VLConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks what joins the two parts; the parts check themselves."""
-        require_at_least(self, 1, ("projector_hidden_size",))
+        check_renamed_fields(self)
 
     def validate_placeholder_tokens(self) -> None:
         """Checks that the image and video placeholders are two tokens of the vocabulary."""

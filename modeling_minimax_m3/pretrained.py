@@ -78,8 +78,8 @@ class MiniMaxM3VLPreTrainedModel(PreTrainedModel):
         """
         config = self.config.get_text_config()
         before = {name: getattr(config, name) for name in ("indexer_loss_coef", "indexer_warmup")}
-        config.indexer_loss_coef, config.indexer_warmup = coef, warmup
         try:
+            config.indexer_loss_coef, config.indexer_warmup = coef, warmup
             config.validate()
         except Exception:
             config.indexer_loss_coef, config.indexer_warmup = before.values()

@@ -1,7 +1,5 @@
 """The text model: decoder layers over dense or sparse attention, and the causal language model."""
 
-import math
-
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
@@ -127,7 +125,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
                 `config.indexer_loss_coef` is above 0 and the model is in training mode.
 
         Raises:
-            ValueError: Inputs of the wrong shape, that contradict each other, or longer than the context.
+            ValueError: Inputs of the wrong shape, or that contradict each other.
         """
         for name, value in kwargs.items():
             if isinstance(value, Cache):  # a name of another release of Transformers: the past would be forgotten
@@ -155,7 +153,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             may_be_packed=cache is None,
             num_heads=self.config.num_attention_heads,
         )
-        self._check_context_length(cache, layout)
+        self._warn_past_context_length(cache, layout)
         if use_cache and cache is None and not layout.is_packed:
             cache = DynamicCache(config=self.config)
             adopt_cache(cache, self.config.layer_types, batch)
@@ -202,6 +200,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         divergence = None
         if divergences:
             divergence = sum(other.to(hidden_states.device) for other in divergences) / len(divergences)
+            self._warn_of_frozen_indexers(divergence)
         return MiniMaxM3VLTextModelOutputWithPast(
             **output_fields(last_hidden_state=self.norm(hidden_states), cache=cache, indexer_divergence=divergence)
         )
@@ -220,19 +219,35 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         logger.warning_once("`cache` is not filled: gradient checkpointing cannot be combined with it.")
         return None
 
-    def _check_context_length(self, cache: Cache | None, layout: SequenceLayout) -> None:
-        limit = context_length(self.config)
+    def _warn_of_frozen_indexers(self, divergence: torch.Tensor) -> None:
+        """Warns once of a loss that trains nothing: its gradient reaches the indexers alone."""
+        if not self.training or not torch.is_grad_enabled() or divergence.requires_grad or is_torchdynamo_compiling():
+            return
+        coef = self.config.indexer_loss_coef
+        if coef > 0:
+            logger.warning_once(
+                f"`indexer_loss_coef` is {coef}, but the indexers' parameters are frozen, so the indexers' loss is added "
+                f"and trains nothing. `model.set_indexer_training({coef})`, before adapters and the optimizer are made, "
+                "trains them; `model.set_indexer_training(0)` leaves the loss out."
+            )
+
+    def _warn_past_context_length(self, cache: Cache | None, layout: SequenceLayout) -> None:
+        """Warns once of sequences longer than the config says, as `generate` does. They run all the same."""
+        limit = self.config.max_position_embeddings
+        # The dynamic type stretches as far as needed.
+        if is_torchdynamo_compiling() or self.config.rope_parameters["rope_type"] == "dynamic":
+            return
         past = 0 if cache is None else cache.get_seq_length()
         if isinstance(past, torch.Tensor):  # a static cache has its own bound, and asking it would wait for the device
             past = 0
         # Rows that long may still consist of shorter sequences and padding.
-        if past + layout.num_new <= limit or (is_torchdynamo_compiling() and not layout.is_uniform):
+        if past + layout.num_new <= limit:
             return
         longest = past + layout.num_new if layout.is_uniform else layout.longest_sequence()
         if longest > limit:
-            raise ValueError(
-                f"the input reaches {longest} tokens ({past} cached, {layout.num_new} new), but "
-                f"`config.max_position_embeddings` is {limit}"
+            logger.warning_once(
+                f"The input has sequences of more than `config.max_position_embeddings` = {limit} tokens. Expect worse "
+                "output past it, unless `config.rope_parameters` stretch the positions or the model was trained further."
             )
 
 
@@ -246,25 +261,6 @@ class MiniMaxM3GenerationMixin(GenerationMixin):
         if getattr(model_kwargs.get(CACHE_NAME), "offloading", False):
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-
-    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        # Before any work: a forward would notice only when the tokens before it have been generated.
-        limit = context_length(self.config.get_text_config())
-        if generation_config.max_length > limit:
-            is_default = has_default_max_length and generation_config.max_new_tokens is None
-            if not is_default or input_ids_length >= limit:
-                raise ValueError(
-                    f"the prompt of {input_ids_length} tokens and what is to be generated reach "
-                    f"{generation_config.max_length} tokens, but `config.max_position_embeddings` is {limit}: lower "
-                    "`max_new_tokens` or `max_length`, or shorten the prompt"
-                )
-            generation_config.max_length = limit
-
-
-def context_length(config: MiniMaxM3VLTextConfig) -> float:
-    """The longest sequence in tokens; without bound for the rotary type that stretches as far as needed."""
-    return math.inf if config.rope_parameters["rope_type"] == "dynamic" else config.max_position_embeddings
 
 
 class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixin):
