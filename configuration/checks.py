@@ -50,12 +50,16 @@ def check_renamed_fields(config: PreTrainedConfig) -> None:
 
 
 def check_inherited_keys(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for what `PreTrainedConfig.__post_init__` would hang on, or fail on without its name.
+    """Raise `ValueError` for what `PreTrainedConfig.__post_init__` would hang on, or fail on without its name, and for
+    the file of another part, or of the whole, which has none of the fields.
 
     Args:
         config (`PreTrainedConfig`): What `__post_init__` runs on.
         kwargs (`Mapping`): Its arguments.
     """
+    model_type, own_type = kwargs.get("model_type"), type(config).model_type
+    if model_type != own_type and str(model_type).startswith("minimax_m3_vl"):
+        raise ValueError(f"`model_type` must be {own_type!r} for a {type(config).__name__}, got {model_type!r}.")
     for name, value in (("dtype", config.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
         if isinstance(value, str):
             value = getattr(torch, value, value)

@@ -64,6 +64,7 @@ class MiniMaxM3VLConfig(PreTrainedConfig):
         self._adopt_stock_sub_configs()
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        self.text_config.tie_word_embeddings = self.tie_word_embeddings  # for a language model of that part alone
         self.merged_hidden_size = self.text_config.hidden_size * self.vision_config.spatial_merge_size**2
 
     def _adopt_stock_sub_configs(self) -> None:

@@ -294,6 +294,15 @@ class MiniMaxM3VLTextConfig(PreTrainedConfig):
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in Transformers. Embeddings that a whole model's file ties at its top are tied in its language model."""
+        config_dict, unused = super().get_config_dict(*args, **kwargs)
+        text_config = config_dict.get(cls.base_config_key)
+        if isinstance(text_config, dict) and config_dict.get("tie_word_embeddings"):
+            text_config["tie_word_embeddings"] = True
+        return config_dict, unused
+
     def _per_layer(self, name: str, flags: Any) -> list[int]:
         """One flag for each layer; a single 0 or 1 stands for all layers."""
         if not isinstance(flags, (list, tuple)):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
 from .indexer import MiniMaxM3VLIndexer
 from .moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
 from .normalization import MiniMaxM3VLRMSNorm
+from .part_loading import finish_part_loading, part_conversions, refuse_parts_without_weights
 
 
 class MiniMaxM3VLPreTrainedModel(PreTrainedModel):
@@ -66,6 +68,22 @@ class MiniMaxM3VLPreTrainedModel(PreTrainedModel):
             for indexer in indexers:
                 indexer.requires_grad_(False)
         return loaded
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """As in Transformers. A part finds its weights in a whole model's checkpoint, and no part is left without."""
+        if expected_keys is not None or state_dict == {}:  # adapters, or weights that are wanted random
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
+        conversions = part_conversions(model)
+        load_config = replace(load_config, weight_mapping=[*conversions, *(load_config.weight_mapping or [])])
+        info, disk_offload_index = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config
+        )
+        finish_part_loading(model, conversions, load_config, info)
+        refuse_parts_without_weights(model, info, MiniMaxM3VLPreTrainedModel)
+        return info, disk_offload_index
 
     def set_indexer_training(self, coef: float, warmup: bool = False) -> None:
         """Change `indexer_loss_coef` and `indexer_warmup` of an existing model. Call it before adding adapters
