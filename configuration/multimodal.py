@@ -5,13 +5,14 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .auto_class import AutoClassByImport
 from .checks import MAX_TOKENS, MAX_WIDTH, check_inherited_keys, check_renamed_fields, integer
 from .text import MiniMaxM3VLTextConfig
 from .vision import MiniMaxM3VLVisionConfig
 
 
 @strict
-class MiniMaxM3VLConfig(PreTrainedConfig):
+class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
     """
     Configuration of MiniMax-M3 with its vision tower.
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
+from .auto_class import AutoClassByImport
 from .checks import (
     MAX_COUNT,
     MAX_DROPOUT,
@@ -62,7 +63,7 @@ _FIXED_FEATURES = {
 
 
 @strict
-class MiniMaxM3VLTextConfig(PreTrainedConfig):
+class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
     """
     Configuration of the MiniMax-M3 language model. The defaults are those of Transformers: every layer has dense
     attention and a mixture of experts. See `configuration_minimax_m3.released_config` for the released geometry.

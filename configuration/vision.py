@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
+from .auto_class import AutoClassByImport
 from .checks import (
     MAX_COUNT,
     MAX_DROPOUT,
@@ -29,7 +30,7 @@ MINIMUM_HEAD_DIM = 6
 
 
 @strict
-class MiniMaxM3VLVisionConfig(PreTrainedConfig):
+class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
     """
     Configuration of the MiniMax-M3 vision tower. The defaults are the released geometry.
 

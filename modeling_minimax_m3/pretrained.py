@@ -13,14 +13,16 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
+from configuration_minimax_m3.auto_class import AutoClassByImport
 
 from .indexer import MiniMaxM3VLIndexer
 from .moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
 from .normalization import MiniMaxM3VLRMSNorm
 from .part_loading import finish_part_loading, part_conversions, refuse_parts_without_weights
+from .quantized_checkpoints import finish_loading
 
 
-class MiniMaxM3VLPreTrainedModel(PreTrainedModel):
+class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
     """Base class of the text, vision and composite models."""
 
     config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig
@@ -61,8 +63,9 @@ class MiniMaxM3VLPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         """As in Transformers. Indexers come frozen unless `config.indexer_loss_coef` is above 0."""
         loaded = super().from_pretrained(*args, **kwargs)
-        # The loaded weights are new parameters, which do not know that those they replace were frozen.
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        finish_loading(model)
+        # The loaded weights are new parameters, which do not know that those they replace were frozen.
         indexers = model._indexers()
         if indexers and model.config.get_text_config().indexer_loss_coef == 0:
             for indexer in indexers:

@@ -16,8 +16,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig
 from processing_minimax_m3.registration import register_processors
 
+from .fused_projections import with_fused_projections
 from .multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
-from .sharded_loading import with_whole_concatenation
 from .text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
 from .vision import MiniMaxM3VLVisionModel
 
@@ -39,6 +39,6 @@ def register() -> None:
     # Transformers converts checkpoint names only for its own classes and for model types registered by hand.
     register_checkpoint_conversion_mapping(
         MiniMaxM3VLConfig.model_type,
-        with_whole_concatenation(get_checkpoint_conversion_mapping(MiniMaxM3VLConfig.model_type)),
+        with_fused_projections(get_checkpoint_conversion_mapping(MiniMaxM3VLConfig.model_type)),
         overwrite=True,
     )

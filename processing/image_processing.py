@@ -16,6 +16,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from configuration_minimax_m3.auto_class import AutoClassByImport
+
 from .media import check_pixels, check_range, describe, fetch_images, flatten_images, turn_upright
 from .patches import patchify
 from .resize import check_pixel_bounds, fits_patch_grid, smart_resize
@@ -42,7 +44,7 @@ class MiniMaxM3VLImageProcessorKwargs(ImagesKwargs, total=False):
     merge_size: int
 
 
-class MiniMaxM3VLImageProcessor(TorchvisionBackend):
+class MiniMaxM3VLImageProcessor(AutoClassByImport, TorchvisionBackend):
     """Resizes, normalises and cuts images into patches, on the CPU or (`device="cuda"`) on a GPU.
 
     Output of a call: `pixel_values` (patches of all images, channels * temporal_patch_size * patch_size**2), float32,

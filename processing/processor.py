@@ -9,13 +9,15 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.video_utils import VideoInput
 
+from configuration_minimax_m3.auto_class import AutoClassByImport
+
 from .control_tokens import Walls
 from .media import flatten_images, flatten_videos, is_frame_list, map_sources
 from .messages import check_text, is_list, normalize_conversations, normalize_tools
 from .special_tokens import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END_TOKEN, VISION_START_TOKEN
 
 
-class MiniMaxM3VLProcessor(ProcessorMixin):
+class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
     """Tokenizer, image processor and video processor in one call.
 
     Each image placeholder `]<]image[>[` and video placeholder `]<]video[>[` in the text becomes as many of itself as

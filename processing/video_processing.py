@@ -26,6 +26,8 @@ from transformers.video_utils import (
     reorder_videos,
 )
 
+from configuration_minimax_m3.auto_class import AutoClassByImport
+
 from .media import as_source, check_pixels, check_range, flatten_videos, map_sources, read_image, stack_frames
 from .patches import patchify
 from .resize import check_pixel_bounds, fits_patch_grid, smart_resize
@@ -74,7 +76,7 @@ class MiniMaxM3VLVideoProcessorKwargs(VideosKwargs, total=False):
     fps: float | int | None
 
 
-class MiniMaxM3VLVideoProcessor(BaseVideoProcessor):
+class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
     """Samples, resizes, normalises and cuts videos into patches, on the CPU or (`device="cuda"`) on a GPU.
 
     Output of a call: `pixel_values_videos` (patches of all videos, channels * temporal_patch_size * patch_size**2),

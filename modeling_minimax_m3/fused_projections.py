@@ -1,19 +1,24 @@
-"""Loading of fused projections whose weight is cut over devices.
+"""How fused projections are read from checkpoint files, and written to them.
 
 A composite checkpoint holds the gate and the up projection of dense and shared MLPs apart; the model holds them fused,
-gate first. Where `DistributedConfig(fsdp_size=...)` cuts the fused weight, Transformers 5.23 cuts gate and up each and
-concatenates this rank's pieces. That is no piece of the fused weight: its rows come out in another order, with no error.
+gate first. Transformers' rule for that goes wrong in two places, each without an error:
+
+- Where `DistributedConfig(fsdp_size=...)` cuts the fused weight, Transformers 5.23 cuts gate and up each and
+  concatenates this rank's pieces. That is no piece of the fused weight: its rows come out in another order.
+- Where bitsandbytes has quantized the fused layer, Transformers 5.23 and 5.24 write halves of its packed bytes and of
+  what belongs to them, which nothing can read again.
 """
 
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import Concatenate, WeightConverter, WeightTransform
+from transformers.core_model_loading import Chunk, Concatenate, WeightConverter, WeightTransform
+from transformers.distributed.utils import is_dtensor
 
 
-def with_whole_concatenation(mapping: list[WeightTransform]) -> list[WeightTransform]:
+def with_fused_projections(mapping: list[WeightTransform]) -> list[WeightTransform]:
     """`mapping`, with `ConcatenateWhole` where a rule does nothing but `Concatenate`. Experts are merged first, one by
     one, and Transformers cuts those rightly."""
     for transform in mapping:
@@ -52,7 +57,7 @@ class ConcatenateWhole(Concatenate):
 
         mesh, placements = target.device_mesh, target.placements
         shape = list(target.shape)
-        shape[self.dim] //= len(source_patterns)
+        shape[self.dim] //= len(input_dict)  # of MXFP8 files, the patterns name the scales as well
         stride = torch.empty(shape, device="meta").stride()
         for name, pieces in input_dict.items():
             piece = pieces[0] if isinstance(pieces, list) else pieces
@@ -64,14 +69,49 @@ class ConcatenateWhole(Concatenate):
             for name, fused in converted.items()
         }
 
+    @property
+    def reverse_op(self) -> "ChunkUnlessQuantized":
+        return ChunkUnlessQuantized(self.dim, self.num_shards_attribute)
+
+
+class ChunkUnlessQuantized(Chunk):
+    """`Chunk` that leaves a quantized weight, and what is stored beside it, whole and under the name it has in the model.
+    Files with that name load, in stock Transformers too."""
+
+    @torch.no_grad
+    def convert(
+        self,
+        input_dict: dict[str, torch.Tensor | list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """As in Transformers.
+
+        Args:
+            input_dict (`dict`): The weight of the fused layer, or a tensor stored beside it (`weight.absmax`).
+            source_patterns, target_patterns (`list[str]`): Names of the fused weight and of its parts.
+            full_layer_name (`str`): Name of the tensor, with the first part's name in place of the fused one.
+            model (`PreTrainedModel`): Its parameter says whether it is quantized.
+        """
+        fused = source_patterns[0].replace(r"\.", ".")
+        layer, _, suffix = full_layer_name.rpartition(target_patterns[0])
+        # A wrapper may have other names than the file; what it wraps is no quantized layer.
+        weight = dict(model.named_parameters()).get(layer + fused)
+        if weight is None or type(weight) is nn.Parameter or is_dtensor(weight):
+            return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+        (tensors,) = input_dict.values()
+        return {layer + fused + suffix: tensors}
+
 
 def _is_cut(tensor: torch.Tensor, dim: int) -> bool:
-    if not distributed.is_available():
+    if not is_dtensor(tensor):
         return False
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Replicate
 
-    if not isinstance(tensor, DTensor):
-        return False
     return any(
         not isinstance(placement, Replicate) and placement.dim % tensor.ndim == dim % tensor.ndim
         for placement in tensor.placements

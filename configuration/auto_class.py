@@ -1,0 +1,64 @@
+"""`register_for_auto_class` for classes of an installed package.
+
+Transformers copies the file of a registered class into the checkpoint, and those that stand in the same folder. Ours
+are spread over folders, and a copied class would be another class than the one that the rest of the package knows. So
+the checkpoint gets one file that imports all of them, for `trust_remote_code=True` where nothing imports the package.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+MODULE = "minimax_m3_classes"
+SOURCE = '''"""The classes of MiniMax-M3 that this folder names in `auto_map`. They come from an installed package."""
+
+try:
+    from configuration_minimax_m3 import *
+    from modeling_minimax_m3 import *
+    from processing_minimax_m3 import *
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"{error}. The classes that this checkpoint names are those of the package minimax-m3-transformers, which has "
+        "to be installed. Without `trust_remote_code=True`, those of Transformers are taken."
+    ) from error
+'''
+
+
+class AutoClassByImport:
+    """Goes before the base class of Transformers. Subclasses that stand in other packages are saved as Transformers
+    saves them."""
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers: what `save_pretrained` writes from now on loads as this class by the given Auto class
+        and `trust_remote_code=True`, where this package is installed."""
+        super().register_for_auto_class(*args, **kwargs)
+        if _is_importable(cls):
+            cls._auto_class_by_import, cls._auto_class = cls._auto_class, None
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any):
+        """As in Transformers."""
+        for part in [self, *(getattr(self, name) for name in getattr(self, "get_attributes", list)())]:
+            if isinstance(part, AutoClassByImport):
+                part._name_auto_class(Path(save_directory))
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _name_auto_class(self, folder: Path) -> None:
+        auto_class = vars(type(self)).get("_auto_class_by_import")
+        if auto_class is None:
+            return
+        config = getattr(self, "config", self)  # of a model; others have their own file
+        names = {auto_class: f"{MODULE}.{type(self).__name__}"}
+        if config is not self:  # with a config of Transformers, the model could not be made
+            names["AutoConfig"] = f"{MODULE}.{type(config).__name__}"
+        config.auto_map = {**(getattr(config, "auto_map", None) or {}), **names}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{MODULE}.py").write_text(SOURCE)
+
+
+def _is_importable(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in (
+        "configuration_minimax_m3",
+        "modeling_minimax_m3",
+        "processing_minimax_m3",
+    )
