@@ -297,8 +297,9 @@ class TestGenerate:
             {"cache_implementation": "static", "disable_compile": True},
             {"prefill_chunk_size": 7},
             {"prompt_lookup_num_tokens": 3},
+            {"assistant_early_exit": 2},
         ],
-        ids=["dynamic cache", "no cache", "static cache", "chunked prefill", "prompt lookup"],
+        ids=["dynamic cache", "no cache", "static cache", "chunked prefill", "prompt lookup", "early exit"],
     )
     def test_greedy(self, model, text, recomputed, options):
         torch.testing.assert_close(model.generate(**text, **options), recomputed)
