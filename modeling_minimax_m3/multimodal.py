@@ -34,19 +34,16 @@ logger = logging.get_logger(__name__)
 def _check_one_feature_per_placeholder(
     modality: str, num_placeholders: torch.Tensor, num_features: int, token_id: int, hint: str
 ) -> None:
-    expected = (
-        f"input_ids (or inputs_embeds) must hold one {modality} token (id {token_id}) for each {modality} feature"
-    )
+    # The beginning is Transformers' wording, by which other tools know the error.
+    mismatch = f"{modality.capitalize()} features and {modality} tokens do not match"
+    expected = f"input_ids (or inputs_embeds) must hold one {modality} token (id {token_id}) for each {modality} feature.{hint}"
     agree = num_placeholders == num_features
     if torch.compiler.is_compiling():
         # Transformers' check makes a symbol of the number, with which PyTorch 2.10 to 2.12 cannot compile this.
-        torch._assert_async(agree, f"{expected}.{hint}")
+        torch._assert_async(agree, f"{mismatch}: {expected}")
         return
     torch_compilable_check(
-        agree,
-        lambda: (
-            f"{expected}, got {int(num_placeholders)} {modality} tokens and {num_features} {modality} features.{hint}"
-        ),
+        agree, lambda: f"{mismatch}, tokens: {int(num_placeholders)}, features: {num_features}: {expected}"
     )
 
 
