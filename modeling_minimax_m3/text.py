@@ -3,6 +3,11 @@
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGenerator,
+    CandidateGenerator,
+    EarlyExitCandidateGenerator,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import is_torchdynamo_compiling, logging
@@ -156,7 +161,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         self._warn_past_context_length(cache, layout)
         if use_cache and cache is None and not layout.is_packed:
             cache = DynamicCache(config=self.config)
-            adopt_cache(cache, self.config.layer_types, batch)
+            adopt_cache(cache, self._layer_types(), batch)
         if position_ids is None:
             position_ids = layout.positions()
         elif (
@@ -205,8 +210,12 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             **output_fields(last_hidden_state=self.norm(hidden_states), cache=cache, indexer_divergence=divergence)
         )
 
+    def _layer_types(self) -> list[str]:
+        # `generate` lowers the number of layers where the first ones draft for all of them.
+        return self.config.layer_types[: self.config.num_hidden_layers]
+
     def _usable_cache(self, cache: Cache, batch: int) -> Cache | None:
-        adopt_cache(cache, self.config.layer_types, batch)
+        adopt_cache(cache, self._layer_types(), batch)
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return cache
         # The backward runs each layer again, which would write to the cache again.
@@ -251,10 +260,38 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             )
 
 
+class _EarlyExit(EarlyExitCandidateGenerator):
+    """Drafts with the model's first layers alone, those of a composite model's text config too."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        num_layers = self.assistant_model.config.get_text_config().num_hidden_layers
+        if not 1 <= self.assistant_early_exit <= num_layers:
+            raise ValueError(
+                f"`assistant_early_exit` must name one of the model's {num_layers} layers, counted from 1, got "
+                f"{self.assistant_early_exit}"
+            )
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        config = self.assistant_model.config.get_text_config()
+        num_layers = config.num_hidden_layers
+        config.num_hidden_layers = self.assistant_early_exit
+        try:
+            return AssistedCandidateGenerator.get_candidates(self, input_ids)
+        finally:
+            config.num_hidden_layers = num_layers
+
+
 class MiniMaxM3GenerationMixin(GenerationMixin):
     """Generation of the causal and the conditional language model."""
 
     create_masks_for_generate = staticmethod(create_masks_for_generate)
+
+    def _get_candidate_generator(self, **kwargs) -> CandidateGenerator:
+        if kwargs["generation_config"].assistant_early_exit is None:
+            return super()._get_candidate_generator(**kwargs)
+        names = ("input_ids", "generation_config", "model_kwargs", "inputs_tensor", "logits_processor")
+        return _EarlyExit(assistant_model=self, **{name: kwargs[name] for name in names})
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         # An offloaded cache moves between devices at every step, so a compiled step would be compiled again each time.
