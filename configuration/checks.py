@@ -1,17 +1,80 @@
-"""Small checks that the config classes share. Each names the field, what came and what is allowed."""
+"""Checks that the config classes share. Each error names the field, what came and what is allowed.
 
-from collections.abc import Iterable
+The upper bounds are far above any model that exists. A number beyond them can only be a mistake, and without a bound it
+would end in an allocation of many gigabytes, or in a loop of hours, whose error names no field.
+"""
+
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+from huggingface_hub.dataclasses import validated_field
 from transformers import PreTrainedConfig
 
+MAX_LAYERS = 10_000
+MAX_COUNT = 2**16  # heads, experts, blocks, keys of a block
+MAX_SIDE = 2**10  # of a patch, in pixels, frames or smaller patches
+MAX_WIDTH = 2**20  # channels
+MAX_TOKENS = 2**24  # of a vocabulary
+MAX_LABELS = 2**20
 
-def require_at_least(config: PreTrainedConfig, minimum: int, names: Iterable[str]) -> None:
-    """Raise `ValueError` unless every named integer field of `config` is `minimum` or more."""
-    for name in names:
-        value = getattr(config, name)
-        if value < minimum:
-            raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value}.")
+# Beyond these, float32 rounds a number to 0 or to infinity sooner or later, and the model's output is NaN.
+MIN_EPSILON = 1e-30
+MAX_FACTOR = 1e6
+MAX_STANDARD_DEVIATION = 1e3
+MAX_DROPOUT = 0.99
+
+
+def integer(default: int | None, minimum: int, maximum: int) -> Any:
+    """A dataclass field that takes an integer from `minimum` to `maximum`; None too where its type allows that."""
+    return _bounded(default, minimum, maximum, "an integer")
+
+
+def number(default: float, minimum: float, maximum: float) -> Any:
+    """A dataclass field that takes a number from `minimum` to `maximum`, so never NaN."""
+    return _bounded(default, minimum, maximum, "a number")
+
+
+def _bounded(default: float | None, minimum: float, maximum: float, kind: str) -> Any:
+    def check(value: float | None) -> None:
+        if value is not None and not minimum <= value <= maximum:
+            raise ValueError(f"must be {kind} from {minimum} to {maximum}, got {value}.")
+
+    return validated_field(check, default=default)
+
+
+def check_renamed_fields(config: PreTrainedConfig) -> None:
+    """Check the fields that have a second name (`num_experts`): an assignment by that name was not checked."""
+    for name in config.attribute_map.values():
+        setattr(config, name, getattr(config, name))
+
+
+def check_inherited_keys(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for what `PreTrainedConfig.__post_init__` would hang on, or fail on without its name, and for
+    the file of another part, or of the whole, which has none of the fields.
+
+    Args:
+        config (`PreTrainedConfig`): What `__post_init__` runs on.
+        kwargs (`Mapping`): Its arguments.
+    """
+    model_type, own_type = kwargs.get("model_type"), type(config).model_type
+    if model_type != own_type and str(model_type).startswith("minimax_m3_vl"):
+        raise ValueError(f"`model_type` must be {own_type!r} for a {type(config).__name__}, got {model_type!r}.")
+    for name, value in (("dtype", config.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
+        if isinstance(value, str):
+            value = getattr(torch, value, value)
+        if not isinstance(value, torch.dtype | dict | None):  # a dict says it for each part
+            raise ValueError(f"`{name}` must be a dtype of PyTorch or its name, got {value!r}.")
+    per_layer_config = kwargs.get("per_layer_config")
+    for name, value in (("id2label", config.id2label), ("per_layer_config", per_layer_config)):
+        if value is not None and not (isinstance(value, dict) and all(str(key).isdecimal() for key in value)):
+            raise ValueError(f"`{name}` must be a dict whose keys are integers from 0, got {value!r}.")
+    for layer_idx, overrides in (per_layer_config or {}).items():
+        if not isinstance(overrides, dict):
+            raise ValueError(f"`per_layer_config[{layer_idx}]` must be a dict of fields, got {overrides!r}.")
+    num_labels = kwargs.get("num_labels", 0)
+    if type(num_labels) is not int or not 0 <= num_labels <= MAX_LABELS:
+        raise ValueError(f"`num_labels` must be an integer from 0 to {MAX_LABELS}, got {num_labels!r}.")
 
 
 def require_divisible(config: PreTrainedConfig, name: str, divisor: str) -> None:

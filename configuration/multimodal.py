@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .auto_class import AutoClassByImport
-from .checks import require_at_least
+from .checks import MAX_TOKENS, MAX_WIDTH, check_inherited_keys, check_renamed_fields, integer
 from .text import MiniMaxM3VLTextConfig
 from .vision import MiniMaxM3VLVisionConfig
 
@@ -39,7 +39,11 @@ class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
     """
 
     model_type = "minimax_m3_vl"
-    keys_to_ignore_at_inference = MiniMaxM3VLTextConfig.keys_to_ignore_at_inference
+    # `Trainer.predict` joins the other outputs of all batches, and these have another shape in each.
+    keys_to_ignore_at_inference = [
+        *MiniMaxM3VLTextConfig.keys_to_ignore_at_inference,
+        *("image_outputs", "video_outputs", "image_hidden_states", "video_hidden_states"),
+    ]
     sub_configs_defaults = {
         "text_config": MiniMaxM3VLTextConfig,
         "vision_config": MiniMaxM3VLVisionConfig,
@@ -51,15 +55,17 @@ class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
-    image_token_index: int = 200025
-    video_token_index: int = 200026
-    projector_hidden_size: int = 6144
+    image_token_index: int = integer(200025, 0, MAX_TOKENS)
+    video_token_index: int = integer(200026, 0, MAX_TOKENS)
+    projector_hidden_size: int = integer(6144, 1, MAX_WIDTH)
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_inherited_keys(self, kwargs)
         self._adopt_stock_sub_configs()
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        self.text_config.tie_word_embeddings = self.tie_word_embeddings  # for a language model of that part alone
         self.merged_hidden_size = self.text_config.hidden_size * self.vision_config.spatial_merge_size**2
 
     def _adopt_stock_sub_configs(self) -> None:
@@ -77,7 +83,7 @@ class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks what joins the two parts; the parts check themselves."""
-        require_at_least(self, 1, ("projector_hidden_size",))
+        check_renamed_fields(self)
 
     def validate_placeholder_tokens(self) -> None:
         """Checks that the image and video placeholders are two tokens of the vocabulary."""

@@ -1,15 +1,31 @@
 """Configuration of the language model: dense and sparse attention layers, dense and mixture-of-experts MLPs."""
 
-import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
 from .auto_class import AutoClassByImport
-from .checks import require_at_least, require_divisible, require_one_of
+from .checks import (
+    MAX_COUNT,
+    MAX_DROPOUT,
+    MAX_FACTOR,
+    MAX_LAYERS,
+    MAX_STANDARD_DEVIATION,
+    MAX_TOKENS,
+    MAX_WIDTH,
+    MIN_EPSILON,
+    check_inherited_keys,
+    check_renamed_fields,
+    integer,
+    number,
+    require_divisible,
+    require_one_of,
+)
+from .rope import check_rope_is_one_set, check_rope_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -160,9 +176,13 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
     `sparse_local_block`, `sparse_score_type` (only `"max"` exists) and `sparse_disable_index_value` (1 on every
     sparse layer: an indexer has no value path).
 
+    Numbers have bounds far above any model that exists, so that a slip (`index_block_size=2**31`) is an error here and
+    no allocation of hundreds of gigabytes later.
+
     Raises:
-        ValueError: a legacy key asks for something that this architecture does not have.
-        huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or the fields do not fit together.
+        ValueError: a key of the file that is no field asks for something that this architecture does not have.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type or is out of bounds, or the fields do not
+            fit together.
     """
 
     model_type = "minimax_m3_vl_text"
@@ -205,50 +225,50 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
         "msa_backend",
     )
 
-    vocab_size: int = 200064
-    hidden_size: int = 6144
-    intermediate_size: int = 3072
-    dense_intermediate_size: int = 12288
-    shared_intermediate_size: int = 3072
-    num_hidden_layers: int = 60
-    num_attention_heads: int = 64
-    num_key_value_heads: int = 4
-    head_dim: int = 128
+    vocab_size: int = integer(200064, 1, MAX_TOKENS)
+    hidden_size: int = integer(6144, 1, MAX_WIDTH)
+    intermediate_size: int = integer(3072, 1, MAX_WIDTH)
+    dense_intermediate_size: int = integer(12288, 1, MAX_WIDTH)
+    shared_intermediate_size: int = integer(3072, 1, MAX_WIDTH)
+    num_hidden_layers: int = integer(60, 1, MAX_LAYERS)
+    num_attention_heads: int = integer(64, 1, MAX_COUNT)
+    num_key_value_heads: int = integer(4, 1, MAX_COUNT)
+    head_dim: int = integer(128, 1, MAX_WIDTH)
     hidden_act: str = "silu"
-    max_position_embeddings: int = 524288
+    max_position_embeddings: int = integer(524288, 1, 2**63 - 1)
     layer_types: list[str] | None = None
     mlp_layer_types: list[str] | None = None
-    num_local_experts: int = 128
-    num_experts_per_tok: int = 4
-    routed_scaling_factor: float | int = 2.0
+    num_local_experts: int = integer(128, 1, MAX_COUNT)
+    num_experts_per_tok: int = integer(4, 1, MAX_COUNT)
+    routed_scaling_factor: float | int = number(2.0, MIN_EPSILON, MAX_FACTOR)
     output_router_logits: bool = False
-    router_aux_loss_coef: float | int = 0.001
-    router_jitter_noise: float | int = 0.0
-    swiglu_alpha: float | int = 1.702
-    swiglu_limit: float | int = 7.0
+    router_aux_loss_coef: float | int = number(0.001, 0, MAX_FACTOR)
+    router_jitter_noise: float | int = number(0.0, 0, MAX_FACTOR)
+    swiglu_alpha: float | int = number(1.702, -MAX_FACTOR, MAX_FACTOR)
+    swiglu_limit: float | int = number(7.0, MIN_EPSILON, 1e30)
     rope_parameters: RopeParameters | dict | None = None
     rotary_dim: int = 64
-    index_n_heads: int = 4
-    index_head_dim: int = 128
-    index_block_size: int = 128
-    index_topk_blocks: int = 16
-    index_local_blocks: int = 1
-    index_init_blocks: int = 0
-    structured_local_blocks: int = 2
-    structured_anchor_blocks: int = 6
-    structured_anchor_stride: int = 8
-    structured_random_blocks: int = 8
-    structured_seed: int = 0
+    index_n_heads: int = integer(4, 1, MAX_COUNT)
+    index_head_dim: int = integer(128, 1, MAX_WIDTH)
+    index_block_size: int = integer(128, 1, MAX_COUNT)
+    index_topk_blocks: int = integer(16, 1, MAX_COUNT)
+    index_local_blocks: int = integer(1, 0, MAX_COUNT)
+    index_init_blocks: int = integer(0, 0, MAX_COUNT)
+    structured_local_blocks: int = integer(2, 1, MAX_COUNT)
+    structured_anchor_blocks: int = integer(6, 0, MAX_COUNT)
+    structured_anchor_stride: int = integer(8, 1, MAX_COUNT)
+    structured_random_blocks: int = integer(8, 0, MAX_COUNT)
+    structured_seed: int = integer(0, 0, 2**64 - 1)
     structured_cross_document: bool = False
-    indexer_loss_coef: float | int = 0.0
+    indexer_loss_coef: float | int = number(0.0, 0, MAX_FACTOR)
     indexer_warmup: bool = False
     msa_backend: str = "auto"
-    rms_norm_eps: float | int = 1e-06
-    attention_dropout: float | int = 0.0
-    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = number(1e-06, MIN_EPSILON, MAX_FACTOR)
+    attention_dropout: float | int = number(0.0, 0, MAX_DROPOUT)
+    initializer_range: float | int = number(0.02, 0, MAX_STANDARD_DEVIATION)
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    pad_token_id: int | None = None
+    pad_token_id: int | None = integer(None, 0, MAX_TOKENS)
     bos_token_id: int | None = 200034
     eos_token_id: int | list[int] | None = 200020
 
@@ -257,6 +277,8 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
         moe_layer_freq = kwargs.pop("moe_layer_freq", None)
         for name, only_value in _FIXED_FEATURES.items():
             require_one_of(name, kwargs.get(name, only_value), (only_value,))
+        check_inherited_keys(self, kwargs)
+        check_rope_is_one_set(self, kwargs, ATTENTION_LAYER_TYPES)
 
         super().__post_init__(**kwargs)
 
@@ -273,12 +295,27 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in Transformers. Embeddings that a whole model's file ties at its top are tied in its language model."""
+        config_dict, unused = super().get_config_dict(*args, **kwargs)
+        text_config = config_dict.get(cls.base_config_key)
+        if isinstance(text_config, dict) and config_dict.get("tie_word_embeddings"):
+            text_config["tie_word_embeddings"] = True
+        return config_dict, unused
+
     def _per_layer(self, name: str, flags: Any) -> list[int]:
         """One flag for each layer; a single 0 or 1 stands for all layers."""
-        if isinstance(flags, (list, tuple)):
-            return list(flags)
-        require_one_of(name, flags, (0, 1))
-        return [flags] * self.num_hidden_layers
+        if not isinstance(flags, (list, tuple)):
+            flags = [flags] * self.num_hidden_layers
+        if len(flags) != self.num_hidden_layers:
+            raise ValueError(
+                f"`{name}` must have one entry per layer, got {len(flags)} entries for "
+                f"num_hidden_layers={self.num_hidden_layers}."
+            )
+        for flag in flags:
+            require_one_of(name, flag, (0, 1))
+        return list(flags)
 
     def _read_legacy_sparse_attention(self, legacy: dict[str, Any]) -> None:
         if not isinstance(legacy, dict):
@@ -289,7 +326,10 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
 
         for legacy_name, name in _LEGACY_SPARSE_FIELDS.items():
             if legacy_name in legacy:
-                setattr(self, name, legacy[legacy_name])
+                try:
+                    setattr(self, name, legacy[legacy_name])
+                except StrictDataclassFieldValidationError as error:
+                    raise ValueError(f"`sparse_attention_config[{legacy_name!r}]` sets `{name}`. {error}") from error
         require_one_of(
             "sparse_attention_config['sparse_score_type']", legacy.get("sparse_score_type", "max"), ("max",)
         )
@@ -327,7 +367,9 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
     @property
     def rotary_width(self) -> int:
         """Channels of a head that rotate, counted from the first. Rotation takes pairs, so an odd count rounds up."""
-        width = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+        factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
+        # This type turns the channels beyond the factor by an angle of 0.
+        width = self.head_dim if self.rope_parameters["rope_type"] == "proportional" else int(self.head_dim * factor)
         return width + width % 2
 
     def validate_architecture(self) -> None:
@@ -337,60 +379,15 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
                 layer_config.validate_architecture()
             return
 
-        require_at_least(
-            self,
-            1,
-            (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "dense_intermediate_size",
-                "shared_intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "head_dim",
-                "max_position_embeddings",
-                "num_local_experts",
-                "num_experts_per_tok",
-                "index_n_heads",
-                "index_head_dim",
-                "index_block_size",
-                "index_topk_blocks",
-                "structured_local_blocks",
-                "structured_anchor_stride",
-            ),
-        )
-        require_at_least(
-            self,
-            0,
-            (
-                "index_local_blocks",
-                "index_init_blocks",
-                "structured_anchor_blocks",
-                "structured_random_blocks",
-                "structured_seed",
-            ),
-        )
-        if self.structured_seed >= 2**64:
-            raise ValueError(f"`structured_seed` must be below 2**64, got {self.structured_seed}.")
+        check_renamed_fields(self)
+        check_rope_parameters(self, ("default", *ROPE_INIT_FUNCTIONS), self.head_dim)
         require_divisible(self, "num_attention_heads", "num_key_value_heads")
         require_one_of("msa_backend", self.msa_backend, MSA_BACKENDS)
-        for name in ("swiglu_limit", "rms_norm_eps", "routed_scaling_factor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be > 0 and finite, got {getattr(self, name)}.")
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"`attention_dropout` must be at least 0 and below 1, got {self.attention_dropout}.")
-        for name in ("initializer_range", "indexer_loss_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
-
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(
-                f"`pad_token_id` must be at least 0 and below `vocab_size`, got pad_token_id={self.pad_token_id} and "
+                f"`pad_token_id` must be below `vocab_size`, got pad_token_id={self.pad_token_id} and "
                 f"vocab_size={self.vocab_size}."
             )
-        self._validate_rotary()
         if "sparse" in self.mlp_layer_types and self.num_experts_per_tok > self.num_local_experts:
             raise ValueError(
                 "`num_experts_per_tok` must not exceed `num_local_experts`, got "
@@ -398,21 +395,6 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
             )
         if "minimax_m3_sparse" in self.layer_types:
             self._validate_sparse_attention()
-
-    def _validate_rotary(self) -> None:
-        if nested := self.nested_rope_parameter_keys(self.rope_parameters):
-            raise ValueError(
-                f"`rope_parameters` must be one set of parameters for all layers, got one per layer type: {nested}."
-            )
-        require_one_of(
-            "rope_parameters['rope_type']", self.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
-        )
-        factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
-        if not 0.0 <= factor <= 1.0:
-            raise ValueError(
-                f"`rope_parameters['partial_rotary_factor']` must be between 0 and 1, the share of `head_dim` that "
-                f"rotates, got {factor}."
-            )
 
     def _validate_sparse_attention(self) -> None:
         if self.index_n_heads != self.num_key_value_heads:

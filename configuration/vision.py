@@ -8,7 +8,22 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from .auto_class import AutoClassByImport
-from .checks import require_at_least, require_divisible, require_one_of
+from .checks import (
+    MAX_COUNT,
+    MAX_DROPOUT,
+    MAX_FACTOR,
+    MAX_LAYERS,
+    MAX_SIDE,
+    MAX_STANDARD_DEVIATION,
+    MAX_WIDTH,
+    MIN_EPSILON,
+    check_inherited_keys,
+    integer,
+    number,
+    require_divisible,
+    require_one_of,
+)
+from .rope import check_rope_is_one_set, check_rope_parameters
 
 # time, height and width each rotate at least one pair of channels
 MINIMUM_HEAD_DIM = 6
@@ -60,24 +75,28 @@ class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
     default_rope_type = "axial"
     default_theta = 10000.0
 
-    hidden_size: int = 1280
-    intermediate_size: int = 5120
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 16
-    num_channels: int = 3
-    image_size: int = 2016
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
+    hidden_size: int = integer(1280, 1, MAX_WIDTH)
+    intermediate_size: int = integer(5120, 1, MAX_WIDTH)
+    num_hidden_layers: int = integer(32, 1, MAX_LAYERS)
+    num_attention_heads: int = integer(16, 1, MAX_COUNT)
+    num_channels: int = integer(3, 1, MAX_COUNT)
+    image_size: int = integer(2016, 1, MAX_WIDTH)
+    patch_size: int = integer(14, 1, MAX_SIDE)
+    temporal_patch_size: int = integer(2, 1, MAX_SIDE)
+    spatial_merge_size: int = integer(2, 1, MAX_SIDE)
     hidden_act: str = "gelu"
-    layer_norm_eps: float | int = 1e-05
-    attention_dropout: float | int = 0.0
+    layer_norm_eps: float | int = number(1e-05, MIN_EPSILON, MAX_FACTOR)
+    attention_dropout: float | int = number(0.0, 0, MAX_DROPOUT)
     rope_parameters: RopeParameters | dict | None = None
-    initializer_range: float | int = 0.02
+    initializer_range: float | int = number(0.02, 0, MAX_STANDARD_DEVIATION)
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_inherited_keys(self, kwargs)
+        check_rope_is_one_set(self, kwargs, ())
         # The key stays on the config, because serving engines read it there.
         compression = kwargs.get("img_token_compression_config") or {}
+        if not isinstance(compression, dict):
+            raise ValueError(f"`img_token_compression_config` must be a dict, got {compression!r}.")
         for name in ("temporal_patch_size", "spatial_merge_size"):
             if name in compression:
                 setattr(self, name, compression[name])
@@ -85,21 +104,6 @@ class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks that the tower can be built; runs after construction and before saving."""
-        require_at_least(
-            self,
-            1,
-            (
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_channels",
-                "image_size",
-                "patch_size",
-                "temporal_patch_size",
-                "spatial_merge_size",
-            ),
-        )
         require_one_of("hidden_act", self.hidden_act, ACT2FN)
         require_divisible(self, "hidden_size", "num_attention_heads")
         head_dim = self.hidden_size // self.num_attention_heads
@@ -109,4 +113,4 @@ class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
                 f"of the 3 rotary axes has a pair of channels, got {self.hidden_size} / {self.num_attention_heads} = "
                 f"{head_dim}."
             )
-        require_one_of("rope_parameters['rope_type']", self.rope_parameters["rope_type"], ("axial",))
+        check_rope_parameters(self, ("axial",), head_dim)

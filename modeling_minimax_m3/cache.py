@@ -338,5 +338,6 @@ def adopt_cache(cache: Cache, layer_types: list[str], batch: int) -> None:
             raise ValueError(
                 f"`cache` has a {type(layer).__name__} for layer {index}, which keeps no index keys, but "
                 f"that layer's type is {layer_type!r}. Make the cache with `DynamicCache(config=model.config)` or "
-                "`StaticCache(config=model.config, ...)`."
+                "`StaticCache(config=model.config, ...)`. Prefix tuning learns no index keys: models with such layers "
+                "need another method, such as prompt tuning."
             )

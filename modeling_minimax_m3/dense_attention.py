@@ -69,9 +69,10 @@ def dense_attention(
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, torch.finfo(dtype).min
-    )
+    # The scores are added to it, and the softmax runs in float32. Both have to stay finite, as a row of padding, which
+    # sees nothing, is NaN otherwise.
+    hidden = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden)
 
 
 def _sdpa(

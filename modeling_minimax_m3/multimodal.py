@@ -34,19 +34,16 @@ logger = logging.get_logger(__name__)
 def _check_one_feature_per_placeholder(
     modality: str, num_placeholders: torch.Tensor, num_features: int, token_id: int, hint: str
 ) -> None:
-    expected = (
-        f"input_ids (or inputs_embeds) must hold one {modality} token (id {token_id}) for each {modality} feature"
-    )
+    # The beginning is Transformers' wording, by which other tools know the error.
+    mismatch = f"{modality.capitalize()} features and {modality} tokens do not match"
+    expected = f"input_ids (or inputs_embeds) must hold one {modality} token (id {token_id}) for each {modality} feature.{hint}"
     agree = num_placeholders == num_features
     if torch.compiler.is_compiling():
         # Transformers' check makes a symbol of the number, with which PyTorch 2.10 to 2.12 cannot compile this.
-        torch._assert_async(agree, f"{expected}.{hint}")
+        torch._assert_async(agree, f"{mismatch}: {expected}")
         return
     torch_compilable_check(
-        agree,
-        lambda: (
-            f"{expected}, got {int(num_placeholders)} {modality} tokens and {num_features} {modality} features.{hint}"
-        ),
+        agree, lambda: f"{mismatch}, tokens: {int(num_placeholders)}, features: {num_features}: {expected}"
     )
 
 
@@ -297,8 +294,9 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
                 `"image"` and `"video"`, in place of the pixels. Where several processes get such, it is given in every
                 pass, `{}` where there is nothing: see the class.
             mm_token_type_ids (`torch.Tensor`, *optional*): `(B, T)`, as the processor returns it on request: 1 at
-                image placeholders, 2 at video placeholders, 0 at text, whatever the ids there. Default: the ids (or
-                their embeddings) say which tokens are placeholders.
+                image placeholders, 2 at video placeholders, 0 at text, whatever the ids there. With `inputs_embeds` it
+                may be shorter: what is in front of it, such as the virtual tokens of prompt tuning, is text. Default:
+                the ids (or their embeddings) say which tokens are placeholders.
             **kwargs: Passed to the language model, except names that begin with `image_` or `video_`: these are
                 precomputed values for the vision tower (`image_cu_seqlens`, `video_position_ids`, ...).
 
@@ -309,6 +307,9 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             came = "neither" if input_ids is None else "both"
             raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {came}.")
         self._check_shapes(input_ids, inputs_embeds, mm_token_type_ids)
+        if inputs_embeds is not None and mm_token_type_ids is not None:
+            num_in_front = inputs_embeds.shape[1] - mm_token_type_ids.shape[1]
+            mm_token_type_ids = torch.nn.functional.pad(mm_token_type_ids, (num_in_front, 0))
         encoded = mm_encoder_outputs or {}
         if unknown := sorted(set(encoded) - set(TOKEN_TYPES)):
             raise ValueError(f"mm_encoder_outputs must have no keys but 'image' and 'video', got {unknown}.")
@@ -369,11 +370,16 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
             raise ValueError(
                 f"inputs_embeds must have shape (batch, tokens, hidden), got {tuple(inputs_embeds.shape)}."
             )
+        if mm_token_type_ids is None:
+            return
         expected = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
-        if mm_token_type_ids is not None and mm_token_type_ids.shape != expected:
+        shape = mm_token_type_ids.shape
+        may_be_shorter = input_ids is None and len(shape) == 2 and shape[0] == expected[0]
+        if shape != expected and not (may_be_shorter and shape[1] < expected[1]):
+            or_fewer = " or, for the last tokens alone, less" if input_ids is None else ""
             raise ValueError(
-                f"mm_token_type_ids must have one entry for each token, that is shape {tuple(expected)}, got "
-                f"{tuple(mm_token_type_ids.shape)}."
+                f"mm_token_type_ids must have one entry for each token, that is shape {tuple(expected)}{or_fewer}, got "
+                f"{tuple(shape)}."
             )
 
     def _fill_placeholders(

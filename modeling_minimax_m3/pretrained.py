@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from configuration_minimax_m3.auto_class import AutoClassByImport
 from .indexer import MiniMaxM3VLIndexer
 from .moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
 from .normalization import MiniMaxM3VLRMSNorm
+from .part_loading import finish_part_loading, part_conversions, refuse_parts_without_weights
 from .quantized_checkpoints import finish_loading
 
 
@@ -70,6 +72,22 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
                 indexer.requires_grad_(False)
         return loaded
 
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """As in Transformers. A part finds its weights in a whole model's checkpoint, and no part is left without."""
+        if expected_keys is not None or state_dict == {}:  # adapters, or weights that are wanted random
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
+        conversions = part_conversions(model)
+        load_config = replace(load_config, weight_mapping=[*conversions, *(load_config.weight_mapping or [])])
+        info, disk_offload_index = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config
+        )
+        finish_part_loading(model, conversions, load_config, info)
+        refuse_parts_without_weights(model, info, MiniMaxM3VLPreTrainedModel)
+        return info, disk_offload_index
+
     def set_indexer_training(self, coef: float, warmup: bool = False) -> None:
         """Change `indexer_loss_coef` and `indexer_warmup` of an existing model. Call it before adding adapters
         and making the optimizer.
@@ -81,8 +99,8 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
         """
         config = self.config.get_text_config()
         before = {name: getattr(config, name) for name in ("indexer_loss_coef", "indexer_warmup")}
-        config.indexer_loss_coef, config.indexer_warmup = coef, warmup
         try:
+            config.indexer_loss_coef, config.indexer_warmup = coef, warmup
             config.validate()
         except Exception:
             config.indexer_loss_coef, config.indexer_warmup = before.values()

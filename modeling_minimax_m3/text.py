@@ -1,10 +1,13 @@
 """The text model: decoder layers over dense or sparse attention, and the causal language model."""
 
-import math
-
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGenerator,
+    CandidateGenerator,
+    EarlyExitCandidateGenerator,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import is_torchdynamo_compiling, logging
@@ -127,7 +130,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
                 `config.indexer_loss_coef` is above 0 and the model is in training mode.
 
         Raises:
-            ValueError: Inputs of the wrong shape, that contradict each other, or longer than the context.
+            ValueError: Inputs of the wrong shape, or that contradict each other.
         """
         for name, value in kwargs.items():
             if isinstance(value, Cache):  # a name of another release of Transformers: the past would be forgotten
@@ -155,10 +158,10 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             may_be_packed=cache is None,
             num_heads=self.config.num_attention_heads,
         )
-        self._check_context_length(cache, layout)
+        self._warn_past_context_length(cache, layout)
         if use_cache and cache is None and not layout.is_packed:
             cache = DynamicCache(config=self.config)
-            adopt_cache(cache, self.config.layer_types, batch)
+            adopt_cache(cache, self._layer_types(), batch)
         if position_ids is None:
             position_ids = layout.positions()
         elif (
@@ -202,12 +205,17 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         divergence = None
         if divergences:
             divergence = sum(other.to(hidden_states.device) for other in divergences) / len(divergences)
+            self._warn_of_frozen_indexers(divergence)
         return MiniMaxM3VLTextModelOutputWithPast(
             **output_fields(last_hidden_state=self.norm(hidden_states), cache=cache, indexer_divergence=divergence)
         )
 
+    def _layer_types(self) -> list[str]:
+        # `generate` lowers the number of layers where the first ones draft for all of them.
+        return self.config.layer_types[: self.config.num_hidden_layers]
+
     def _usable_cache(self, cache: Cache, batch: int) -> Cache | None:
-        adopt_cache(cache, self.config.layer_types, batch)
+        adopt_cache(cache, self._layer_types(), batch)
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return cache
         # The backward runs each layer again, which would write to the cache again.
@@ -220,20 +228,58 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         logger.warning_once("`cache` is not filled: gradient checkpointing cannot be combined with it.")
         return None
 
-    def _check_context_length(self, cache: Cache | None, layout: SequenceLayout) -> None:
-        limit = context_length(self.config)
+    def _warn_of_frozen_indexers(self, divergence: torch.Tensor) -> None:
+        """Warns once of a loss that trains nothing: its gradient reaches the indexers alone."""
+        if not self.training or not torch.is_grad_enabled() or divergence.requires_grad or is_torchdynamo_compiling():
+            return
+        coef = self.config.indexer_loss_coef
+        if coef > 0:
+            logger.warning_once(
+                f"`indexer_loss_coef` is {coef}, but the indexers' parameters are frozen, so the indexers' loss is added "
+                f"and trains nothing. `model.set_indexer_training({coef})`, before adapters and the optimizer are made, "
+                "trains them; `model.set_indexer_training(0)` leaves the loss out."
+            )
+
+    def _warn_past_context_length(self, cache: Cache | None, layout: SequenceLayout) -> None:
+        """Warns once of sequences longer than the config says, as `generate` does. They run all the same."""
+        limit = self.config.max_position_embeddings
+        # The dynamic type stretches as far as needed.
+        if is_torchdynamo_compiling() or self.config.rope_parameters["rope_type"] == "dynamic":
+            return
         past = 0 if cache is None else cache.get_seq_length()
         if isinstance(past, torch.Tensor):  # a static cache has its own bound, and asking it would wait for the device
             past = 0
         # Rows that long may still consist of shorter sequences and padding.
-        if past + layout.num_new <= limit or (is_torchdynamo_compiling() and not layout.is_uniform):
+        if past + layout.num_new <= limit:
             return
         longest = past + layout.num_new if layout.is_uniform else layout.longest_sequence()
         if longest > limit:
-            raise ValueError(
-                f"the input reaches {longest} tokens ({past} cached, {layout.num_new} new), but "
-                f"`config.max_position_embeddings` is {limit}"
+            logger.warning_once(
+                f"The input has sequences of more than `config.max_position_embeddings` = {limit} tokens. Expect worse "
+                "output past it, unless `config.rope_parameters` stretch the positions or the model was trained further."
             )
+
+
+class _EarlyExit(EarlyExitCandidateGenerator):
+    """Drafts with the model's first layers alone, those of a composite model's text config too."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        num_layers = self.assistant_model.config.get_text_config().num_hidden_layers
+        if not 1 <= self.assistant_early_exit <= num_layers:
+            raise ValueError(
+                f"`assistant_early_exit` must name one of the model's {num_layers} layers, counted from 1, got "
+                f"{self.assistant_early_exit}"
+            )
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        config = self.assistant_model.config.get_text_config()
+        num_layers = config.num_hidden_layers
+        config.num_hidden_layers = self.assistant_early_exit
+        try:
+            return AssistedCandidateGenerator.get_candidates(self, input_ids)
+        finally:
+            config.num_hidden_layers = num_layers
 
 
 class MiniMaxM3GenerationMixin(GenerationMixin):
@@ -241,30 +287,17 @@ class MiniMaxM3GenerationMixin(GenerationMixin):
 
     create_masks_for_generate = staticmethod(create_masks_for_generate)
 
+    def _get_candidate_generator(self, **kwargs) -> CandidateGenerator:
+        if kwargs["generation_config"].assistant_early_exit is None:
+            return super()._get_candidate_generator(**kwargs)
+        names = ("input_ids", "generation_config", "model_kwargs", "inputs_tensor", "logits_processor")
+        return _EarlyExit(assistant_model=self, **{name: kwargs[name] for name in names})
+
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         # An offloaded cache moves between devices at every step, so a compiled step would be compiled again each time.
         if getattr(model_kwargs.get(CACHE_NAME), "offloading", False):
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-
-    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        # Before any work: a forward would notice only when the tokens before it have been generated.
-        limit = context_length(self.config.get_text_config())
-        if generation_config.max_length > limit:
-            is_default = has_default_max_length and generation_config.max_new_tokens is None
-            if not is_default or input_ids_length >= limit:
-                raise ValueError(
-                    f"the prompt of {input_ids_length} tokens and what is to be generated reach "
-                    f"{generation_config.max_length} tokens, but `config.max_position_embeddings` is {limit}: lower "
-                    "`max_new_tokens` or `max_length`, or shorten the prompt"
-                )
-            generation_config.max_length = limit
-
-
-def context_length(config: MiniMaxM3VLTextConfig) -> float:
-    """The longest sequence in tokens; without bound for the rotary type that stretches as far as needed."""
-    return math.inf if config.rope_parameters["rope_type"] == "dynamic" else config.max_position_embeddings
 
 
 class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixin):

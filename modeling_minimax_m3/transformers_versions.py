@@ -7,7 +7,7 @@ under 5.23 they are the names, and the new ones work too.
 
     CACHE_NAME            what `generate` and the outputs' fields call the cache
     takes_cache           decorator of functions with an argument `cache`
-    GenerationMixin       takes and returns the cache under both names
+    GenerationMixin       takes and returns the cache under both names, and hands it to PEFT under the one that PEFT knows
     MoeModelOutputWithPast, MoeCausalLMOutputWithPast, MultimodalOutputWithPast, MultimodalCausalLMOutputWithPast
                           bases of the outputs, each with the fields, in the order, of the installed release
     output_fields         the fields of these, from the names of 5.24
@@ -45,7 +45,7 @@ warn_if_untested(transformers.__version__)
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
 
 if CACHE_NAME == "cache":
-    from transformers import GenerationMixin
+    from transformers import GenerationMixin as StockGenerationMixin
     from transformers.modeling_outputs import (
         MoeCausalLMOutputWithPast,
         MultimodalMoeBaseModelOutputWithPast,
@@ -56,6 +56,19 @@ if CACHE_NAME == "cache":
 
     def output_fields(**values: Any) -> dict[str, Any]:
         return values
+
+    class GenerationMixin(StockGenerationMixin):
+        @wraps(StockGenerationMixin.prepare_inputs_for_generation)
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            model_inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+            # PEFT puts a method of its own before this one, which adds the prompt that it has learned where there is
+            # no cache or an empty one. PEFT 0.21 looks for the cache under the old name alone: without it, the prompt
+            # would be added again at every token.
+            code = getattr(self.prepare_inputs_for_generation, "__code__", None)
+            names = () if code is None else code.co_consts
+            if "cache" in model_inputs and "cache" not in names and "past_key_values" in names:
+                model_inputs["past_key_values"] = model_inputs.pop("cache")
+            return model_inputs
 
     class _FeatureNames:
         """The names that features had until 5.23, with the warning that Transformers gives for them."""

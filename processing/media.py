@@ -106,7 +106,11 @@ def read_image(source: str | bytes) -> Image.Image:
     """
     try:
         with open_image_source(source) as file:
-            return Image.fromarray(to_rgb_array(_open_image(file, source)))
+            image = _open_image(file, source)
+            load_pixels(image)
+            if image.mode == "RGB" and "transparency" not in image.info:
+                return turn_upright(image)  # most images; an array between would double the time
+            return Image.fromarray(to_rgb_array(image))
     except Exception as error:  # Pillow has no one error for damage
         label = repr(shorten(source)) if isinstance(source, str) else f"of {len(source)} bytes"
         reason = shorten(str(error)) or type(error).__name__
@@ -115,6 +119,9 @@ def read_image(source: str | bytes) -> Image.Image:
 
 def _open_image(file: BinaryIO, source: str | bytes) -> Image.Image:
     formats = get_media_limits().image_formats
+    if formats is not None:
+        Image.init()
+        formats = [name for name in formats if name in Image.OPEN]  # Pillow may lack one, AVIF say
     try:
         image = Image.open(file, formats=formats)
     except UnidentifiedImageError as error:
@@ -149,7 +156,7 @@ def load_pixels(image: Image.Image) -> None:
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """Turn or mirror an image as its orientation tag says, if it still carries one.
+    """Turn or mirror an image as its orientation tag says, if it still carries one; the result carries none.
 
     Metadata that cannot be read has no orientation. `ImageOps.exif_transpose` would fail: it writes all of it anew.
     """
@@ -159,7 +166,12 @@ def turn_upright(image: Image.Image) -> Image.Image:
     except Exception:
         orientation = None
     method = TURNS.get(orientation)
-    return image if method is None else image.transpose(method)
+    if method is None:
+        return image
+    turned = image.transpose(method)
+    for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # where the tag may stand
+        turned.info.pop(name, None)
+    return turned
 
 
 def has_wide_pixels(image: Image.Image) -> bool:

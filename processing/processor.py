@@ -23,8 +23,8 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
     Each image placeholder `]<]image[>[` and video placeholder `]<]video[>[` in the text becomes as many of itself as
     the model has features for it: one per merged patch, between start and end tokens. A video has one such bracket
     per temporal patch, each after its time (`]<]1.5 seconds[>[`, of its first frame) where the timing is known: for
-    files, whose frames have their own times, and for arrays given with `video_metadata` that has `fps` and
-    `frames_indices`.
+    files, whose frames have their own times on the file's time line, and for arrays given with `video_metadata` that
+    has `fps` and `frames_indices`.
 
     Images and videos belong to the placeholders in their order. Given as one list per text, they are counted per
     text; a flat list is counted over all texts.

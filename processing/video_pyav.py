@@ -93,7 +93,6 @@ class PyavVideo:
                 if width * height > limit:
                     raise ValueError(f"a frame has {width} x {height} pixels, more than {limit}")
                 stream.codec_context.options = {"max_pixels": str(limit)}  # for those that grow midway
-            stream.thread_type = "AUTO"
         except Exception:
             container.close()
             raise
@@ -113,10 +112,11 @@ class PyavVideo:
                 return
             yield packet
 
-    def _frames(self) -> Iterator[Any]:
+    def _frames(self, threads: str = "NONE") -> Iterator[Any]:
         import av
 
         container, stream = self._open()
+        stream.thread_type = threads
         with container:
             for packet in self._packets(container, stream):
                 try:
@@ -135,15 +135,26 @@ class PyavVideo:
             The frames, upright, (frames, height, width, 3) uint8, their indices and their times: fewer than wanted
             where the file is damaged, but at least one.
         """
-        wanted, video, found = self._ticks[indices], None, []
-        for count, frame in enumerate(self._frames()):
+        wanted = self._ticks[indices]
+        video, found = self._collect(wanted, "AUTO")
+        if not np.array_equal(found, wanted):
+            # Beside a damaged frame threads lose intact ones, as many as the machine has cores. One thread does not.
+            video, found = self._collect(wanted, "NONE")
+        if len(found) == 0:
+            raise self._fault or ValueError("none of its frames can be decoded")
+        return video, np.searchsorted(self._ticks, found), self._seconds(found)
+
+    def _collect(self, wanted: np.ndarray, threads: str) -> tuple[np.ndarray | None, np.ndarray]:
+        """The frames at the ticks `wanted`, or the next ones, upright, and their ticks."""
+        room, video, found = len(wanted), None, []
+        for count, frame in enumerate(self._frames(threads)):
             tick = frame.pts if self._has_times else self._ticks[min(count, len(self._ticks) - 1)]
             if tick is None or tick < wanted[0]:
                 continue
             turn = turn_of(frame)
             if video is None:
                 height, width = (frame.width, frame.height) if turn.transpose else (frame.height, frame.width)
-                video = np.empty((len(indices), height, width, 3), dtype=np.uint8)
+                video = np.empty((room, height, width, 3), dtype=np.uint8)
             # the size may change midway; that of the first frame counts
             size = (height, width) if turn.transpose else (width, height)
             video[len(found)] = turn_upright(frame.to_ndarray(format="rgb24", width=size[0], height=size[1]), turn)
@@ -151,7 +162,4 @@ class PyavVideo:
             wanted = wanted[np.searchsorted(wanted, tick, side="right") :]
             if len(wanted) == 0:
                 break
-        if not found:
-            raise self._fault or ValueError("none of its frames can be decoded")
-        found = np.array(found)
-        return video[: len(found)], np.searchsorted(self._ticks, found), self._seconds(found)
+        return None if video is None else video[: len(found)], np.array(found, dtype=np.int64)

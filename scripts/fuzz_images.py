@@ -21,13 +21,12 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image
 
 FORMATS = ("png", "jpeg", "webp", "gif", "bmp", "tiff", "avif")
 SECONDS_PER_FILE = 20
 OUTCOMES = {"read": "read", "refused": "refused", "error": "other errors", "crash": "crashes", "hang": "hangs"}
 FAILURES = ("error", "crash", "hang")
-LIBRARIES = ("webp", "avif")  # formats that not every Pillow reads
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -145,7 +144,7 @@ def read_elsewhere(arguments: argparse.Namespace) -> list[str]:
 def main() -> None:
     arguments = parse_arguments()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    arguments.format = [suffix for suffix in arguments.format if suffix not in LIBRARIES or features.check(suffix)]
+    arguments.format = [suffix for suffix in arguments.format if f".{suffix}" in Image.registered_extensions()]
     if arguments.first is not None:
         read_files(arguments)
         return

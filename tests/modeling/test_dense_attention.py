@@ -1,6 +1,7 @@
 """Dense attention on a sequence layout: which implementation gets what, and the operator behind compiled packing."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import dense_attention as dense
+from modeling_minimax_m3.sequence_layout import SequenceLayout
 from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
 
 
@@ -128,3 +130,40 @@ def test_cached_attention_in_small_tiles(monkeypatch, make_pair, make_tokens, re
         monkeypatch.setattr(dense, "_TILE", 2 * 80 * 7)
         cache = model(tokens[:, :30]).cache
         assert relative_error(model(tokens[:, 30:], cache=cache).logits, expected) < 1e-5
+
+
+# Rows with padding at the start, which every cut below leaves with keys that nobody may see, and elsewhere.
+PADDED_ROWS = {"left": [slice(0, 9)], "everywhere": [slice(0, 9), slice(3, 11), slice(15, 20)]}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padding", PADDED_ROWS)
+@torch.no_grad()
+def test_chunks_of_padded_rows(make_pair, make_tokens, relative_error, padding, dtype, implementation):
+    """Wherever a padded prompt is cut, all is finite, and each token has what it has in its row without padding."""
+    text = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "mlp_layer_types": ["dense"] * 2}
+    _, model = make_pair(MiniMaxM3VLForCausalLM, tiny_config(text=text).text_config, dtype=dtype)
+    model.set_attn_implementation(implementation)
+    tokens = make_tokens(model.config, len(PADDED_ROWS[padding]) + 1, 20)
+    mask = torch.ones_like(tokens)
+    for row, hidden in enumerate(PADDED_ROWS[padding]):
+        mask[row, hidden] = 0
+    expected = torch.cat([model(row[real == 1][None]).logits[0] for row, real in zip(tokens, mask)])
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 5e-2)
+    for cut in range(1, 20):
+        start = model(tokens[:, :cut], attention_mask=mask[:, :cut], use_cache=True)
+        rest = model(tokens[:, cut:], attention_mask=mask, cache=start.cache)
+        logits = torch.cat((start.logits, rest.logits), dim=1)
+        assert logits.isfinite().all(), cut
+        assert relative_error(logits[mask == 1], expected) < tolerance, cut
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_eager_rows_that_see_nothing_are_finite(dtype):
+    """Also where every score is far below 0, to which half precision could not add its lowest number."""
+    query, key = torch.full((1, 3, 2, 4), 20.0, dtype=dtype), torch.full((1, 3, 1, 4), -20.0, dtype=dtype)
+    layout = SequenceLayout(1, 3, allowed=torch.zeros(1, 1, 3, 3, dtype=torch.bool))
+    module = SimpleNamespace(num_key_value_groups=2, training=False)
+    out, weights = dense.dense_attention(module, query, key, key, layout, "eager", scaling=0.5)
+    assert out.isfinite().all() and weights.isfinite().all()

@@ -111,14 +111,17 @@ def test_next_turn_after_right_padding(model, make_tokens, cache):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_context_length_is_checked_before_any_token(make_pair, make_tokens, cache):
-    model = make_pair(MiniMaxM3VLForCausalLM, tiny_config(text={"max_position_embeddings": 40}).text_config)[1]
-    tokens = make_tokens(model.config, 1, 30)
+def test_generation_goes_on_past_the_context_length(make_pair, make_tokens, cache):
+    """Stock warns once and goes on, and so does a model whose context is longer, with the same tokens."""
+    short, long = (
+        make_pair(MiniMaxM3VLForCausalLM, tiny_config(text={"max_position_embeddings": limit}).text_config)[1]
+        for limit in (40, 1000)
+    )
+    tokens = make_tokens(short.config, 1, 30)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **CACHES[cache]}
-    with pytest.raises(ValueError, match="prompt of 30 tokens .* reach 50 tokens, but .* is 40"):
-        model.generate(tokens, max_new_tokens=20, **options)
-    assert model.generate(tokens, max_new_tokens=10, **options).shape == (1, 40)
-    assert model.generate(tokens, **options).shape == (1, 40), "the default length stops at the context's end"
+    generated = short.generate(tokens, max_new_tokens=20, **options)
+    assert torch.equal(generated, long.generate(tokens, max_new_tokens=20, **options))
+    assert short.generate(tokens, **options).shape == (1, 40), "the default length stops at the context's end"
 
 
 def test_rotary_that_stretches_has_no_context_length(make_pair, make_tokens):
@@ -127,3 +130,34 @@ def test_rotary_that_stretches_has_no_context_length(make_pair, make_tokens):
     model = make_pair(MiniMaxM3VLForCausalLM, config)[1]
     tokens = make_tokens(config, 1, 60)
     assert model.generate(tokens, max_new_tokens=3, eos_token_id=None, pad_token_id=0).shape == (1, 63)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+def test_early_exit(model, batch, greedy, layer):
+    """The first layers draft, in a cache of as many, and the model is afterwards what it was."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "assistant_early_exit": layer}
+    calls = []
+    last = model.model.layers[3].register_forward_pre_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.generate(batch["input_ids"][:1], **options), greedy[:1])
+    last.remove()
+    assert (len(calls) < NEW) == (layer < 4)  # with all layers the drafts count as well
+    assert model.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("layer", [0, 5])
+def test_early_exit_from_no_layer(model, batch, layer):
+    with pytest.raises(
+        ValueError, match=f"`assistant_early_exit` must name one of the model's 4 layers.* got {layer}"
+    ):
+        model.generate(batch["input_ids"][:1], max_new_tokens=2, assistant_early_exit=layer)
+
+
+def test_an_error_while_drafting_leaves_the_model_whole(model, batch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    first = model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.generate(batch["input_ids"][:1], max_new_tokens=2, assistant_early_exit=2)
+    first.remove()
+    assert model.config.num_hidden_layers == 4

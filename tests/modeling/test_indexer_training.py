@@ -386,7 +386,7 @@ def test_frozen_unless_the_loss_is_on(tmp_path, make_tokens):
     assert trainable_indexers(loaded) == {True}
     assert (loaded.config.indexer_loss_coef, loaded.config.indexer_warmup) == (0.2, True)
     assert loaded.model.layers[-1].self_attn.config.indexer_warmup
-    with pytest.raises(Exception, match="`indexer_loss_coef`.*-1"):
+    with pytest.raises(Exception, match="'indexer_loss_coef':\n.*got -1"):
         loaded.set_indexer_training(-1.0)
     assert loaded.config.indexer_loss_coef == 0.2
 

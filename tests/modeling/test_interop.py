@@ -105,7 +105,7 @@ def test_damaged_files_are_reported_as_stock_reports_them(pair, tmp_path, edit):
     if edit == "missing":
         del tensors[name]
     elif edit == "unexpected":
-        tensors["language_model.model.layers.1.self_attn.gate.weight"] = torch.zeros(3)
+        tensors[name.replace("q_proj", "gate")] = torch.zeros(3)
     else:
         tensors[name] = tensors[name][:5].clone()
     save_file(tensors, file, metadata={"format": "pt"})

@@ -155,7 +155,7 @@ class TestForward:
         output = model(inputs_embeds=embeddings, mm_token_type_ids=types, **without(inputs, "input_ids")).logits
         torch.testing.assert_close(output, expected, rtol=0, atol=0)
         types[0, -1] = 1
-        with pytest.raises(ValueError, match="11 image tokens and 10 image features"):
+        with pytest.raises(ValueError, match="tokens: 11, features: 10"):
             model(**inputs, mm_token_type_ids=types)
 
     def test_precomputed_values_reach_the_right_tower_call(self, model, inputs):
@@ -297,8 +297,9 @@ class TestGenerate:
             {"cache_implementation": "static", "disable_compile": True},
             {"prefill_chunk_size": 7},
             {"prompt_lookup_num_tokens": 3},
+            {"assistant_early_exit": 2},
         ],
-        ids=["dynamic cache", "no cache", "static cache", "chunked prefill", "prompt lookup"],
+        ids=["dynamic cache", "no cache", "static cache", "chunked prefill", "prompt lookup", "early exit"],
     )
     def test_greedy(self, model, text, recomputed, options):
         torch.testing.assert_close(model.generate(**text, **options), recomputed)
@@ -478,15 +479,22 @@ class TestGenerate:
 
 
 class TestBadInput:
-    def test_too_few_features(self, model, inputs):
-        inputs["input_ids"][0, -1] = model.config.image_token_id
-        with pytest.raises(ValueError, match="one image token .* 11 image tokens and 10 image features"):
-            model(**inputs)
-
-    def test_too_many_features(self, model, inputs):
+    @pytest.mark.parametrize(("modality", "number"), [("image", "too many"), ("video", "none")])
+    def test_as_many_features_as_placeholders(self, make_models, inputs, modality, number):
+        """The message begins as stock's, by which other tools know it, and says what was expected."""
+        stock_model, model = make_models()
+        token_id = getattr(model.config, f"{modality}_token_id")
         ids = inputs["input_ids"]
-        ids[ids == model.config.video_token_id] = 5
-        with pytest.raises(ValueError, match="one video token .* 0 video tokens and 12 video features"):
+        if number == "too many":
+            ids[0, -1] = token_id
+        else:
+            ids[ids == token_id] = 5
+        with pytest.raises(ValueError) as known:
+            stock_model(**inputs)
+        expected = (
+            rf"^{re.escape(str(known.value))}: .* one {modality} token \(id {token_id}\) for each {modality} feat"
+        )
+        with pytest.raises(ValueError, match=expected):
             model(**inputs)
 
     @pytest.mark.parametrize(
@@ -537,7 +545,9 @@ class TestBadInput:
         weight = model.get_input_embeddings().weight
         weight.data[inputs["input_ids"][0, 0]] = weight.data[model.config.image_token_id]
         embeddings = model.get_input_embeddings()(inputs["input_ids"])
-        with pytest.raises(ValueError, match="11 image tokens .* another token may share: mm_token_type_ids"):
+        with pytest.raises(
+            ValueError, match="tokens: 11, features: 10: .* another token may share: mm_token_type_ids"
+        ):
             model(inputs_embeds=embeddings, **without(inputs, "input_ids"))
 
     def test_grid_of_other_images(self, model, inputs):

@@ -11,10 +11,12 @@ import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist
 
 import modeling_minimax_m3
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig, tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.sharded_loading import ConcatenateWhole
 
 COMPOSITE_CLASSES = {
     "AutoConfig": "configuration_minimax_m3.MiniMaxM3VLConfig",
@@ -78,10 +80,38 @@ def test_stock_classes_asked_for_by_name_stay_stock(stock, to_stock_config, tiny
     assert type(processor).__module__.startswith("transformers.")
 
 
+def conversion_rules() -> list[tuple]:
+    """What the registered rules do. Their own text leaves out the operations."""
+    return [
+        (
+            type(rule),
+            rule.source_patterns,
+            rule.target_patterns,
+            [(type(operation), vars(operation)) for operation in getattr(rule, "operations", [])],
+        )
+        for rule in get_checkpoint_conversion_mapping("minimax_m3_vl")
+    ]
+
+
+def test_fused_projections_are_concatenated_whole_and_experts_one_by_one():
+    """Transformers' own operation would give the rows of a sharded weight in another order."""
+    operations = {
+        target: [operation for operation, _ in operations]
+        for _, _, targets, operations in conversion_rules()
+        for target in targets
+        if "gate_up_proj" in target
+    }
+    experts = [target for target in operations if "experts" in target and "shared" not in target]
+    fused = operations.keys() - set(experts)
+    assert len(experts) == 1 and fused
+    assert all(operations[target] == [ConcatenateWhole] for target in fused)
+    assert operations[experts[0]] == [MergeModulelist, Concatenate]
+
+
 def test_registering_again_changes_nothing(tiny_checkpoint):
-    before = [repr(rule) for rule in get_checkpoint_conversion_mapping("minimax_m3_vl")]
+    before = conversion_rules()
     modeling_minimax_m3.register()
-    assert [repr(rule) for rule in get_checkpoint_conversion_mapping("minimax_m3_vl")] == before
+    assert conversion_rules() == before
     assert type(AutoProcessor.from_pretrained(tiny_checkpoint)) is resolve(COMPOSITE_CLASSES["AutoProcessor"])
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
 from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3 import text as text_module
 from modeling_minimax_m3.sequence_layout import build_layout
 from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
 
@@ -200,7 +201,6 @@ BAD_INPUTS = {
         {"cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 2, 4])},
         "must be equal without a cache",
     ),
-    "too long": ({"input_ids": torch.ones(1, 90, dtype=torch.long)}, "max_position_embeddings` is 80"),
     "4-D mask of other keys": ({"attention_mask": torch.ones(1, 1, 4, 3).bool()}, r"tokens 4\), got \(1, 1, 4, 3\)"),
     "4-D mask of other heads": ({"attention_mask": torch.ones(1, 3, 4, 4).bool()}, "heads 4 or 1"),
     "4-D mask of ones in float": (
@@ -223,7 +223,7 @@ BAD_INPUTS = {
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_bad_input_is_named(name):
     kwargs, message = BAD_INPUTS[name]
-    model = MiniMaxM3VLForCausalLM(tiny_config(text={"max_position_embeddings": 80}).text_config)
+    model = MiniMaxM3VLForCausalLM(tiny_config().text_config)
     with pytest.raises(ValueError, match=message):
         model(**({"input_ids": torch.ones(1, 4, dtype=torch.long)} | kwargs))
 
@@ -264,7 +264,15 @@ def test_own_mask_of_integers(model, rows, relative_error, dtype):
         assert relative_error(model(rows[0][0][None], attention_mask=allowed).logits[0], rows[1][0]) < 1e-5
 
 
-def test_context_length_counts_sequences_not_rows(make_pair, make_tokens):
+@pytest.fixture
+def context_warnings(monkeypatch) -> list[str]:
+    """What the text model warns of, each time that it would."""
+    warnings = []
+    monkeypatch.setattr(text_module.logger, "warning_once", warnings.append)
+    return warnings
+
+
+def test_context_length_counts_sequences_not_rows(make_pair, make_tokens, context_warnings):
     """Padding and other documents of a pack take no part in it."""
     config = tiny_config(text={"max_position_embeddings": 40}).text_config
     model = make_pair(MiniMaxM3VLForCausalLM, config)[1]
@@ -272,10 +280,38 @@ def test_context_length_counts_sequences_not_rows(make_pair, make_tokens):
     with torch.no_grad():
         model(tokens, attention_mask=mask)
         model(tokens, cu_seq_lens_q=torch.tensor([0, 30, 60]))
-        with pytest.raises(ValueError, match="reaches 41 tokens"):
-            model(tokens, attention_mask=(torch.arange(60) >= 19).long()[None])
-        with pytest.raises(ValueError, match="reaches 50 tokens"):
-            model(tokens, cu_seq_lens_q=torch.tensor([0, 10, 60]))
+        assert not context_warnings
+        model(tokens, attention_mask=(torch.arange(60) >= 19).long()[None])
+        model(tokens, cu_seq_lens_q=torch.tensor([0, 10, 60]))
+        assert len(context_warnings) == 2
+        assert "`config.max_position_embeddings` = 40 " in context_warnings[0]
+
+
+def test_past_the_context_length_the_model_warns_once_and_runs(
+    make_pair, make_tokens, relative_error, context_warnings
+):
+    """The output is that of stock, which has no such bound; and the steps of a long answer do not warn anew each."""
+    stock, model = make_pair(MiniMaxM3VLForCausalLM, tiny_config(text={"max_position_embeddings": 40}).text_config)
+    tokens = make_tokens(model.config, 1, 60)
+    with torch.no_grad():
+        expected = stock(tokens).logits
+        assert relative_error(model(tokens).logits, expected) < 1e-5
+        cache = model(tokens[:, :39]).past_key_values
+        for position in range(39, 60):
+            logits = model(tokens[:, position : position + 1], cache=cache).logits
+            assert relative_error(logits, expected[:, position : position + 1]) < 1e-5
+    assert len(set(context_warnings)) == 1  # `warning_once` drops those that it has seen
+
+
+def test_end_of_a_static_cache_is_an_error(make_pair, make_tokens):
+    """Unlike the context length, which it may exceed."""
+    config = tiny_config(text={"max_position_embeddings": 40}).text_config
+    model = make_pair(MiniMaxM3VLForCausalLM, config)[1]
+    tokens, cache = make_tokens(config, 1, 51), StaticCache(config, max_cache_len=50)
+    with torch.no_grad():
+        model(tokens[:, :50], cache=cache)
+        with pytest.raises(ValueError, match="the static cache has 50 slots, got tokens for 51"):
+            model(tokens[:, 50:], cache=cache)
 
 
 def test_gradient_of_queries_alone_through_a_cache(make_pair, make_tokens):
@@ -302,6 +338,3 @@ def test_bad_input_with_a_cache_is_named(model):
             model(tokens, attention_mask=torch.ones(1, 6), cache=cache)
         with pytest.raises(NotImplementedError, match="`cache` holds tokens already"):
             model(tokens, cu_seq_lens_q=torch.tensor([0, 6]), cache=cache)
-        limit = model.config.max_position_embeddings
-        with pytest.raises(ValueError, match=rf"reaches {6 + limit} tokens \(6 cached, {limit} new\)"):
-            model(torch.ones(1, limit, dtype=torch.long), cache=cache)

@@ -237,5 +237,5 @@ def test_fields_stay_out_of_files_that_stock_reads():
     ],
 )
 def test_fields_are_validated(name, value):
-    with pytest.raises(Exception, match=f"`{name}` must be .*got .*{value}"):
+    with pytest.raises(Exception, match=f"'{name}':\n.* must be .*got {value}"):
         MiniMaxM3VLTextConfig(**{name: value})

@@ -194,8 +194,8 @@ def test_experts_run_through_transformers_kernels():
 
 def test_a_field_changed_after_construction_is_validated():
     config = tiny_config().text_config
-    config.index_topk_blocks = 0
-    with pytest.raises(StrictDataclassError, match="index_topk_blocks"):
+    config.index_local_blocks = 5
+    with pytest.raises(StrictDataclassError, match="`index_local_blocks` must not exceed `index_topk_blocks`"):
         MiniMaxM3VLTextModel(config)
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import requires
 import pytest
 import torch
 from packaging.requirements import Requirement
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as stock
 
 from configuration_minimax_m3 import tiny_config
@@ -30,6 +30,16 @@ def model(request):
 @pytest.fixture
 def ids(model):
     return torch.randint(3, 100, (1, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def image_inputs(make_patches):
+    def make(config):
+        grid_thw = torch.tensor([[1, 4, 4]])
+        ids = torch.tensor([[5, *[config.image_token_id] * 4, 7]])
+        return {"input_ids": ids, "pixel_values": make_patches(config, grid_thw), "image_grid_thw": grid_thw}
+
+    return make
 
 
 def text_model(model):
@@ -116,16 +126,13 @@ def test_deprecation_is_that_of_the_release(model, ids):
     assert bool(warned[0]) == (CACHE_NAME == "cache")
 
 
-def test_features_have_both_names():
+def test_features_have_both_names(image_inputs):
     torch.manual_seed(0)
     config = tiny_config()
     model = MiniMaxM3SparseForConditionalGeneration(config).eval()
-    vision = config.vision_config
-    pixels = torch.randn(16, 3 * vision.temporal_patch_size * vision.patch_size**2)
-    ids = torch.tensor([[5, *[config.image_token_id] * 4, 7]])
-    inputs = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    inputs = image_inputs(config)
     with torch.no_grad():
-        (expected,) = model.get_image_features(pixels, inputs["image_grid_thw"]).pooler_output
+        (expected,) = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
         for output in (model(**inputs), model.model(**inputs)):
             torch.testing.assert_close(output.image_hidden_states[0], expected)
             torch.testing.assert_close(output.image_outputs.pooler_output[0], expected)
@@ -137,10 +144,14 @@ def test_features_have_both_names():
         assert list(model(**inputs, use_cache=True)) == list(stock_model(**inputs, use_cache=True))
 
 
-def test_evaluation_leaves_the_cache_out():
-    """`Trainer` gathers every output that the config does not name."""
-    for config in (tiny_config(), tiny_config().text_config):
-        assert CACHE_NAME in config.keys_to_ignore_at_inference
+def test_prediction_keeps_logits_alone(image_inputs, tmp_path):
+    """`Trainer` joins every output that the config does not name, and features of images have a shape of their own."""
+    config = tiny_config()
+    model = MiniMaxM3SparseForConditionalGeneration(config).eval()
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    inputs = image_inputs(config) | {"use_cache": True}
+    loss, logits, labels = trainer.prediction_step(model, inputs | {"labels": inputs["input_ids"]}, False)
+    assert loss.isfinite() and logits.shape == (1, 6, config.text_config.vocab_size) and labels.shape == (1, 6)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ PRIVATE = ["http://127.0.0.1:1/a", "http://localhost:1/a", "http://[::1]:1/a", "
 PRIVATE += ["http://10.0.0.1/a", "http://192.168.1.1/a", "http://0.0.0.0/a", "http://2130706433/a", "http://0x7f.1/a"]
 PRIVATE += ["http://[::ffff:127.0.0.1]/a", "http://[fe80::1]/a", "http://[64:ff9b::7f00:1]/a", "http://224.0.0.1/a"]
 PUBLIC = [
+    "http://[::ffff:93.184.215.14]/",
     "https://93.184.215.14/a.png",
     "http://[2606:2800:21f:cb07:6820:80da:af6b:8b2c]/",
     "http://[64:ff9b::5db8:d70e]/",

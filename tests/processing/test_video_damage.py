@@ -38,7 +38,17 @@ def overwrite_packets(path, which) -> None:
     path.write_bytes(content)
 
 
-def test_damaged_frames_are_left_out(clip, warnings):
+@pytest.mark.parametrize("threads", [1, 16])
+def test_damaged_frames_are_left_out(threads, clip, warnings, monkeypatch):
+    """On any machine: FFmpeg takes a thread for each core."""
+    open_stream = PyavVideo._open
+
+    def open_with_threads(self):
+        container, stream = open_stream(self)
+        stream.codec_context.thread_count = threads
+        return container, stream
+
+    monkeypatch.setattr(PyavVideo, "_open", open_with_threads)
     path = clip("clip.mp4", range(0, 1000, 100), codec="libx264")
     overwrite_packets(path, slice(6, 8))
     frames, metadata = decode_video(str(path))
