@@ -41,7 +41,7 @@ def check_address(address: str, *, is_redirect: bool = False) -> None:
     host = url.raw_host.decode("ascii")  # as it is looked up
     if not host:
         raise ValueError(f"{whose} an address without a host")
-    if limits.allow_address is not None and not limits.allow_address(address):
+    if limits.allow_address is not None and not limits.allow_address(str(url)):  # as httpx reads it
         raise ValueError(f"{whose} an address that `MediaLimits.allow_address` does not allow (host {host!r})")
     if not _must_be_public(is_redirect):
         return
