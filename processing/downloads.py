@@ -127,8 +127,7 @@ def download(address: str, file: BinaryIO) -> None:
 def _write_body(response: Any, file: BinaryIO) -> None:
     if not response.is_success:
         raise ValueError(f"the host answers {response.status_code} {response.reason_phrase}")
-    # Without a bound on what it unpacks to, no packed body is taken. gzip and deflate grow by a thousand times at most,
-    # and httpx unpacks 64 KiB at once.
+    # httpx unpacks 64 KiB at once: gzip and deflate make 64 MiB of that at most, other encodings any number of bytes.
     encoding = response.headers.get("content-encoding", "identity")
     if encoding not in ("identity", "gzip", "deflate"):
         raise ValueError(f"the host answers with the content encoding {encoding!r}, which was not asked for")
