@@ -13,7 +13,7 @@ from . import msa
 from .cache import SPARSE_LAYER_TYPE, STRUCTURED_LAYER_TYPE
 from .dense_attention import dense_attention
 from .indexer import MiniMaxM3VLIndexer, with_zero_gradients
-from .materialized import select_blocks_under_mask, sparse_attention_weights
+from .materialized import materialized_attention, select_blocks_under_mask
 from .normalization import MiniMaxM3VLRMSNorm
 from .rotary import apply_rotary
 from .sequence_layout import SequenceLayout
@@ -81,7 +81,8 @@ class MiniMaxM3VLAttention(nn.Module):
             position_embeddings: Cosines and sines, (B, T, R) each.
             attention_mask (`SequenceLayout`): Where the sequences lie.
             cache (`Cache`, *optional*): Receives the keys and values of this pass.
-            output_attentions (`bool`): Whether to build the attention weights, at quadratic memory.
+            output_attentions (`bool`): Whether to build the attention weights, at quadratic memory, and compute the
+                output from them.
             output_indexer_loss (`bool`): Whether to compute the divergence of the indexer from the attention.
 
         Returns:
@@ -175,42 +176,41 @@ class MiniMaxM3VLAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Attention over chosen blocks; `index` holds the indexer's queries (B, T, H_idx, D_idx) and keys
         (B, S, D_idx), or is None where position decides."""
+        unordered = (query, key, value)
         query, key, value = layout.order_queries(query), layout.order_keys(key), layout.order_keys(value)
         if index is not None:
             index = self._order_index(index, layout)
         options = {"block_size": self.config.index_block_size, "softmax_scale": self.scaling}
+        backend = {"backend": self.config.msa_backend}
+        needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        reads_cache = layout.is_cached and not needs_grad and not output_indexer_loss
+        rows = {"cache_seqlens": layout.cache_seqlens, "cache_leftpad": layout.cache_leftpad}
 
         if layout.allowed is not None:
             block_indices = self._choose_blocks(index, layout, key, select_blocks_under_mask, {"layout": layout})
-            weights = sparse_attention_weights(query, key, block_indices, layout, **options)
-            value = value.repeat_interleave(self.num_key_value_groups, dim=2)
-            out = torch.einsum("bhts,bshd->bthd", weights, value)
-            return out, weights if output_attentions else None, None
-
-        backend = {"backend": self.config.msa_backend}
-        needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        divergence = None
-        if layout.is_cached and not needs_grad and not output_indexer_loss:
-            rows = {"cache_seqlens": layout.cache_seqlens, "cache_leftpad": layout.cache_leftpad}
+        elif reads_cache:
             block_indices = self._choose_blocks(index, layout, key, msa.select_blocks_with_kvcache, rows | backend)
-            out = msa.block_sparse_attention_with_kvcache(
-                query, key, value, block_indices, **rows, **options, **backend
-            )
         else:
             offsets = _packed_offsets(layout, key.shape[1])
             flat_index = None if index is None else tuple(states.flatten(0, 1) for states in index)
             block_indices = self._choose_blocks(flat_index, layout, key, msa.select_blocks, offsets | backend)
             block_indices = block_indices.view(*query.shape[:2], *block_indices.shape[-2:])
+
+        lse = weights = divergence = None
+        if output_attentions or layout.allowed is not None:
+            out, weights = materialized_attention(*unordered, block_indices, layout, **options)
+        elif reads_cache:
+            out = msa.block_sparse_attention_with_kvcache(
+                query, key, value, block_indices, **rows, **options, **backend
+            )
+            out = layout.restore_order(out)
+        else:
             flat = (states.flatten(0, 1) for states in (query, key, value, block_indices))
             out, lse = msa.block_sparse_attention(*flat, **offsets, **options, **backend, return_lse=True)
-            out = out.unflatten(0, query.shape[:2])
-            if output_indexer_loss:
-                divergence = self._divergence(query, key, index, block_indices.flatten(0, 1), lse, layout)
-
-        weights = None
-        if output_attentions:
-            weights = layout.restore_weights(sparse_attention_weights(query, key, block_indices, layout, **options))
-        return layout.restore_order(out), weights, divergence
+            out = layout.restore_order(out.unflatten(0, query.shape[:2]))
+        if output_indexer_loss:
+            divergence = self._divergence(query, key, index, block_indices.flatten(0, 1), lse, layout)
+        return out, weights if output_attentions else None, divergence
 
     @staticmethod
     def _order_index(

@@ -60,12 +60,11 @@ def dense_attention(
         return flash_attention(module, *states, mask, dropout=dropout, scaling=scaling, **kwargs)
 
     attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    query, key, value = layout.order_queries(query), layout.order_keys(key), layout.order_keys(value)
-    visible, _ = layout.visibility(key.shape[1])
+    # In the caller's order, so that the weights that come back are those that the output was computed from.
+    visible = layout.restore_weights(layout.visibility(key.shape[1])[0])
     mask = visible if implementation == "sdpa" else _additive(visible, query.dtype)
     states = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    out, weights = attention_function(module, *states, mask, dropout=dropout, scaling=scaling, **kwargs)
-    return layout.restore_order(out), None if weights is None else layout.restore_weights(weights)
+    return attention_function(module, *states, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -43,6 +43,29 @@ def select_blocks_under_mask(
     return pad(selected, (0, topk - selected.shape[-1]), value=-1).transpose(1, 2).to(torch.int32)
 
 
+def materialized_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_indices: torch.Tensor,
+    layout: SequenceLayout,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to chosen blocks, (B, T, H_q, D), and the weights (B, H_q, T, S) that it was computed from, so that
+    gradients flow through them.
+
+    Args:
+        query (B, T, H_q, D), key and value (B, S, H_kv, D): In the caller's order, as what is returned.
+        block_indices (B, T, H_kv, topk): In the layout's working order.
+    """
+    query, key = layout.order_queries(query), layout.order_keys(key)
+    weights = sparse_attention_weights(query, key, block_indices, layout, block_size, softmax_scale)
+    weights = layout.restore_weights(weights)
+    value = value.repeat_interleave(query.shape[2] // value.shape[2], dim=2)
+    return torch.einsum("bhts,bshd->bthd", weights, value), weights
+
+
 def sparse_attention_weights(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -67,6 +90,7 @@ def sparse_attention_weights(
     attended = chosen.gather(-1, block_of_key).transpose(1, 2)  # (B, H_kv, T, S)
     group = query.shape[2] // num_kv_heads
     attended = attended.repeat_interleave(group, dim=1) & visible
-    scores = torch.einsum("bthd,bshd->bhts", query.float(), key.repeat_interleave(group, dim=2).float())
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.einsum("bthd,bshd->bhts", query.to(dtype), key.repeat_interleave(group, dim=2).to(dtype))
     weights = (scores * softmax_scale).masked_fill(~attended, torch.finfo(scores.dtype).min).softmax(-1) * attended
     return weights.to(query.dtype)

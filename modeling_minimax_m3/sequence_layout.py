@@ -187,6 +187,7 @@ def build_layout(
     cu_seq_lens_k: torch.Tensor | None = None,
     may_be_packed: bool = True,
     num_heads: int | None = None,
+    whole_cache: bool = False,
 ) -> SequenceLayout:
     """Reads the layout from a model's inputs: `cu_seq_lens_*` if given, else the mask, else restarts in positions.
 
@@ -202,6 +203,8 @@ def build_layout(
             the last offset are padding.
         may_be_packed: Whether restarts of `position_ids` are looked for.
         num_heads: H_q, which the heads of a 4-D mask are checked against.
+        whole_cache: Whether the keys of a static cache's first pass, too, are all of its slots: attention weights have
+            that width at every pass.
 
     Raises:
         ValueError: The inputs' shapes or values contradict each other.
@@ -228,6 +231,8 @@ def build_layout(
             f"`attention_mask` must have shape (batch, tokens) or (batch, heads, new tokens, tokens) with batch {batch}, "
             f"got {tuple(attention_mask.shape)}"
         )
+    if whole_cache and cache is not None and not holds_tokens and cache.get_max_length(0) > 0:
+        past, holds_tokens = torch.zeros(1, dtype=torch.long, device=device), True
     if holds_tokens:
         return _cached_layout(attention_mask, past, cache, batch, num_new, device)
     if attention_mask is not None:

@@ -146,6 +146,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             raise ValueError(f"the input must hold at least one token, got batch {batch} and {num_new} tokens")
         if cache is not None:
             cache = self._usable_cache(cache, batch)
+        kwargs.setdefault("output_attentions", bool(self.config.output_attentions))
         layout = build_layout(
             attention_mask,
             position_ids,
@@ -157,6 +158,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             cu_seq_lens_k=cu_seq_lens_k,
             may_be_packed=cache is None,
             num_heads=self.config.num_attention_heads,
+            whole_cache=kwargs["output_attentions"],
         )
         self._warn_past_context_length(cache, layout)
         if use_cache and cache is None and not layout.is_packed:
@@ -177,7 +179,6 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        kwargs.setdefault("output_attentions", bool(self.config.output_attentions))
         if output_indexer_loss is None:
             output_indexer_loss = self.training and self.config.indexer_loss_coef > 0
             if output_indexer_loss and not is_torchdynamo_compiling():

@@ -41,7 +41,7 @@ def check_address(address: str, *, is_redirect: bool = False) -> None:
     host = url.raw_host.decode("ascii")  # as it is looked up
     if not host:
         raise ValueError(f"{whose} an address without a host")
-    if limits.allow_address is not None and not limits.allow_address(address):
+    if limits.allow_address is not None and not limits.allow_address(str(url)):  # as httpx reads it
         raise ValueError(f"{whose} an address that `MediaLimits.allow_address` does not allow (host {host!r})")
     if not _must_be_public(is_redirect):
         return
@@ -127,8 +127,7 @@ def download(address: str, file: BinaryIO) -> None:
 def _write_body(response: Any, file: BinaryIO) -> None:
     if not response.is_success:
         raise ValueError(f"the host answers {response.status_code} {response.reason_phrase}")
-    # Without a bound on what it unpacks to, no packed body is taken. gzip and deflate grow by a thousand times at most,
-    # and httpx unpacks 64 KiB at once.
+    # httpx unpacks 64 KiB at once: gzip and deflate make 64 MiB of that at most, other encodings any number of bytes.
     encoding = response.headers.get("content-encoding", "identity")
     if encoding not in ("identity", "gzip", "deflate"):
         raise ValueError(f"the host answers with the content encoding {encoding!r}, which was not asked for")

@@ -53,12 +53,13 @@ class MiniMaxM3VLImageProcessor(AutoClassByImport, TorchvisionBackend):
 
     An image is a path (also a `pathlib` one or a `file://` address), an http(s) address, a data URL, base64 text, the
     bytes of a file, `{"bytes": ..., "path": ...}`, a PIL image or an array. One rule holds for every format and every
-    way to pass it: Pillow decodes, the first frame counts, the image is turned upright by its orientation tag (an array
-    has none), transparency lies over white. `MediaLimits` bounds what is read.
+    way to pass it: Pillow decodes, the first frame counts, the image is turned upright by its orientation tag (an
+    array has none), transparency lies over white. `MediaLimits` bounds what is read.
 
     Raises:
-        ValueError: an image cannot be read, exceeds the `MediaLimits` in force, is empty, too elongated or not finite, does not fit the patch grid with
-            `do_resize=False`, or `size` lacks a bound. The message names the image by its index.
+        ValueError: an image cannot be read, exceeds the `MediaLimits` in force, is empty, too elongated or not
+            finite, does not fit the patch grid with `do_resize=False`, or `size` lacks a bound. The message names the
+            image by its index.
     """
 
     do_resize = True

@@ -1,4 +1,4 @@
-"""What counts as an image or a video: nesting, sources on disk and on the web, and checks with a name in the error.
+"""What counts as an image or a video: nesting, decoding of images, and checks with a name in the error.
 
 Everything here runs before any pixel is resized, so that a bad input costs nothing but its own loading.
 """
@@ -212,8 +212,8 @@ def check_range(pixels: Image.Image | torch.Tensor) -> None:
 def flatten_images(images: Any) -> list[Any]:
     """List every image of an arbitrarily nested input, in order.
 
-    An image is a PIL image, a path, an address, base64 text, the bytes of a file, or an array of 2 (grayscale) or 3 dimensions;
-    an array of 4 dimensions is a batch of images.
+    An image is a PIL image, a path, an address, base64 text, the bytes of a file, or an array of 2 (grayscale) or 3
+    dimensions; an array of 4 dimensions is a batch of images.
 
     Raises:
         ValueError: an item is none of these.

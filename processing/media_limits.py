@@ -23,10 +23,10 @@ class MediaLimits:
             that the caller names, but none that a server redirects to. "never": none at all; the name of a host is
             looked up, and every address that it has must be public. "always": all.
         allow_files (bool): whether paths and `file://` addresses may be read.
-        allow_address (Callable, Optional): takes an http(s) address as a string and says whether it may be asked. It
-            is called for each redirect too. None allows all.
-        image_formats (tuple[str, ...], Optional): the image formats to read, by Pillow's names. None is all that Pillow
-            knows, some of which start other programs (EPS) or hold larger images than their headers say (ICO).
+        allow_address (Callable, Optional): takes an http(s) address, normalised, as a string and says whether it may
+            be asked. It is called for each redirect too. None allows all.
+        image_formats (tuple[str, ...], Optional): the image formats to read, by Pillow's names. None is all that
+            Pillow knows, some of which start other programs (EPS) or hold larger images than their headers say (ICO).
 
     Raises:
         ValueError: a number below 1, or `private_addresses` is none of the three words.

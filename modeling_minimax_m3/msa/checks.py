@@ -16,24 +16,23 @@ FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 # Axes of tensors that must not be empty; those of tokens, rows, slots and lists may be.
-_HEADS_AND_CHANNELS = ("H_idx", "H_kv", "H_q", "D", "D_idx", "D_v")
+_HEADS_AND_CHANNELS = frozenset(("H_idx", "H_kv", "H_q", "D", "D_idx", "D_v"))
 
 _MAX_INT32 = 2**31 - 1
 # Of lists of blocks that an operator writes: a slip of the pen must not ask for more memory than there is.
 MAX_TOPK = 2**16
 
 
-def _describe(tensor: object) -> str:
+def _describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)} on {tensor.device}"
 
 
 def check_dense(name: str, tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise TypeError(
-            f"`{name}` must be a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}"
-        )
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        came = "a nested one" if tensor.is_nested else tensor.layout
+        raise TypeError(f"`{name}` must be a dense tensor, got {came}")
 
 
 def check_tensor(
@@ -44,20 +43,18 @@ def check_tensor(
     device: torch.device | None = None,
 ) -> None:
     """Raises unless `tensor` has the given axes (an int is a required size, a str only a name), dtype and device."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise TypeError(
-            f"`{name}` must be a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}"
-        )
-    if tensor.dim() != len(shape) or any(
-        isinstance(axis, int) and size != axis for axis, size in zip(shape, tensor.shape)
-    ):
+    check_dense(name, tensor)
+    sizes = tensor.shape
+    is_right, is_empty = len(sizes) == len(shape), False
+    for axis, size in zip(shape, sizes):
+        if isinstance(axis, int):
+            is_right = is_right and size == axis
+        elif axis in _HEADS_AND_CHANNELS:
+            is_empty = is_empty or size == 0
+    if not is_right or is_empty:
         axes = ", ".join(str(axis) for axis in shape)
-        raise ValueError(f"`{name}` must have shape ({axes}), got {_describe(tensor)}")
-    for axis, size in zip(shape, tensor.shape):
-        if axis in _HEADS_AND_CHANNELS and size < 1:
-            raise ValueError(f"`{name}` must have {axis} of at least 1, got {_describe(tensor)}")
+        full = " and some heads and channels" if is_right else ""
+        raise ValueError(f"`{name}` must have shape ({axes}){full}, got {_describe(tensor)}")
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"`{name}` must be {allowed}, got {_describe(tensor)}")

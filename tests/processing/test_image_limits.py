@@ -101,7 +101,13 @@ def test_unasked_gzip_is_unpacked(host):
 
 PRIVATE = ["http://127.0.0.1:1/a", "http://localhost:1/a", "http://[::1]:1/a", "http://169.254.169.254/latest/"]
 PRIVATE += ["http://10.0.0.1/a", "http://192.168.1.1/a", "http://0.0.0.0/a", "http://2130706433/a", "http://0x7f.1/a"]
-PRIVATE += ["http://[::ffff:127.0.0.1]/a", "http://[fe80::1]/a", "http://[64:ff9b::7f00:1]/a", "http://224.0.0.1/a"]
+PRIVATE += [
+    "http://[::ffff:127.0.0.1]/a",
+    "http://[::ffff:100.64.0.1]/a",
+    "http://[fe80::1]/a",
+    "http://[64:ff9b::7f00:1]/a",
+    "http://224.0.0.1/a",
+]
 PUBLIC = [
     "http://[::ffff:93.184.215.14]/",
     "https://93.184.215.14/a.png",

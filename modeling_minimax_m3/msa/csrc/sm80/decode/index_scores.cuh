@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "../../common/matrix.cuh"
+#include "../../common/ordered_bits.cuh"
 #include "../../params.h"
 #include "cache_rows.cuh"
 #include "config.h"
@@ -236,10 +237,10 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
         }
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-          float best =
-              fmaxf(fmaxf(score[half][0], score[half][1]), fmaxf(score[half][2], score[half][3]));
-          best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-          best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+          float best = max_or_nan(max_or_nan(score[half][0], score[half][1]),
+                                  max_or_nan(score[half][2], score[half][3]));
+          best = max_or_nan(best, __shfl_xor_sync(0xffffffffu, best, 1));
+          best = max_or_nan(best, __shfl_xor_sync(0xffffffffu, best, 2));
           if (part == 0) maxima[query_row + 8 * half] = best;
         }
       }
@@ -301,12 +302,12 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
         for (int w = 0; w < kScoreWarps; ++w) {
           const float other =
               shared.maxima[parity][index % Shared::kPhase][w][index / Shared::kPhase];
-          best[w / (kScoreWarps / 2)] = fmaxf(best[w / (kScoreWarps / 2)], other);
+          best[w / (kScoreWarps / 2)] = max_or_nan(best[w / (kScoreWarps / 2)], other);
         }
         float* scores =
             params.workspace + (int64_t{batch_row} * num_rows + query_row) * score_stride;
         if (params.block_size == kSlabKeys) {
-          scores[slab_at(slab)] = fmaxf(best[0], best[1]);
+          scores[slab_at(slab)] = max_or_nan(best[0], best[1]);
         } else {
           scores[2 * slab_at(slab)] = best[0];
           scores[2 * slab_at(slab) + 1] = best[1];

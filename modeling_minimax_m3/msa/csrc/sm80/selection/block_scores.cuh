@@ -12,6 +12,7 @@
 
 #include "../../common/async_copy.cuh"
 #include "../../common/matrix.cuh"
+#include "../../common/ordered_bits.cuh"
 #include "../../common/sequences.cuh"
 #include "../../params.h"
 #include "config.h"
@@ -172,9 +173,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const float first = fmaxf(scores[i][0][2 * half], scores[i][0][2 * half + 1]);
-            const float second = fmaxf(scores[i][1][2 * half], scores[i][1][2 * half + 1]);
-            best[i][half] = fmaxf(best[i][half], fmaxf(first, second));
+            const float first = max_or_nan(scores[i][0][2 * half], scores[i][0][2 * half + 1]);
+            const float second = max_or_nan(scores[i][1][2 * half], scores[i][1][2 * half + 1]);
+            best[i][half] = max_or_nan(best[i][half], max_or_nan(first, second));
           }
         }
       }
@@ -186,8 +187,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float value = best[i][half];
-          value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
-          value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
+          value = max_or_nan(value, __shfl_xor_sync(0xffffffffu, value, 1));
+          value = max_or_nan(value, __shfl_xor_sync(0xffffffffu, value, 2));
           if (block % 4 == lane % 4) kept[i][half] = value;
         }
       }

@@ -11,6 +11,7 @@
 
 #include "../../common/async_copy.cuh"
 #include "../../common/matrix.cuh"
+#include "../../common/ordered_bits.cuh"
 #include "../../common/sequences.cuh"
 #include "../../params.h"
 #include "../../sm80/selection/ranked_blocks.cuh"
@@ -168,8 +169,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       float best[2] = {first, second};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        best[i] = fmaxf(best[i], __shfl_xor_sync(0xffffffffu, best[i], 1));
-        best[i] = fmaxf(best[i], __shfl_xor_sync(0xffffffffu, best[i], 2));
+        best[i] = max_or_nan(best[i], __shfl_xor_sync(0xffffffffu, best[i], 1));
+        best[i] = max_or_nan(best[i], __shfl_xor_sync(0xffffffffu, best[i], 2));
         if (block % 4 == lane % 4) kept[half][i] = best[i];
       }
       if (block % 4 != 3 && block != end_block - 1) return;
@@ -199,18 +200,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       for (int part = 0; part < 2; ++part) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float value = fmaxf(d[part * 32 + 2 * i], d[part * 32 + 2 * i + 1]);
+          float value = max_or_nan(d[part * 32 + 2 * i], d[part * 32 + 2 * i + 1]);
 #pragma unroll
           for (int j = 1; j < 8; ++j) {
-            value =
-                fmaxf(value, fmaxf(d[part * 32 + 4 * j + 2 * i], d[part * 32 + 4 * j + 2 * i + 1]));
+            value = max_or_nan(
+                value, max_or_nan(d[part * 32 + 4 * j + 2 * i], d[part * 32 + 4 * j + 2 * i + 1]));
           }
           best[part][i] = value;
         }
       }
       if (params.block_size == Config::kTileKeys) {
-        finish_block(half, first_block + tile, fmaxf(best[0][0], best[1][0]),
-                     fmaxf(best[0][1], best[1][1]));
+        finish_block(half, first_block + tile, max_or_nan(best[0][0], best[1][0]),
+                     max_or_nan(best[0][1], best[1][1]));
       } else {
         const int block = first_block + 2 * tile;
         finish_block(half, block, best[0][0], best[0][1]);
