@@ -36,7 +36,8 @@ def _check_one_feature_per_placeholder(
 ) -> None:
     # The beginning is Transformers' wording, by which other tools know the error.
     mismatch = f"{modality.capitalize()} features and {modality} tokens do not match"
-    expected = f"input_ids (or inputs_embeds) must hold one {modality} token (id {token_id}) for each {modality} feature.{hint}"
+    place = f"one {modality} token (id {token_id}) for each {modality} feature"
+    expected = f"input_ids (or inputs_embeds) must hold {place}.{hint}"
     agree = num_placeholders == num_features
     if torch.compiler.is_compiling():
         # Transformers' check makes a symbol of the number, with which PyTorch 2.10 to 2.12 cannot compile this.

@@ -7,7 +7,7 @@ under 5.23 they are the names, and the new ones work too.
 
     CACHE_NAME            what `generate` and the outputs' fields call the cache
     takes_cache           decorator of functions with an argument `cache`
-    GenerationMixin       takes and returns the cache under both names, and hands it to PEFT under the one that PEFT knows
+    GenerationMixin       takes and returns the cache under both names, and hands it to PEFT under the one it knows
     MoeModelOutputWithPast, MoeCausalLMOutputWithPast, MultimodalOutputWithPast, MultimodalCausalLMOutputWithPast
                           bases of the outputs, each with the fields, in the order, of the installed release
     output_fields         the fields of these, from the names of 5.24
