@@ -139,7 +139,9 @@ def _is_source(item: Any) -> bool:
     """Whether this may be an image or a video, or say where one is. Loading finds out."""
     if isinstance(item, (str, list, tuple)):
         return len(item) > 0
-    return not isinstance(item, (Mapping, int, float))
+    if isinstance(item, Mapping):  # a file as `datasets` stores it
+        return bool(item) and item.keys() <= {"bytes", "path"}
+    return not isinstance(item, (int, float))
 
 
 def _check_tool_calls(calls: Any, where: str) -> None:

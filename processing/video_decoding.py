@@ -1,14 +1,16 @@
 """From a video file to upright frames, each with its own time."""
 
+import io
 import os
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx
 from transformers.utils import is_av_available, is_torchcodec_usable, logging
 
+from .downloads import download, is_address
 from .media import shorten
+from .media_limits import get_media_limits
 from .video_metadata import VideoMetadata
 from .video_pyav import PyavVideo
 from .video_torchcodec import TorchcodecVideo
@@ -47,17 +49,17 @@ def decode_video(
         `frames_indices` and `frame_times` have one entry for each.
 
     Raises:
-        ValueError: no such file, not a video, nothing in it can be decoded, or what `sample_indices_fn` refuses.
+        ValueError: no such file, one that `MediaLimits` refuse, not a video, nothing in it can be decoded, or what `sample_indices_fn` refuses.
         ImportError: there is no decoder.
     """
-    is_address = source.startswith(("http://", "https://"))
-    if not is_address and not os.path.isfile(source):
+    if not is_address(source) and not get_media_limits().allow_files:
+        raise ValueError(f"`{name}` must be an http(s) address, as `MediaLimits.allow_files` is False.")
+    if not is_address(source) and not os.path.isfile(source):
         raise ValueError(f"`{name}` must be an existing file or an http(s) address, got {shorten(source)!r}.")
     decoder = find_decoder()
     place = f"`{name}` ({shorten(source)!r})"
     try:
-        content = httpx.get(source, follow_redirects=True).raise_for_status().content if is_address else source
-        video = DECODERS[decoder](content)
+        video = DECODERS[decoder](_fetch(source) if is_address(source) else source)
     except Exception as error:
         raise ValueError(f"{place} cannot be decoded with {decoder}: {error}") from error
 
@@ -90,3 +92,9 @@ def decode_video(
             "read; the file may be cut off."
         )
     return frames, metadata
+
+
+def _fetch(address: str) -> bytes:
+    file = io.BytesIO()
+    download(address, file)
+    return file.getvalue()

@@ -6,8 +6,8 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from .media_limits import get_media_limits
 from .video_orientation import turn_of, turn_upright
 
 # FFmpeg's AVFMT_TS_DISCONT: MPEG-TS, MPEG-PS and Ogg, whose clocks start anywhere.
@@ -31,7 +31,7 @@ class PyavVideo:
         declared_duration (float, Optional): how long the frames should be shown, as the file declares it.
 
     Raises:
-        ValueError: there are no pictures, or they are larger than Pillow would take.
+        ValueError: there are no pictures, or they are larger than `MediaLimits` allow.
         av.FFmpegError: it is no video file.
     """
 
@@ -87,11 +87,14 @@ class PyavVideo:
             stream = container.streams.best("video")
             if stream is None:
                 raise ValueError("it has no pictures")
-            if Image.MAX_IMAGE_PIXELS is not None:
-                limit = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow refuses a picture
+            limit = get_media_limits().max_image_pixels
+            if limit is not None:
                 width, height = stream.codec_context.width, stream.codec_context.height
                 if width * height > limit:
-                    raise ValueError(f"a frame has {width} x {height} pixels, more than {limit}")
+                    raise ValueError(
+                        f"a frame has {width} x {height} pixels, more than the {limit} that "
+                        "`MediaLimits.max_image_pixels` allows"
+                    )
                 stream.codec_context.options = {"max_pixels": str(limit)}  # for those that grow midway
         except Exception:
             container.close()

@@ -16,7 +16,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist
 import modeling_minimax_m3
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig, tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.sharded_loading import ConcatenateWhole
+from modeling_minimax_m3.fused_projections import ConcatenateWhole
 
 COMPOSITE_CLASSES = {
     "AutoConfig": "configuration_minimax_m3.MiniMaxM3VLConfig",
