@@ -16,7 +16,6 @@ from transformers.core_model_loading import Concatenate, MergeModulelist
 import modeling_minimax_m3
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig, tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.fused_projections import ConcatenateWhole
 
 COMPOSITE_CLASSES = {
     "AutoConfig": "configuration_minimax_m3.MiniMaxM3VLConfig",
@@ -104,7 +103,9 @@ def test_fused_projections_are_concatenated_whole_and_experts_one_by_one():
     experts = [target for target in operations if "experts" in target and "shared" not in target]
     fused = operations.keys() - set(experts)
     assert len(experts) == 1 and fused
-    assert all(operations[target] == [ConcatenateWhole] for target in fused)
+    for target in fused:
+        (operation,) = operations[target]
+        assert operation is not Concatenate and issubclass(operation, Concatenate), target
     assert operations[experts[0]] == [MergeModulelist, Concatenate]
 
 
@@ -196,7 +197,7 @@ def test_stock_works_beside_ours_in_both_import_orders(make_pair, tmp_path):
     }
     outputs = {}
     for order, process in processes.items():
-        stdout, stderr = process.communicate()
+        stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, f"{order}:\n{stderr}"
         outputs[order] = json.loads(stdout.splitlines()[-1])
 
