@@ -47,7 +47,7 @@ def block_sparse_attention(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
-        NotImplementedError: the named backend cannot run the call.
+        NotImplementedError: the named backend cannot run the call, or has not the derivatives that it is asked for.
     """
     checks.check_at_least("block_size", block_size, 1)
     checks.check_tensor("query", query, ("total_q", "H_q", "D"), checks.FLOATING_DTYPES)

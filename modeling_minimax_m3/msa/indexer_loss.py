@@ -57,7 +57,7 @@ def indexer_kl_loss(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
-        NotImplementedError: the named backend cannot run the call.
+        NotImplementedError: the named backend cannot run the call, or has not the derivatives that it is asked for.
     """
     checks.check_at_least("block_size", block_size, 1)
     checks.check_tensor("index_query", index_query, ("total_q", "H_idx", "D_idx"), checks.FLOATING_DTYPES)
