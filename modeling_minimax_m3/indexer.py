@@ -47,10 +47,19 @@ class MiniMaxM3VLIndexer(nn.Module):
 
 
 class _ZeroGradients(torch.autograd.Function):
+    generate_vmap_rule = True  # this, `setup_context` and `jvp` are for `torch.func`
+
     @staticmethod
-    def forward(ctx, states: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        ctx.others = [(other.shape, other.dtype, other.device) for other in others]
+    def forward(states: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         return states.view_as(states)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.others = [(other.shape, other.dtype, other.device) for other in inputs[1:]]
+
+    @staticmethod
+    def jvp(ctx, tangent: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+        return tangent.view_as(tangent)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -128,6 +129,8 @@ def _on(device: torch.device, number: torch.Tensor | int) -> torch.Tensor | int:
 def _is_plain(lm_head: nn.Module, hidden_states: torch.Tensor) -> bool:
     """Whether nothing happens in a call of the head but a product with its weight, and the product needs gradients."""
     if is_torchdynamo_compiling() or not torch.is_grad_enabled() or type(lm_head) is not nn.Linear:
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # more than one backward
         return False
     hooks = (lm_head._forward_pre_hooks, lm_head._forward_hooks, lm_head._backward_pre_hooks, lm_head._backward_hooks)
     weight = lm_head.weight

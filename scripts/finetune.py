@@ -47,6 +47,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 import modeling_minimax_m3  # noqa: F401  (registers the classes)
 from idle_options import refuse_idle
@@ -54,6 +55,8 @@ from modeling_minimax_m3.trainer_logging import IndexerLossLogging
 from processing_minimax_m3 import MiniMaxM3VLProcessor, MultimodalChatCollator
 from processing_minimax_m3.chat_template import THINKING_MODES, check_thinking_mode
 from processing_minimax_m3.collator import named_in_errors, template_variables, without_none
+
+logger = logging.get_logger(__name__)
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 MEDIA_COLUMNS = ("images", "videos")
@@ -380,8 +383,9 @@ def load_config(arguments: ModelArguments, max_length: int, asked: set[str]) -> 
     config = AutoConfig.from_pretrained(arguments.model)
     text = config.get_text_config()
     if max_length > text.max_position_embeddings:
-        raise ValueError(
-            f"--max_length must be at most the model's context of {text.max_position_embeddings} tokens, got {max_length}"
+        logger.warning(
+            f"--max_length is {max_length}, but `max_position_embeddings` of the model is {text.max_position_embeddings}: "
+            "positions beyond it are new to the model."
         )
     refuse_idle(
         asked,

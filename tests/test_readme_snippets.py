@@ -7,6 +7,8 @@ from shutil import copyfile
 
 import pytest
 
+pytestmark = pytest.mark.compatibility
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 HEADING_OR_SNIPPET = re.compile(r"^#+ (?P<heading>.+?)$|^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 

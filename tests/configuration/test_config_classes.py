@@ -11,6 +11,8 @@ from transformers.models.minimax_m3_vl import configuration_minimax_m3_vl as sto
 import configuration_minimax_m3 as ours
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig
 
+pytestmark = pytest.mark.compatibility
+
 CLASS_NAMES = ["MiniMaxM3VLTextConfig", "MiniMaxM3VLVisionConfig", "MiniMaxM3VLConfig"]
 FIRST_THREE_OFF = [0, 0, 0] + [1] * 57
 

@@ -7,6 +7,8 @@ from transformers import DynamicCache, StaticCache
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
 from modeling_minimax_m3 import text as text_module
 
+pytestmark = pytest.mark.compatibility
+
 CACHES = {
     "dynamic": lambda config: DynamicCache(config=config),
     "static": lambda config: StaticCache(config=config, max_cache_len=32),

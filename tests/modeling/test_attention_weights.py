@@ -9,6 +9,8 @@ from modeling_minimax_m3 import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.materialized import materialized_attention
 from modeling_minimax_m3.sequence_layout import build_layout
 
+pytestmark = pytest.mark.compatibility
+
 LENGTH = 60
 KINDS = {"layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_structured", "minimax_m3_sparse"]}
 

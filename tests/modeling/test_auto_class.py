@@ -21,6 +21,8 @@ from modeling_minimax_m3 import (
 )
 from processing_minimax_m3 import MiniMaxM3VLImageProcessor, MiniMaxM3VLProcessor, MiniMaxM3VLVideoProcessor
 
+pytestmark = pytest.mark.compatibility
+
 CODE_FILE = "minimax_m3_classes.py"
 MODELS = {
     MiniMaxM3SparseForConditionalGeneration: ("AutoModelForImageTextToText", lambda config: config),

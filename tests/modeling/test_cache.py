@@ -18,6 +18,8 @@ from modeling_minimax_m3.cache import (
 )
 from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
 
+pytestmark = pytest.mark.compatibility
+
 B, H, D, D_IDX = 2, 3, 8, 4
 
 

@@ -8,6 +8,8 @@ from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.transformers_versions import CACHE_NAME
 
+pytestmark = pytest.mark.compatibility
+
 NEW = 20
 
 

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM, MiniMaxM3VLModel
 
+pytestmark = pytest.mark.compatibility
+
 NOTHING = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
 

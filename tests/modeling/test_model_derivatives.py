@@ -55,3 +55,28 @@ def test_second_derivatives(loss_of, relative_error):
     step = 1e-4
     ahead, behind = (gradient(loss, embedded + sign * step * along)[0] for sign in (1, -1))
     assert relative_error(by_double_backward, (ahead - behind) / (2 * step)) < 0.05
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_functional_gradient_of_every_parameter(make_tokens, relative_error, training):
+    """In training mode as well, whose loss without logits has one backward only."""
+    config = tiny_config(text=TEXT).text_config
+    torch.manual_seed(0)
+    model = MiniMaxM3VLForCausalLM(config).train(training).requires_grad_(True)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tokens = make_tokens(config, 2, 50)
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        kwargs = {"labels": tokens, "use_cache": False}
+        return torch.func.functional_call(model, parameters, (tokens,), kwargs).loss
+
+    gradients = torch.func.grad(loss)({name: parameter.detach() for name, parameter in parameters.items()})
+    assert "model.layers.0.self_attn.indexer.q_proj.weight" in gradients
+    for name, parameter in parameters.items():
+        if parameter.grad.norm() == 0:
+            assert gradients[name].norm() == 0
+        else:
+            assert relative_error(gradients[name], parameter.grad) < 1e-4, name

@@ -15,6 +15,8 @@ from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from modeling_minimax_m3.fused_projections import ConcatenateWhole
 
+pytestmark = pytest.mark.compatibility
+
 NOTHING = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 GROUP = 32  # values of a row that share a scale
 SCALE_BIAS = 127  # a scale is 2 to the power of its byte minus this

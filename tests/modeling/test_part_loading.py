@@ -21,6 +21,8 @@ from modeling_minimax_m3 import (
     MiniMaxM3VLVisionModel,
 )
 
+pytestmark = pytest.mark.compatibility
+
 PARTS = {"text": MiniMaxM3VLTextModel, "text with head": MiniMaxM3VLForCausalLM, "vision": MiniMaxM3VLVisionModel}
 WHOLE = MiniMaxM3SparseForConditionalGeneration
 

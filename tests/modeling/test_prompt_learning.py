@@ -8,6 +8,8 @@ from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.transformers_versions import CACHE_NAME
 
+pytestmark = pytest.mark.compatibility
+
 VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 6}
 KINDS = {
     "prompt tuning": PromptTuningConfig(**VIRTUAL),

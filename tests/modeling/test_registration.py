@@ -17,6 +17,8 @@ import modeling_minimax_m3
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig, tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
 
+pytestmark = pytest.mark.compatibility
+
 COMPOSITE_CLASSES = {
     "AutoConfig": "configuration_minimax_m3.MiniMaxM3VLConfig",
     "AutoModel": "modeling_minimax_m3.MiniMaxM3VLModel",

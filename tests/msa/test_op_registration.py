@@ -12,6 +12,8 @@ from modeling_minimax_m3.msa import (
     select_blocks_with_kvcache,
 )
 
+pytestmark = pytest.mark.compatibility
+
 OPS = torch.ops.minimax_m3_msa
 BACKENDS = ("reference", "torch")
 

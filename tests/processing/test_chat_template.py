@@ -12,6 +12,8 @@ from PIL import Image
 
 from processing_minimax_m3 import load_chat_template
 
+pytestmark = pytest.mark.compatibility
+
 IDENTITY = (
     "Your model version is MiniMax-M3, developed by MiniMax. Knowledge cutoff: January 2026. Founded in early 2022, "
     "MiniMax is a global AI foundation model company committed to advancing the frontiers of AI towards AGI."

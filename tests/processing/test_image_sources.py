@@ -11,6 +11,8 @@ from PIL import Image, ImageSequence
 
 from processing_minimax_m3 import MiniMaxM3VLImageProcessor
 
+pytestmark = pytest.mark.compatibility
+
 IMAGE_PROCESSOR = MiniMaxM3VLImageProcessor()
 TURNS = {  # what was done to the upright pixels before they were stored, by the value of the orientation tag
     1: lambda upright: upright,

@@ -10,6 +10,8 @@ from transformers.video_utils import VideoMetadata
 
 from processing_minimax_m3 import MiniMaxM3VLImageProcessor, MiniMaxM3VLProcessor, MiniMaxM3VLVideoProcessor
 
+pytestmark = pytest.mark.compatibility
+
 IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
 START, END = "]<]start of image[>[", "]<]end of image[>["
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.compatibility
+
 LOAD = """
 import json, sys, transformers
 from processing_minimax_m3 import MiniMaxM3VLProcessor

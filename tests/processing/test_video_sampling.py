@@ -9,6 +9,8 @@ from transformers.video_utils import VideoMetadata
 
 from processing_minimax_m3 import MiniMaxM3VLVideoProcessor, MultimodalChatCollator, video_pyav
 
+pytestmark = pytest.mark.compatibility
+
 pytest.importorskip("av")
 
 VIDEO = "]<]video[>["

@@ -10,6 +10,8 @@ from transformers.video_utils import VideoMetadata
 from processing_minimax_m3 import MiniMaxM3VLVideoProcessor
 from processing_minimax_m3.video_decoding import decode_video
 
+pytestmark = pytest.mark.compatibility
+
 av = pytest.importorskip("av")
 
 FORMATS = {

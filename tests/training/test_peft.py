@@ -18,6 +18,8 @@ from modeling_minimax_m3.indexer import MiniMaxM3VLIndexer
 from modeling_minimax_m3.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts
 from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
 
+pytestmark = pytest.mark.compatibility
+
 DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 
 

@@ -10,6 +10,8 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, T
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
 
+pytestmark = pytest.mark.compatibility
+
 LENGTHS = (40, 7, 23, 64, 31, 12, 50, 18)
 PROMPT = 3  # tokens of each document that are not learned
 

@@ -14,6 +14,8 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import modeling_minimax_m3.text
 
+pytestmark = pytest.mark.compatibility
+
 LENGTHS = (40, 7, 23, 64, 31, 12, 50, 18)
 CHAT = [
     {"role": "user", "content": "Who are you?"},
