@@ -135,7 +135,7 @@ def main() -> None:
         sys.path.insert(0, str(folder))
         results = Results()
         options = ["--rootdir", folder, "-c", os.devnull, "--import-mode=importlib", "-q", f"--tb={arguments.tb}"]
-        options += ["-p", "no:cacheprovider", "-W", "ignore", "-n", arguments.n, "-k", arguments.k]
+        options += ["-p", "no:cacheprovider", "--disable-warnings", "-n", arguments.n, "-k", arguments.k]
         status = pytest.main([str(option) for option in [*options, folder / "tests" / PACKAGE]], plugins=[results])
     print(f"\nTransformers {transformers}, {'stock' if arguments.stock else 'this project'}")
     known = read_known_failures(transformers, subject)
