@@ -32,6 +32,11 @@ class TextParallelTest(
     def setUp(self):
         self.model_tester = TextModelTester(self)
 
+    def _get_tiny_config(self):
+        # the suite asks for four key-value heads, and each has an index head
+        config_class, fields = super()._get_tiny_config()
+        return config_class, {**fields, "num_key_value_heads": 4, "index_n_heads": 4}
+
 
 class MultimodalParallelTest(
     tensor_parallel.TensorParallelTesterMixin, expert_parallel.ExpertParallelTesterMixin, unittest.TestCase

@@ -1,5 +1,6 @@
 """Stands in for a file that the source distribution leaves out: processes on the CPU that reach each other by gloo."""
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -29,7 +30,9 @@ def _set_rank_device(rank: int) -> None:
 
 def _start_rank_processes(function: Callable[..., None], args: tuple, nprocs: int) -> None:
     """Call `function(rank, *args)` in `nprocs` processes."""
-    mp.spawn(_run_rank, args=(function, args), nprocs=nprocs)
+    # forked from one process, which has imported everything, so that not each of them does
+    multiprocessing.set_forkserver_preload(["tests.minimax_m3.subjects", "torch.distributed.tensor"])
+    mp.start_processes(_run_rank, args=(function, args), nprocs=nprocs, start_method="forkserver")
 
 
 def _run_rank(rank: int, function: Callable[..., None], args: tuple) -> None:
