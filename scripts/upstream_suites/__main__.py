@@ -5,13 +5,12 @@
     python scripts/upstream_suites -n 2 -k processor  # two processes; some of the tests
 
 The source distribution holds the suites that every model shares (models, configurations, training, processors,
-several processes) but not all that they import: `stand_ins` has the rest. So these do not run: generation, exporting and
-pipelines, whose tests are not in it, and pipelines need the Hub besides. `--source` takes an unpacked distribution or a
-checkout instead, and a checkout's own files go before the stand-ins, so that its tests of generation and exporting run.
+several processes) but not all that they import: `stand_ins` has the rest. The tests of generation, exporting and
+pipelines are not in it, so those do not run.
 
-Nothing is downloaded but the distribution and `parameterized`, which the suites need. Tests that need the Hub or a GPU
-skip themselves. `known_failures.toml` names each test that fails, with the reason; the exit status is 1 if another test
-fails, or if one of these passes.
+Downloaded are the distribution and `parameterized`, which the suites need, to a temporary folder. Tests that need the
+Hub, a GPU or more processes than there are CPUs skip themselves. `known_failures.toml` names each test that fails, with
+the reason; the exit status is 1 if another test fails, or if one of these passes or does not exist.
 """
 
 import argparse
@@ -66,48 +65,53 @@ class Results:
         self.outcomes: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report):
-        name = "::".join(report.nodeid.split("::")[1:])
-        if report.outcome != "passed" or report.when == "call":
-            # a failure in one of the phases or of the parts of a test counts
-            self.outcomes[name] = "failed" if "failed" in (report.outcome, self.outcomes.get(name)) else report.outcome
+        name = report.nodeid.partition("::")[2]
+        # the phases of a test and its parts report too, and where one fails, the test does
+        if (report.outcome != "passed" or report.when == "call") and self.outcomes.get(name) != "failed":
+            self.outcomes[name] = report.outcome
 
 
-def read_known_failures(transformers: str, subject: str) -> dict[str, str]:
-    """Patterns of tests that fail with this version and these classes, and why."""
-    entries = tomllib.loads((HERE / "known_failures.toml").read_text())["failure"]
-    chosen = [entry for entry in entries if subject in entry.get("subjects", ["ours", "stock"])]
+def read_known_failures(release: str, subject: str) -> dict[str, str]:
+    """Patterns of the tests that fail with this release of Transformers and these classes, and why."""
     return {
-        entry["test"]: entry["reason"]
-        for entry in chosen
-        if any(transformers.startswith(known) for known in entry.get("versions", [""]))
+        pattern: entry["reason"]
+        for entry in tomllib.loads((HERE / "known_failures.toml").read_text())["failure"]
+        for pattern in entry["tests"]
+        if subject in entry.get("subjects", ["ours", "stock"])
+        and release.startswith(tuple(entry.get("versions", [""])))
     }
 
 
-def report(outcomes: dict[str, str], known: dict[str, str]) -> bool:
-    """Print the counts, the known failures with their reasons and what is unexpected. True where nothing is."""
+def find_unexpected(outcomes: dict[str, str], known: dict[str, str], is_complete: bool) -> list[str]:
+    """Failures that are not known, known ones that pass and, if all tests ran, known ones that match no test."""
     unexpected = []
-    reasons = {}
+    matched = set()
     for name, outcome in sorted(outcomes.items()):
-        reason = next((known[pattern] for pattern in known if fnmatch.fnmatchcase(name, pattern)), None)
-        if outcome == "failed" and reason is not None:
-            reasons.setdefault(reason, []).append(name)
-        elif outcome == "failed":
-            unexpected.append(f"failed: {name}")
-        elif outcome == "passed" and reason is not None:
-            unexpected.append(f"passed, though it is listed as failing ({reason}): {name}")
-    for reason, names in reasons.items():
-        print(f"\n{reason}\n  " + "\n  ".join(names))
-    if unexpected:
-        print("\nUnexpected\n  " + "\n  ".join(unexpected))
-    counts = Counter(outcomes.values())
-    print(f"\n{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
-    return not unexpected
+        patterns = {pattern for pattern in known if fnmatch.fnmatchcase(name, pattern)}
+        matched |= patterns
+        if outcome == "failed" and not patterns:
+            unexpected.append(f"{name} failed")
+        elif outcome == "passed" and patterns:
+            unexpected.append(f"{name} passed, but known_failures.toml lists it")
+    if is_complete:
+        unexpected += [f"{pattern} of known_failures.toml is no test" for pattern in known if pattern not in matched]
+    return unexpected
+
+
+def print_failures(outcomes: dict[str, str], known: dict[str, str]) -> None:
+    """Print the known failures, under their reasons."""
+    failed = sorted(name for name, outcome in outcomes.items() if outcome == "failed")
+    for reason in dict.fromkeys(known.values()):
+        patterns = [pattern for pattern in known if known[pattern] == reason]
+        names = [name for name in failed if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        if names:
+            print("\n  ".join([f"\n{reason}", *names]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stock", action="store_true", help="test stock's classes instead")
-    parser.add_argument("--source", type=Path, help="unpacked source distribution or checkout of Transformers")
+    parser.add_argument("--source", type=Path, help="unpacked source distribution (default: downloaded)")
     parser.add_argument("-n", type=int, default=0, help="test processes (default: the tests run in this one)")
     parser.add_argument("-k", default="", help="choose tests by name, as in pytest")
     parser.add_argument("--tb", default="no", help="how much to show of each failure, as in pytest")
@@ -137,9 +141,15 @@ def main() -> None:
         options = ["--rootdir", folder, "-c", os.devnull, "--import-mode=importlib", "-q", f"--tb={arguments.tb}"]
         options += ["-p", "no:cacheprovider", "--disable-warnings", "-n", arguments.n, "-k", arguments.k]
         status = pytest.main([str(option) for option in [*options, folder / "tests" / PACKAGE]], plugins=[results])
-    print(f"\nTransformers {transformers}, {'stock' if arguments.stock else 'this project'}")
     known = read_known_failures(transformers, subject)
-    if not report(results.outcomes, known) or status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    print(f"\nTransformers {transformers}, {'stock' if arguments.stock else 'this project'}")
+    print_failures(results.outcomes, known)
+    unexpected = find_unexpected(results.outcomes, known, is_complete=not arguments.k)
+    if unexpected:
+        print("\n  ".join(["\nUnexpected", *unexpected]))
+    counts = Counter(results.outcomes.values())
+    print(f"\n{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+    if unexpected or status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         sys.exit(1)
 
 
