@@ -1,0 +1,14 @@
+"""Stands in for a file that the source distribution leaves out: some fields that every configuration has."""
+
+# no field at its default, so that one that is dropped shows
+config_common_kwargs = {
+    "architectures": ["SomeModel"],
+    "chunk_size_feed_forward": 3,
+    "dtype": "float16",
+    "id2label": {0: "first", 1: "second"},
+    "label2id": {"first": 0, "second": 1},
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "problem_type": "single_label_classification",
+    "return_dict": False,
+}
