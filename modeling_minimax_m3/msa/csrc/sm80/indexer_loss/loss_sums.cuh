@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "../../common/matrix.cuh"
+#include "../../common/ordered_bits.cuh"
 #include "../forward_kv/buckets.cuh"
 #include "config.h"
 #include "schedule.h"
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(32 * kCombineRowWarps)
   }
   float largest = -INFINITY, sum = 0, cross = 0, mass = 0;
   auto add = [&](float other_largest, float other_sum) {
-    const float together = fmaxf(largest, other_largest);
+    const float together = max_or_nan(largest, other_largest);
     if (together == -INFINITY) return;
     sum = sum * exp2_approx(largest - together) + other_sum * exp2_approx(other_largest - together);
     largest = together;

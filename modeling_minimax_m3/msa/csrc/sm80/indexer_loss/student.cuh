@@ -12,6 +12,7 @@
 
 #include "../../common/async_copy.cuh"
 #include "../../common/matrix.cuh"
+#include "../../common/ordered_bits.cuh"
 #include "operands.cuh"
 #include "pairs.cuh"
 
@@ -105,12 +106,12 @@ __device__ __forceinline__ void store_terms(float4* terms, const IndexScores& sc
   for (int m = 0; m < IndexerLossConfig::kMaxBlockSize / 16; ++m) {
     if (m == 4 && block_size == 64) break;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) largest[i % 2] = fmaxf(largest[i % 2], scores[m][i]);
+    for (int i = 0; i < 4; ++i) largest[i % 2] = max_or_nan(largest[i % 2], scores[m][i]);
   }
 #pragma unroll
   for (int distance = 4; distance < 32; distance *= 2) {
-    largest[0] = fmaxf(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], distance));
-    largest[1] = fmaxf(largest[1], __shfl_xor_sync(0xffffffffu, largest[1], distance));
+    largest[0] = max_or_nan(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], distance));
+    largest[1] = max_or_nan(largest[1], __shfl_xor_sync(0xffffffffu, largest[1], distance));
   }
   float sum[2] = {}, cross[2] = {}, mass[2] = {};
 #pragma unroll
