@@ -53,7 +53,7 @@ class MiniMaxM3VLImageProcessor(AutoClassByImport, TorchvisionBackend):
 
     An image is a path (also a `pathlib` one or a `file://` address), an http(s) address, a data URL, base64 text, the
     bytes of a file, `{"bytes": ..., "path": ...}`, a PIL image or an array. One rule holds for every format and every
-    way to pass it: Pillow decodes, the first frame counts, the image is turned upright by its orientation tag (an
+    way to pass it: Pillow decodes, the first frame counts (of an opened PIL image the one it stands at), the image is turned upright by its orientation tag (an
     array has none), transparency lies over white. `MediaLimits` bounds what is read.
 
     Raises:

@@ -4,8 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
+from PIL import Image
+
 # Three bytes for each of these pixels are 256 MiB. Pillow warns from the same number on.
 DEFAULT_IMAGE_PIXELS = 2**28 // 3
+# The formats of the web, which not every build of Pillow reads.
+WEB_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,7 @@ class MediaLimits:
             Pillow knows, some of which start other programs (EPS) or hold larger images than their headers say (ICO).
 
     Raises:
-        ValueError: a number below 1, or `private_addresses` is none of the three words.
+        ValueError: a field holds something else.
     """
 
     max_image_pixels: int | None = DEFAULT_IMAGE_PIXELS
@@ -40,14 +44,27 @@ class MediaLimits:
     image_formats: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        # A wrong value here would leave a server open without a word.
         for name in ("max_image_pixels", "max_download_bytes"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1 or None, got {value}.")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, or None, got {value!r}.")
         if self.private_addresses not in ("given", "never", "always"):
             raise ValueError(
                 f"`private_addresses` must be 'given', 'never' or 'always', got {self.private_addresses!r}."
             )
+        if not isinstance(self.allow_files, bool):
+            raise ValueError(f"`allow_files` must be True or False, got {self.allow_files!r}.")
+        if self.allow_address is not None and not callable(self.allow_address):
+            raise ValueError(f"`allow_address` must be a function or None, got {self.allow_address!r}.")
+        if self.image_formats is not None:
+            Image.init()
+            known = {*WEB_FORMATS, *Image.OPEN}
+            if not isinstance(self.image_formats, (tuple, list)) or not known.issuperset(self.image_formats):
+                raise ValueError(
+                    f"`image_formats` must hold Pillow's names of formats ({', '.join(sorted(known))}), or be "
+                    f"None, got {self.image_formats!r}."
+                )
 
     @classmethod
     def strict(cls, **changes) -> "MediaLimits":
@@ -61,7 +78,7 @@ class MediaLimits:
             max_download_bytes=2**26,
             private_addresses="never",
             allow_files=False,
-            image_formats=("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"),
+            image_formats=WEB_FORMATS,
         )
         return dataclasses.replace(strict, **changes)
 

@@ -432,7 +432,9 @@ def find_modules(
     found = {ending: [name for name in possible if f".{name}".endswith(f".{ending}")] for ending in endings}
     if unknown := [ending for ending, names in found.items() if not names]:
         there = sorted({last for name in possible if not (last := name.rpartition(".")[2]).isdigit()})
-        raise ValueError(f"{option}: nothing to train ends in {', '.join(unknown)}; there are {', '.join(there)}")
+        raise ValueError(
+            f"{option}: nothing to train ends in {', '.join(unknown)}; there are {', '.join(filter(None, there))}"
+        )
     return sorted(set(itertools.chain(*found.values())))
 
 

@@ -227,9 +227,14 @@ def test_formats_are_a_switch():
 
 def test_limits_are_checked():
     for options, message in (
-        ({"max_image_pixels": 0}, "`max_image_pixels` must be at least 1 or None, got 0"),
-        ({"max_download_bytes": -1}, "`max_download_bytes` must be at least 1 or None, got -1"),
+        ({"max_image_pixels": 0}, "`max_image_pixels` must be an integer of at least 1, or None, got 0"),
+        ({"max_image_pixels": "x"}, "`max_image_pixels` must be an integer of at least 1, or None, got 'x'"),
+        ({"max_download_bytes": True}, "`max_download_bytes` must be an integer of at least 1, or None, got True"),
         ({"private_addresses": "some"}, "`private_addresses` must be 'given', 'never' or 'always', got 'some'"),
+        ({"allow_files": "no"}, "`allow_files` must be True or False, got 'no'"),
+        ({"allow_address": 5}, "`allow_address` must be a function or None, got 5"),
+        ({"image_formats": "PNG"}, "or be None, got 'PNG'"),
+        ({"image_formats": ("png",)}, "or be None, got ('png',)"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             MediaLimits(**options)
