@@ -245,7 +245,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
     router_aux_loss_coef: float | int = number(0.001, 0, MAX_FACTOR)
     router_jitter_noise: float | int = number(0.0, 0, MAX_FACTOR)
     swiglu_alpha: float | int = number(1.702, -MAX_FACTOR, MAX_FACTOR)
-    swiglu_limit: float | int = number(7.0, MIN_EPSILON, MAX_FACTOR)
+    swiglu_limit: float | int = number(7.0, MIN_EPSILON, 1e30)
     rope_parameters: RopeParameters | dict | None = None
     rotary_dim: int = 64
     index_n_heads: int = integer(4, 1, MAX_COUNT)

@@ -43,7 +43,7 @@ class MiniMaxM3VLDenseMLP(nn.Module):
         super().__init__()
         width = config.dense_intermediate_size if intermediate_size is None else intermediate_size
         self.swiglu_alpha = config.swiglu_alpha
-        self.swiglu_limit = config.swiglu_limit
+        self.swiglu_limit = float(config.swiglu_limit)  # an integer may be too large for torch
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
@@ -65,7 +65,7 @@ class MiniMaxM3VLExperts(nn.Module):
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.intermediate_size
         self.swiglu_alpha = config.swiglu_alpha
-        self.swiglu_limit = config.swiglu_limit
+        self.swiglu_limit = float(config.swiglu_limit)  # an integer may be too large for torch
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
 
