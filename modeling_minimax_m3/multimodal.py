@@ -377,7 +377,7 @@ class MiniMaxM3VLModel(MiniMaxM3VLPreTrainedModel):
         shape = mm_token_type_ids.shape
         may_be_shorter = input_ids is None and len(shape) == 2 and shape[0] == expected[0]
         if shape != expected and not (may_be_shorter and shape[1] < expected[1]):
-            or_fewer = " or, for the last tokens alone, less" if input_ids is None else ""
+            or_fewer = " or fewer, for the last tokens only" if input_ids is None else ""
             raise ValueError(
                 f"mm_token_type_ids must have one entry for each token, that is shape {tuple(expected)}{or_fewer}, got "
                 f"{tuple(shape)}."

@@ -53,8 +53,9 @@ class MiniMaxM3VLImageProcessor(AutoClassByImport, TorchvisionBackend):
 
     An image is a path (also a `pathlib` one or a `file://` address), an http(s) address, a data URL, base64 text, the
     bytes of a file, `{"bytes": ..., "path": ...}`, a PIL image or an array. One rule holds for every format and every
-    way to pass it: Pillow decodes, the first frame counts (of an opened PIL image the one it stands at), the image is turned upright by its orientation tag (an
-    array has none), transparency lies over white. `MediaLimits` bounds what is read.
+    way to pass it: Pillow decodes, the first frame counts (of an opened PIL image the one it stands at), the image is
+    turned upright by its orientation tag (an array has none), transparency lies over white. `MediaLimits` bounds what
+    is read.
 
     Raises:
         ValueError: an image cannot be read, exceeds the `MediaLimits` in force, is empty, too elongated or not

@@ -20,8 +20,8 @@ class MediaLimits:
     gets them from others. `set_media_limits` puts either in force.
 
     Args:
-        max_image_pixels (int, Optional): greatest width x height of an image file, read from its header before any
-            pixel is decoded. None is no limit of ours; `PIL.Image.MAX_IMAGE_PIXELS` holds too.
+        max_image_pixels (int, Optional): greatest width x height of an image file or of a video's frames, read from the
+            header before any pixel is decoded. None is no limit of ours; `PIL.Image.MAX_IMAGE_PIXELS` holds too.
         max_download_bytes (int, Optional): greatest size of one download. None is no limit.
         private_addresses (str): whether hosts of this machine or of a private network may be asked. "given": those
             that the caller names, but none that a server redirects to. "never": none at all; the name of a host is
@@ -81,6 +81,15 @@ class MediaLimits:
             image_formats=WEB_FORMATS,
         )
         return dataclasses.replace(strict, **changes)
+
+
+def check_frame_size(width: int, height: int) -> None:
+    """Raise ValueError for a video whose frames are larger than the limits in force allow."""
+    limit = get_media_limits().max_image_pixels
+    if limit is not None and width * height > limit:
+        raise ValueError(
+            f"a frame has {width} x {height} pixels, more than the {limit} that `MediaLimits.max_image_pixels` allows"
+        )
 
 
 _limits = MediaLimits()

@@ -21,7 +21,7 @@ DECODERS = {"pyav": PyavVideo, "torchcodec": TorchcodecVideo}
 
 
 def find_decoder() -> str:
-    """Name the decoder to use: PyAV, which this package asks for; without it torchcodec.
+    """Name the decoder to use: PyAV, which the extra `video` installs; without it torchcodec.
 
     Raises:
         ImportError: there is none.

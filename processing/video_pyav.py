@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .media_limits import get_media_limits
+from .media_limits import check_frame_size, get_media_limits
 from .video_orientation import turn_of, turn_upright
 
 # FFmpeg's AVFMT_TS_DISCONT: MPEG-TS, MPEG-PS and Ogg, whose clocks start anywhere.
@@ -87,14 +87,8 @@ class PyavVideo:
             stream = container.streams.best("video")
             if stream is None:
                 raise ValueError("it has no pictures")
-            limit = get_media_limits().max_image_pixels
-            if limit is not None:
-                width, height = stream.codec_context.width, stream.codec_context.height
-                if width * height > limit:
-                    raise ValueError(
-                        f"a frame has {width} x {height} pixels, more than the {limit} that "
-                        "`MediaLimits.max_image_pixels` allows"
-                    )
+            check_frame_size(stream.codec_context.width, stream.codec_context.height)
+            if (limit := get_media_limits().max_image_pixels) is not None:
                 stream.codec_context.options = {"max_pixels": str(limit)}  # for those that grow midway
         except Exception:
             container.close()

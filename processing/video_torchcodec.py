@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from .media_limits import check_frame_size
+
 FRAMES_AT_ONCE = 16
 
 
@@ -17,6 +19,7 @@ class TorchcodecVideo:
         from torchcodec.decoders import VideoDecoder
 
         self._decoder = VideoDecoder(content, seek_mode="exact", num_ffmpeg_threads=0)
+        check_frame_size(self._decoder.metadata.width, self._decoder.metadata.height)
         total = len(self._decoder)
         if total < 1:
             raise ValueError("it has no frames")

@@ -1,4 +1,4 @@
-"""Follow the README in an empty environment, as a newcomer does: Install, Load, Chat, Train.
+"""Follow the README in an empty environment, as a newcomer does: Install, Load, Chat, With Trainer.
 
     python scripts/check_install.py .venv-newest
 

@@ -50,7 +50,7 @@ IS_IN_PART = {
     "indexers": lambda parent, module: isinstance(parent, MiniMaxM3VLIndexer),
     "dense and shared MLPs": lambda parent, module: isinstance(parent, MiniMaxM3VLDenseMLP),
     "routed experts": lambda parent, module: isinstance(module, MiniMaxM3VLExperts),
-    "all linear layers but the head": lambda parent, module: isinstance(
+    "all linear layers of the language model but the head": lambda parent, module: isinstance(
         parent, (MiniMaxM3VLAttention, MiniMaxM3VLIndexer, MiniMaxM3VLDenseMLP)
     ),
 }
@@ -145,7 +145,7 @@ def test_parts_are_what_their_name_says(base, part):
 def test_all_linear_of_peft_takes_the_tower(base, name_of_base):
     """Unless it is told otherwise, as the documentation says."""
     (excluded,) = re.findall(r'`exclude_modules=r"(.*?)"`', DOCUMENTATION.read_text("utf-8"))
-    language = adapted_modules(adapted(base, "all linear layers but the head"))
+    language = adapted_modules(adapted(base, "all linear layers of the language model but the head"))
 
     def taken(**options):
         config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
