@@ -49,7 +49,8 @@ def decode_video(
         `frames_indices` and `frame_times` have one entry for each.
 
     Raises:
-        ValueError: no such file, one that `MediaLimits` refuse, not a video, nothing in it can be decoded, or what `sample_indices_fn` refuses.
+        ValueError: no such file, one that `MediaLimits` refuse, not a video, nothing in it can be decoded, or what
+            `sample_indices_fn` refuses.
         ImportError: there is no decoder.
     """
     if not is_address(source) and not get_media_limits().allow_files:
