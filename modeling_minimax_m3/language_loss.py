@@ -58,7 +58,8 @@ def without_targets_of_padding(
     """`labels` (B, T) with `ignore_index` where padding would make the prediction.
 
     The last pad to the left of a row stands before the row's first token. Its output means nothing, and the unpadded
-    row has no such prediction: counted, it would make the loss depend on the padding.
+    row has no such prediction: counted, it would make the loss depend on the padding. (A `num_items_in_batch` that counts
+    labels, as `Trainer`'s does, counts it all the same, unless the label of a row's first token is -100.)
 
     Args:
         labels (`torch.Tensor`, *optional*): (B, T), not shifted, of the last T tokens.

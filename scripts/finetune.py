@@ -347,7 +347,8 @@ def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArgument
             ids = [*ids, tokenizer.eos_token_id]
             pieces += [ids[start : start + data.max_length] for start in range(0, len(ids), data.max_length)]
         pieces = [piece for piece in pieces if len(piece) > 1]
-        return {"input_ids": pieces, "labels": pieces}
+        # Nothing predicts a row's first token, and `Trainer` would count it where padding stands before it.
+        return {"input_ids": pieces, "labels": [[-100, *piece[1:]] for piece in pieces]}
 
     options = {"remove_columns": list(first), "batched": not is_chat, "with_indices": is_chat}
     if not data.streaming:

@@ -86,7 +86,7 @@ def test_long_texts_become_several_rows(finetune, texts, arguments, tiny_checkpo
     flags = ["--dataset", str(texts), "--max_length", "16", *(["--streaming"] if streaming else [])]
     rows = list(finetune.prepare(arguments(*flags)).train_dataset)
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    assert all(2 <= len(row["input_ids"]) <= 16 and row["labels"] == row["input_ids"] for row in rows)
+    assert all(2 <= len(row["input_ids"]) <= 16 and row["labels"] == [-100, *row["input_ids"][1:]] for row in rows)
     written = "".join(json.loads(line)["text"] for line in texts.read_text().splitlines())
     joined = tokenizer.decode([token for row in rows for token in row["input_ids"]])
     # a last piece of one token has nothing to predict, and is left out
@@ -102,6 +102,11 @@ def test_padding_and_putting_rows_in_line_train_the_same(finetune, texts, argume
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_rows_beyond_the_context_are_a_warning(finetune, texts, arguments, caplog):
+    finetune.prepare(arguments("--dataset", str(texts), "--max_length", "200000"))
+    assert "--max_length is 200000, but `max_position_embeddings` of the model is 131072" in caplog.text
 
 
 # ---- runs ---------------------------------------------------------------------------------------------------------
@@ -245,7 +250,6 @@ ERRORS = {
     "column": (["--dataset", "{texts}", "--text_column", "body"], "columns text, and neither 'messages'"),
     "split": (["--dataset", "{saved}", "--train_split", "dev"], "has the splits train, test, not 'dev'"),
     "length": (["--dataset", "{texts}", "--max_length", "1"], "--max_length must be at least 2, got 1"),
-    "context": (["--dataset", "{texts}", "--max_length", "200000"], "context of 131072 tokens, got 200000"),
     "cut": (["--dataset", "{chats}", "--max_length", "20"], "anything to learn within its first 20 tokens"),
     "stream": (["--dataset", "{texts}", "--streaming", "--max_steps", "-1"], "--streaming needs --max_steps"),
     "resume": (["--dataset", "{texts}", "--resume_from_checkpoint", "true"], "there is no checkpoint in"),
