@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3.transformers_versions import CACHE_NAME
 
 from . import measure
 from .implementations import OURS, classes, load_same_weights, text_config
@@ -91,7 +92,7 @@ def decode(implementation: str, prompt: int) -> tuple[dict[str, torch.Tensor], d
     cache = DynamicCache(config=config)
 
     def feed(start: int, stop: int) -> torch.Tensor:
-        return model(tokens[:, start:stop], cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        return model(tokens[:, start:stop], use_cache=True, **{CACHE_NAME: cache}, logits_to_keep=1).logits[0, -1]
 
     for start in range(0, prompt, PREFILL_CHUNK):
         feed(start, min(start + PREFILL_CHUNK, prompt))

@@ -63,6 +63,7 @@ def test_functional_gradient_of_every_parameter(make_tokens, relative_error, tra
     config = tiny_config(text=TEXT).text_config
     torch.manual_seed(0)
     model = MiniMaxM3VLForCausalLM(config).train(training).requires_grad_(True)
+    model.set_experts_implementation("eager")  # under torch.func the grouped kernel needs PyTorch 2.12 or newer
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     tokens = make_tokens(config, 2, 50)

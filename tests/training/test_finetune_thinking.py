@@ -56,7 +56,7 @@ def test_mode_is_the_rows_or_the_runs(prepare, with_images, flags, default):
         [{"thinking_mode": "enabled"}, None, {"thinking_mode": None}], *given, *flags, with_images=with_images
     )
     assert modes(examples) == ["enabled", default or "adaptive", default or "adaptive"]
-    assert all(learned == "</mm:think>Grey.[e~[" for _, learned in examples)
+    assert [learned for _, learned in examples] == 3 * ["</mm:think>Grey.[e~["]
     assert all(("]<]image[>[" in prompt) == with_images for prompt, _ in examples)
 
 
