@@ -124,7 +124,7 @@ __device__ __forceinline__ void store_terms(float4* terms, const IndexScores& sc
       const float p =
           probabilities[(lane % 4 * 2 + e) * row_floats + m * 16 + i / 2 * 8 + lane / 4];
       sum[e] += exp2_approx(score - largest[e]);
-      if (score > -INFINITY && p != 0) {
+      if (score != -INFINITY && p != 0) {
         mass[e] += p;
         cross[e] += p * (__log2f(p) - score);
       }
@@ -183,8 +183,9 @@ __device__ __forceinline__ void store_score_gradients(Element* target, const Ind
     for (int i = 0; i < 4; ++i) {
       const int e = i % 2;
       float& p = probabilities[(lane % 4 * 2 + e) * row_floats + m * 16 + i / 2 * 8 + lane / 4];
-      p = scores[m][i] > -INFINITY ? (exp2_approx(scores[m][i] - index_lse_log2[e]) - p) * weight[e]
-                                   : 0;
+      p = scores[m][i] != -INFINITY
+              ? (exp2_approx(scores[m][i] - index_lse_log2[e]) - p) * weight[e]
+              : 0;
     }
   }
   __syncwarp();
