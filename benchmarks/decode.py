@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3.transformers_versions import CACHE_NAME
+from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
 from . import measure
 from .implementations import OURS, classes, load_same_weights, text_config
@@ -60,7 +60,8 @@ def _parts(implementation: str, model: torch.nn.Module) -> list[tuple[Any, str, 
     layers = model.model.layers
     mlps = [(layer.mlp, "forward", "MLP and MoE") for layer in layers]
     if implementation == OURS:
-        from modeling_minimax_m3 import attention, msa
+        from modeling_minimax_m3 import msa
+        from modeling_minimax_m3.layers import attention
 
         return [
             (msa, "select_blocks_with_kvcache", "index scoring"),

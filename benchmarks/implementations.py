@@ -30,7 +30,7 @@ def classes(implementation: str) -> ModuleType:
         from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl
 
         return modeling_minimax_m3_vl
-    from modeling_minimax_m3 import text
+    from modeling_minimax_m3.models import text
 
     return text
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from modeling_minimax_m3.language_loss import causal_lm_loss
+from modeling_minimax_m3.training.language_loss import causal_lm_loss
 
 from .gpu import Run, parse_arguments
 from .report import as_table

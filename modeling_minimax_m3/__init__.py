@@ -1,11 +1,11 @@
 """MiniMax-M3 for Transformers. Importing this package registers its classes with the Auto classes."""
 
-from .multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
-from .outputs import MiniMaxM3VLCausalLMOutputWithPast, MiniMaxM3VLModelOutputWithPast
-from .pretrained import MiniMaxM3VLPreTrainedModel
+from .models.multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
+from .models.outputs import MiniMaxM3VLCausalLMOutputWithPast, MiniMaxM3VLModelOutputWithPast
+from .models.pretrained import MiniMaxM3VLPreTrainedModel
+from .models.text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
+from .models.vision import MiniMaxM3VLVisionModel
 from .registration import register
-from .text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
-from .vision import MiniMaxM3VLVisionModel
 
 register()
 

@@ -6,7 +6,7 @@ what has to be computed, not what a kernel computes beside it. Norms, rotary, so
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
-from .cache import SPARSE_LAYER_TYPE, STRUCTURED_LAYER_TYPE
+from .runtime.cache import SPARSE_LAYER_TYPE, STRUCTURED_LAYER_TYPE
 
 PARTS = ("attention projections", "attention", "indexer projections", "index scores", "mlp", "output head")
 

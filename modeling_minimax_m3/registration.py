@@ -16,10 +16,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig
 from processing_minimax_m3.registration import register_processors
 
-from .fused_projections import with_fused_projections
-from .multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
-from .text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
-from .vision import MiniMaxM3VLVisionModel
+from .loading.fused_projections import with_fused_projections
+from .models.multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
+from .models.text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
+from .models.vision import MiniMaxM3VLVisionModel
 
 
 def register() -> None:

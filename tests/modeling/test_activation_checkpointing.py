@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
-from modeling_minimax_m3 import text as text_module
+from modeling_minimax_m3.models import text as text_module
 
 pytestmark = pytest.mark.compatibility
 

@@ -9,14 +9,14 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3.cache import (
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.runtime.cache import (
     MiniMaxM3VLDynamicLayer,
     MiniMaxM3VLSparseDynamicLayer,
     MiniMaxM3VLSparseStaticLayer,
     MiniMaxM3VLStaticLayer,
     adopt_cache,
 )
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
 
 pytestmark = pytest.mark.compatibility
 
@@ -243,13 +243,13 @@ def test_filled_layers_without_index_keys_are_refused(layer):
 
 
 IMPORTS = {
-    "ours first": "import modeling_minimax_m3.cache\nimport transformers.models.minimax_m3_vl.modeling_minimax_m3_vl",
-    "stock first": "import transformers.models.minimax_m3_vl.modeling_minimax_m3_vl\nimport modeling_minimax_m3.cache",
+    "ours first": "import modeling_minimax_m3.runtime.cache\nimport transformers.models.minimax_m3_vl.modeling_minimax_m3_vl",
+    "stock first": "import transformers.models.minimax_m3_vl.modeling_minimax_m3_vl\nimport modeling_minimax_m3.runtime.cache",
 }
 BOTH_GENERATE = """
 import torch
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from transformers.models.minimax_m3_vl import configuration_minimax_m3_vl as c, modeling_minimax_m3_vl as m
 config = tiny_config().text_config
 torch.manual_seed(0)

@@ -7,7 +7,7 @@ import torch
 from transformers import StaticCache
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 
 @pytest.fixture

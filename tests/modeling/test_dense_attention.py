@@ -8,9 +8,9 @@ import torch
 from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3 import dense_attention as dense
-from modeling_minimax_m3.sequence_layout import SequenceLayout
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.layers import dense_attention as dense
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.runtime.sequence_layout import SequenceLayout
 
 
 def attend(query, key, value, scaling):

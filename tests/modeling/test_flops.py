@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configuration_minimax_m3 import released_config, tiny_config
 from modeling_minimax_m3 import msa
 from modeling_minimax_m3.flops import attended_keys, forward_flops
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 STRUCTURED = {
     "index_block_size": 4,

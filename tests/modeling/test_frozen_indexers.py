@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
-from modeling_minimax_m3 import text as text_module
+from modeling_minimax_m3.models import text as text_module
 
 TOKENS = torch.arange(1, 41)[None]
 

@@ -5,8 +5,8 @@ import torch
 from transformers import CompileConfig, GenerationConfig, StaticCache
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.transformers_versions import CACHE_NAME
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
 pytestmark = pytest.mark.compatibility
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 TEXT = {"layer_types": ["minimax_m3_sparse"] * 4, "index_block_size": 8, "index_topk_blocks": 2}
 

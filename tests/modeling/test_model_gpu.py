@@ -8,7 +8,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import msa
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 pytestmark = [
     pytest.mark.gpu,

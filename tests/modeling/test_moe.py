@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_minimax_m3.moe import (
+from modeling_minimax_m3.layers.moe import (
     MiniMaxM3VLDenseMLP,
     MiniMaxM3VLExperts,
     MiniMaxM3VLSparseMoeBlock,

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM, MiniMaxM3VLModel
-from modeling_minimax_m3.transformers_versions import CACHE_NAME
+from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
 IMAGES = [[1, 4, 6], [1, 4, 4]]
 VIDEOS = [[1, 4, 4], [2, 4, 4]]
@@ -372,7 +372,7 @@ class TestGenerate:
     def warnings(self, monkeypatch):
         """Complaints about images or videos that did not come with their tokens."""
         messages = []
-        logger = logging.get_logger("modeling_minimax_m3.multimodal")
+        logger = logging.get_logger("modeling_minimax_m3.models.multimodal")
         monkeypatch.setattr(
             type(logger),
             "warning_once",
@@ -557,7 +557,7 @@ class TestBadInput:
 
     def test_forgotten_pixels_are_mentioned(self, model, inputs, monkeypatch):
         messages = []
-        logger = logging.get_logger("modeling_minimax_m3.multimodal")
+        logger = logging.get_logger("modeling_minimax_m3.models.multimodal")
         monkeypatch.setattr(type(logger), "warning_once", lambda _, message: messages.append(message))
         model(**without(inputs, "pixel_values", "image_grid_thw"))
         assert len(messages) == 1

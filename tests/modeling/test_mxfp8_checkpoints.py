@@ -13,7 +13,7 @@ from transformers import FineGrainedFP8Config
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
-from modeling_minimax_m3.fused_projections import ConcatenateWhole
+from modeling_minimax_m3.loading.fused_projections import ConcatenateWhole
 
 pytestmark = pytest.mark.compatibility
 

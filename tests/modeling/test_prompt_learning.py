@@ -6,7 +6,7 @@ from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, ge
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.transformers_versions import CACHE_NAME
+from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
 pytestmark = pytest.mark.compatibility
 

@@ -158,7 +158,7 @@ models = {{"stock": stock.MiniMaxM3SparseForConditionalGeneration.from_pretraine
 if "modeling_minimax_m3" in sys.modules:
     from transformers import AutoModelForImageTextToText
     models["ours"] = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
-    assert type(models["ours"]).__module__ == "modeling_minimax_m3.multimodal"
+    assert type(models["ours"]).__module__ == "modeling_minimax_m3.models.multimodal"
 ids = torch.arange(1, 121)[None] * 7 % 400
 options = {{
     "dynamic": {{}},

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Stat
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig, tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.cache import MiniMaxM3VLStructuredDynamicLayer, MiniMaxM3VLStructuredStaticLayer
+from modeling_minimax_m3.runtime.cache import MiniMaxM3VLStructuredDynamicLayer, MiniMaxM3VLStructuredStaticLayer
 
 # Blocks of 4 tokens and 5 places, so that a short text has more blocks than a query may list.
 STRUCTURED = {

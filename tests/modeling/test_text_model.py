@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
 
 DENSE_ONLY = {"layer_types": ["full_attention"] * 4}
 SPARSE_ONLY = {"layer_types": ["minimax_m3_sparse"] * 4, "mlp_layer_types": ["sparse"] * 4}

@@ -11,7 +11,7 @@ from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as stock
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.transformers_versions import CACHE_NAME, FIRST_UNTESTED, warn_if_untested
+from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME, FIRST_UNTESTED, warn_if_untested
 
 pytestmark = pytest.mark.compatibility
 

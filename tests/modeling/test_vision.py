@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
-from modeling_minimax_m3.vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
+from modeling_minimax_m3.models.vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
 
 # images, and chunks of a video, of equal and of different sizes
 MIXED_GRID = torch.tensor([[1, 4, 6], [1, 4, 4], [2, 4, 4], [2, 4, 4], [1, 8, 4], [3, 2, 2]])

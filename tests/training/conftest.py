@@ -13,7 +13,7 @@ import torch
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 # Transformers' plans cut fused weights in a way that DTensors of older versions of PyTorch cannot put together again.
 # Where experts are spread over the devices, the weights are not cut that way.

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.msa import backends
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
 
 STEPS, ROWS_PER_STEP, LENGTH = 4, 4, 300
 LEARNING_RATE = 5e-3

@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.language_loss import batch_share, causal_lm_loss
+from modeling_minimax_m3.training.language_loss import batch_share, causal_lm_loss
 
 BATCH, TOKENS, HIDDEN, VOCABULARY = 3, 50, 16, 97
 

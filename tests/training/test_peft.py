@@ -13,10 +13,10 @@ from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as stock_mo
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
-from modeling_minimax_m3.attention import MiniMaxM3VLAttention
-from modeling_minimax_m3.indexer import MiniMaxM3VLIndexer
-from modeling_minimax_m3.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.layers.attention import MiniMaxM3VLAttention
+from modeling_minimax_m3.layers.indexer import MiniMaxM3VLIndexer
+from modeling_minimax_m3.layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 pytestmark = pytest.mark.compatibility
 

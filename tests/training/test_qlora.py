@@ -9,8 +9,9 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3 import attention, msa
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3 import msa
+from modeling_minimax_m3.layers import attention
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 OPERATORS = (
     "select_blocks",

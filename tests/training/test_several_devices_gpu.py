@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 pytestmark = [
     pytest.mark.gpu,

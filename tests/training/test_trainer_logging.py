@@ -4,7 +4,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.trainer_logging import IndexerLossLogging
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-import modeling_minimax_m3.text
+import modeling_minimax_m3.models.text
 
 pytestmark = pytest.mark.compatibility
 
@@ -175,7 +175,7 @@ def test_group_relative_policy_optimization(model, processor, documents, options
 def test_says_that_indexers_are_not_trained(model, processor, documents, options, monkeypatch):
     model.set_indexer_training(0.1)
     warnings = []
-    monkeypatch.setattr(modeling_minimax_m3.text.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(modeling_minimax_m3.models.text.logger, "warning_once", warnings.append)
     rows = Dataset.from_dict({"input_ids": documents})
     trainer = SFTTrainer(model, SFTConfig(**options), train_dataset=rows, processing_class=processor.tokenizer)
     trainer.train()

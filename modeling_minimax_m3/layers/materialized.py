@@ -6,7 +6,7 @@ Quadratic in tokens, and the only place besides eager dense attention that is.
 import torch
 from torch.nn.functional import pad
 
-from .sequence_layout import SequenceLayout
+from ..runtime.sequence_layout import SequenceLayout
 
 
 def select_blocks_under_mask(

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import is_torchdynamo_compiling
 
-from .sequence_layout import SequenceLayout
+from ..runtime.sequence_layout import SequenceLayout
 
 # Elements of the largest mask or score tile that exists at a time where a kernel cannot express the layout itself.
 _TILE = 2**24

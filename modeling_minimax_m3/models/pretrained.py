@@ -15,11 +15,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
 from configuration_minimax_m3.auto_class import AutoClassByImport
 
-from .indexer import MiniMaxM3VLIndexer
-from .moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
-from .normalization import MiniMaxM3VLRMSNorm
-from .part_loading import finish_part_loading, part_conversions, refuse_parts_without_weights
-from .quantized_checkpoints import finish_loading
+from ..layers.indexer import MiniMaxM3VLIndexer
+from ..layers.moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
+from ..layers.normalization import MiniMaxM3VLRMSNorm
+from ..loading.part_loading import finish_part_loading, part_conversions, refuse_parts_without_weights
+from ..loading.quantized_checkpoints import finish_loading
 
 
 class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):

@@ -17,15 +17,15 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig
 
-from .indexer import indexer_loss
-from .language_loss import LanguageModelingHead, batch_share, without_targets_of_padding
-from .moe import load_balancing_loss
+from ..layers.indexer import indexer_loss
+from ..layers.moe import load_balancing_loss
+from ..runtime.sequence_layout import real_tokens
+from ..runtime.transformers_versions import output_fields, takes_cache
+from ..training.language_loss import LanguageModelingHead, batch_share, without_targets_of_padding
 from .multimodal_generation import PIXEL_NAMES, TOKEN_TYPES, MultimodalGenerationMixin
 from .outputs import MiniMaxM3VLCausalLMOutputWithPast, MiniMaxM3VLModelOutputWithPast
 from .pretrained import MiniMaxM3VLPreTrainedModel
-from .sequence_layout import real_tokens
 from .text import MiniMaxM3VLTextModel
-from .transformers_versions import output_fields, takes_cache
 from .vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
 
 logger = logging.get_logger(__name__)

@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import is_torchdynamo_compiling
 
-from .msa.sequences import sequence_of
+from ..msa.sequences import sequence_of
 from .transformers_versions import takes_cache
 
 

@@ -9,15 +9,15 @@ from transformers.utils import logging
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
-from . import msa
-from .cache import SPARSE_LAYER_TYPE, STRUCTURED_LAYER_TYPE
+from .. import msa
+from ..runtime.cache import SPARSE_LAYER_TYPE, STRUCTURED_LAYER_TYPE
+from ..runtime.sequence_layout import SequenceLayout
+from ..runtime.transformers_versions import takes_cache
 from .dense_attention import dense_attention
 from .indexer import MiniMaxM3VLIndexer, with_zero_gradients
 from .materialized import materialized_attention, select_blocks_under_mask
 from .normalization import MiniMaxM3VLRMSNorm
 from .rotary import apply_rotary
-from .sequence_layout import SequenceLayout
-from .transformers_versions import takes_cache
 
 logger = logging.get_logger(__name__)
 

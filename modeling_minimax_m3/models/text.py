@@ -16,17 +16,17 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
-from .attention import MiniMaxM3VLAttention
-from .cache import adopt_cache
-from .indexer import indexer_loss
-from .language_loss import LanguageModelingHead, batch_share, without_targets_of_padding
-from .moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter, load_balancing_loss
-from .normalization import MiniMaxM3VLRMSNorm
+from ..layers.attention import MiniMaxM3VLAttention
+from ..layers.indexer import indexer_loss
+from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter, load_balancing_loss
+from ..layers.normalization import MiniMaxM3VLRMSNorm
+from ..layers.rotary import MiniMaxM3VLRotaryEmbedding
+from ..runtime.cache import adopt_cache
+from ..runtime.sequence_layout import SequenceLayout, build_layout, create_masks_for_generate, real_tokens
+from ..runtime.transformers_versions import CACHE_NAME, GenerationMixin, output_fields, takes_cache
+from ..training.language_loss import LanguageModelingHead, batch_share, without_targets_of_padding
 from .outputs import MiniMaxM3VLTextCausalLMOutputWithPast, MiniMaxM3VLTextModelOutputWithPast
 from .pretrained import MiniMaxM3VLPreTrainedModel
-from .rotary import MiniMaxM3VLRotaryEmbedding
-from .sequence_layout import SequenceLayout, build_layout, create_masks_for_generate, real_tokens
-from .transformers_versions import CACHE_NAME, GenerationMixin, output_fields, takes_cache
 
 logger = logging.get_logger(__name__)
 

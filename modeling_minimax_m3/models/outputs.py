@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .transformers_versions import (
+from ..runtime.transformers_versions import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
     MultimodalCausalLMOutputWithPast,

@@ -1,0 +1,1 @@
+"""Between checkpoint files and modules: fused projections, parts that are loaded alone, quantized weights."""

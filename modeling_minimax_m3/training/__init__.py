@@ -1,0 +1,1 @@
+"""The language modeling loss, computed in chunks."""
