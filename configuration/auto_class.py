@@ -7,7 +7,7 @@ the checkpoint gets one file that imports all of them, for `trust_remote_code=Tr
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 MODULE = "minimax_m3_classes"
 SOURCE = '''"""The classes of MiniMax-M3 that this folder names in `auto_map`. They come from an installed package."""
@@ -28,11 +28,14 @@ class AutoClassByImport:
     """Goes before the base class of Transformers. Subclasses that stand in other packages are saved as Transformers
     saves them."""
 
+    _auto_class: ClassVar[str | None]  # of Transformers: the Auto class that a class is registered with
+    _auto_class_by_import: ClassVar[str | None]
+
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
         """As in Transformers: what `save_pretrained` writes from now on loads as this class by the given Auto class
         and `trust_remote_code=True`, where this package is installed."""
-        super().register_for_auto_class(*args, **kwargs)
+        super().register_for_auto_class(*args, **kwargs)  # type: ignore[misc]  # of the base class of Transformers
         if _is_importable(cls):
             cls._auto_class_by_import, cls._auto_class = cls._auto_class, None
 
@@ -41,13 +44,13 @@ class AutoClassByImport:
         for part in [self, *(getattr(self, name) for name in getattr(self, "get_attributes", list)())]:
             if isinstance(part, AutoClassByImport):
                 part._name_auto_class(Path(save_directory))
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # likewise
 
     def _name_auto_class(self, folder: Path) -> None:
         auto_class = vars(type(self)).get("_auto_class_by_import")
         if auto_class is None:
             return
-        config = getattr(self, "config", self)  # of a model; others have their own file
+        config: Any = getattr(self, "config", self)  # of a model; others have their own file
         names = {auto_class: f"{MODULE}.{type(self).__name__}"}
         if config is not self:  # with a config of Transformers, the model could not be made
             names["AutoConfig"] = f"{MODULE}.{type(config).__name__}"

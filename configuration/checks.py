@@ -5,7 +5,7 @@ would end in an allocation of many gigabytes, or in a loop of hours, whose error
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import validated_field
@@ -23,6 +23,31 @@ MIN_EPSILON = 1e-30
 MAX_FACTOR = 1e6
 MAX_STANDARD_DEVIATION = 1e3
 MAX_DROPOUT = 0.99
+
+Given = TypeVar("Given")
+Held = TypeVar("Held")
+
+if TYPE_CHECKING:
+
+    class Converted(Generic[Given, Held]):
+        """Type of a field that takes a `Given`. `__post_init__` makes it the `Held` that reading gives."""
+
+        def __get__(self, instance: object, owner: type) -> Held: ...
+
+        def __set__(self, instance: object, value: Given) -> None: ...
+
+else:
+
+    class Converted:
+        """At run time the annotation is `Given`, which Transformers checks on every assignment."""
+
+        def __class_getitem__(cls, types):
+            return types[0]
+
+
+def converted() -> Any:
+    """The default of a `Converted` field: None, until `__post_init__` fills it in."""
+    return None
 
 
 def integer(default: int | None, minimum: int, maximum: int) -> Any:

@@ -1,12 +1,20 @@
 """Configuration of the whole model: language model, vision tower, and what joins them."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .auto_class import AutoClassByImport
-from .checks import MAX_TOKENS, MAX_WIDTH, check_inherited_keys, check_renamed_fields, integer
+from .checks import (
+    MAX_TOKENS,
+    MAX_WIDTH,
+    Converted,
+    check_inherited_keys,
+    check_renamed_fields,
+    converted,
+    integer,
+)
 from .text import MiniMaxM3VLTextConfig
 from .vision import MiniMaxM3VLVisionConfig
 
@@ -44,7 +52,7 @@ class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
         *MiniMaxM3VLTextConfig.keys_to_ignore_at_inference,
         *("image_outputs", "video_outputs", "image_hidden_states", "video_hidden_states"),
     ]
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "text_config": MiniMaxM3VLTextConfig,
         "vision_config": MiniMaxM3VLVisionConfig,
     }
@@ -53,8 +61,8 @@ class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
         "video_token_id": "video_token_index",
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    text_config: Converted[dict | PreTrainedConfig | None, MiniMaxM3VLTextConfig] = converted()
+    vision_config: Converted[dict | PreTrainedConfig | None, MiniMaxM3VLVisionConfig] = converted()
     image_token_index: int = integer(200025, 0, MAX_TOKENS)
     video_token_index: int = integer(200026, 0, MAX_TOKENS)
     projector_hidden_size: int = integer(6144, 1, MAX_WIDTH)

@@ -104,7 +104,8 @@ def _channels(rope: dict[str, Any], head_dim: int) -> int:
 
 def _check_number(name: str, value: Any) -> None:
     minimum, maximum = _RANGES.get(name, _RANGE_OF_FACTORS)
-    if isinstance(value, bool) or not isinstance(value, Real) or not minimum <= value <= maximum:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not minimum <= value <= maximum:
         raise ValueError(f"`rope_parameters['{name}']` must be a number from {minimum} to {maximum}, got {value!r}.")
 
 

@@ -1,6 +1,6 @@
 """Configuration of the language model: dense and sparse attention layers, dense and mixture-of-experts MLPs."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -18,8 +18,10 @@ from .checks import (
     MAX_TOKENS,
     MAX_WIDTH,
     MIN_EPSILON,
+    Converted,
     check_inherited_keys,
     check_renamed_fields,
+    converted,
     integer,
     number,
     require_divisible,
@@ -205,7 +207,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    base_model_ep_plan = {
+    base_model_ep_plan: ClassVar[dict[str, Any]] = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -236,8 +238,8 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
     head_dim: int = integer(128, 1, MAX_WIDTH)
     hidden_act: str = "silu"
     max_position_embeddings: int = integer(524288, 1, 2**63 - 1)
-    layer_types: list[str] | None = None
-    mlp_layer_types: list[str] | None = None
+    layer_types: Converted[list[str] | None, list[str]] = converted()
+    mlp_layer_types: Converted[list[str] | None, list[str]] = converted()
     num_local_experts: int = integer(128, 1, MAX_COUNT)
     num_experts_per_tok: int = integer(4, 1, MAX_COUNT)
     routed_scaling_factor: float | int = number(2.0, MIN_EPSILON, MAX_FACTOR)
@@ -246,7 +248,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
     router_jitter_noise: float | int = number(0.0, 0, MAX_FACTOR)
     swiglu_alpha: float | int = number(1.702, -MAX_FACTOR, MAX_FACTOR)
     swiglu_limit: float | int = number(7.0, MIN_EPSILON, 1e30)
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: Converted[RopeParameters | dict | None, dict[str, Any]] = converted()
     rotary_dim: int = 64
     index_n_heads: int = integer(4, 1, MAX_COUNT)
     index_head_dim: int = integer(128, 1, MAX_WIDTH)

@@ -17,7 +17,9 @@ from .checks import (
     MAX_STANDARD_DEVIATION,
     MAX_WIDTH,
     MIN_EPSILON,
+    Converted,
     check_inherited_keys,
+    converted,
     integer,
     number,
     require_divisible,
@@ -87,7 +89,7 @@ class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
     hidden_act: str = "gelu"
     layer_norm_eps: float | int = number(1e-05, MIN_EPSILON, MAX_FACTOR)
     attention_dropout: float | int = number(0.0, 0, MAX_DROPOUT)
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: Converted[RopeParameters | dict | None, dict[str, Any]] = converted()
     initializer_range: float | int = number(0.02, 0, MAX_STANDARD_DEVIATION)
 
     def __post_init__(self, **kwargs: Any) -> None:
