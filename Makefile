@@ -25,7 +25,8 @@ CXX_SOURCES = $(shell find modeling_minimax_m3 -name '*.cu' -o -name '*.cuh' -o 
 # nothing here reads from a model hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo finetune-demo test test-install test-compatibility test-versions check-upstream test-gpu lint format benchmark kernels check-kernels sanitize-kernels clean
+.PHONY: help setup demo finetune-demo test test-install test-compatibility test-versions check-upstream test-gpu \
+	lint lint-python lint-types lint-cxx lint-text lint-spelling format benchmark kernels check-kernels sanitize-kernels clean
 
 help:
 	@echo "make demo       build a tiny MiniMax-M3 and chat with a photograph, a video and a long text"
@@ -37,7 +38,7 @@ help:
 	@echo "make check-upstream"
 	@echo "                say whether a newer Transformers is out, and which tests fail on it"
 	@echo "make test-gpu   run the tests that need a GPU, on the Hopper and on the portable kernels"
-	@echo "make lint       check style"
+	@echo "make lint       check style, types and spelling"
 	@echo "make format     apply style"
 	@echo "make kernels    compile the CUDA kernels into the package (needs nvcc, but no GPU)"
 	@echo "make benchmark  time and measure ours beside stock Transformers"
@@ -79,12 +80,27 @@ test-versions:
 check-upstream: $(INSTALLED)
 	$(BIN)/python scripts/check_upstream.py
 
-lint: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+# The hooks of .pre-commit-config.yaml are these parts.
+lint: lint-python lint-types lint-cxx lint-text lint-spelling
+
+lint-python: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+lint-types: $(INSTALLED)
+	$(BIN)/python scripts/check_types.py
+
+lint-cxx: $(INSTALLED)
 	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
 
+lint-text: $(INSTALLED)
+	$(BIN)/python scripts/check_text.py
+
+lint-spelling: $(INSTALLED)
+	$(BIN)/python -m codespell_lib
+
 format: $(INSTALLED)
+	$(BIN)/python scripts/check_text.py --fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
@@ -118,4 +134,4 @@ sanitize-kernels: $(INSTALLED)
 
 clean:
 	rm -rf modeling_minimax_m3/msa/kernels-*.so
-	rm -rf $(VENV) $(NEWEST) .venv-oldest .venv-upstream build dist demo_output finetune_demo .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(NEWEST) .venv-oldest .venv-upstream build dist demo_output finetune_demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

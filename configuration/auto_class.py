@@ -25,21 +25,25 @@ except ModuleNotFoundError as error:
 
 
 class AutoClassByImport:
-    """Goes before the base class of Transformers. Subclasses that stand in other packages are saved as Transformers
-    saves them."""
+    """Goes before the base class of Transformers.
+
+    Subclasses that stand in other packages are saved as Transformers saves them.
+    """
 
     _auto_class: ClassVar[str | None]  # of Transformers: the Auto class that a class is registered with
     _auto_class_by_import: ClassVar[str | None]
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers: what `save_pretrained` writes from now on loads as this class by the given Auto class
-        and `trust_remote_code=True`, where this package is installed."""
+        """As in Transformers, for what `save_pretrained` writes from now on.
+
+        It loads as this class with the given Auto class and `trust_remote_code=True`, where this package is installed.
+        """
         super().register_for_auto_class(*args, **kwargs)  # type: ignore[misc]  # of the base class of Transformers
         if _is_importable(cls):
             cls._auto_class_by_import, cls._auto_class = cls._auto_class, None
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers."""
         for part in [self, *(getattr(self, name) for name in getattr(self, "get_attributes", list)())]:
             if isinstance(part, AutoClassByImport):

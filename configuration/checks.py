@@ -75,8 +75,10 @@ def check_renamed_fields(config: PreTrainedConfig) -> None:
 
 
 def check_inherited_keys(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for what `PreTrainedConfig.__post_init__` would hang on, or fail on without its name, and for
-    the file of another part, or of the whole, which has none of the fields.
+    """Raise `ValueError` for inherited keys with values that no config of this class can have.
+
+    `PreTrainedConfig.__post_init__` hangs on some of them, and fails on others without a name. The file of another
+    part, or of the whole model, is refused as well, because it has none of the fields.
 
     Args:
         config (`PreTrainedConfig`): What `__post_init__` runs on.

@@ -21,8 +21,7 @@ from .vision import MiniMaxM3VLVisionConfig
 
 @strict
 class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
-    """
-    Configuration of MiniMax-M3 with its vision tower.
+    """Configuration of MiniMax-M3 with its vision tower.
 
     Args:
         text_config (`dict` or `MiniMaxM3VLTextConfig`, *optional*):

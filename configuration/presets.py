@@ -27,8 +27,7 @@ def released_config() -> MiniMaxM3VLConfig:
 def tiny_config(
     *, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **overrides: Any
 ) -> MiniMaxM3VLConfig:
-    """
-    A model with every kind of part, small enough that a hundred tokens take milliseconds on a CPU.
+    """A model with every kind of part, small enough that a hundred tokens take milliseconds on a CPU.
 
     The first half of the layers has dense attention and the rest sparse attention; the first layer has a dense MLP
     (unless it is the only one) and the rest a mixture of experts. The special tokens take the last 64 ids of the

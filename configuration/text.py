@@ -66,9 +66,10 @@ _FIXED_FEATURES = {
 
 @strict
 class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
-    """
-    Configuration of the MiniMax-M3 language model. The defaults are those of Transformers: every layer has dense
-    attention and a mixture of experts. See `configuration_minimax_m3.released_config` for the released geometry.
+    """Configuration of the MiniMax-M3 language model.
+
+    The defaults are those of Transformers: every layer has dense attention and a mixture of experts.
+    `configuration_minimax_m3.released_config` has the released geometry.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 200064):

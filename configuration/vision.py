@@ -33,8 +33,7 @@ MINIMUM_HEAD_DIM = 6
 
 @strict
 class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
-    """
-    Configuration of the MiniMax-M3 vision tower. The defaults are the released geometry.
+    """Configuration of the MiniMax-M3 vision tower. The defaults are the released geometry.
 
     Args:
         hidden_size (`int`, *optional*, defaults to 1280):

@@ -1,6 +1,7 @@
-"""
-Watch indexers learn: a small model is trained on a lookup task and frozen, its indexers start from random weights, and
-their loss alone teaches them to choose the key blocks that the attention needs.
+"""Watch indexers learn to choose the key blocks that the attention needs.
+
+A small model is trained on a lookup task and frozen. Its indexers start from random weights, and only their own loss
+teaches them.
 
     python examples/train_indexer.py --output FOLDER
 
@@ -43,8 +44,11 @@ FIRST_TOKEN = 2
 
 
 def documents(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Token ids (count, TOKENS). A token is a class and the value that its document gave to that class; within a
-    segment, each class is followed by one of two others of the topic, so only its value can be looked up."""
+    """Token ids (count, TOKENS) of documents that ask for lookups.
+
+    A token is a class and the value that its document gave to that class. Within a segment, each class is followed by
+    one of two others of the topic, so only its value can be looked up.
+    """
     language = torch.Generator().manual_seed(0)  # the same in every call
     followers = torch.stack(
         [
@@ -106,9 +110,11 @@ def train(
 
 @torch.no_grad()
 def coverage(model: MiniMaxM3VLForCausalLM, tokens: torch.Tensor) -> dict[str, float]:
-    """Shares of the dense attention's probability that lie in the blocks chosen by the indexers, by an oracle, by the
-    attention's own best keys, and in the query's own block, which every choice includes: means over sparse layers,
-    groups, and the queries that see more blocks than they choose.
+    """Shares of the dense attention's probability that lie in the chosen blocks.
+
+    The indexers choose them, or an oracle, or the attention's own best keys; the query's own block, which every choice
+    includes, counts by itself too. The shares are means over sparse layers, key/value heads, and the queries that see
+    more blocks than they choose.
     """
     config = model.config
     size, topk = config.index_block_size, config.index_topk_blocks

@@ -65,6 +65,7 @@ class MultimodalChatCollator:
         template_variables({}, self.chat_template_kwargs)
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Encode the rows and pad them on the right to one length."""
         if not rows:
             raise ValueError("`rows` must hold at least one row, got none.")
         encoded = []
@@ -160,6 +161,7 @@ class MultimodalChatCollator:
 
 @contextmanager
 def named_in_errors(row: str) -> Iterator[None]:
+    """Put the name of a row before the text of each `ValueError` that its encoding raises."""
     try:
         yield
     except ValueError as error:

@@ -72,10 +72,12 @@ def describe(item: Any) -> str:
 
 
 def is_array(item: Any) -> bool:
+    """Whether `item` is an array of NumPy or a tensor."""
     return isinstance(item, (np.ndarray, torch.Tensor))
 
 
 def is_frame(item: Any) -> bool:
+    """Whether `item` is one decoded image: a PIL image, or an array of three dimensions."""
     return isinstance(item, Image.Image) or (is_array(item) and item.ndim == 3)
 
 

@@ -16,6 +16,7 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 def is_list(item: Any) -> bool:
+    """Whether `item` is a list or a tuple."""
     return isinstance(item, (list, tuple))
 
 

@@ -61,10 +61,12 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of the model's inputs, `mm_token_type_ids` included."""
         return [*super().model_input_names, "mm_token_type_ids"]
 
     @property
     def unused_input_names(self) -> list[str]:
+        """Names of what the video processor returns for this class alone: no model takes them."""
         return ["num_chunks_per_video"]
 
     def prepare_inputs_layout(
@@ -75,9 +77,9 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
         audio=None,
         **kwargs,
     ):
+        """As in Transformers; an empty list of images or videos, which data collators pass, means none."""
         if text is not None and not isinstance(text, (str, list, tuple)):
             raise ValueError(f"`text` must be a string or a list of strings, got {type(text).__name__}.")
-        # A batch without any image or video arrives from data collators as empty lists.
         if is_list(images) and not flatten_images(map_sources(images)):
             images = None
         videos = map_sources(videos)

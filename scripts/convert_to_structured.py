@@ -1,5 +1,4 @@
-"""
-Turn a checkpoint with dense or learned-sparse attention into one with structured attention.
+"""Turn a checkpoint with dense or learned-sparse attention into one with structured attention.
 
     python scripts/convert_to_structured.py INPUT_DIRECTORY OUTPUT_DIRECTORY [--layers 3-59] [--random-blocks 8] ...
 
@@ -46,8 +45,7 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 def convert(
     source: Path, target: Path, layers: str | None = None, pattern: dict[str, int] | None = None
 ) -> dict[str, list]:
-    """
-    Write the converted checkpoint to `target`.
+    """Write the converted checkpoint to `target`.
 
     Args:
         source: Folder of the checkpoint, with safetensors.

@@ -1,5 +1,4 @@
-"""
-Chat with a tiny MiniMax-M3 about a photograph, a video and a long text, on any machine.
+"""Chat with a tiny MiniMax-M3 about a photograph, a video and a long text, on any machine.
 
     python scripts/demo.py [--output FOLDER] [--max-new-tokens N] [--long-tokens N]
 

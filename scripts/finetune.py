@@ -1,5 +1,4 @@
-"""
-Fine-tune a MiniMax-M3 checkpoint, whole or with LoRA, on texts or chats.
+"""Fine-tune a MiniMax-M3 checkpoint, whole or with LoRA, on texts or chats.
 
     python scripts/finetune.py --model CHECKPOINT --dataset rows.jsonl --output_dir run --lora
     python scripts/finetune.py run.yaml --learning_rate 1e-4
@@ -282,8 +281,10 @@ def is_multimodal(rows: Dataset | IterableDataset, data: DataArguments, name: st
 
 
 def with_collator_names(rows: Dataset | IterableDataset, collator: Any, data: DataArguments, name: str):
-    """Those rows whose images and videos fit and that have anything to learn, for a collator that reads them again
-    when their batch is made."""
+    """Those rows whose images and videos fit and that have anything to learn.
+
+    They are for a collator that reads images and videos again when a batch is made.
+    """
     first = first_row(rows, name)
     if data.messages_column not in first:
         raise ValueError(

@@ -1,5 +1,4 @@
-"""
-Read damaged image files and count what comes of them.
+"""Read damaged image files and count what comes of them.
 
     python scripts/fuzz_images.py [--files N] [--format png ...] [--seed S] [--keep FOLDER]
 

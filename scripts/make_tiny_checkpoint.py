@@ -1,5 +1,4 @@
-"""
-Write a tiny MiniMax-M3 checkpoint to a folder: the real architecture with random weights.
+"""Write a tiny MiniMax-M3 checkpoint to a folder: the real architecture with random weights.
 
     python scripts/make_tiny_checkpoint.py OUTPUT_DIRECTORY
 
@@ -55,8 +54,7 @@ def training_text() -> list[str]:
 
 
 def train_tokenizer(config: MiniMaxM3VLConfig) -> PreTrainedTokenizerFast:
-    """
-    A byte-level BPE whose special tokens have the ids that `config` gives them.
+    """A byte-level BPE whose special tokens have the ids that `config` gives them.
 
     Special tokens come last in the vocabulary, in the released order; the rest is learnt from `training_text`.
 
@@ -140,8 +138,7 @@ def make_tiny_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """
-    Write a checkpoint with random weights to `directory`, which is made if it does not exist.
+    """Write a checkpoint with random weights to `directory`, which is made if it does not exist.
 
     An earlier checkpoint of this function there is replaced.
 

@@ -1,5 +1,4 @@
-"""
-Draw which key blocks structured attention lists, by position alone, at several context lengths.
+"""Draw which key blocks structured attention lists, by position alone, at several context lengths.
 
     python scripts/plot_pattern.py PICTURE.png [--tokens 4096 65536 1048576]
 
@@ -25,8 +24,7 @@ COLOURS = {"local": "tab:red", "anchor": "tab:blue", "random": "tab:green"}
 
 
 def merge_blocks(lists: torch.Tensor, count: int) -> torch.Tensor:
-    """
-    Lists of groups of `count` blocks, each named once.
+    """Lists of groups of `count` blocks, each named once.
 
     Args:
         lists: int32 (queries, heads, width), block ids, -1 for none.
@@ -55,8 +53,7 @@ def kinds(ids: list[int], block: int, pattern: msa.StructuredPattern) -> list[st
 def plot_pattern(
     path: str | Path, pattern: msa.StructuredPattern, lengths: list[int], block_size: int, heads: int, layer_idx: int
 ) -> Path:
-    """
-    Write the picture.
+    """Write the picture.
 
     Args:
         path: Where the picture goes; its suffix is the format.

@@ -1,5 +1,4 @@
-"""
-Draw which key blocks each query block of a text selected, one panel for each sparse layer and key/value head.
+"""Draw which key blocks each query block of a text selected, one panel for each sparse layer and key/value head.
 
     python scripts/plot_selection.py CHECKPOINT TEXT_FILE PICTURE.png
 
@@ -22,8 +21,7 @@ from replace_when_done import replace_when_done
 
 
 class SelectionRecorder(TorchDispatchMode):
-    """
-    Keeps what the selection operators return while it is active, wherever in a model they are called.
+    """Keeps what the selection operators return while it is active, wherever in a model they are called.
 
         with SelectionRecorder() as recorder:
             model(input_ids)
@@ -54,8 +52,7 @@ class SelectionRecorder(TorchDispatchMode):
 
 
 def selection_shares(selection: torch.Tensor, block_size: int) -> torch.Tensor:
-    """
-    How much of each query block attends to each key block.
+    """How much of each query block attends to each key block.
 
     Args:
         selection: int32 (tokens, heads, topk), the block ids that each token of one sequence selected, -1 for none.
@@ -77,8 +74,7 @@ def selection_shares(selection: torch.Tensor, block_size: int) -> torch.Tensor:
 def plot_selections(
     selections: dict[int, torch.Tensor], block_size: int, path: str | Path, title: str | None = None
 ) -> Path:
-    """
-    Write the picture.
+    """Write the picture.
 
     Args:
         selections: For each sparse layer's number, what its tokens selected: int32 (tokens, heads, topk).

@@ -10,8 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replace_when_done(target: str | Path) -> Iterator[Path]:
-    """
-    A path to write to, which becomes `target` where the block ends without an error.
+    """A path to write to, which becomes `target` where the block ends without an error.
 
     Until then `target` stays as it was, absent or an earlier one, and after an error nothing of the new one is left.
     The path ends in the name of `target` and lies in a hidden folder beside it.

@@ -1,5 +1,4 @@
-"""
-LoRA from one end to the other on a tiny MiniMax-M3: a checkpoint, a few chats, training, and asking the result.
+"""LoRA from one end to the other on a tiny MiniMax-M3: a checkpoint, a few chats, training, and asking the result.
 
     python examples/lora/walkthrough.py [--output FOLDER] [options of scripts/finetune.py]
 

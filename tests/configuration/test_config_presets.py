@@ -22,9 +22,9 @@ def test_released_geometry():
 
 
 def test_released_geometry_has_the_announced_size():
-    """
-    Counts the matrices from the fields: about 428e9 parameters in all, and about 23e9 that one token multiplies with
-    besides the two embedding tables.
+    """The fields give about 428e9 parameters in all.
+
+    One token multiplies with about 23e9 of them, besides the two embedding tables.
     """
     text = released_config().text_config
     hidden, head_dim = text.hidden_size, text.head_dim

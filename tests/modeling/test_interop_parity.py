@@ -70,8 +70,10 @@ def random_config(seed: int) -> MiniMaxM3VLConfig:
 
 @dataclass
 class Choice:
-    """What one layer chose for each token: blocks (T, heads, topk) or experts (T, topk), -1 for none; and the scores
-    that it chose by, (T, heads, blocks) or (T, experts), which only our model tells."""
+    """What one layer chose for each token: blocks (T, heads, topk) or experts (T, topk), -1 for none.
+
+    The scores that it chose by, (T, heads, blocks) or (T, experts), come from our model only.
+    """
 
     kind: str
     ids: torch.Tensor
@@ -126,8 +128,11 @@ def membership(chosen: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def tie_gap(ours: torch.Tensor, theirs: torch.Tensor, scores: torch.Tensor) -> float:
-    """How far from a tie a row is where two sides chose differently: the largest difference between the scores of the
-    ids that only one of them chose, over the largest score of the row."""
+    """How far from a tie a row is where two sides chose differently.
+
+    It is the largest difference between the scores of the ids that only one of them chose, over the largest score of
+    the row.
+    """
     swapped = scores[ours != theirs]
     return ((swapped.max() - swapped.min()) / scores[scores.isfinite()].abs().max()).item()
 

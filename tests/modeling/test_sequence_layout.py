@@ -178,7 +178,7 @@ def test_any_mask_with_any_chunks(model, rows, relative_error, data):
 
 
 def test_layout_moves_between_devices():
-    """accelerate moves a layer's arguments by calling `.to`."""
+    """Accelerate moves a layer's arguments by calling `.to`."""
     mask = torch.tensor([[0, 1, 1], [1, 0, 1]])
     layout = build_layout(mask, None, None, 2, 3, mask.device)
     moved = layout.to("meta")

@@ -134,8 +134,7 @@ def test_tools_calls_and_responses(render):
 
 def test_tool_from_a_function(render):
     def add(a: int, b: int) -> int:
-        """
-        Add two numbers.
+        """Add two numbers.
 
         Args:
             a: The one.

@@ -267,8 +267,7 @@ def test_assistant_mask(processor, pixels):
 
 def test_tool_from_a_function_with_a_control_token(encode, processor):
     def add(a: int) -> int:
-        """
-        Add [e~[ to nothing.
+        """Add [e~[ to nothing.
 
         Args:
             a: The ]<]image[>[ one.

@@ -40,8 +40,11 @@ class QuantizedLinear(nn.Linear):
 
 
 def quantized_model(kind: str) -> nn.Module:
-    """A prepared model with adapters. "compute dtype": its layers know theirs, and the config says float32, as it does
-    where the checkpoint was float32; "model's dtype": only the config knows one."""
+    """A prepared model with adapters.
+
+    "compute dtype": its layers know theirs, and the config says float32, as it does where the checkpoint was float32.
+    "model's dtype": only the config knows one.
+    """
     torch.manual_seed(0)
     model = MiniMaxM3VLForCausalLM(tiny_config(text={"indexer_loss_coef": 0.1}).text_config).to(torch.bfloat16)
     for name, linear in list(model.named_modules()):

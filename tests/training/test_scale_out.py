@@ -35,8 +35,11 @@ def test_fully_sharded(train, in_one_process, engine):
 
 @pytest.mark.parametrize("engine", ["expert_parallel", "expert_and_tensor_parallel", "tensor_parallel"])
 def test_plans(train, in_one_process, engine):
-    """Transformers' plans, by `from_pretrained(distributed_config=...)`. The worker also compares the weights (of the
-    composite model too) and the logits with those of the whole model, and what was saved after the training."""
+    """Transformers' plans, by `from_pretrained(distributed_config=...)`.
+
+    The worker also compares the weights (of the composite model too) and the logits with those of the whole model, and
+    what was saved after the training.
+    """
     check(train(engine, processes=2, **ON_CPU), in_one_process)
 
 
