@@ -67,8 +67,8 @@ def documents(count: int, generator: torch.Generator) -> torch.Tensor:
         else:
             current = followers[torch.randint(2, (count,), generator=generator), current]
         classes.append(current)
-    classes = torch.stack(classes, dim=1)
-    return FIRST_TOKEN + classes * VALUES + values.gather(1, classes)
+    sequence = torch.stack(classes, dim=1)
+    return FIRST_TOKEN + sequence * VALUES + values.gather(1, sequence)
 
 
 def make_model() -> MiniMaxM3VLForCausalLM:

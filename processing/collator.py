@@ -174,7 +174,7 @@ def template_variables(row: Mapping[str, Any], default: Mapping[str, Any]) -> di
     Raises:
         ValueError: they are no mapping, or their thinking mode is none.
     """
-    variables = {}
+    variables: dict[str, Any] = {}
     for given in (default, row.get("chat_template_kwargs")):
         if given is not None and not isinstance(given, Mapping):
             raise ValueError(f"`chat_template_kwargs` must be a mapping of names and values, got {given!r:.100}.")

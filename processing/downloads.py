@@ -46,7 +46,7 @@ def check_address(address: str, *, is_redirect: bool = False) -> None:
     if not _must_be_public(is_redirect):
         return
     try:
-        found = [entry[4][0] for entry in socket.getaddrinfo(host, url.port, type=socket.SOCK_STREAM)]
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, url.port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError) as error:
         if limits.private_addresses == "never":
             raise ValueError(f"the host {host!r} cannot be looked up: {error}") from error

@@ -25,6 +25,7 @@ def open_image_source(source: str | bytes) -> BinaryIO:
         ValueError: there is nothing to open, or the `MediaLimits` in force forbid it. The message says what the source
             was taken for, and does not repeat it.
     """
+    file: BinaryIO
     if isinstance(source, bytes):
         file = io.BytesIO(source)
     elif is_address(source):

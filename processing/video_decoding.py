@@ -17,7 +17,7 @@ from .video_torchcodec import TorchcodecVideo
 
 logger = logging.get_logger(__name__)
 
-DECODERS = {"pyav": PyavVideo, "torchcodec": TorchcodecVideo}
+DECODERS: dict[str, type[PyavVideo] | type[TorchcodecVideo]] = {"pyav": PyavVideo, "torchcodec": TorchcodecVideo}
 
 
 def find_decoder() -> str:

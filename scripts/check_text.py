@@ -66,7 +66,8 @@ def find_syntax_error(name: str, text: str) -> list[str]:
 
 def split_paragraphs(text: str) -> Iterator[tuple[bool, list[str]]]:
     """Split Markdown into runs of lines, and say of each whether it is prose: a paragraph or an item of a list."""
-    prose, run, in_code = False, [], False
+    run: list[str] = []
+    prose = in_code = False
     for line in text.split("\n"):
         content = line.lstrip()
         is_fence = content.startswith("```")
@@ -90,10 +91,11 @@ def wrap(text: str) -> str:
     for prose, run in split_paragraphs(text):
         if prose and any(map(is_long, run)):
             item = ITEM.match(run[0])
-            first = item[0] if item else re.match(r"\s*", run[0])[0]
+            first = item[0] if item else run[0][: len(run[0]) - len(run[0].lstrip())]
             words = " ".join(line.strip() for line in [run[0][len(first) :], *run[1:]])
-            indents = {"initial_indent": first, "subsequent_indent": " " * len(first)}
-            run = textwrap.wrap(words, PROSE_WIDTH, break_long_words=False, break_on_hyphens=False, **indents)
+            wrapper = textwrap.TextWrapper(PROSE_WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
+            wrapper.break_long_words = wrapper.break_on_hyphens = False
+            run = wrapper.wrap(words)
         wrapped += run
     return "\n".join(wrapped)
 

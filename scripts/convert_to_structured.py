@@ -30,7 +30,7 @@ PATTERN_FIELDS = ("local_blocks", "anchor_blocks", "anchor_stride", "random_bloc
 
 def parse_layers(text: str, num_layers: int) -> list[int]:
     """Layer numbers from a text such as "3-59" or "0,4,7-9"."""
-    layers = set()
+    layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)

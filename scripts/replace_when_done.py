@@ -32,8 +32,8 @@ def replace_when_done(target: str | Path) -> Iterator[Path]:
     try:
         yield unfinished
         if target.is_dir() and unfinished.is_dir():
-            lost = [file.relative_to(target) for file in target.rglob("*")]
-            lost = sorted(str(file) for file in lost if not (unfinished / file).exists())
+            files = [file.relative_to(target) for file in target.rglob("*")]
+            lost = sorted(str(file) for file in files if not (unfinished / file).exists())
             if lost:
                 raise FileExistsError(
                     f"{target} holds {', '.join(lost)}, which would be lost: remove it, or name another folder."
