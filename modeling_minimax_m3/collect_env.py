@@ -1,6 +1,8 @@
 """Print what a bug report needs: versions, hardware, the compiled kernels, and the variables that change what runs.
 
     python -m modeling_minimax_m3.collect_env
+
+Nothing is built, downloaded or sent.
 """
 
 import os

@@ -27,6 +27,8 @@ UNWRAPPED = (
     *("benchmarks/README.md", "modeling_minimax_m3/msa/"),
 )
 ITEM = re.compile(r"\s*(?:[-*+]|\d+\.) +")
+# Spaces where no line may break: in code and links, and before what would look like an item at the start of a line.
+UNBROKEN = re.compile(r"`[^`]+`|!?\[[^\]]*\]\([^)]*\)| (?=(?:[-*+=]|\d+\.)\s)")
 
 
 def read_texts() -> dict[str, str]:
@@ -98,7 +100,8 @@ def wrap(text: str) -> str:
             words = " ".join(line.strip() for line in [run[0][len(first) :], *run[1:]])
             wrapper = textwrap.TextWrapper(PROSE_WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
             wrapper.break_long_words = wrapper.break_on_hyphens = False
-            run = wrapper.wrap(words)
+            words = UNBROKEN.sub(lambda match: match[0].replace(" ", "\0"), words)
+            run = [line.replace("\0", " ") for line in wrapper.wrap(words)]
         wrapped += run
     return "\n".join(wrapped)
 
