@@ -84,7 +84,7 @@ class Walls:
         """The same for a message, whose images and videos, and the places where they are, stay as they are."""
         message = with_reasoning_apart(message)
         walled = self.around({name: value for name, value in message.items() if name != "content"})
-        content = message.get("content")
+        content: Any = message.get("content")
         if is_list(content):
             content = [part if part["type"] in ("image", "video") else self.around(part) for part in content]
         return {**walled, "content": self.around(content) if isinstance(content, str) else content}
@@ -95,7 +95,7 @@ def with_reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:
 
     The chat template separates them by the same rule, but could not find the tokens between walls.
     """
-    content = message.get("content")
+    content: Any = message.get("content")
     if message["role"] != "assistant" or any(isinstance(message.get(name), str) for name in REASONING_FIELDS):
         return message
     if is_list(content):
