@@ -6,7 +6,7 @@ from .models.pretrained import MiniMaxM3VLPreTrainedModel
 from .models.text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
 from .models.vision import MiniMaxM3VLVisionModel
 from .registration import register
-from .version import __version__
+from .version import __version__ as __version__
 
 register()
 
@@ -19,5 +19,4 @@ __all__ = [
     "MiniMaxM3VLPreTrainedModel",
     "MiniMaxM3VLTextModel",
     "MiniMaxM3VLVisionModel",
-    "__version__",
 ]
