@@ -5,6 +5,7 @@ model that is dense throughout; and for the model before it, MiniMax-M2, by the 
 """
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig, released_config
+from configuration_minimax_m3.layer_types import FULL_ATTENTION, LEARNED_SPARSE, STRUCTURED
 from modeling_minimax_m3.flops import forward_flops
 
 LENGTHS = {"8k": 2**13, "128k": 2**17, "1M": 2**20}
@@ -14,13 +15,9 @@ MATRICES = ("attention projections", "indexer projections", "mlp", "output head"
 
 def configs() -> dict[str, MiniMaxM3VLTextConfig]:
     found = {}
-    for name, layer_type in (
-        ("dense", "full_attention"),
-        ("learned", "minimax_m3_sparse"),
-        ("structured", "minimax_m3_structured"),
-    ):
+    for name, kind in (("dense", FULL_ATTENTION), ("learned", LEARNED_SPARSE), ("structured", STRUCTURED)):
         found[name] = released_config().text_config
-        found[name].layer_types[NUM_DENSE:] = [layer_type] * (len(found[name].layer_types) - NUM_DENSE)
+        found[name].layer_types[NUM_DENSE:] = [kind.name] * (len(found[name].layer_types) - NUM_DENSE)
     # M2 has 8 of 256 experts and no shared one, whose products are those of 7 experts and a shared one of their width.
     found["M2"] = MiniMaxM3VLTextConfig(
         vocab_size=200064, hidden_size=3072, intermediate_size=1536, shared_intermediate_size=1536,

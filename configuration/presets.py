@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .layer_types import FULL_ATTENTION, LEARNED_SPARSE
 from .multimodal import MiniMaxM3VLConfig
 
 # The released vocabulary ends with 64 slots for special tokens; these are positions among them.
@@ -17,7 +18,7 @@ def released_config() -> MiniMaxM3VLConfig:
         text_config={
             "num_hidden_layers": num_layers,
             "max_position_embeddings": 1048576,
-            "layer_types": ["full_attention"] * num_dense + ["minimax_m3_sparse"] * num_sparse,
+            "layer_types": [FULL_ATTENTION.name] * num_dense + [LEARNED_SPARSE.name] * num_sparse,
             "mlp_layer_types": ["dense"] * num_dense + ["sparse"] * num_sparse,
             "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
         },
@@ -55,8 +56,8 @@ def tiny_config(
         "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": 131072,
-        "layer_types": ["full_attention"] * num_dense_attention
-        + ["minimax_m3_sparse"] * (num_layers - num_dense_attention),
+        "layer_types": [FULL_ATTENTION.name] * num_dense_attention
+        + [LEARNED_SPARSE.name] * (num_layers - num_dense_attention),
         "mlp_layer_types": ["dense"] * num_dense_mlp + ["sparse"] * (num_layers - num_dense_mlp),
         "num_local_experts": 4,
         "num_experts_per_tok": 2,

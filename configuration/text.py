@@ -27,11 +27,11 @@ from .checks import (
     require_divisible,
     require_one_of,
 )
+from .layer_types import FULL_ATTENTION, LAYER_TYPES, LEARNED_SPARSE
 from .rope import check_rope_is_one_set, check_rope_parameters
 
 logger = logging.get_logger(__name__)
 
-ATTENTION_LAYER_TYPES = ("full_attention", "minimax_m3_sparse", "minimax_m3_structured")
 MLP_LAYER_TYPES = ("dense", "sparse")
 MSA_BACKENDS = ("auto", "reference", "torch", "cuda")
 
@@ -281,7 +281,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
         for name, only_value in _FIXED_FEATURES.items():
             require_one_of(name, kwargs.get(name, only_value), (only_value,))
         check_inherited_keys(self, kwargs)
-        check_rope_is_one_set(self, kwargs, ATTENTION_LAYER_TYPES)
+        check_rope_is_one_set(self, kwargs, tuple(LAYER_TYPES))
 
         super().__post_init__(**kwargs)
 
@@ -291,7 +291,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
 
         self._read_legacy_sparse_attention(sparse_attention_config)
         if self.layer_types is None:
-            self.layer_types = ["full_attention"] * self.num_hidden_layers
+            self.layer_types = [FULL_ATTENTION.name] * self.num_hidden_layers
         if self.mlp_layer_types is None and moe_layer_freq is not None:
             flags = self._per_layer("moe_layer_freq", moe_layer_freq)
             self.mlp_layer_types = ["sparse" if is_moe else "dense" for is_moe in flags]
@@ -347,24 +347,24 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
             frequency = None
         if self.layer_types is None and frequency is not None:
             flags = self._per_layer("sparse_attention_config['sparse_attention_freq']", frequency)
-            self.layer_types = ["minimax_m3_sparse" if is_sparse else "full_attention" for is_sparse in flags]
+            self.layer_types = [LEARNED_SPARSE.name if is_sparse else FULL_ATTENTION.name for is_sparse in flags]
         if "sparse_disable_index_value" in legacy:
             self._check_index_value_is_disabled(legacy["sparse_disable_index_value"])
 
     def _check_index_value_is_disabled(self, disabled: bool | int | list[int]) -> None:
-        """An indexer has no value path, so no sparse layer may ask for one; entries of dense layers do not count."""
+        """An indexer has no value path, so no sparse layer may have one; entries of dense layers do not count."""
         layer_types = self.layer_types or []
         if not isinstance(disabled, (list, tuple)):
             disabled = [disabled] * len(layer_types)
-        asking = [
+        with_value = [
             layer_idx
-            for layer_idx, (layer_type, flag) in enumerate(zip(layer_types, disabled))
-            if layer_type == "minimax_m3_sparse" and not flag
+            for layer_idx, (name, flag) in enumerate(zip(layer_types, disabled))
+            if name == LEARNED_SPARSE.name and not flag
         ]
-        if asking:
+        if with_value:
             raise ValueError(
                 "`sparse_attention_config['sparse_disable_index_value']` must be 1 on every sparse layer, because an "
-                f"indexer has no value path, got 0 on layers {asking}."
+                f"indexer has no value path, got 0 on layers {with_value}."
             )
 
     @property
@@ -396,39 +396,21 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
                 "`num_experts_per_tok` must not exceed `num_local_experts`, got "
                 f"num_experts_per_tok={self.num_experts_per_tok} and num_local_experts={self.num_local_experts}."
             )
-        if "minimax_m3_sparse" in self.layer_types:
-            self._validate_sparse_attention()
-
-    def _validate_sparse_attention(self) -> None:
-        if self.index_n_heads != self.num_key_value_heads:
-            raise ValueError(
-                "`index_n_heads` must equal `num_key_value_heads`, because each index head selects for one key-value "
-                f"head, got index_n_heads={self.index_n_heads} and num_key_value_heads={self.num_key_value_heads}."
-            )
-        if self.index_init_blocks + self.index_local_blocks > self.index_topk_blocks:
-            raise ValueError(
-                "`index_init_blocks` + `index_local_blocks` must not exceed `index_topk_blocks`, got "
-                f"{self.index_init_blocks} + {self.index_local_blocks} > {self.index_topk_blocks}."
-            )
-        if self.index_head_dim < self.rotary_width:
-            raise ValueError(
-                f"`index_head_dim` must be at least the rotary width {self.rotary_width} (`head_dim` = {self.head_dim} "
-                "times `rope_parameters['partial_rotary_factor']` = "
-                f"{self.rope_parameters.get('partial_rotary_factor', 1.0)}), or the indexer's scores stop depending on "
-                f"distance alone, got {self.index_head_dim}."
-            )
+        for name, kind in LAYER_TYPES.items():  # other names are refused by `validate_layer_type`
+            if name in self.layer_types:
+                kind.validate(self)
 
     def validate_layer_type(self) -> None:
         """Checks the two per-layer lists: their length and the names in them."""
-        for name, allowed in (("layer_types", ATTENTION_LAYER_TYPES), ("mlp_layer_types", MLP_LAYER_TYPES)):
+        for name, allowed in (("layer_types", LAYER_TYPES), ("mlp_layer_types", MLP_LAYER_TYPES)):
             layers = getattr(self, name)
             if len(layers) != self.num_hidden_layers:
                 raise ValueError(
                     f"`{name}` must have one entry per layer, got {len(layers)} entries for "
                     f"num_hidden_layers={self.num_hidden_layers}."
                 )
-            for layer_idx, layer_type in enumerate(layers):
-                require_one_of(f"{name}[{layer_idx}]", layer_type, allowed)
+            for layer_idx, entry in enumerate(layers):
+                require_one_of(f"{name}[{layer_idx}]", entry, allowed)
 
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers, without the fields of ours that are at their default, so that stock reads the rest."""

@@ -6,7 +6,7 @@ what has to be computed, not what a kernel computes beside it. Norms, rotary, so
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
-from .runtime.cache import SPARSE_LAYER_TYPE, STRUCTURED_LAYER_TYPE
+from .layers.layer_types import attention_type
 
 PARTS = ("attention projections", "attention", "indexer projections", "index scores", "mlp", "output head")
 
@@ -15,13 +15,14 @@ def attended_keys(config: MiniMaxM3VLTextConfig, layer_type: str, tokens: int) -
     """Keys that all tokens of one sequence of `tokens` attend to in one layer, per query head.
 
     A sparse layer whose `index_local_blocks` is 0 may attend to fewer: its queries need not keep their own block.
+
+    Raises:
+        ValueError: There is no such layer type.
     """
-    if layer_type == SPARSE_LAYER_TYPE:
-        width = config.index_topk_blocks
-    elif layer_type == STRUCTURED_LAYER_TYPE:
-        width = config.structured_local_blocks + config.structured_anchor_blocks + config.structured_random_blocks
-    else:
-        return tokens * (tokens + 1) // 2
+    selector = attention_type(layer_type).selector
+    if selector is None:
+        return _all_keys(tokens)
+    width = selector.blocks_per_query(config)
     # A query attends to its own block up to itself and to at most width - 1 whole ones before it.
     size = config.index_block_size
     blocks, rest = divmod(tokens, size)
@@ -29,6 +30,10 @@ def attended_keys(config: MiniMaxM3VLTextConfig, layer_type: str, tokens: int) -
     before = growing * (growing - 1) // 2 + (blocks - growing) * (width - 1)
     own = blocks * size * (size + 1) // 2 + rest * (rest + 1) // 2
     return own + size * (size * before + rest * min(blocks, width - 1))
+
+
+def _all_keys(tokens: int) -> int:
+    return tokens * (tokens + 1) // 2
 
 
 def forward_flops(config: MiniMaxM3VLTextConfig, tokens: int) -> dict[str, int]:
@@ -46,9 +51,9 @@ def forward_flops(config: MiniMaxM3VLTextConfig, tokens: int) -> dict[str, int]:
     for layer_type, mlp_type in zip(config.layer_types, config.mlp_layer_types, strict=True):
         weights["attention projections"] += 2 * hidden * (query_width + key_width)
         products["attention"] += 2 * query_width * attended_keys(config, layer_type, tokens)
-        if layer_type == SPARSE_LAYER_TYPE:
+        if attention_type(layer_type).layer_type.has_indexer:
             weights["indexer projections"] += hidden * (index_width + config.index_head_dim)
-            products["index scores"] += index_width * attended_keys(config, "full_attention", tokens)
+            products["index scores"] += index_width * _all_keys(tokens)
         if mlp_type == "sparse":
             weights["mlp"] += hidden * (config.num_local_experts + 3 * experts)
         else:

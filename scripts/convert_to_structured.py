@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from safetensors import safe_open
@@ -19,13 +20,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig
 
-import modeling_minimax_m3  # noqa: F401 - registers the configuration
+from configuration_minimax_m3.layer_types import LEARNED_SPARSE, STRUCTURED
+from modeling_minimax_m3 import msa  # importing the package registers the configuration
 from replace_when_done import replace_when_done
 
-STRUCTURED = "minimax_m3_structured"
 # The indexer under its name on disk in composite checkpoints, and in text-only ones.
 INDEXER_WEIGHT = re.compile(r"layers\.(\d+)\.self_attn\.(?:index_[qk]_(?:proj|norm)|indexer\.[qk]_(?:proj|norm))\.")
-PATTERN_FIELDS = ("local_blocks", "anchor_blocks", "anchor_stride", "random_blocks", "seed")
+PATTERN_FIELDS = tuple(field.name for field in fields(msa.StructuredPattern))
 
 
 def parse_layers(text: str, num_layers: int) -> list[int]:
@@ -69,13 +70,13 @@ def convert(
     config = AutoConfig.from_pretrained(source)
     text = config.get_text_config()
     if layers is None:
-        chosen = [i for i, layer_type in enumerate(text.layer_types) if layer_type == "minimax_m3_sparse"]
+        chosen = [i for i, name in enumerate(text.layer_types) if name == LEARNED_SPARSE.name]
     else:
         chosen = parse_layers(layers, text.num_hidden_layers)
     if not chosen:
         raise ValueError("the checkpoint has no learned-sparse layer: name the layers to convert with `--layers`.")
 
-    text.layer_types = [STRUCTURED if i in chosen else kind for i, kind in enumerate(text.layer_types)]
+    text.layer_types = [STRUCTURED.name if i in chosen else name for i, name in enumerate(text.layer_types)]
     for name, value in (pattern or {}).items():
         setattr(text, f"structured_{name}", value)
     text.validate()

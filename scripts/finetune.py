@@ -50,6 +50,7 @@ from transformers.utils import logging
 
 import modeling_minimax_m3  # noqa: F401  (registers the classes)
 from idle_options import refuse_idle
+from modeling_minimax_m3.layers.layer_types import attention_type
 from modeling_minimax_m3.trainer_logging import IndexerLossLogging
 from processing_minimax_m3 import MiniMaxM3VLProcessor, MultimodalChatCollator
 from processing_minimax_m3.chat_template import THINKING_MODES, check_thinking_mode
@@ -393,7 +394,7 @@ def load_config(arguments: ModelArguments, max_length: int, asked: set[str]) -> 
         asked,
         no_vision=not is_composite(config),
         no_experts="sparse" not in text.mlp_layer_types,
-        no_indexers="minimax_m3_sparse" not in text.layer_types,
+        no_indexers=not any(attention_type(name).layer_type.has_indexer for name in text.layer_types),
     )
     text.indexer_loss_coef = arguments.indexer_loss_coef
     if arguments.router_aux_loss_coef is not None:
@@ -531,7 +532,8 @@ def prepare(argv: list[str]) -> Trainer:
             no_texts=all(chats),
             media=with_media,
             no_media=not with_media,
-            own_attention="full_attention" not in config.get_text_config().layer_types and not with_media,
+            own_attention=not with_media
+            and not any(attention_type(name).is_dense for name in config.get_text_config().layer_types),
         )
         if lora_arguments.lora:
             check_adapters(config, lora_arguments, with_media, asked)

@@ -7,6 +7,7 @@ Below: the list of a context's last token, one line for each key/value head.
 """
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import matplotlib
@@ -108,16 +109,11 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=default.index_block_size, help="tokens in a block")
     parser.add_argument("--heads", type=int, default=default.num_key_value_heads, help="key/value heads")
     parser.add_argument("--layer", type=int, default=3)
-    for name in ("local_blocks", "anchor_blocks", "anchor_stride", "random_blocks", "seed"):
+    names = [field.name for field in fields(msa.StructuredPattern)]
+    for name in names:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, f"structured_{name}"))
     arguments = parser.parse_args()
-    pattern = msa.StructuredPattern(
-        arguments.local_blocks,
-        arguments.anchor_blocks,
-        arguments.anchor_stride,
-        arguments.random_blocks,
-        arguments.seed,
-    )
+    pattern = msa.StructuredPattern(**{name: getattr(arguments, name) for name in names})
     path = plot_pattern(
         arguments.picture, pattern, arguments.tokens, arguments.block_size, arguments.heads, arguments.layer
     )

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-import modeling_minimax_m3  # noqa: F401  registers the model with the Auto classes
+from modeling_minimax_m3.layers.layer_types import attention_type  # registers the model with the Auto classes
 from replace_when_done import replace_when_done
 
 
@@ -128,8 +128,8 @@ def main() -> None:
 
 
 def sparse_layers(text_config: Any) -> list[int]:
-    """The numbers of the layers that attend to chosen blocks, in order."""
-    return [i for i, layer_type in enumerate(text_config.layer_types) if layer_type != "full_attention"]
+    """The numbers of the layers that attend to selected blocks, in order."""
+    return [i for i, name in enumerate(text_config.layer_types) if not attention_type(name).is_dense]
 
 
 if __name__ == "__main__":

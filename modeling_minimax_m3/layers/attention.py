@@ -1,7 +1,5 @@
 """The attention layer: projections, QK-norm, rotary, cache update, then dense attention or MiniMax Sparse Attention."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -10,12 +8,12 @@ from transformers.utils import logging
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from .. import msa
-from ..runtime.cache import SPARSE_LAYER_TYPE, STRUCTURED_LAYER_TYPE
 from ..runtime.sequence_layout import SequenceLayout
 from ..runtime.transformers_versions import takes_cache
 from .dense_attention import dense_attention
 from .indexer import MiniMaxM3VLIndexer, with_zero_gradients
-from .materialized import materialized_attention, select_blocks_under_mask
+from .layer_types import attention_type
+from .materialized import materialized_attention
 from .normalization import MiniMaxM3VLRMSNorm
 from .rotary import apply_rotary
 
@@ -25,10 +23,9 @@ logger = logging.get_logger(__name__)
 class MiniMaxM3VLAttention(nn.Module):
     """Grouped-query attention with per-head QK-norm and partial rotary, over all keys or over chosen blocks of them.
 
-    A "minimax_m3_sparse" layer chooses blocks by its indexer, a "minimax_m3_structured" one by position alone.
-
     Args:
-        config (`MiniMaxM3VLTextConfig`): `config.layer_types[layer_idx]` decides between the kinds.
+        config (`MiniMaxM3VLTextConfig`): `config.layer_types[layer_idx]` names the kind of layer; `layer_types.py` has
+            the kinds.
         layer_idx (`int`): Position of the layer in the model.
     """
 
@@ -47,19 +44,10 @@ class MiniMaxM3VLAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
         self.q_norm = MiniMaxM3VLRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = MiniMaxM3VLRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        layer_type = config.layer_types[layer_idx]
-        self.indexer = MiniMaxM3VLIndexer(config) if layer_type == SPARSE_LAYER_TYPE else None
-        self.pattern = None
-        if layer_type == STRUCTURED_LAYER_TYPE:
-            self.pattern = msa.StructuredPattern(
-                local_blocks=config.structured_local_blocks,
-                anchor_blocks=config.structured_anchor_blocks,
-                anchor_stride=config.structured_anchor_stride,
-                random_blocks=config.structured_random_blocks,
-                seed=config.structured_seed,
-            )
-        self.is_dense = self.indexer is None and self.pattern is None
-        if not self.is_dense and self.attention_dropout > 0:
+        kind = attention_type(config.layer_types[layer_idx])
+        self.indexer = MiniMaxM3VLIndexer(config) if kind.layer_type.has_indexer else None
+        self.selector = None if kind.selector is None else kind.selector(config, layer_idx)
+        if self.selector is not None and self.attention_dropout > 0:
             logger.warning_once(
                 f"`attention_dropout` is {self.attention_dropout}, but layers that attend to chosen blocks apply none."
             )
@@ -118,7 +106,7 @@ class MiniMaxM3VLAttention(nn.Module):
                 "`output_indexer_loss=False`"
             )
         divergence = None
-        if self.is_dense or (index is not None and self.config.indexer_warmup):
+        if self.selector is None or (index is not None and self.config.indexer_warmup):
             implementation = "eager" if output_attentions else self.config._attn_implementation
             dropout = self.attention_dropout if self.training else 0.0
             out, weights = dense_attention(
@@ -129,8 +117,7 @@ class MiniMaxM3VLAttention(nn.Module):
                 states = (layout.order_queries(query), layout.order_keys(key), self._order_index(index, layout))
                 divergence = self._divergence(*states, None, None, layout)
         else:
-            if self.pattern is not None and self.config.structured_cross_document:
-                layout = layout.as_one_document()
+            layout = self.selector.layout_of(layout)
             out, weights, divergence = self._block_attention(
                 query, key, value, index, layout, output_attentions, output_indexer_loss
             )
@@ -174,8 +161,8 @@ class MiniMaxM3VLAttention(nn.Module):
         output_attentions: bool,
         output_indexer_loss: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Attention over chosen blocks; `index` holds the indexer's queries (B, T, H_idx, D_idx) and keys
-        (B, S, D_idx), or is None where position decides."""
+        """Attention over selected blocks; `index` holds the indexer's queries (B, T, H_idx, D_idx) and keys
+        (B, S, D_idx), or is None where the layer has no indexer."""
         unordered = (query, key, value)
         query, key, value = layout.order_queries(query), layout.order_keys(key), layout.order_keys(value)
         if index is not None:
@@ -184,28 +171,19 @@ class MiniMaxM3VLAttention(nn.Module):
         backend = {"backend": self.config.msa_backend}
         needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         reads_cache = layout.is_cached and not needs_grad and not output_indexer_loss
-        rows = {"cache_seqlens": layout.cache_seqlens, "cache_leftpad": layout.cache_leftpad}
-
-        if layout.allowed is not None:
-            block_indices = self._choose_blocks(index, layout, key, select_blocks_under_mask, {"layout": layout})
-        elif reads_cache:
-            block_indices = self._choose_blocks(index, layout, key, msa.select_blocks_with_kvcache, rows | backend)
-        else:
-            offsets = _packed_offsets(layout, key.shape[1])
-            flat_index = None if index is None else tuple(states.flatten(0, 1) for states in index)
-            block_indices = self._choose_blocks(flat_index, layout, key, msa.select_blocks, offsets | backend)
-            block_indices = block_indices.view(*query.shape[:2], *block_indices.shape[-2:])
-
+        block_indices = self.selector.select(layout, key, index, reads_cache)
         lse = weights = divergence = None
         if output_attentions or layout.allowed is not None:
             out, weights = materialized_attention(*unordered, block_indices, layout, **options)
         elif reads_cache:
+            rows = {"cache_seqlens": layout.cache_seqlens, "cache_leftpad": layout.cache_leftpad}
             out = msa.block_sparse_attention_with_kvcache(
                 query, key, value, block_indices, **rows, **options, **backend
             )
             out = layout.restore_order(out)
         else:
             flat = (states.flatten(0, 1) for states in (query, key, value, block_indices))
+            offsets = layout.packed_offsets(key.shape[1])
             out, lse = msa.block_sparse_attention(*flat, **offsets, **options, **backend, return_lse=True)
             out = layout.restore_order(out.unflatten(0, query.shape[:2]))
         if output_indexer_loss:
@@ -233,49 +211,10 @@ class MiniMaxM3VLAttention(nn.Module):
         divergence = msa.indexer_kl_loss(
             *flat,
             block_indices,
-            **_packed_offsets(layout, key.shape[1]),
+            **layout.packed_offsets(key.shape[1]),
             lse=lse,
             block_size=self.config.index_block_size,
             softmax_scale=self.scaling,
             backend=self.config.msa_backend,
         )
         return layout.restore_order(divergence.mean(-1).view(query.shape[:2]))
-
-    def _choose_blocks(
-        self,
-        index: tuple[torch.Tensor, torch.Tensor] | None,
-        layout: SequenceLayout,
-        key: torch.Tensor,
-        select: Callable[..., torch.Tensor],
-        kwargs: dict,
-    ) -> torch.Tensor:
-        """Block ids for each query and key/value head: by `select` from the indexer's states, in the form that it
-        has, or (B, T, H_kv, W) by position."""
-        config = self.config
-        block_size = config.index_block_size
-        if index is not None:
-            return select(
-                *index,
-                block_size=block_size,
-                topk=config.index_topk_blocks,
-                local_blocks=config.index_local_blocks,
-                init_blocks=config.index_init_blocks,
-                **kwargs,
-            )
-        own_block = torch.div(layout.working_positions(), block_size, rounding_mode="floor")
-        longest = layout.max_seqlen if layout.cu_seqlens is not None else key.shape[1]
-        return msa.structured_blocks_of(
-            own_block,
-            key.shape[2],
-            self.layer_idx,
-            self.pattern,
-            num_blocks=-(-longest // block_size),
-            backend=config.msa_backend,
-        )
-
-
-def _packed_offsets(layout: SequenceLayout, num_keys: int) -> dict[str, torch.Tensor]:
-    """The offsets of the sequences among the flattened (B, T, ...) queries and (B, S, ...) keys, as operators take them."""
-    if layout.is_cached:
-        return dict(zip(("cu_seqlens_q", "cu_seqlens_k"), layout.packed_offsets(num_keys)))
-    return {"cu_seqlens_q": layout.cu_seqlens, "cu_seqlens_k": layout.cu_seqlens}

@@ -21,10 +21,10 @@ from ..layers.indexer import indexer_loss
 from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter, load_balancing_loss
 from ..layers.normalization import MiniMaxM3VLRMSNorm
 from ..layers.rotary import MiniMaxM3VLRotaryEmbedding
-from ..runtime.cache import adopt_cache
 from ..runtime.sequence_layout import SequenceLayout, build_layout, create_masks_for_generate, real_tokens
 from ..runtime.transformers_versions import CACHE_NAME, GenerationMixin, output_fields, takes_cache
 from ..training.language_loss import LanguageModelingHead, batch_share, without_targets_of_padding
+from .cache_adoption import adopt_cache
 from .outputs import MiniMaxM3VLTextCausalLMOutputWithPast, MiniMaxM3VLTextModelOutputWithPast
 from .pretrained import MiniMaxM3VLPreTrainedModel
 

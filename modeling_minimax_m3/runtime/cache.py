@@ -9,11 +9,10 @@ reserves exactly what it is told.
 """
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
-SPARSE_LAYER_TYPE = "minimax_m3_sparse"
-STRUCTURED_LAYER_TYPE = "minimax_m3_structured"
+from configuration_minimax_m3.layer_types import LEARNED_SPARSE, STRUCTURED
 
 
 class _GrowingBuffer:
@@ -134,7 +133,7 @@ class MiniMaxM3VLSparseDynamicLayer(MiniMaxM3VLDynamicLayer):
     (256 of 2304 bytes per token in the released geometry).
     """
 
-    _layer_type = SPARSE_LAYER_TYPE
+    _layer_type = LEARNED_SPARSE.name
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -171,7 +170,7 @@ class MiniMaxM3VLSparseDynamicLayer(MiniMaxM3VLDynamicLayer):
 class MiniMaxM3VLStructuredDynamicLayer(MiniMaxM3VLDynamicLayer):
     """Growing cache layer of structured attention: keys and values, as nothing else is needed."""
 
-    _layer_type = STRUCTURED_LAYER_TYPE
+    _layer_type = STRUCTURED.name
 
 
 class MiniMaxM3VLStaticLayer(StaticLayer):
@@ -237,13 +236,13 @@ class MiniMaxM3VLStaticLayer(StaticLayer):
 class MiniMaxM3VLStructuredStaticLayer(MiniMaxM3VLStaticLayer):
     """Preallocated cache layer of structured attention."""
 
-    _layer_type = STRUCTURED_LAYER_TYPE
+    _layer_type = STRUCTURED.name
 
 
 class MiniMaxM3VLSparseStaticLayer(MiniMaxM3VLStaticLayer):
     """Preallocated cache layer of sparse attention, with the index keys of every token."""
 
-    _layer_type = SPARSE_LAYER_TYPE
+    _layer_type = LEARNED_SPARSE.name
 
     def __init__(self, max_cache_len: int, **kwargs):
         super().__init__(max_cache_len, **kwargs)
@@ -288,56 +287,3 @@ def _mark_static(*tensors: torch.Tensor) -> None:
     if not is_torchdynamo_compiling():
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor)
-
-
-def adopt_cache(cache: Cache, layer_types: list[str], batch: int) -> None:
-    """Replaces the empty layers of a cache that Transformers built by ours, in place, and checks that it fits.
-
-    `DynamicCache(config=...)` and `StaticCache(config=...)` look their layer classes up in a table that stock
-    Transformers' own M3 module writes to as well, and dense layers get the general class, which concatenates per
-    token. Layers that already hold tokens, or are of other classes (quantized ones, say), stay as they are.
-
-    Args:
-        cache: The cache to use.
-        layer_types: The model's kinds of layers.
-        batch: Rows of the input.
-
-    Raises:
-        TypeError: Not a cache of a decoder.
-        ValueError: Another number of layers or rows, or a sparse layer's cache layer that holds tokens or cannot be
-            replaced and has no room for index keys.
-    """
-    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
-        raise TypeError(
-            f"`cache` must be a `Cache` of a decoder, such as `DynamicCache(config=model.config)`, "
-            f"got {type(cache).__name__}"
-        )
-    if cache.layers and len(cache.layers) != len(layer_types):
-        raise ValueError(
-            f"`cache` must have one layer for each of the model's {len(layer_types)} layers, got {len(cache.layers)}"
-        )
-    rows = {len(layer.keys) for layer in cache.layers if layer.is_initialized and layer.keys.numel() > 0}
-    if rows - {batch}:
-        raise ValueError(f"`cache` must hold the input's {batch} rows, got {max(rows)}")
-    if cache.layer_class_to_replicate is DynamicLayer and not cache.layers:
-        cache.layers = [DynamicLayer() for _ in layer_types]  # a cache made without a config
-    for index, (layer, layer_type) in enumerate(zip(cache.layers, layer_types)):
-        is_sparse = layer_type == SPARSE_LAYER_TYPE
-        is_replaceable = type(layer) in (DynamicLayer, StaticLayer) or (
-            is_sparse and isinstance(layer, (DynamicLayer, StaticLayer)) and hasattr(layer, "update_index")
-        )
-        ours = (MiniMaxM3VLDynamicLayer, MiniMaxM3VLStaticLayer)
-        if is_replaceable and not isinstance(layer, ours) and not layer.is_initialized:
-            if isinstance(layer, StaticLayer):
-                layer_class = MiniMaxM3VLSparseStaticLayer if is_sparse else MiniMaxM3VLStaticLayer
-                cache.layers[index] = layer = layer_class(max_cache_len=layer.max_cache_len)
-            else:
-                layer_class = MiniMaxM3VLSparseDynamicLayer if is_sparse else MiniMaxM3VLDynamicLayer
-                cache.layers[index] = layer = layer_class()
-        if is_sparse and not hasattr(layer, "update_index"):
-            raise ValueError(
-                f"`cache` has a {type(layer).__name__} for layer {index}, which keeps no index keys, but "
-                f"that layer's type is {layer_type!r}. Make the cache with `DynamicCache(config=model.config)` or "
-                "`StaticCache(config=model.config, ...)`. Prefix tuning learns no index keys: models with such layers "
-                "need another method, such as prompt tuning."
-            )

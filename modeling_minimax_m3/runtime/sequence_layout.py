@@ -154,15 +154,19 @@ class SequenceLayout:
         }
         return SequenceLayout(**moved)
 
-    def packed_offsets(self, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Offsets (queries, keys) of a cached layout whose (B, S, ...) keys are flattened: each row's padding, its
-        tokens, and the slots after them."""
+    def packed_offsets(self, num_keys: int) -> dict[str, torch.Tensor]:
+        """The offsets of all sequences, as operators take them, where (B, T, ...) queries and (B, S, ...) keys are flattened.
+
+        With a cache, a row gives three sequences: its left padding, its tokens, and the slots after them.
+        """
+        if not self.is_cached:
+            return {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens}
         leftpad = self._leftpad()
         real = self.cache_seqlens - leftpad
         padded_queries = (self.num_new - real).clamp(min=0)
         lengths_q = torch.stack((padded_queries, self.num_new - padded_queries, torch.zeros_like(real)), dim=1)
         lengths_k = torch.stack((leftpad, real, num_keys - self.cache_seqlens), dim=1)
-        return _offsets(lengths_q.flatten()), _offsets(lengths_k.flatten())
+        return {"cu_seqlens_q": _offsets(lengths_q.flatten()), "cu_seqlens_k": _offsets(lengths_k.flatten())}
 
 
 def _take(states: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:

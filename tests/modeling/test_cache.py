@@ -9,13 +9,13 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3.models.cache_adoption import adopt_cache
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.runtime.cache import (
     MiniMaxM3VLDynamicLayer,
     MiniMaxM3VLSparseDynamicLayer,
     MiniMaxM3VLSparseStaticLayer,
     MiniMaxM3VLStaticLayer,
-    adopt_cache,
 )
 
 pytestmark = pytest.mark.compatibility
