@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
-from modeling_minimax_m3.runtime.sequence_layout import build_layout
+from modeling_minimax_m3.runtime.layout_building import build_layout
 
 from .gpu import Run, parse_arguments, time_ms
 from .implementations import OURS, STOCK, classes, load_same_weights, text_config

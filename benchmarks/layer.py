@@ -45,7 +45,7 @@ def _inputs(implementation: str, rotary: torch.nn.Module, tokens: int) -> dict[s
     position_ids = torch.arange(tokens)[None]
     attention_mask = None  # stock's layer makes its own causal mask
     if implementation == OURS:
-        from modeling_minimax_m3.runtime.sequence_layout import build_layout
+        from modeling_minimax_m3.runtime.layout_building import build_layout
 
         attention_mask = build_layout(None, None, None, 1, tokens, hidden_states.device)
     return {

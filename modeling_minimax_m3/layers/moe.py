@@ -1,15 +1,12 @@
-"""Feed-forward parts of a decoder layer: the dense MLP, and the mixture of experts with its router and balance loss.
+"""Feed-forward parts of a decoder layer: the dense MLP, and the mixture of experts with its router.
 
 N is the number of tokens, E of experts, K of experts per token, H the hidden size, F an intermediate size.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.integrations import use_experts_implementation
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
@@ -143,39 +140,3 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
         _, top_k_weights, top_k_index = self.gate(tokens)
         routed = self.experts(tokens, top_k_index, top_k_weights)
         return (routed * self.routed_scaling_factor + self.shared_experts(tokens)).view_as(hidden_states)
-
-
-def load_balancing_loss(
-    router_logits: Sequence[torch.Tensor],
-    num_experts: int,
-    top_k: int,
-    *,
-    attention_mask: torch.Tensor | None = None,
-    cu_seq_lens: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Switch Transformer's load-balancing loss over the real tokens of a forward pass.
-
-    Args:
-        router_logits (`Sequence[torch.Tensor]`): One `(B * T, E)` tensor for each layer with experts.
-        num_experts (`int`): E.
-        top_k (`int`): Experts chosen per token.
-        attention_mask (`torch.Tensor`, *optional*): `(B, S)`, 0 at pads; its last T columns belong to the tokens of
-            this pass. Masks of any other form say nothing about pads and are ignored.
-        cu_seq_lens (`torch.Tensor`, *optional*): Offsets of packed sequences. What follows the last one is padding.
-
-    Returns:
-        A float32 scalar: `num_experts` times the sum over experts of the fraction of choices that go to an expert,
-        times its mean probability.
-    """
-    if not router_logits:
-        raise ValueError("router_logits is empty: the model has no layer with routed experts to balance.")
-    tokens = router_logits[0].shape[0]
-    real = None
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        real = attention_mask[:, -(tokens // attention_mask.shape[0]) :].reshape(-1) != 0
-    if cu_seq_lens is not None:
-        packed = torch.arange(tokens, device=cu_seq_lens.device) < cu_seq_lens[-1]
-        real = packed if real is None else real & packed.to(real.device)
-    if real is not None:
-        real = real | ~real.any()  # of pads alone, all count: a mean over no tokens would be NaN, gradients included
-    return load_balancing_loss_func(tuple(router_logits), num_experts, top_k, real)

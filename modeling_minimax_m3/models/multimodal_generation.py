@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..runtime.transformers_versions import CACHE_NAME
-from .text import MiniMaxM3GenerationMixin
+from .text_generation import MiniMaxM3GenerationMixin
 
 # What `mm_token_type_ids` holds at the placeholders of each modality; 0 is text.
 TOKEN_TYPES = {"image": 1, "video": 2}

@@ -1,6 +1,5 @@
 """What every M3 model class shares: capability flags and weight initialisation."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -8,18 +7,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
 from configuration_minimax_m3.auto_class import AutoClassByImport
 
-from ..layers.indexer import MiniMaxM3VLIndexer
 from ..layers.moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
 from ..layers.normalization import MiniMaxM3VLRMSNorm
+from ..loading.disk_names import with_module_names
 from ..loading.part_loading import finish_part_loading, part_conversions, refuse_parts_without_weights
 from ..loading.quantized_checkpoints import finish_loading
+from ..training.indexer_training import freeze_untrained_indexers, set_indexer_training
 
 
 class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
@@ -65,11 +62,7 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         finish_loading(model)
-        # The loaded weights are new parameters, which do not know that those they replace were frozen.
-        indexers = model._indexers()
-        if indexers and model.config.get_text_config().indexer_loss_coef == 0:
-            for indexer in indexers:
-                indexer.requires_grad_(False)
+        freeze_untrained_indexers(model)
         return loaded
 
     @staticmethod
@@ -97,21 +90,7 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
                 them.
             warmup (`bool`): Whether sparse layers attend to all keys, and the loss runs over all keys.
         """
-        config = self.config.get_text_config()
-        before = {name: getattr(config, name) for name in ("indexer_loss_coef", "indexer_warmup")}
-        try:
-            config.indexer_loss_coef, config.indexer_warmup = coef, warmup
-            config.validate()
-        except Exception:
-            config.indexer_loss_coef, config.indexer_warmup = before.values()
-            raise
-        for indexer in self._indexers():
-            for parameter in indexer.parameters():
-                if parameter.is_floating_point():  # quantized ones cannot be trained
-                    parameter.requires_grad_(coef > 0)
-
-    def _indexers(self) -> list[MiniMaxM3VLIndexer]:
-        return [module for module in self.modules() if isinstance(module, MiniMaxM3VLIndexer)]
+        set_indexer_training(self, coef, warmup)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -139,27 +118,5 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
             ValueError: The experts of a layer come without some of them, as they do in one file of several.
         """
         if not self.state_dict().keys() >= state_dict.keys():
-            state_dict = self._with_module_names(state_dict)
+            state_dict = with_module_names(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def _with_module_names(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        conversions = get_model_conversion_mapping(self, add_legacy=False)
-        if not conversions:
-            return dict(state_dict)
-        own = self.state_dict()
-        with torch.device("meta"):
-            shell = type(self)(copy.deepcopy(self.config))
-        for name, tensor in shell.state_dict(keep_vars=True).items():
-            tensor.data = tensor.data.to(own[name].dtype if name in own else self.dtype)
-        foreign = {name: tensor for name, tensor in state_dict.items() if name not in own}
-        info, _ = convert_and_load_state_dict_in_model(
-            shell, foreign, LoadStateDictConfig(weight_mapping=conversions, dtype=self.dtype)
-        )
-        if info.mismatched_keys or info.conversion_errors:
-            names = sorted({key for key, *_ in info.mismatched_keys} | set(info.conversion_errors))
-            raise ValueError(
-                f"`state_dict` does not hold all parts of {names[0]}. A checkpoint of several files is loaded by "
-                "`from_pretrained`; one that `Trainer` is to resume from has to be a single file."
-            )
-        kept = {name: tensor for name, tensor in state_dict.items() if name in own or name in info.unexpected_keys}
-        return kept | {name: tensor for name, tensor in shell.state_dict().items() if not tensor.is_meta}

@@ -3,13 +3,7 @@
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation.candidate_generator import (
-    AssistedCandidateGenerator,
-    CandidateGenerator,
-    EarlyExitCandidateGenerator,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -17,16 +11,17 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from ..layers.attention import MiniMaxM3VLAttention
-from ..layers.indexer import indexer_loss
-from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter, load_balancing_loss
+from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter
 from ..layers.normalization import MiniMaxM3VLRMSNorm
 from ..layers.rotary import MiniMaxM3VLRotaryEmbedding
-from ..runtime.sequence_layout import SequenceLayout, build_layout, create_masks_for_generate, real_tokens
-from ..runtime.transformers_versions import CACHE_NAME, GenerationMixin, output_fields, takes_cache
-from ..training.language_loss import LanguageModelingHead, batch_share, without_targets_of_padding
+from ..runtime.layout_building import build_layout
+from ..runtime.sequence_layout import SequenceLayout
+from ..runtime.transformers_versions import output_fields, takes_cache
 from .cache_adoption import adopt_cache
+from .language_modeling_head import LanguageModelingHead
 from .outputs import MiniMaxM3VLTextCausalLMOutputWithPast, MiniMaxM3VLTextModelOutputWithPast
 from .pretrained import MiniMaxM3VLPreTrainedModel
+from .text_generation import MiniMaxM3GenerationMixin
 
 logger = logging.get_logger(__name__)
 
@@ -261,46 +256,6 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             )
 
 
-class _EarlyExit(EarlyExitCandidateGenerator):
-    """Drafts with the model's first layers alone, those of a composite model's text config too."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        num_layers = self.assistant_model.config.get_text_config().num_hidden_layers
-        if not 1 <= self.assistant_early_exit <= num_layers:
-            raise ValueError(
-                f"`assistant_early_exit` must name one of the model's {num_layers} layers, counted from 1, got "
-                f"{self.assistant_early_exit}"
-            )
-
-    def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        config = self.assistant_model.config.get_text_config()
-        num_layers = config.num_hidden_layers
-        config.num_hidden_layers = self.assistant_early_exit
-        try:
-            return AssistedCandidateGenerator.get_candidates(self, input_ids)
-        finally:
-            config.num_hidden_layers = num_layers
-
-
-class MiniMaxM3GenerationMixin(GenerationMixin):
-    """Generation of the causal and the conditional language model."""
-
-    create_masks_for_generate = staticmethod(create_masks_for_generate)
-
-    def _get_candidate_generator(self, **kwargs) -> CandidateGenerator:
-        if kwargs["generation_config"].assistant_early_exit is None:
-            return super()._get_candidate_generator(**kwargs)
-        names = ("input_ids", "generation_config", "model_kwargs", "inputs_tensor", "logits_processor")
-        return _EarlyExit(assistant_model=self, **{name: kwargs[name] for name in names})
-
-    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        # An offloaded cache moves between devices at every step, so a compiled step would be compiled again each time.
-        if getattr(model_kwargs.get(CACHE_NAME), "offloading", False):
-            return False
-        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-
-
 class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, MiniMaxM3GenerationMixin):
     """The language model with a head, for text-only checkpoints."""
 
@@ -316,9 +271,6 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
         self.model = MiniMaxM3VLTextModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.router_aux_loss_coef = config.router_aux_loss_coef
-        self.num_experts = config.num_local_experts
-        self.num_experts_per_tok = config.num_experts_per_tok
         self.post_init()
 
     @takes_cache
@@ -354,10 +306,7 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
                 with the weight `config.indexer_loss_coef`. Default: whether that is above 0, and there are labels or
                 the model is in training mode.
         """
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        if output_indexer_loss is None:
-            output_indexer_loss = self.config.indexer_loss_coef > 0 and (self.training or labels is not None)
+        flags = self.flags_of_losses(labels, output_router_logits, output_indexer_loss)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -365,39 +314,22 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits,
-            output_indexer_loss=output_indexer_loss,
             return_dict=True,
+            **flags,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        if isinstance(logits_to_keep, int):
-            labels = without_targets_of_padding(labels, attention_mask, kwargs.get("ignore_index", -100))
-        logits, loss = self.logits_and_loss(hidden_states, labels, skip_logits, **kwargs)
-        aux_loss = None
-        if output_router_logits:
-            aux_loss = load_balancing_loss(
-                outputs.router_logits,
-                self.num_experts,
-                self.num_experts_per_tok,
-                attention_mask=attention_mask,
-                cu_seq_lens=kwargs.get("cu_seq_lens_q"),
-            )
-            if loss is not None:
-                share = batch_share(labels, loss.device, **kwargs)
-                loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) * share
-        divergence, kl_loss = outputs.indexer_divergence, None
-        if divergence is not None:
-            real = real_tokens(attention_mask, kwargs.get("cu_seq_lens_q"), *divergence.shape)
-            kl_loss = indexer_loss(divergence, real, labels, logits_to_keep=logits_to_keep, **kwargs)
-            if loss is not None:
-                loss = loss + self.config.indexer_loss_coef * kl_loss.to(loss.device)
+        head = self.logits_and_losses(
+            outputs,
+            labels,
+            attention_mask,
+            output_router_logits=flags["output_router_logits"],
+            logits_to_keep=logits_to_keep,
+            skip_logits=skip_logits,
+            **kwargs,
+        )
         return MiniMaxM3VLTextCausalLMOutputWithPast(
             **output_fields(
-                loss=loss,
-                aux_loss=aux_loss,
-                indexer_loss=kl_loss,
-                logits=logits,
+                **head,
                 cache=outputs.cache,
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,

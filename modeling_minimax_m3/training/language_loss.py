@@ -18,7 +18,6 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import is_torchdynamo_compiling
 
 # 1024 tokens of the released vocabulary take 2 GiB while their loss is computed, and fill a GPU's matrix units.
@@ -255,49 +254,3 @@ def _call_once(module: nn.Module, function: Callable[..., torch.Tensor], states:
             module.forward = forward
         else:
             del module.forward
-
-
-class LanguageModelingHead:
-    """The end of a language model's forward: logits, loss, or both. A mixin for models that have an `lm_head`.
-
-    Attributes:
-        skip_logits (`bool`, *optional*): What `skip_logits` of `forward` is where it is not given. None: in training
-            mode a call with labels computes the loss without logits; any other call returns logits. True: every call
-            with labels does without logits, evaluation included. False: every call returns logits.
-    """
-
-    skip_logits: bool | None = None
-
-    def logits_and_loss(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor | None,
-        skip_logits: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Logits (B, T, vocabulary) of hidden states (B, T, H) and their loss against labels (B, T); see `skip_logits`.
-
-        Raises:
-            ValueError: `labels` have another shape, or logits are not to be built where they are needed.
-        """
-        if labels is None:
-            if skip_logits:
-                raise ValueError("`skip_logits=True` asks for the loss alone, which needs `labels`, got None")
-            return self.lm_head(hidden_states), None
-        if labels.shape != hidden_states.shape[:2]:
-            raise ValueError(
-                f"`labels` must have one id per token with logits, shape {tuple(hidden_states.shape[:2])}, got "
-                f"{tuple(labels.shape)}. `logits_to_keep` keeps logits of fewer tokens: leave it out where there are "
-                "labels."
-            )
-        wanted = self.skip_logits if skip_logits is None else skip_logits
-        is_standard = self.loss_function is ForCausalLMLoss
-        if wanted and not is_standard:
-            raise ValueError(
-                "`skip_logits=True` computes the standard causal language-modelling loss, but the model's "
-                f"`loss_function` is {self.loss_function}, which needs logits"
-            )
-        if wanted or (wanted is None and self.training and is_standard):
-            return None, causal_lm_loss(self.lm_head, hidden_states, labels, **kwargs)
-        logits = self.lm_head(hidden_states)
-        return logits, self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)

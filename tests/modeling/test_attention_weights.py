@@ -7,7 +7,7 @@ from transformers import DynamicCache, StaticCache
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.layers.materialized import materialized_attention
-from modeling_minimax_m3.runtime.sequence_layout import build_layout
+from modeling_minimax_m3.runtime.layout_building import build_layout
 
 pytestmark = pytest.mark.compatibility
 

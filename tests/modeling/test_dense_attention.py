@@ -9,6 +9,7 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.layers import dense_attention as dense
+from modeling_minimax_m3.layers import packed_causal_attention
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.runtime.sequence_layout import SequenceLayout
 
@@ -103,7 +104,7 @@ def random_states(offsets: list[int], dtype: torch.dtype, seed: int = 0) -> list
 @pytest.mark.parametrize("tile", [2**24, 40], ids=["whole sequences", "small tiles"])
 @pytest.mark.parametrize("offsets", [[0, 37], [0, 0, 5, 6, 6, 40, 40]], ids=str)
 def test_packed_operator(monkeypatch, relative_error, offsets, tile):
-    monkeypatch.setattr(dense, "_TILE", tile)
+    monkeypatch.setattr(packed_causal_attention, "_TILE", tile)
     query, key, value = random_states(offsets, torch.float32)
     out, _ = torch.ops.minimax_m3.packed_causal_attention(query, key, value, torch.tensor(offsets).int(), 0.3)
     for start, stop in itertools.pairwise(offsets):

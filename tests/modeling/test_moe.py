@@ -10,9 +10,10 @@ from modeling_minimax_m3.layers.moe import (
     MiniMaxM3VLExperts,
     MiniMaxM3VLSparseMoeBlock,
     MiniMaxM3VLTopKRouter,
-    load_balancing_loss,
     swiglu_oai,
 )
+from modeling_minimax_m3.runtime.layout_building import real_tokens
+from modeling_minimax_m3.training.router_loss import load_balancing_loss
 
 
 def random_tokens(config, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
@@ -124,8 +125,10 @@ class TestLoadBalancingLoss:
         generator = torch.Generator().manual_seed(seed)
         return tuple(torch.randn(tokens, self.num_experts, generator=generator) for _ in range(2))
 
-    def loss(self, logits, **kwargs) -> torch.Tensor:
-        return load_balancing_loss(logits, self.num_experts, self.top_k, **kwargs)
+    def loss(self, logits, attention_mask=None, cu_seq_lens=None) -> torch.Tensor:
+        batch = 1 if attention_mask is None else len(attention_mask)
+        real = real_tokens(attention_mask, cu_seq_lens, batch, len(logits[0]) // batch)
+        return load_balancing_loss(logits, self.num_experts, self.top_k, real)
 
     @pytest.mark.parametrize("with_mask", [False, True], ids=["all tokens", "padded"])
     def test_equals_stock(self, stock, with_mask):
@@ -174,4 +177,4 @@ class TestLoadBalancingLoss:
 
     def test_model_without_experts(self):
         with pytest.raises(ValueError, match="router_logits is empty"):
-            self.loss(())
+            load_balancing_loss((), self.num_experts, self.top_k)

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.models import text as text_module
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.runtime.sequence_layout import build_layout
+from modeling_minimax_m3.runtime.layout_building import build_layout
 
 WIDTH = 120
 LENGTHS = (WIDTH, 75)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_minimax_m3 import msa
-from modeling_minimax_m3.runtime.sequence_layout import build_layout
+from modeling_minimax_m3.runtime.layout_building import build_layout
 
 pytestmark = [
     pytest.mark.gpu,

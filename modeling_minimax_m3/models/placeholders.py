@@ -1,0 +1,133 @@
+"""Placeholder tokens of images and videos: where they are, and how features take their place.
+
+B is the number of rows, T the number of tokens of this pass.
+"""
+
+import torch
+from transformers.utils import logging, torch_compilable_check
+from transformers.utils.import_utils import is_torchdynamo_compiling
+
+from .multimodal_generation import TOKEN_TYPES
+
+logger = logging.get_logger(__name__)
+
+
+def _check_one_feature_per_placeholder(
+    modality: str, num_placeholders: torch.Tensor, num_features: int, token_id: int, hint: str
+) -> None:
+    # The beginning is Transformers' wording, by which other tools know the error.
+    mismatch = f"{modality.capitalize()} features and {modality} tokens do not match"
+    place = f"one {modality} token (id {token_id}) for each {modality} feature"
+    expected = f"input_ids (or inputs_embeds) must hold {place}.{hint}"
+    agree = num_placeholders == num_features
+    if torch.compiler.is_compiling():
+        # Transformers' check makes a symbol of the number, with which PyTorch 2.10 to 2.12 cannot compile this.
+        torch._assert_async(agree, f"{mismatch}: {expected}")
+        return
+    torch_compilable_check(
+        agree, lambda: f"{mismatch}, tokens: {int(num_placeholders)}, features: {num_features}: {expected}"
+    )
+
+
+class PlaceholderMixin:
+    """Finds and fills the placeholders of a model that has `config.image_token_id` and `config.video_token_id`."""
+
+    def locate_placeholders(
+        self,
+        modality: str,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Find the placeholders of `modality` ("image" or "video").
+
+        Args:
+            modality (`str`): One of the two.
+            input_ids (`torch.Tensor` or `None`): `(B, T)`.
+            inputs_embeds (`torch.Tensor`, *optional*): `(B, T, H)`; needed where the other two are None.
+            mm_token_type_ids (`torch.Tensor`, *optional*): `(B, T)`; decides alone where it is given.
+
+        Returns:
+            `(B, T)`, boolean.
+        """
+        if mm_token_type_ids is not None:
+            return mm_token_type_ids == TOKEN_TYPES[modality]
+        token_id = getattr(self.config, f"{modality}_token_id")
+        if input_ids is not None:
+            return input_ids == token_id
+        # Without ids, a placeholder is a position that holds the placeholder's own embedding.
+        token = torch.tensor(token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the image and the video placeholders, and check that they are as many as the features given.
+
+        Args:
+            input_ids (`torch.LongTensor` or `None`): `(B, T)`. Without it, positions are found by their embedding.
+            inputs_embeds (`torch.Tensor`): `(B, T, H)`.
+            image_features (`torch.Tensor`, *optional*): `(tokens of all images, H)`.
+            video_features (`torch.Tensor`, *optional*): `(tokens of all videos, H)`.
+            mm_token_type_ids (`torch.Tensor`, *optional*): `(B, T)`, 1 at image and 2 at video placeholders.
+
+        Returns:
+            Two boolean masks, each `(B, T, H)`.
+
+        Raises:
+            ValueError: The number of placeholders and of feature rows differ.
+        """
+        masks, hint = [], ""
+        if input_ids is None and mm_token_type_ids is None:
+            hint = (
+                " In inputs_embeds they are found by the embedding of that token, which another token may share: "
+                "mm_token_type_ids (1 at image, 2 at video tokens) says which are meant."
+            )
+        for modality, features in (("image", image_features), ("video", video_features)):
+            mask = self.locate_placeholders(modality, input_ids, inputs_embeds, mm_token_type_ids)
+            if features is not None:
+                token_id = getattr(self.config, f"{modality}_token_id")
+                _check_one_feature_per_placeholder(modality, mask.sum(), features.shape[0], token_id, hint)
+            masks.append(mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device))
+        return masks[0], masks[1]
+
+    def _fill_placeholders(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: tuple[torch.Tensor, ...] | None,
+        video_features: tuple[torch.Tensor, ...] | None,
+        mm_token_type_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if image_features is None and video_features is None:
+            return inputs_embeds
+        rows = [
+            None if features is None else torch.cat(tuple(features)).to(inputs_embeds)
+            for features in (image_features, video_features)
+        ]
+        masks = self.get_placeholder_mask(input_ids, inputs_embeds, *rows, mm_token_type_ids)
+        for mask, features in zip(masks, rows):
+            if features is not None:
+                inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+        return inputs_embeds
+
+    def _warn_about_lone_placeholders(
+        self,
+        input_ids: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None,
+        **features: tuple[torch.Tensor, ...] | None,
+    ) -> None:
+        """Tell a user who forgot the pixels; a prompt is long enough for the look at its ids to cost nothing."""
+        if self.training or is_torchdynamo_compiling() or input_ids.shape[1] == 1:
+            return
+        for modality, given in features.items():
+            if given is None and self.locate_placeholders(modality, input_ids, None, mm_token_type_ids).any():
+                logger.warning_once(
+                    f"input_ids holds {modality} tokens, but no {modality} inputs came with it (neither pixels nor "
+                    f"mm_encoder_outputs['{modality}']): the model reads the tokens' own embeddings."
+                )

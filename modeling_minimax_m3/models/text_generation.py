@@ -1,0 +1,51 @@
+"""What `generate` needs of both language models: masks of compiled steps, and drafts by the first layers alone."""
+
+import torch
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGenerator,
+    CandidateGenerator,
+    EarlyExitCandidateGenerator,
+)
+
+from ..runtime.layout_building import create_masks_for_generate
+from ..runtime.transformers_versions import CACHE_NAME, GenerationMixin
+
+
+class _EarlyExit(EarlyExitCandidateGenerator):
+    """Drafts with the model's first layers alone, those of a composite model's text config too."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        num_layers = self.assistant_model.config.get_text_config().num_hidden_layers
+        if not 1 <= self.assistant_early_exit <= num_layers:
+            raise ValueError(
+                f"`assistant_early_exit` must name one of the model's {num_layers} layers, counted from 1, got "
+                f"{self.assistant_early_exit}"
+            )
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        config = self.assistant_model.config.get_text_config()
+        num_layers = config.num_hidden_layers
+        config.num_hidden_layers = self.assistant_early_exit
+        try:
+            return AssistedCandidateGenerator.get_candidates(self, input_ids)
+        finally:
+            config.num_hidden_layers = num_layers
+
+
+class MiniMaxM3GenerationMixin(GenerationMixin):
+    """Generation of the causal and the conditional language model."""
+
+    create_masks_for_generate = staticmethod(create_masks_for_generate)
+
+    def _get_candidate_generator(self, **kwargs) -> CandidateGenerator:
+        if kwargs["generation_config"].assistant_early_exit is None:
+            return super()._get_candidate_generator(**kwargs)
+        names = ("input_ids", "generation_config", "model_kwargs", "inputs_tensor", "logits_processor")
+        return _EarlyExit(assistant_model=self, **{name: kwargs[name] for name in names})
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # An offloaded cache moves between devices at every step, so a compiled step would be compiled again each time.
+        if getattr(model_kwargs.get(CACHE_NAME), "offloading", False):
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)

@@ -1,0 +1,185 @@
+"""Features of images and videos, from one call of the vision tower where several processes have to stay in step.
+
+N is the number of patches.
+"""
+
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import accepts_precomputed_kwargs, can_return_tuple, merge_with_config_defaults
+
+from .multimodal_generation import PIXEL_NAMES
+
+
+def _check_grid_is_given(modality: str, grid_thw: torch.Tensor | None) -> None:
+    if grid_thw is None:
+        raise ValueError(f"{PIXEL_NAMES[modality]} needs {modality}_grid_thw, as the processor returns it, got None.")
+
+
+def _pop_precomputed(modality: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take what the tower gets with `modality` out of `kwargs`."""
+    # Everything else in kwargs is the language model's (packing, output flags) and means nothing to the tower.
+    return {name: kwargs.pop(name) for name in tuple(kwargs) if name.startswith(f"{modality}_")}
+
+
+class VisionFeaturesMixin:
+    """Encodes media with `self.vision_tower` and `self.multi_modal_projector`.
+
+    Several processes have to do the same things in the same order, whatever media their rows happen to have: data
+    parallelism waits for a gradient of every trainable parameter, and weights that are cut over the processes (FSDP,
+    ZeRO-3) are gathered by all of them at once. So where other processes may wait for the vision tower, every pass
+    calls it and its projector exactly once: for images and videos together or, where there are neither, for a blank
+    image of one token, which changes nothing but gives every trained weight a gradient, of zeros. That is the case in
+    a run of several processes if the weights of either are cut, or if any of them is trained and the pass is one in
+    training mode, with gradients.
+
+    Two kinds of passes are left as they are, `generate`'s among them: those that get a cache, and those that get
+    `mm_encoder_outputs`, an empty dict too, whose maker sees to it that all processes encode alike.
+    """
+
+    @accepts_precomputed_kwargs(modality="image")
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """Encode images and project them into the embedding space of the language model.
+
+        Args:
+            pixel_values (`torch.Tensor`): `(N, channels * temporal_patch * patch * patch)` patches of all images.
+            image_grid_thw (`torch.Tensor`): `(images, 3)` patches along time, height and width.
+            **kwargs: Passed to the vision tower, which documents the precomputed values that it takes.
+
+        Returns:
+            The vision tower's output, with `pooler_output` replaced by a tuple that holds `(merged patches, H)`
+            features for each image.
+        """
+        return self._encode_pixels(pixel_values, image_grid_thw, **kwargs)
+
+    @accepts_precomputed_kwargs(modality="video")
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """As `get_image_features`, for videos: one entry of `pooler_output` for each row of `video_grid_thw`."""
+        return self._encode_pixels(pixel_values_videos, video_grid_thw, **kwargs)
+
+    def _encode_pixels(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        # The split below and the output flags need the tower's output by name, whatever the config says.
+        kwargs["return_dict"] = True
+        outputs = self.vision_tower(pixel_values=pixel_values, grid_thw=grid_thw, **kwargs)
+        features = self.multi_modal_projector(outputs.last_hidden_state.squeeze(0))
+        tokens_per_entry = grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2
+        outputs.pooler_output = features.split(tokens_per_entry.tolist())
+        return outputs
+
+    def encode_media(
+        self,
+        images: tuple[torch.Tensor | None, torch.Tensor | None],
+        videos: tuple[torch.Tensor | None, torch.Tensor | None],
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        device: torch.device,
+        may_call_once: bool,
+        kwargs: dict[str, Any],
+    ) -> tuple[BaseModelOutputWithPooling | None, BaseModelOutputWithPooling | None, torch.Tensor | None]:
+        """Encode all media of a pass.
+
+        Args:
+            images, videos (tuple): Pixels and grid, or twice None.
+            mm_encoder_outputs (`dict`, *optional*): Outputs that were computed before, under `"image"` and `"video"`.
+            device (`torch.device`): Where the tokens are.
+            may_call_once (`bool`): Whether the class's rule for several processes applies to this pass.
+            kwargs (`dict`): Arguments of `forward`. Those of the tower (`image_...`, `video_...`) are taken out.
+
+        Returns:
+            The outputs for images and for videos, each None where there are none; and a scalar zero that depends on all
+            weights of tower and projector, or None where no other process needs it.
+        """
+        num_media = (images[0] is not None) + (videos[0] is not None)
+        calls_once = may_call_once and mm_encoder_outputs is None and self._peers_wait_for_vision()
+        if calls_once and num_media == 2:
+            return *self._encode_together(images, videos, kwargs), None
+        encoded = mm_encoder_outputs or {}
+        image_outputs = self._encode_modality("image", *images, encoded, kwargs)
+        video_outputs = self._encode_modality("video", *videos, encoded, kwargs)
+        nothing = self._nothing_seen(device) if calls_once and num_media == 0 else None
+        return image_outputs, video_outputs, nothing
+
+    def _peers_wait_for_vision(self) -> bool:
+        """Whether other processes wait where this one leaves out tower and projector; the class says when they do."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+            return False
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # not there in every build of PyTorch
+
+        parts = (self.vision_tower, self.multi_modal_projector)
+        parameters = [parameter for part in parts for parameter in part.parameters()]
+        if self.training and torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+            return True
+        if any(hasattr(parameter, "ds_id") for parameter in parameters):  # cut by ZeRO-3
+            return True
+        sharded = (FSDPModule, FullyShardedDataParallel)
+        return any(isinstance(module, sharded) for part in parts for module in part.modules())
+
+    def _nothing_seen(self, device: torch.device) -> torch.Tensor:
+        """A scalar zero that depends on every weight of tower and projector, on `device`."""
+        pixel_values, grid_thw = self.vision_tower.blank_image(device)
+        features = self._encode_pixels(pixel_values, grid_thw).pooler_output[0]
+        # A sum of no elements is zero, and sends zeros back; 0 * features would be NaN where one overflows.
+        return features[:0].sum()
+
+    def _encode_together(
+        self,
+        images: tuple[torch.Tensor, torch.Tensor | None],
+        videos: tuple[torch.Tensor, torch.Tensor | None],
+        kwargs: dict[str, Any],
+    ) -> tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling]:
+        """Features (`pooler_output`) of images and of videos, each given as pixels and grid, from one call of the tower."""
+        tower, cu_seqlens, max_seqlens, position_ids = self.vision_tower, [], [], []
+        for modality, (pixel_values, grid_thw) in (("image", images), ("video", videos)):
+            _check_grid_is_given(modality, grid_thw)
+            tower.check_inputs(pixel_values, grid_thw)
+            given = _pop_precomputed(modality, kwargs)
+            precomputed = {name.removeprefix(f"{modality}_"): value for name, value in given.items()}
+            offsets, longest = tower.attention_seqlens(grid_thw, precomputed)
+            cu_seqlens.append(offsets if not cu_seqlens else offsets[1:] + cu_seqlens[0][-1])
+            max_seqlens.append(longest)
+            position_ids.append(tower.patch_position_ids(grid_thw, precomputed))
+        features = self._encode_pixels(
+            *(torch.cat(pair) for pair in zip(images, videos)),
+            cu_seqlens=torch.cat(cu_seqlens),
+            max_seqlen=None if None in max_seqlens else max(max_seqlens),
+            position_ids=torch.cat(position_ids),
+        ).pooler_output
+        num_images = images[1].shape[0]
+        return tuple(
+            BaseModelOutputWithPooling(pooler_output=part) for part in (features[:num_images], features[num_images:])
+        )
+
+    def _encode_modality(
+        self,
+        modality: str,
+        pixel_values: torch.Tensor | None,
+        grid_thw: torch.Tensor | None,
+        encoded: dict[str, BaseModelOutputWithPooling],
+        kwargs: dict[str, Any],
+    ) -> BaseModelOutputWithPooling | None:
+        """The tower's output for one modality, from its pixels or already encoded; None where there are neither."""
+        precomputed = _pop_precomputed(modality, kwargs)
+        output, pixel_name = encoded.get(modality), PIXEL_NAMES[modality]
+        if pixel_values is None:
+            return output
+        if output is not None:
+            raise ValueError(
+                f"Pass the {modality} inputs once: got both {pixel_name} and mm_encoder_outputs['{modality}']."
+            )
+        _check_grid_is_given(modality, grid_thw)
+        encode = self.get_image_features if modality == "image" else self.get_video_features
+        flags = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+        return encode(pixel_values, grid_thw, return_dict=True, **flags, **precomputed)
