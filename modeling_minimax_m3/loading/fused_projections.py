@@ -99,12 +99,18 @@ class ChunkUnlessQuantized(Chunk):
         """
         fused = source_patterns[0].replace(r"\.", ".")
         layer, _, suffix = full_layer_name.rpartition(target_patterns[0])
-        # A wrapper may have other names than the file; what it wraps is no quantized layer.
-        weight = dict(model.named_parameters()).get(layer + fused)
+        weight = _parameter(model, layer + fused)
         if weight is None or type(weight) is nn.Parameter or is_dtensor(weight):
             return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
         (tensors,) = input_dict.values()
         return {layer + fused + suffix: tensors}
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:  # a wrapper may have other names than the file; what it wraps is no quantized layer
+        return None
 
 
 def _is_cut(tensor: torch.Tensor, dim: int) -> bool:

@@ -13,6 +13,7 @@ under 5.23 they are the names, and the new ones work too.
     output_fields         the fields of these, from the names of 5.24
 """
 
+import importlib.metadata
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -42,6 +43,11 @@ def warn_if_untested(release: str) -> None:
 
 warn_if_untested(transformers.__version__)
 
+try:
+    PEFT_KNOWS_OLD_NAME_ONLY = Version(importlib.metadata.version("peft")).release < (0, 22)
+except importlib.metadata.PackageNotFoundError:
+    PEFT_KNOWS_OLD_NAME_ONLY = False
+
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
 
 if CACHE_NAME == "cache":
@@ -61,14 +67,18 @@ if CACHE_NAME == "cache":
         @wraps(StockGenerationMixin.prepare_inputs_for_generation)
         def prepare_inputs_for_generation(self, *args, **kwargs):
             model_inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-            # PEFT puts a method of its own before this one, which adds the prompt that it has learned where there is
-            # no cache or an empty one. PEFT 0.21 looks for the cache under the old name alone: without it, the prompt
-            # would be added again at every token.
-            code = getattr(self.prepare_inputs_for_generation, "__code__", None)
-            names = () if code is None else code.co_consts
-            if "cache" in model_inputs and "cache" not in names and "past_key_values" in names:
+            if "cache" in model_inputs and self._peft_asks_for_inputs():
                 model_inputs["past_key_values"] = model_inputs.pop("cache")
             return model_inputs
+
+        def _peft_asks_for_inputs(self) -> bool:
+            """Whether a method of a PEFT that knows the old name alone calls this model's.
+
+            For prompt learning, PEFT puts its method in front of the model's. It adds the learned prompt where it finds
+            no cache or an empty one: without the old name, it would add the prompt again at every token.
+            """
+            owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
+            return PEFT_KNOWS_OLD_NAME_ONLY and owner is not self
 
     class _FeatureNames:
         """The names that features had until 5.23, with the warning that Transformers gives for them."""
