@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 
 class MiniMaxM3VLAttention(nn.Module):
-    """Grouped-query attention with per-head QK-norm and partial rotary, over all keys or over chosen blocks of them.
+    """Grouped-query attention with per-head QK-norm and partial rotary, over all keys or over selected blocks of them.
 
     Args:
         config (`MiniMaxM3VLTextConfig`): `config.layer_types[layer_idx]` names the kind of layer; `layer_types.py` has
@@ -63,19 +63,23 @@ class MiniMaxM3VLAttention(nn.Module):
         output_indexer_loss: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """
+        """Attend from the tokens of this pass to those before them.
+
         Args:
             hidden_states (`torch.Tensor`): (B, T, hidden).
-            position_embeddings: Cosines and sines, (B, T, R) each.
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, each (B, T, rotary channels).
             attention_mask (`SequenceLayout`): Where the sequences lie.
             cache (`Cache`, *optional*): Receives the keys and values of this pass.
-            output_attentions (`bool`): Whether to build the attention weights, at quadratic memory, and compute the
-                output from them.
+            output_attentions (`bool`): Whether to build the attention weights, which takes quadratic memory, and compute
+                the output from them.
             output_indexer_loss (`bool`): Whether to compute the divergence of the indexer from the attention.
 
         Returns:
-            (B, T, hidden), the weights (B, H_q, T, S) or None, and the divergence (B, T) in nats, mean over the index
-            heads, or None; also None for layers without an indexer.
+            The output (B, T, hidden); the weights (B, H_q, T, S), or None; and the divergence (B, T) in nats, the mean
+            over the index heads, or None. A layer without an indexer has no divergence.
+
+        Raises:
+            NotImplementedError: `output_indexer_loss` together with a 4-D mask.
         """
         layout = attention_mask
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
@@ -127,12 +131,11 @@ class MiniMaxM3VLAttention(nn.Module):
         return self.o_proj(out.flatten(2).to(projected_dtype)), weights, divergence
 
     def _attention_dtype(self, query: torch.Tensor) -> torch.dtype:
-        """The dtype in which attention runs and the cache is kept: that of the projected `query`, but half precision
-        for a quantized model.
+        """The dtype of attention and cache: that of the projected `query`, but half precision for a quantized model.
 
-        Quantized projections answer in the dtype of their input, under autocast too, and that is float32 after PEFT's
-        `prepare_model_for_kbit_training`. No kernel takes it, so the states go on in the dtype that the model computes
-        in, as they do in Transformers' flash attention. A float32 model stays in float32.
+        Quantized projections return the dtype of their input, under autocast too. After PEFT's
+        `prepare_model_for_kbit_training` that is float32, which no kernel takes. So the states are cast to the dtype that
+        the model computes in, as Transformers' flash attention does. A float32 model stays in float32.
         """
         if query.dtype != torch.float32:
             return query.dtype
@@ -161,8 +164,11 @@ class MiniMaxM3VLAttention(nn.Module):
         output_attentions: bool,
         output_indexer_loss: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Attention over selected blocks; `index` holds the indexer's queries (B, T, H_idx, D_idx) and keys
-        (B, S, D_idx), or is None where the layer has no indexer."""
+        """Attention over selected blocks, of states in the caller's order.
+
+        `index` holds the indexer's queries (B, T, H_idx, D_idx) and keys (B, S, D_idx), or is None where the layer has no
+        indexer. Returns what `forward` does, before the output projection: (B, T, H_q, D), weights, divergence.
+        """
         unordered = (query, key, value)
         query, key, value = layout.order_queries(query), layout.order_keys(key), layout.order_keys(value)
         if index is not None:
@@ -205,8 +211,10 @@ class MiniMaxM3VLAttention(nn.Module):
         lse: torch.Tensor | None,
         layout: SequenceLayout,
     ) -> torch.Tensor:
-        """The indexer's divergence from the attention (B, T), in the caller's order, from states in working order;
-        `block_indices` (B * T, H_kv, W) is None for all keys, and `lse` (B * T, H_q) where it is not known."""
+        """The indexer's divergence from the attention: (B, T) in the caller's order, from states in working order.
+
+        `block_indices` is (B * T, H_kv, W), or None for all keys. `lse` is (B * T, H_q), or None where it is not known.
+        """
         flat = (states.flatten(0, 1) for states in (*index, query, key))
         divergence = msa.indexer_kl_loss(
             *flat,

@@ -1,7 +1,8 @@
 """Dense causal attention of the full-attention layers on a sequence layout, without a query x key mask.
 
-`attn_implementation` chooses as everywhere in Transformers. Under "sdpa" each sequence runs with `is_causal`; a flash
-implementation gets the offsets of the sequences; "eager", and implementations that only take a mask, get one.
+`attn_implementation` chooses the implementation, as everywhere in Transformers. "sdpa" runs each sequence with
+`is_causal`. A flash implementation gets the offsets of the sequences. "eager" gets a mask, and so does every
+implementation that takes nothing else.
 """
 
 from itertools import pairwise
@@ -34,15 +35,18 @@ def dense_attention(
     """Attends to all keys before and at each query.
 
     Args:
-        module: The calling layer, as Transformers' attention functions want it.
-        query (B, T, H_q, D), key and value (B, S, H_kv, D): States of the new tokens, and of all tokens with a cache.
-        layout: Where the sequences lie.
-        implementation: Name of the attention implementation.
-        scaling: Factor of the scores.
-        dropout: Probability of dropping an attention weight.
+        module (`nn.Module`): The calling layer, as Transformers' attention functions want it.
+        query (`torch.Tensor`): (B, T, H_q, D).
+        key (`torch.Tensor`): (B, S, H_kv, D); with a cache, S counts the cached tokens too.
+        value (`torch.Tensor`): (B, S, H_kv, D_v).
+        layout (`SequenceLayout`): Where the sequences lie.
+        implementation (`str`): Name of the attention implementation.
+        scaling (`float`): Factor of the scores.
+        dropout (`float`): Probability of dropping an attention weight.
+        **kwargs: Passed to the implementation.
 
     Returns:
-        (B, T, H_q, D), and the attention weights (B, H_q, T, S) where the implementation returns them.
+        (B, T, H_q, D_v), and the attention weights (B, H_q, T, S) where the implementation returns them.
     """
     if implementation == "sdpa" and layout.allowed is None:
         return _sdpa(query, key, value, layout, scaling, dropout), None
@@ -68,8 +72,8 @@ def dense_attention(
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # The scores are added to it, and the softmax runs in float32. Both have to stay finite, as a row of padding, which
-    # sees nothing, is NaN otherwise.
+    # The mask is added to the scores, and the softmax runs in float32. The sum has to stay finite in both: a row of
+    # padding, which sees nothing, is NaN otherwise.
     hidden = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden)
 
@@ -87,7 +91,7 @@ def _sdpa(
     if layout.is_cached:
         return layout.restore_order(_cached_sdpa(query, key, value, layout, options))
     if layout.is_uniform or layout.query_order is not None:
-        # Padding that was moved behind the real tokens is in their future.
+        # Padding was moved behind the real tokens, so it lies in their future.
         states = (states.transpose(1, 2) for states in (query, key, value))
         out = scaled_dot_product_attention(*states, is_causal=True, **options).transpose(1, 2)
         return layout.restore_order(out)
@@ -120,25 +124,25 @@ def _cached_sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SequenceLayout, options: dict
 ) -> torch.Tensor:
     num_new, num_keys, num_kv_heads = query.shape[1], key.shape[1], key.shape[2]
-    group = query.shape[2] // num_kv_heads
+    q_heads_per_kv = query.shape[2] // num_kv_heads
     key, value = key.transpose(1, 2), value.transpose(1, 2)
     options = options | {"enable_gqa": False}
-    # One new token that sees every key: no mask. Only the host can know that.
+    # One new token that sees every key needs no mask. Only the host can know that.
     sees_all = (
         num_new == 1 and layout.num_keys == num_keys and layout.cache_leftpad is None and layout.key_order is None
     )
     position, rank = layout.cached_positions(), layout.cached_ranks(num_keys)
     pieces = []
-    step = max(1, _TILE // max(1, len(query) * num_keys * group))
+    step = max(1, _TILE // max(1, len(query) * num_keys * q_heads_per_kv))
     for start in range(0, num_new, step):
-        # The query heads of a group become rows of one head, so that no kernel copies keys for each of them.
-        rows = query[:, start : start + step].unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4)
+        # The query heads of one key/value head become rows of one head, so that no kernel copies keys for each of them.
+        rows = query[:, start : start + step].unflatten(2, (num_kv_heads, q_heads_per_kv)).permute(0, 2, 3, 1, 4)
         visible = None
         if not sees_all:
-            # Rows of padding see their first slot, as a softmax over nothing is NaN.
+            # Rows of padding see their first slot, because a softmax over nothing is NaN.
             limit = position[:, start : start + step, None].clamp(min=0)
             visible = (rank[:, None] >= 0) & (rank[:, None] <= limit)
-            visible = visible.repeat(1, group, 1).unsqueeze(1)
+            visible = visible.repeat(1, q_heads_per_kv, 1).unsqueeze(1)
         out = scaled_dot_product_attention(rows.flatten(2, 3), key, value, attn_mask=visible, **options)
         pieces.append(out.unflatten(2, rows.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2, 3))
     return torch.cat(pieces, dim=1)

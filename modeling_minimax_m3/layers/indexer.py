@@ -1,11 +1,12 @@
 """The lightning indexer: small queries and keys whose dot products choose the key blocks of a sparse layer.
 
-A selection passes no gradient, so the language loss never reaches an indexer. What trains it is a loss of its own, the
-divergence of its scores' softmax from the main attention (`msa.indexer_kl_loss`), and that reaches nothing else: the
-hidden states that feed an indexer are detached, and so is the main attention. While `config.indexer_loss_coef` is 0
-the parameters are frozen (`requires_grad` is False), so that optimizers, data-parallel wrappers and resumed runs never
-see a parameter without a gradient. Parameters that are made trainable all the same, as those of an adapter that was put
-on every linear layer, get gradients of 0.
+A selection passes no gradient, so the language loss never reaches an indexer. A loss of its own trains it: the divergence
+of its scores' softmax from the main attention (`msa.indexer_kl_loss`). That loss reaches nothing else, because the hidden
+states that feed an indexer are detached, and so is the main attention.
+
+While `config.indexer_loss_coef` is 0 the parameters are frozen (`requires_grad` is False), so that optimizers,
+data-parallel wrappers and resumed runs see no parameter without a gradient. Some parameters are made trainable all the
+same, such as those of an adapter on every linear layer: they get gradients of 0.
 """
 
 import torch
@@ -36,8 +37,12 @@ class MiniMaxM3VLIndexer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index queries (B, T, H_idx, D_idx) and keys (B, T, D_idx) of `hidden_states` (B, T, hidden), which get no
-        gradient."""
+        """Index queries (B, T, H_idx, D_idx) and keys (B, T, D_idx) of the tokens.
+
+        Args:
+            hidden_states (`torch.Tensor`): (B, T, hidden). They get no gradient.
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, each (B, T, rotary channels).
+        """
         hidden_states = hidden_states.detach()
         index_query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
         index_key = self.k_norm(self.k_proj(hidden_states)).unsqueeze(2)
@@ -69,7 +74,7 @@ class _ZeroGradients(torch.autograd.Function):
 def with_zero_gradients(states: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     """`states` itself, whose backward also sends a gradient of 0 to each of `others`.
 
-    Without it, parameters that only the others depend on would get no gradient at all, which
-    `DistributedDataParallel(find_unused_parameters=False)` takes for an error.
+    The parameters that only `others` depend on would get no gradient at all otherwise, and
+    `DistributedDataParallel(find_unused_parameters=False)` takes that for an error.
     """
     return _ZeroGradients.apply(states, *others)

@@ -1,6 +1,6 @@
-"""Sparse attention with its weights in memory: for `output_attentions` and for a caller's own 4-D mask.
+"""Sparse attention with its weights in memory, for `output_attentions` and for a caller's own 4-D mask.
 
-Quadratic in tokens, and the only place besides eager dense attention that is.
+Memory is quadratic in tokens, as it is for eager dense attention and nowhere else.
 """
 
 import torch
@@ -18,15 +18,20 @@ def select_blocks_under_mask(
     local_blocks: int,
     init_blocks: int,
 ) -> torch.Tensor:
-    """Block selection where a caller's mask says which keys count: int32 (B, T, H_idx, topk), -1 where fewer do.
+    """Block selection where a caller's mask says which keys count.
 
-    Blocks are counted from the first slot, as a mask does not say where a sequence starts. A block that holds no
-    allowed key is never selected. A mask with one head per query head counts a key that any head of a group may see.
+    Blocks are counted from the first slot, because a mask does not say where a sequence starts. A block without an allowed
+    key is never selected. Where the mask has one head per query head, a key counts for an index head if any of that head's
+    query heads may see it.
 
     Args:
-        index_query (B, T, H_idx, D_idx), index_key (B, S, D_idx): Indexer states.
-        layout: A layout with `allowed`.
-        block_size, topk, local_blocks, init_blocks: As in `msa.select_blocks`.
+        index_query (`torch.Tensor`): (B, T, H_idx, D_idx).
+        index_key (`torch.Tensor`): (B, S, D_idx).
+        layout (`SequenceLayout`): A layout with `allowed`.
+        block_size, topk, local_blocks, init_blocks (`int`): As in `msa.select_blocks`.
+
+    Returns:
+        int32 (B, T, H_idx, topk), -1 where fewer blocks have allowed keys.
     """
     num_heads, num_keys = index_query.shape[2], index_key.shape[1]
     allowed = layout.allowed
@@ -52,12 +57,19 @@ def materialized_attention(
     block_size: int,
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to chosen blocks, (B, T, H_q, D), and the weights (B, H_q, T, S) that it was computed from, so that
-    gradients flow through them.
+    """Attention to selected blocks, computed from its weights, so that gradients flow through them.
 
     Args:
-        query (B, T, H_q, D), key and value (B, S, H_kv, D): In the caller's order, as what is returned.
-        block_indices (B, T, H_kv, topk): In the layout's working order.
+        query (`torch.Tensor`): (B, T, H_q, D), in the caller's order.
+        key (`torch.Tensor`): (B, S, H_kv, D), in the caller's order.
+        value (`torch.Tensor`): (B, S, H_kv, D_v), in the caller's order.
+        block_indices (`torch.Tensor`): (B, T, H_kv, topk), in the layout's working order.
+        layout (`SequenceLayout`): Where the sequences lie.
+        block_size (`int`): Keys in a block.
+        softmax_scale (`float`): Factor of the scores.
+
+    Returns:
+        The output (B, T, H_q, D_v) and the weights (B, H_q, T, S), in the caller's order.
     """
     query, key = layout.order_queries(query), layout.order_keys(key)
     weights = sparse_attention_weights(query, key, block_indices, layout, block_size, softmax_scale)
@@ -74,10 +86,9 @@ def sparse_attention_weights(
     block_size: int,
     softmax_scale: float,
 ) -> torch.Tensor:
-    """Attention weights (B, H_q, T, S) in the dtype of `query`; a row without any key is 0.
+    """Attention weights (B, H_q, T, S) in the dtype of `query`. A row without any key is 0.
 
-    Args:
-        query (B, T, H_q, D), key (B, S, H_kv, D), block_indices (B, T, H_kv, topk): In the layout's working order.
+    Arguments are those of `materialized_attention`, all in the layout's working order.
     """
     num_keys, num_kv_heads = key.shape[1:3]
     visible, rank = layout.visibility(num_keys)
@@ -88,9 +99,9 @@ def sparse_attention_weights(
     chosen = chosen.scatter_(-1, block, True)[..., :num_blocks]
     block_of_key = (rank.clamp(min=0) // block_size)[:, None, None].expand(*block.shape[:3], -1)
     attended = chosen.gather(-1, block_of_key).transpose(1, 2)  # (B, H_kv, T, S)
-    group = query.shape[2] // num_kv_heads
-    attended = attended.repeat_interleave(group, dim=1) & visible
+    q_heads_per_kv = query.shape[2] // num_kv_heads
+    attended = attended.repeat_interleave(q_heads_per_kv, dim=1) & visible
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.einsum("bthd,bshd->bhts", query.to(dtype), key.repeat_interleave(group, dim=2).to(dtype))
+    scores = torch.einsum("bthd,bshd->bhts", query.to(dtype), key.repeat_interleave(q_heads_per_kv, dim=2).to(dtype))
     weights = (scores * softmax_scale).masked_fill(~attended, torch.finfo(scores.dtype).min).softmax(-1) * attended
     return weights.to(query.dtype)

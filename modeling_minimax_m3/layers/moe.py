@@ -1,6 +1,6 @@
 """Feed-forward parts of a decoder layer: the dense MLP, and the mixture of experts with its router.
 
-N is the number of tokens, E of experts, K of experts per token, H the hidden size, F an intermediate size.
+E is the number of experts, K of experts per token, F an intermediate size. `tokens` counts all tokens of a pass, B * T.
 """
 
 import torch
@@ -15,12 +15,12 @@ def swiglu_oai(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tenso
     """Gated activation `gate * sigmoid(alpha * gate) * (up + 1)` with both halves clamped to `limit`.
 
     Args:
-        gate_up (`torch.Tensor`): `(..., 2F)`, the gate half first. The gate is bounded from above only.
+        gate_up (`torch.Tensor`): (..., 2F), the gate half first. The gate is bounded from above only.
         alpha (`float`): Gain inside the sigmoid.
         limit (`float`): Clamp bound.
 
     Returns:
-        `torch.Tensor` of shape `(..., F)`, in the dtype of `gate_up`.
+        (..., F), in the dtype of `gate_up`.
     """
     gate, up = gate_up.chunk(2, dim=-1)
     gate = gate.clamp(max=limit)
@@ -72,21 +72,21 @@ class MiniMaxM3VLExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Sum of each token's experts, weighted.
+        """Weighted sum of each token's experts.
 
         Args:
-            hidden_states (`torch.Tensor`): `(N, H)`.
-            top_k_index (`torch.Tensor`): `(N, K)` expert ids. Expert parallelism marks the pairs that another rank
+            hidden_states (`torch.Tensor`): (tokens, hidden).
+            top_k_index (`torch.Tensor`): (tokens, K) expert ids. Expert parallelism marks the pairs that another rank
                 computes with the id `num_experts`; they add nothing here.
-            top_k_weights (`torch.Tensor`): `(N, K)`.
+            top_k_weights (`torch.Tensor`): (tokens, K).
 
         Returns:
-            `torch.Tensor` of shape `(N, H)`, in the dtype of `hidden_states`.
+            (tokens, hidden), in the dtype of `hidden_states`.
         """
         output = torch.zeros_like(hidden_states)
         chosen = [expert for expert in torch.unique(top_k_index).tolist() if expert < self.num_experts]
-        # Where all tokens belong to other ranks, one expert runs on none: the backward has to pass here, because the
-        # other ranks wait for this one in it.
+        # Where all tokens belong to other ranks, one expert runs on no token: the other ranks' backward waits for this
+        # rank's, which therefore has to pass here.
         for expert in chosen or [0]:
             token, choice = torch.nonzero(top_k_index == expert, as_tuple=True)
             gate_up = F.linear(hidden_states[token], self.gate_up_proj[expert])
@@ -111,11 +111,11 @@ class MiniMaxM3VLTopKRouter(nn.Module):
         """Choose `top_k` experts for every token.
 
         Args:
-            hidden_states (`torch.Tensor`): `(..., H)`, flattened to `(N, H)`.
+            hidden_states (`torch.Tensor`): (..., hidden), read as (tokens, hidden).
 
         Returns:
-            Logits `(N, E)` in the dtype of the router's weight, weights `(N, K)` in float32 that sum to one over the
-            chosen experts, and expert ids `(N, K)` in no particular order.
+            Logits (tokens, E) in the dtype of the router's weight; weights (tokens, K) in float32 that sum to one over
+            the chosen experts; and expert ids (tokens, K) in no particular order.
         """
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
         router_logits = F.linear(hidden_states.to(self.weight.dtype), self.weight)

@@ -15,20 +15,21 @@ def indexer_loss(
     logits_to_keep: int | torch.Tensor = 0,
     **kwargs,
 ) -> torch.Tensor:
-    """Sum of the divergence over the tokens that the language loss counts, divided by what that loss is divided by.
+    """Sum of the divergence over the tokens that the language loss counts, divided by that loss's denominator.
 
-    So the losses of the micro-batches of an optimizer step add up to that of their batch.
+    The losses of the micro-batches of an optimizer step therefore add up to the loss of their batch.
 
     Args:
-        divergence (`torch.Tensor`): (B, T), of each token, mean over index heads and layers.
-        real (`torch.Tensor`, *optional*): (B, T) boolean, False at pads, which never count. None: there are none.
+        divergence (`torch.Tensor`): (B, T), of each token, the mean over index heads and layers.
+        real (`torch.Tensor`, *optional*): (B, T) boolean, False at padding, which never counts. None: all tokens are real.
         labels (`torch.Tensor`, *optional*): (B, T), not shifted. Token t counts where the label of t + 1 is not
             `ignore_index`. Without labels every real token counts.
         num_items_in_batch, ignore_index, shift_labels, **kwargs: As in Transformers' `ForCausalLMLoss`.
-        logits_to_keep (`int` or `torch.Tensor`): Which tokens the labels are for: the last ones (0: all), or these.
+        logits_to_keep (`int` or `torch.Tensor`): The tokens that the labels are for: how many of the last ones (0: all),
+            or which ones.
 
     Returns:
-        A float32 scalar, in nats; NaN where no token counts and `num_items_in_batch` is not given.
+        A float32 scalar in nats. NaN where no token counts and `num_items_in_batch` is not given.
     """
     if real is None:
         real = torch.ones_like(divergence, dtype=torch.bool)

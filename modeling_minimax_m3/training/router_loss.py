@@ -12,10 +12,10 @@ def load_balancing_loss(
     """Switch Transformer's load-balancing loss over the real tokens of a forward pass.
 
     Args:
-        router_logits (`Sequence[torch.Tensor]`): One `(B * T, E)` tensor for each layer with experts.
-        num_experts (`int`): E.
+        router_logits (`Sequence[torch.Tensor]`): One (B * T, E) tensor for each layer with experts.
+        num_experts (`int`): E, the number of experts.
         top_k (`int`): Experts chosen per token.
-        real (`torch.Tensor`, *optional*): `(B, T)` boolean, False at padding, which does not count. None: all tokens are
+        real (`torch.Tensor`, *optional*): (B, T) boolean, False at padding, which does not count. None: all tokens are
             real.
 
     Returns:
