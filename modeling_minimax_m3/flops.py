@@ -1,7 +1,7 @@
 """Floating-point operations of the language model's forward pass, counted from its configuration.
 
-Counted are the matrix products, two operations a multiply-add, over the keys that each token attends to or scores:
-what has to be computed, not what a kernel computes beside it. Norms, rotary, softmax and gates are left out.
+The count covers the matrix products, with two operations for a multiply-add, over the keys that each token attends to or
+scores. A kernel may compute more than that. Norms, rotary, softmax and gates are left out.
 """
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
@@ -39,7 +39,7 @@ def _all_keys(tokens: int) -> int:
 def forward_flops(config: MiniMaxM3VLTextConfig, tokens: int) -> dict[str, int]:
     """Operations of a forward pass over one sequence of `tokens`, by part (`PARTS`).
 
-    The last token of that sequence, with the others in a cache, costs the difference to `tokens - 1`.
+    The difference to `tokens - 1` is the cost of the last token where a cache holds the others.
     """
     hidden = config.hidden_size
     query_width = config.num_attention_heads * config.head_dim

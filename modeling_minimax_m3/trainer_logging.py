@@ -12,21 +12,21 @@ class IndexerLossLogging:
 
         class IndexerTrainer(IndexerLossLogging, Trainer): ...
 
-    The value is in nats and without its coefficient; while training it is that of an optimizer step's whole batch, mean
-    over the steps since the last log, as `loss` is, and while evaluating the mean over batches. Nothing is logged where
-    the model returns no `indexer_loss`.
+    The value is in nats and without its coefficient. While training it is the value of an optimizer step's whole batch,
+    averaged over the steps since the last log, as `loss` is. While evaluating it is the mean over batches. A model that
+    returns no `indexer_loss` logs nothing.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        # Sums of the values by whether the model was training, and how many evaluation batches there were.
+        # Sums of the values, in training (True) and in evaluation (False), and the number of evaluation batches.
         self._indexer_losses: dict[bool, torch.Tensor] = {}
         self._indexer_batches = 0
         self._indexer_first_step = 0
         super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any):
-        self._forget(True)  # what came after the last log of an earlier call
-        self._forget(False)  # what `predict` left, which logs nothing
+        self._forget(True)  # values that came after the last log of an earlier call
+        self._forget(False)  # values of `predict`, which logs nothing
         return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
@@ -61,10 +61,10 @@ class IndexerLossLogging:
         return (loss, outputs) if return_outputs else loss
 
     def _share_of_step(self, value: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-        """What a micro-batch adds to the value of its optimizer step, so that the mean over processes is the value."""
+        """The part of a micro-batch in the value of its optimizer step. The mean over processes gives that value."""
         if num_items_in_batch is None:
             return value / self.current_gradient_accumulation_steps
-        # Divided by the tokens of all processes, the values of the processes are parts of a sum.
+        # The values were divided by the tokens of all processes, so they are parts of a sum.
         return value * self.accelerator.num_processes if self.args.average_tokens_across_devices else value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Modules that a decoder layer is made of: attention with its variants, indexer, experts, normalization, rotary embedding."""
+"""Parts of a decoder layer: attention and its kinds, indexer, experts, normalization, rotary embedding."""

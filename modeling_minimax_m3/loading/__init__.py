@@ -1,1 +1,1 @@
-"""Between checkpoint files and modules: fused projections, parts that are loaded alone, quantized weights."""
+"""From checkpoint files to modules and back: fused projections, parts that are loaded alone, quantized weights."""

@@ -7,7 +7,7 @@ from ..runtime.cache import MiniMaxM3VLDynamicLayer, MiniMaxM3VLStaticLayer
 
 
 def adopt_cache(cache: Cache, layer_types: list[str], batch: int) -> None:
-    """Puts our layers in place of the empty ones of a cache that Transformers built, and checks that the cache fits.
+    """Put our layers in place of the empty ones of a cache that Transformers built, and check that the cache fits.
 
     `DynamicCache(config=...)` and `StaticCache(config=...)` look their layer classes up in a table that stock
     Transformers' own M3 module writes to as well. Dense layers get Transformers' general class, which copies all keys for

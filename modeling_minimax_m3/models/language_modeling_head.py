@@ -17,9 +17,9 @@ class LanguageModelingHead:
     """The end of a language model's forward: logits, loss, or both. A mixin for models that have an `lm_head`.
 
     Attributes:
-        skip_logits (`bool`, *optional*): What `skip_logits` of `forward` is where it is not given. None: in training
-            mode a call with labels computes the loss without logits; any other call returns logits. True: every call
-            with labels does without logits, evaluation included. False: every call returns logits.
+        skip_logits (`bool`, *optional*): Default of `skip_logits` of `forward`. None: in training mode a call with labels
+            computes the loss without logits, and any other call returns logits. True: every call with labels does without
+            logits, evaluation included. False: every call returns logits.
     """
 
     skip_logits: bool | None = None
@@ -31,10 +31,10 @@ class LanguageModelingHead:
         skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Logits (B, T, vocabulary) of hidden states (B, T, H) and their loss against labels (B, T); see `skip_logits`.
+        """Logits (B, T, vocabulary) of hidden states (B, T, hidden), and their loss against labels (B, T).
 
         Raises:
-            ValueError: `labels` have another shape, or logits are not to be built where they are needed.
+            ValueError: `labels` have another shape, or `skip_logits` is True where logits are needed.
         """
         if labels is None:
             if skip_logits:
@@ -61,7 +61,7 @@ class LanguageModelingHead:
     def flags_of_losses(
         self, labels: torch.Tensor | None, output_router_logits: bool | None, output_indexer_loss: bool | None
     ) -> dict[str, bool]:
-        """The two flags of `forward`, each by the config where it is None."""
+        """The two flags of `forward`. The config decides about one that is None."""
         config = self.config.get_text_config()
         if output_router_logits is None:
             output_router_logits = config.output_router_logits

@@ -1,6 +1,6 @@
-"""The whole model: vision features take the place of their placeholder tokens, and the language model does the rest.
+"""The whole model: vision features replace their placeholder tokens, and the language model reads the result.
 
-B is the batch size, T the number of tokens of this pass, H the hidden size of the language model.
+B is the number of rows, T the number of tokens of this pass, N the number of patches.
 """
 
 import torch
@@ -55,33 +55,33 @@ class MiniMaxM3VLModel(PlaceholderMixin, VisionFeaturesMixin, MiniMaxM3VLPreTrai
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MiniMaxM3VLModelOutputWithPast:
-        """Run the backbone.
+        """Run vision tower, projector and language model.
 
         Args:
-            input_ids (`torch.LongTensor`, *optional*): `(B, T)`, with one placeholder for each merged patch. Exactly
-                one of `input_ids` and `inputs_embeds` is given.
-            pixel_values (`torch.Tensor`, *optional*): `(N, channels * temporal_patch * patch * patch)` patches of all
-                images, in the order of their placeholders through the batch.
+            input_ids (`torch.LongTensor`, *optional*): (B, T), with one placeholder for each merged patch. Exactly one
+                of `input_ids` and `inputs_embeds` is given.
+            pixel_values (`torch.Tensor`, *optional*): (N, channels * temporal_patch * patch * patch) patches of all
+                images, in the order of their placeholders in the batch.
             pixel_values_videos (`torch.Tensor`, *optional*): The same for videos.
-            image_grid_thw (`torch.Tensor`, *optional*): `(images, 3)` patches along time, height and width.
+            image_grid_thw (`torch.Tensor`, *optional*): (images, 3) patches along time, height and width.
             video_grid_thw (`torch.Tensor`, *optional*): The same for videos, one row for each chunk that attends to
                 itself alone.
-            attention_mask (`torch.Tensor`, *optional*): `(B, keys)`, 0 at pads.
-            position_ids (`torch.LongTensor`, *optional*): `(B, T)`.
-            cache (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
-            inputs_embeds (`torch.Tensor`, *optional*): `(B, T, H)`.
+            attention_mask (`torch.Tensor`, *optional*): (B, S), 0 at padding.
+            position_ids (`torch.LongTensor`, *optional*): (B, T).
+            cache (`Cache`, *optional*): Keys and values of earlier tokens, extended in place.
+            inputs_embeds (`torch.Tensor`, *optional*): (B, T, hidden).
             mm_encoder_outputs (`dict`, *optional*): Outputs of `get_image_features` and `get_video_features` under
-                `"image"` and `"video"`, in place of the pixels. Where several processes get such, it is given in every
-                pass, `{}` where there is nothing: see `VisionFeaturesMixin`.
-            mm_token_type_ids (`torch.Tensor`, *optional*): `(B, T)`, as the processor returns it on request: 1 at
-                image placeholders, 2 at video placeholders, 0 at text, whatever the ids there. With `inputs_embeds` it
-                may be shorter: what is in front of it, such as the virtual tokens of prompt tuning, is text. Default:
-                the ids (or their embeddings) say which tokens are placeholders.
-            **kwargs: Passed to the language model, except names that begin with `image_` or `video_`: these are
-                precomputed values for the vision tower (`image_cu_seqlens`, `video_position_ids`, ...).
+                `"image"` and `"video"`, in place of the pixels. If one of several processes gets such outputs, each
+                process gets the argument in every pass, `{}` where there are none: see `VisionFeaturesMixin`.
+            mm_token_type_ids (`torch.Tensor`, *optional*): (B, T), as the processor returns it on request: 1 at image
+                placeholders, 2 at video placeholders, 0 at text, whatever the ids there. With `inputs_embeds` it may be
+                shorter: the tokens in front of it, such as the virtual tokens of prompt tuning, are text. Default: the
+                ids (or their embeddings) mark the placeholders.
+            **kwargs: Passed to the language model. Names that begin with `image_` or `video_` go to the vision tower as
+                precomputed values (`image_cu_seqlens`, `video_position_ids`, ...).
 
         Raises:
-            ValueError: The inputs do not fit together; the message says which, what came and what was expected.
+            ValueError: The inputs do not fit together.
         """
         if (input_ids is None) == (inputs_embeds is None):
             came = "neither" if input_ids is None else "both"
@@ -206,18 +206,16 @@ class MiniMaxM3SparseForConditionalGeneration(
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MiniMaxM3VLCausalLMOutputWithPast:
-        """Run the model; see `MiniMaxM3VLModel.forward` for the inputs that are not listed here.
+        """Run the model. `MiniMaxM3VLModel.forward` documents the inputs that are not listed here.
 
         Args:
-            labels (`torch.LongTensor`, *optional*): `(B, T)` ids to predict, not shifted, -100 where nothing is. Asks
-                for the loss, whose denominator is `num_items_in_batch` where that is given.
-            output_router_logits (`bool`, *optional*): Return router logits and the load-balancing loss, and add that,
-                weighted, to the loss. Default: `config.text_config.output_router_logits`.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*): How many last tokens get logits (0: all), or which
-                positions. Default: 0.
-            skip_logits (`bool`, *optional*): Whether a call with labels computes the loss without ever holding logits,
-                which are then None. Default: `self.skip_logits`, and without that, whether the model is in training
-                mode.
+            labels (`torch.LongTensor`, *optional*): (B, T) ids to predict, not shifted, -100 where there is no target.
+                With labels the model returns the loss, whose denominator is `num_items_in_batch` where that is given.
+            output_router_logits (`bool`, *optional*): Whether to return the router logits and the load-balancing loss,
+                which is added, weighted, to the loss. Default: `config.text_config.output_router_logits`.
+            logits_to_keep (`int` or `torch.Tensor`): How many of the last tokens, or which ones, get logits. 0: all.
+            skip_logits (`bool`, *optional*): Whether a call with labels computes the loss without holding all logits,
+                and returns none. Default: `self.skip_logits`, or if that is None, whether the model is in training mode.
             output_indexer_loss (`bool`, *optional*): Whether to return the indexers' loss, which is added to the loss
                 with the weight `config.text_config.indexer_loss_coef`. Default: whether that is above 0, and there are
                 labels or the model is in training mode.

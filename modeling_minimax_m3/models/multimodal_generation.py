@@ -1,8 +1,8 @@
-"""How `generate` carries images and videos: which of them still have to be read, and which tokens they stand for.
+"""How `generate` handles images and videos: which of them still have to be read, and which tokens are placeholders.
 
-`generate` encodes all pixels before its first pass and hands the features to the passes that read the prompt. Two things
-are left to the model. Images that a cache already holds must not be encoded again. And a placeholder token that was
-not in the prompt (generated, or a candidate that prompt lookup copied from the prompt) is a token like any other.
+`generate` encodes all pixels before its first pass and gives the features to the passes that read the prompt. Two rules are
+left to the model. Images that a cache already holds are not encoded again. And a placeholder token outside the prompt
+(generated, or a candidate that prompt lookup copied from the prompt) is a token like any other.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
         )
         encoded = model_kwargs["mm_encoder_outputs"]
         for modality, output in encoded.items():
-            # An assistant gets the features as the model that it drafts for prepared them.
+            # An assistant gets features that the model it drafts for has prepared already.
             if modality in TOKEN_TYPES and output is not None and not isinstance(output, PromptFeatures):
                 encoded[modality] = PromptFeatures(
                     pooler_output=output.pooler_output, prompt_length=inputs_tensor.shape[1]
@@ -57,7 +57,7 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
     def _count_cached_tokens(
         prompt: torch.Tensor, model_kwargs: dict[str, Any], generation_config: GenerationConfig
     ) -> int:
-        """How many of the prompt's first tokens the cache holds; 0 where the prompt is what follows the cache."""
+        """How many of the prompt's first tokens the cache holds. 0 where the prompt continues the cache."""
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None:
             return 0
@@ -67,7 +67,7 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
         return int(cache.get_seq_length()) if mask_length == prompt.shape[1] else 0
 
     def _drop_cached_media(self, prompt: torch.Tensor, model_kwargs: dict[str, Any], num_cached: int) -> None:
-        """Keep those images and videos (or features) that have placeholders behind the first `num_cached` tokens."""
+        """Keep the images and videos (or features) that have placeholders after the first `num_cached` tokens."""
         input_ids, embeddings = (prompt, None) if prompt.ndim == 2 else (None, prompt)
         encoded = model_kwargs["mm_encoder_outputs"]
         for modality, pixel_name in PIXEL_NAMES.items():
@@ -105,15 +105,15 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """The inputs of one pass; adds `mm_token_type_ids` where images or videos came with the prompt.
+        """The inputs of one pass, with `mm_token_type_ids` where images or videos came with the prompt.
 
         Args:
-            input_ids (`torch.LongTensor`): `(B, S)`, prompt and tokens behind it.
+            input_ids (`torch.LongTensor`): (B, S), the prompt and the tokens after it.
             next_sequence_length (`int`, *optional*): How many of the last tokens the pass reads. Default: all.
-            inputs_embeds (`torch.Tensor`, *optional*): `(B, prompt, H)`, the prompt in place of its ids. (Transformers
-                looks for this argument by name.)
+            inputs_embeds (`torch.Tensor`, *optional*): (B, prompt tokens, hidden), the prompt in place of its ids.
+                (Transformers looks for this argument by name.)
             mm_encoder_outputs (`dict`, *optional*): As in `MiniMaxM3VLModel.forward`.
-            mm_token_type_ids (`torch.Tensor`, *optional*): `(B, prompt)` or longer; what is behind it is text.
+            mm_token_type_ids (`torch.Tensor`, *optional*): (B, prompt tokens) or longer. Tokens after it are text.
             **kwargs: As in Transformers.
         """
         model_inputs = super().prepare_inputs_for_generation(
@@ -128,7 +128,7 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
             tokens = model_inputs["inputs_embeds"]
         elif mm_encoder_outputs and tokens.shape[1] > 1:
             if "mm_encoder_outputs" not in model_inputs:
-                # The features were read already, or (by an assistant, which drafts without them) never will be.
+                # An earlier pass read the features, or none does: an assistant drafts without them.
                 mm_token_type_ids = torch.zeros_like(input_ids)
             elif mm_token_type_ids is None:
                 mm_token_type_ids = self._mark_placeholders(input_ids, mm_encoder_outputs)
@@ -141,7 +141,7 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
     def _mark_placeholders(
         self, input_ids: torch.LongTensor, encoded: dict[str, BaseModelOutputWithPooling]
     ) -> torch.LongTensor:
-        """`mm_token_type_ids` of `(B, S)` tokens: only those of the prompt stand for an image or a video."""
+        """`mm_token_type_ids` of (B, S) tokens. Placeholders outside the prompt count as text."""
         prompt_length = next((getattr(output, "prompt_length", None) for output in encoded.values() if output), None)
         types = torch.zeros_like(input_ids)
         for modality, token_type in TOKEN_TYPES.items():
@@ -155,11 +155,11 @@ def find_new_entries(is_new: torch.Tensor, num_tokens: list[int]) -> list[bool] 
     """For each image or video, whether any of its placeholders is new.
 
     Args:
-        is_new (`torch.Tensor`): `(placeholders,)`, for all images or videos one behind the other.
+        is_new (`torch.Tensor`): (placeholders,), of all images or videos, one after the other.
         num_tokens (`list[int]`): Placeholders of each of them.
 
     Returns:
-        None where the counts do not agree: then the caller gave the new ones alone, or a check of the model complains.
+        One flag for each. None where the counts differ: the caller gave the new ones alone, or the model will raise.
     """
     if sum(num_tokens) != len(is_new):
         return None

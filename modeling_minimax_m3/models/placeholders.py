@@ -15,13 +15,13 @@ logger = logging.get_logger(__name__)
 def _check_one_feature_per_placeholder(
     modality: str, num_placeholders: torch.Tensor, num_features: int, token_id: int, hint: str
 ) -> None:
-    # The beginning is Transformers' wording, by which other tools know the error.
+    # The beginning is Transformers' wording, by which other tools recognise the error.
     mismatch = f"{modality.capitalize()} features and {modality} tokens do not match"
     place = f"one {modality} token (id {token_id}) for each {modality} feature"
     expected = f"input_ids (or inputs_embeds) must hold {place}.{hint}"
     agree = num_placeholders == num_features
     if torch.compiler.is_compiling():
-        # Transformers' check makes a symbol of the number, with which PyTorch 2.10 to 2.12 cannot compile this.
+        # Transformers' check makes a symbol of the number. PyTorch 2.10 to 2.12 cannot compile that.
         torch._assert_async(agree, f"{mismatch}: {expected}")
         return
     torch_compilable_check(
@@ -39,16 +39,16 @@ class PlaceholderMixin:
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Find the placeholders of `modality` ("image" or "video").
+        """Find the placeholders of one modality.
 
         Args:
-            modality (`str`): One of the two.
-            input_ids (`torch.Tensor` or `None`): `(B, T)`.
-            inputs_embeds (`torch.Tensor`, *optional*): `(B, T, H)`; needed where the other two are None.
-            mm_token_type_ids (`torch.Tensor`, *optional*): `(B, T)`; decides alone where it is given.
+            modality (`str`): "image" or "video".
+            input_ids (`torch.Tensor`, *optional*): (B, T).
+            inputs_embeds (`torch.Tensor`, *optional*): (B, T, hidden). Needed where the other two are None.
+            mm_token_type_ids (`torch.Tensor`, *optional*): (B, T). Decides alone where it is given.
 
         Returns:
-            `(B, T)`, boolean.
+            Boolean (B, T).
         """
         if mm_token_type_ids is not None:
             return mm_token_type_ids == TOKEN_TYPES[modality]
@@ -67,20 +67,20 @@ class PlaceholderMixin:
         video_features: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find the image and the video placeholders, and check that they are as many as the features given.
+        """Find the image and the video placeholders, and check their numbers against the features.
 
         Args:
-            input_ids (`torch.LongTensor` or `None`): `(B, T)`. Without it, positions are found by their embedding.
-            inputs_embeds (`torch.Tensor`): `(B, T, H)`.
-            image_features (`torch.Tensor`, *optional*): `(tokens of all images, H)`.
-            video_features (`torch.Tensor`, *optional*): `(tokens of all videos, H)`.
-            mm_token_type_ids (`torch.Tensor`, *optional*): `(B, T)`, 1 at image and 2 at video placeholders.
+            input_ids (`torch.LongTensor`, *optional*): (B, T). Without it, placeholders are found by their embedding.
+            inputs_embeds (`torch.Tensor`): (B, T, hidden).
+            image_features (`torch.Tensor`, *optional*): (tokens of all images, hidden).
+            video_features (`torch.Tensor`, *optional*): (tokens of all videos, hidden).
+            mm_token_type_ids (`torch.Tensor`, *optional*): (B, T), 1 at image and 2 at video placeholders.
 
         Returns:
-            Two boolean masks, each `(B, T, H)`.
+            Two boolean masks, each (B, T, hidden).
 
         Raises:
-            ValueError: The number of placeholders and of feature rows differ.
+            ValueError: The numbers of placeholders and of feature rows differ.
         """
         masks, hint = [], ""
         if input_ids is None and mm_token_type_ids is None:
@@ -122,7 +122,7 @@ class PlaceholderMixin:
         mm_token_type_ids: torch.Tensor | None,
         **features: tuple[torch.Tensor, ...] | None,
     ) -> None:
-        """Tell a user who forgot the pixels; a prompt is long enough for the look at its ids to cost nothing."""
+        """Warn a user who forgot the pixels. Only a prompt is checked, beside which the check costs nothing."""
         if self.training or is_torchdynamo_compiling() or input_ids.shape[1] == 1:
             return
         for modality, given in features.items():

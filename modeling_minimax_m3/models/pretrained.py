@@ -35,8 +35,8 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    # Transformers decides these two by looking for its decorator and its attention table in the source of the model's
-    # module. Here they stand in other modules, so without an answer of our own the experts would silently run eagerly.
+    # Transformers decides these two by searching the source of the model's module for its decorator and its attention
+    # table. Here they stand in other modules. Without these answers the experts would silently run eagerly.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
@@ -52,7 +52,7 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
                 f"{type(config).__module__}.{type(config).__name__}. A config of stock Transformers converts by "
                 f"{self.config_class.__name__}.from_dict(config.to_dict())."
             )
-        # Fields set after construction, by `from_pretrained(..., index_topk_blocks=0)` for one, were not looked at yet.
+        # Fields that were set after construction, as by `from_pretrained(..., index_topk_blocks=0)`, are not checked yet.
         config.validate()
         super().__init__(config, *args, **kwargs)
 
@@ -67,8 +67,8 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        """As in Transformers. A part finds its weights in a whole model's checkpoint, and no part is left without."""
-        if expected_keys is not None or state_dict == {}:  # adapters, or weights that are wanted random
+        """As in Transformers. A part finds its weights in a whole model's checkpoint, and a part without weights raises."""
+        if expected_keys is not None or state_dict == {}:  # adapters, or random weights on purpose
             return PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
@@ -82,8 +82,9 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
         return info, disk_offload_index
 
     def set_indexer_training(self, coef: float, warmup: bool = False) -> None:
-        """Change `indexer_loss_coef` and `indexer_warmup` of an existing model. Call it before adding adapters
-        and making the optimizer.
+        """Change `indexer_loss_coef` and `indexer_warmup` of an existing model.
+
+        Call it before adapters are added and before the optimizer is made.
 
         Args:
             coef (`float`): Weight of the indexers' loss. Above 0 makes the indexers' parameters trainable, 0 freezes
@@ -108,14 +109,14 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
             init.zeros_(module.e_score_correction_bias)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """As in PyTorch, and takes the names that checkpoints have on disk as well.
+        """As in PyTorch, and also takes the names that checkpoints have on disk.
 
-        `Trainer` resumes by passing a checkpoint's tensors here as they are
-        (https://github.com/huggingface/transformers/issues/43701). Their names are not those of the modules, so the
-        run would start again from the weights that the model happens to have, with no more than a warning.
+        `Trainer` resumes by passing a checkpoint's tensors here unchanged
+        (https://github.com/huggingface/transformers/issues/43701). Their names are not those of the modules. Without a
+        conversion, the run would start from the weights that the model happens to have, with no more than a warning.
 
         Raises:
-            ValueError: The experts of a layer come without some of them, as they do in one file of several.
+            ValueError: Some of a layer's experts are missing, as in one file of several.
         """
         if not self.state_dict().keys() >= state_dict.keys():
             state_dict = with_module_names(self, state_dict)

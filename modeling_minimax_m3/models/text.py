@@ -48,8 +48,10 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
         output_indexer_loss: bool = False,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """Maps hidden states (B, T, hidden) to hidden states; arguments as in `MiniMaxM3VLAttention`. With
-        `output_indexer_loss` also returns the indexer's divergence (B, T), None where there is no indexer."""
+        """Map hidden states (B, T, hidden) to hidden states. Arguments are those of `MiniMaxM3VLAttention.forward`.
+
+        With `output_indexer_loss` it also returns the indexer's divergence (B, T), None where there is no indexer.
+        """
         attended, _, divergence = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -60,15 +62,15 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        # Returned, and not collected by a hook or an attribute, because gradient checkpointing sees nothing else.
+        # Gradient checkpointing sees what is returned alone, not what a hook or an attribute collects.
         return (hidden_states, divergence) if output_indexer_loss else hidden_states
 
 
 class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
     """The language model without a head.
 
-    Padding on either side, packing (`cu_seq_lens_q` / `cu_seq_lens_k`, or `position_ids` that restart), chunked prefill
-    and caching give each token the output that it has in an unpadded run of its own sequence.
+    Each token gets the output that it has in an unpadded run of its own sequence. That holds for padding on either side,
+    for packing (`cu_seq_lens_q` / `cu_seq_lens_k`, or `position_ids` that restart), for chunked prefill and for caching.
     """
 
     config: MiniMaxM3VLTextConfig
@@ -109,14 +111,15 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         output_indexer_loss: bool | None = None,
         **kwargs,
     ) -> MiniMaxM3VLTextModelOutputWithPast:
-        """
+        """Run the layers.
+
         Args:
-            input_ids (`torch.LongTensor`, *optional*): (B, T). Exactly one of this and `inputs_embeds`.
+            input_ids (`torch.LongTensor`, *optional*): (B, T). Exactly one of this and `inputs_embeds` is given.
             attention_mask (`torch.Tensor`, *optional*): (B, S) with 1 for real tokens, cached ones included; or a
                 (B, heads, T, S) mask of your own, boolean or additive, which makes every layer quadratic in tokens.
-            position_ids (`torch.LongTensor`, *optional*): (B, T), used by the rotary embedding. Without a mask and a
-                cache, a position that does not grow starts a new packed sequence.
-            cache (`Cache`, *optional*): Keys and values of earlier tokens; receives those of this pass.
+            position_ids (`torch.LongTensor`, *optional*): (B, T), for the rotary embedding. Without a mask and a cache, a
+                position that does not grow starts a new packed sequence.
+            cache (`Cache`, *optional*): Keys and values of earlier tokens. It receives those of this pass.
             inputs_embeds (`torch.FloatTensor`, *optional*): (B, T, hidden).
             use_cache (`bool`, *optional*): Whether to return a cache. Packed sequences never make one.
             cu_seq_lens_q, cu_seq_lens_k (`torch.Tensor`, *optional*): (sequences + 1,) offsets of packed sequences
@@ -125,10 +128,11 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
                 `config.indexer_loss_coef` is above 0 and the model is in training mode.
 
         Raises:
-            ValueError: Inputs of the wrong shape, or that contradict each other.
+            ValueError: The inputs have a wrong shape, or contradict each other.
+            TypeError: A cache comes under another name.
         """
         for name, value in kwargs.items():
-            if isinstance(value, Cache):  # a name of another release of Transformers: the past would be forgotten
+            if isinstance(value, Cache):  # another release of Transformers may use that name; the past would be lost
                 raise TypeError(f"`{name}` is no argument of this model: pass the cache as `cache`")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
@@ -177,7 +181,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         if output_indexer_loss is None:
             output_indexer_loss = self.training and self.config.indexer_loss_coef > 0
             if output_indexer_loss and not is_torchdynamo_compiling():
-                # The models with a head say what they want. Trainers that call the body alone know no such loss.
+                # The models with a head pass the flag. Trainers that call this model alone do not know the loss.
                 logger.warning_once(
                     "`indexer_loss_coef` is above 0, but the model was called without its head (as the trainers of TRL "
                     "do), so nothing adds the indexers' loss to the language loss. Add `indexer_divergence` of the "
@@ -207,14 +211,14 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         )
 
     def _layer_types(self) -> list[str]:
-        # `generate` lowers the number of layers where the first ones draft for all of them.
+        # `generate` lowers the number of layers while the first ones draft for all of them.
         return self.config.layer_types[: self.config.num_hidden_layers]
 
     def _usable_cache(self, cache: Cache, batch: int) -> Cache | None:
         adopt_cache(cache, self._layer_types(), batch)
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return cache
-        # The backward runs each layer again, which would write to the cache again.
+        # The backward runs each layer again, and would write to the cache again.
         if cache.get_seq_length() > 0:
             raise ValueError(
                 f"`cache` holds {int(cache.get_seq_length())} tokens, which gradient checkpointing cannot read in a "
@@ -225,7 +229,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         return None
 
     def _warn_of_frozen_indexers(self, divergence: torch.Tensor) -> None:
-        """Warns once of a loss that trains nothing: its gradient reaches the indexers alone."""
+        """Warn once of a loss that trains nothing, because its gradient reaches frozen indexers alone."""
         if not self.training or not torch.is_grad_enabled() or divergence.requires_grad or is_torchdynamo_compiling():
             return
         coef = self.config.indexer_loss_coef
@@ -237,15 +241,15 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             )
 
     def _warn_past_context_length(self, cache: Cache | None, layout: SequenceLayout) -> None:
-        """Warns once of sequences longer than the config says, as `generate` does. They run all the same."""
+        """Warn once of sequences longer than the config says, as `generate` does. They run all the same."""
         limit = self.config.max_position_embeddings
         # The dynamic type stretches as far as needed.
         if is_torchdynamo_compiling() or self.config.rope_parameters["rope_type"] == "dynamic":
             return
         past = 0 if cache is None else cache.get_seq_length()
-        if isinstance(past, torch.Tensor):  # a static cache has its own bound, and asking it would wait for the device
+        if isinstance(past, torch.Tensor):  # a static cache has its own bound, and reading it waits for the device
             past = 0
-        # Rows that long may still consist of shorter sequences and padding.
+        # Rows of that length may still consist of shorter sequences and padding.
         if past + layout.num_new <= limit:
             return
         longest = past + layout.num_new if layout.is_uniform else layout.longest_sequence()
@@ -290,18 +294,17 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
         output_indexer_loss: bool | None = None,
         **kwargs,
     ) -> MiniMaxM3VLTextCausalLMOutputWithPast:
-        """
+        """Run the model.
+
         Args:
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, and `cu_seq_lens_q` /
                 `cu_seq_lens_k` in `kwargs`: As in `MiniMaxM3VLTextModel.forward`.
-            labels (`torch.LongTensor`, *optional*): (B, T), token ids to predict, -100 where nothing is to be learned.
-            output_router_logits (`bool`, *optional*): Whether to return the router logits and the balance loss, which
-                is added to the loss. Default: `config.output_router_logits`.
-            logits_to_keep (`int` or `torch.Tensor`): How many of the last tokens, or which ones, get logits; 0 means
-                all.
-            skip_logits (`bool`, *optional*): Whether a call with labels computes the loss without ever holding logits,
-                which are then None. Default: `self.skip_logits`, and without that, whether the model is in training
-                mode.
+            labels (`torch.LongTensor`, *optional*): (B, T) ids to predict, not shifted, -100 where there is no target.
+            output_router_logits (`bool`, *optional*): Whether to return the router logits and the load-balancing loss,
+                which is added, weighted, to the loss. Default: `config.output_router_logits`.
+            logits_to_keep (`int` or `torch.Tensor`): How many of the last tokens, or which ones, get logits. 0: all.
+            skip_logits (`bool`, *optional*): Whether a call with labels computes the loss without holding all logits,
+                and returns none. Default: `self.skip_logits`, or if that is None, whether the model is in training mode.
             output_indexer_loss (`bool`, *optional*): Whether to return the indexers' loss, which is added to the loss
                 with the weight `config.indexer_loss_coef`. Default: whether that is above 0, and there are labels or
                 the model is in training mode.

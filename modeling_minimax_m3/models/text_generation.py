@@ -12,7 +12,7 @@ from ..runtime.transformers_versions import CACHE_NAME, GenerationMixin
 
 
 class _EarlyExit(EarlyExitCandidateGenerator):
-    """Drafts with the model's first layers alone, those of a composite model's text config too."""
+    """Drafts with the first layers of a language model alone, also where it is part of a composite model."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -45,7 +45,7 @@ class MiniMaxM3GenerationMixin(GenerationMixin):
         return _EarlyExit(assistant_model=self, **{name: kwargs[name] for name in names})
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        # An offloaded cache moves between devices at every step, so a compiled step would be compiled again each time.
+        # An offloaded cache moves between devices at every step, so each step would be compiled again.
         if getattr(model_kwargs.get(CACHE_NAME), "offloading", False):
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)

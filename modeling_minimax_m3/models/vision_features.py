@@ -20,24 +20,25 @@ def _check_grid_is_given(modality: str, grid_thw: torch.Tensor | None) -> None:
 
 
 def _pop_precomputed(modality: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take what the tower gets with `modality` out of `kwargs`."""
-    # Everything else in kwargs is the language model's (packing, output flags) and means nothing to the tower.
+    """Remove the tower's arguments for `modality` from `kwargs`, and return them."""
+    # The rest of kwargs belongs to the language model (packing, output flags) and means nothing to the tower.
     return {name: kwargs.pop(name) for name in tuple(kwargs) if name.startswith(f"{modality}_")}
 
 
 class VisionFeaturesMixin:
     """Encodes media with `self.vision_tower` and `self.multi_modal_projector`.
 
-    Several processes have to do the same things in the same order, whatever media their rows happen to have: data
-    parallelism waits for a gradient of every trainable parameter, and weights that are cut over the processes (FSDP,
-    ZeRO-3) are gathered by all of them at once. So where other processes may wait for the vision tower, every pass
-    calls it and its projector exactly once: for images and videos together or, where there are neither, for a blank
-    image of one token, which changes nothing but gives every trained weight a gradient, of zeros. That is the case in
-    a run of several processes if the weights of either are cut, or if any of them is trained and the pass is one in
-    training mode, with gradients.
+    Several processes have to do the same things in the same order, whatever media their rows have. Data parallelism waits
+    for a gradient of every trainable parameter. Weights that are sharded over the processes (FSDP, ZeRO-3) are gathered by
+    all of them at once.
 
-    Two kinds of passes are left as they are, `generate`'s among them: those that get a cache, and those that get
-    `mm_encoder_outputs`, an empty dict too, whose maker sees to it that all processes encode alike.
+    So where other processes may wait for the vision tower, every pass calls tower and projector exactly once. It encodes
+    images and videos together. Where there are neither, it encodes a blank image of one token, which changes nothing but
+    gives every trained weight a gradient of zeros. Other processes may wait in two cases: the weights of tower or projector
+    are sharded; or one of the weights is trained, and the pass runs in training mode with gradients.
+
+    Two kinds of passes are exempt: those that get a cache, as in `generate`, and those that get `mm_encoder_outputs`, even
+    an empty dict. The caller then makes sure that all processes encode alike.
     """
 
     @accepts_precomputed_kwargs(modality="image")
@@ -49,13 +50,13 @@ class VisionFeaturesMixin:
         """Encode images and project them into the embedding space of the language model.
 
         Args:
-            pixel_values (`torch.Tensor`): `(N, channels * temporal_patch * patch * patch)` patches of all images.
-            image_grid_thw (`torch.Tensor`): `(images, 3)` patches along time, height and width.
+            pixel_values (`torch.Tensor`): (N, channels * temporal_patch * patch * patch) patches of all images.
+            image_grid_thw (`torch.Tensor`): (images, 3) patches along time, height and width.
             **kwargs: Passed to the vision tower, which documents the precomputed values that it takes.
 
         Returns:
-            The vision tower's output, with `pooler_output` replaced by a tuple that holds `(merged patches, H)`
-            features for each image.
+            The vision tower's output. Its `pooler_output` is a tuple of features (merged patches, hidden), one entry for
+            each image.
         """
         return self._encode_pixels(pixel_values, image_grid_thw, **kwargs)
 
@@ -112,7 +113,7 @@ class VisionFeaturesMixin:
         return image_outputs, video_outputs, nothing
 
     def _peers_wait_for_vision(self) -> bool:
-        """Whether other processes wait where this one leaves out tower and projector; the class says when they do."""
+        """Whether other processes would wait if this one left out tower and projector. The class says when."""
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
             return False
@@ -122,7 +123,7 @@ class VisionFeaturesMixin:
         parameters = [parameter for part in parts for parameter in part.parameters()]
         if self.training and torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             return True
-        if any(hasattr(parameter, "ds_id") for parameter in parameters):  # cut by ZeRO-3
+        if any(hasattr(parameter, "ds_id") for parameter in parameters):  # sharded by ZeRO-3
             return True
         sharded = (FSDPModule, FullyShardedDataParallel)
         return any(isinstance(module, sharded) for part in parts for module in part.modules())
@@ -131,7 +132,7 @@ class VisionFeaturesMixin:
         """A scalar zero that depends on every weight of tower and projector, on `device`."""
         pixel_values, grid_thw = self.vision_tower.blank_image(device)
         features = self._encode_pixels(pixel_values, grid_thw).pooler_output[0]
-        # A sum of no elements is zero, and sends zeros back; 0 * features would be NaN where one overflows.
+        # A sum of no elements is zero, and its gradients are zeros. 0 * features would be NaN where a feature overflows.
         return features[:0].sum()
 
     def _encode_together(
@@ -140,7 +141,7 @@ class VisionFeaturesMixin:
         videos: tuple[torch.Tensor, torch.Tensor | None],
         kwargs: dict[str, Any],
     ) -> tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling]:
-        """Features (`pooler_output`) of images and of videos, each given as pixels and grid, from one call of the tower."""
+        """Features (`pooler_output`) of images and of videos, each a pair of pixels and grid, from one call of the tower."""
         tower, cu_seqlens, max_seqlens, position_ids = self.vision_tower, [], [], []
         for modality, (pixel_values, grid_thw) in (("image", images), ("video", videos)):
             _check_grid_is_given(modality, grid_thw)
@@ -170,7 +171,7 @@ class VisionFeaturesMixin:
         encoded: dict[str, BaseModelOutputWithPooling],
         kwargs: dict[str, Any],
     ) -> BaseModelOutputWithPooling | None:
-        """The tower's output for one modality, from its pixels or already encoded; None where there are neither."""
+        """The tower's output for one modality, from its pixels or already encoded. None where there are neither."""
         precomputed = _pop_precomputed(modality, kwargs)
         output, pixel_name = encoded.get(modality), PIXEL_NAMES[modality]
         if pixel_values is None:

@@ -1,11 +1,11 @@
 """Cache layers: keys and values stored token-major, index keys beside them.
 
-Transformers shows a layer's keys and values as (B, H, S, D). Here they are views of buffers stored (B, S, H, D), so
+Transformers shows a layer's keys and values as (B, H_kv, S, D). Here they are views of buffers stored (B, S, H_kv, D), so
 that one token's heads are contiguous and the attention operators read the cache in place.
 
-The dynamic layers reserve room ahead: a full buffer is replaced by one of twice its size, so a token costs constant
-time on average, and memory is at most twice what is in use. For the longest contexts take `StaticCache`, which
-reserves exactly what it is told.
+The dynamic layers reserve room ahead: a buffer of twice the size replaces a full one. So a token costs constant time on
+average, and memory is at most twice what is in use. `StaticCache` reserves exactly what it is told, which suits the
+longest contexts.
 """
 
 import torch
@@ -27,10 +27,10 @@ class _GrowingBuffer:
         return self.data[:, : self.length]
 
     def append(self, states: torch.Tensor) -> torch.Tensor:
-        """Adds `states` (B, T, ...) and returns all tokens (B, S, ...)."""
+        """Add `states` (B, T, ...) and return all tokens (B, S, ...)."""
         if self.data is None:
             self.data = states[:, :0]
-        # Writing in place would change tensors that autograd may have saved, for the queries' gradient if no other.
+        # Writing in place would change tensors that autograd may have saved, at least for the queries' gradient.
         if torch.is_grad_enabled():
             self.data = torch.cat((self.used, states), dim=1)
             self.length = self.data.shape[1]
@@ -46,17 +46,17 @@ class _GrowingBuffer:
         return self.used
 
     def crop(self, tokens: int) -> None:
-        """Forgets the last `tokens` tokens."""
+        """Forget the last `tokens` tokens."""
         self.length = max(0, self.length - tokens)
 
     def map_rows(self, function) -> None:
-        """Replaces the buffer by `function` of it, which may move, select or repeat rows, spare room included."""
+        """Replace the buffer, spare room included, by `function` of it, which may move, select or repeat rows."""
         if self.data is not None:
             self.data = function(self.data)
 
 
 class MiniMaxM3VLDynamicLayer(DynamicLayer):
-    """Growing cache layer of dense attention, and the base of the other kinds."""
+    """Growing cache layer of dense attention, and the base of those of other layer types."""
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -66,7 +66,7 @@ class MiniMaxM3VLDynamicLayer(DynamicLayer):
         return {"keys": _GrowingBuffer(), "values": _GrowingBuffer()}
 
     def _refresh(self) -> None:
-        """Points the views that Transformers reads at the buffers."""
+        """Point the views that Transformers reads at the buffers."""
         self.keys = self._buffers["keys"].used.transpose(1, 2)
         self.values = self._buffers["values"].used.transpose(1, 2)
 
@@ -86,7 +86,7 @@ class MiniMaxM3VLDynamicLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds (B, H, T, D) states and returns all of them (B, H, S, D)."""
+        """Add (B, H_kv, T, D) states and return all of them (B, H_kv, S, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._buffers["keys"].append(key_states.transpose(1, 2))
@@ -109,7 +109,7 @@ class MiniMaxM3VLDynamicLayer(DynamicLayer):
             self._map_rows(lambda data: data.to(self.device, non_blocking=True))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` tokens; the argument is negative or 0, as everywhere in Transformers."""
+        """Remove the last `-tokens_to_remove` tokens. The argument is negative or 0, as everywhere in Transformers."""
         _check_crop(tokens_to_remove)
         if self.is_initialized:
             for buffer in self._buffers.values():
@@ -129,8 +129,8 @@ class MiniMaxM3VLDynamicLayer(DynamicLayer):
 class MiniMaxM3VLSparseDynamicLayer(MiniMaxM3VLDynamicLayer):
     """Growing cache layer of sparse attention, with the index keys of every token.
 
-    Offloading keeps the index keys on the device: every step scores all of them, and they are a small part
-    (256 of 2304 bytes per token in the released geometry).
+    Offloading leaves the index keys on the device, because every step scores all of them. They are a small part: 256 of
+    2304 bytes per token in the released geometry.
     """
 
     _layer_type = LEARNED_SPARSE.name
@@ -140,7 +140,7 @@ class MiniMaxM3VLSparseDynamicLayer(MiniMaxM3VLDynamicLayer):
         self._index_buffer = _GrowingBuffer()
 
     def update_index(self, index_key: torch.Tensor) -> torch.Tensor:
-        """Adds (B, 1, T, D_idx) index keys and returns all of them (B, 1, S, D_idx)."""
+        """Add (B, 1, T, D_idx) index keys and return all of them (B, 1, S, D_idx)."""
         return self._index_buffer.append(index_key.transpose(1, 2)).transpose(1, 2)
 
     def _map_index_rows(self, function) -> None:
@@ -168,7 +168,7 @@ class MiniMaxM3VLSparseDynamicLayer(MiniMaxM3VLDynamicLayer):
 
 
 class MiniMaxM3VLStructuredDynamicLayer(MiniMaxM3VLDynamicLayer):
-    """Growing cache layer of structured attention: keys and values, as nothing else is needed."""
+    """Growing cache layer of structured attention, which needs keys and values alone."""
 
     _layer_type = STRUCTURED.name
 
@@ -193,8 +193,8 @@ class MiniMaxM3VLStaticLayer(StaticLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes (B, H, T, D) states after those in use and returns the whole buffers (B, H, S_max, D)."""
-        # On a device the length is not read; there `generate` and masks that are too long are refused before.
+        """Write (B, H_kv, T, D) states after those in use and return the whole buffers (B, H_kv, S, D), S all slots."""
+        # Reading the length would wait for a device. There, other checks refuse `generate` and masks that are too long.
         if key_states.device.type == "cpu" and not is_torchdynamo_compiling():
             used = int(self.cumulative_length) + key_states.shape[-2]
             if used > self.max_cache_len:
@@ -205,22 +205,22 @@ class MiniMaxM3VLStaticLayer(StaticLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        # In place: a captured graph goes on reading the same memory.
+        # In place, because a captured graph goes on reading the same memory.
         if self.is_initialized:
             for states in (self.keys, self.values):
                 states.copy_(states.index_select(0, beam_idx.to(states.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens, whose slots are written again."""
+        """Forget the last `-tokens_to_remove` tokens, whose slots the next tokens take."""
         _check_crop(tokens_to_remove)
         self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row. The buffers change their size and place: a captured graph must be captured again."""
+        """Repeat each row. The buffers change their size and place: a captured graph must be captured again."""
         self._replace_rows(lambda states: states.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the given rows. The buffers change their size and place: a captured graph must be captured again."""
+        """Keep the given rows. The buffers change their size and place: a captured graph must be captured again."""
         self._replace_rows(lambda states: states[indices])
 
     def _replace_rows(self, function) -> None:
@@ -249,7 +249,7 @@ class MiniMaxM3VLSparseStaticLayer(MiniMaxM3VLStaticLayer):
         self.index_keys: torch.Tensor | None = None
 
     def update_index(self, index_key: torch.Tensor) -> torch.Tensor:
-        """Writes (B, 1, T, D_idx) index keys of the tokens that `update` wrote last, and returns the whole buffer."""
+        """Write (B, 1, T, D_idx) index keys of the tokens that `update` wrote last, and return the whole buffer."""
         batch, _, num_new, index_dim = index_key.shape
         if self.index_keys is None:
             self.index_keys = index_key.new_zeros((batch, 1, self.max_cache_len, index_dim))
@@ -283,7 +283,7 @@ def _check_crop(tokens_to_remove: int) -> None:
 
 
 def _mark_static(*tensors: torch.Tensor) -> None:
-    """Tells the compiler that these tensors keep their address, without which CUDA graphs would copy them."""
+    """Tell the compiler that these tensors keep their address. CUDA graphs would copy them otherwise."""
     if not is_torchdynamo_compiling():
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor)

@@ -1,6 +1,6 @@
 """Reads from a model's inputs where the sequences lie: masks, offsets of packed sequences, positions, and the cache.
 
-Legend: B rows, T new tokens per row, S keys per row (cached and new).
+Legend: B rows, T new tokens of a row, S keys of a row (cached and new), H_q query heads.
 """
 
 import torch
@@ -24,26 +24,26 @@ def build_layout(
     num_heads: int | None = None,
     whole_cache: bool = False,
 ) -> SequenceLayout:
-    """Reads the layout from a model's inputs: `cu_seq_lens_*` if given, else the mask, else restarts in positions.
+    """Read the layout from a model's inputs: from `cu_seq_lens_*` if given, else the mask, else restarts of positions.
 
     Args:
-        attention_mask: (B, S) with 1 for real tokens; or a (B, heads, T, S) mask, boolean (True or 1 attends) or
-            additive (0 attends, the lowest number or -inf does not); or the dict that `create_masks_for_generate`
-            returns; or None.
-        position_ids: (B, T); one that does not grow starts a new sequence.
-        cache: The cache that this pass appends to, if any.
-        batch, num_new: B and T.
-        device: Where the inputs are.
-        cu_seq_lens_q, cu_seq_lens_k (sequences + 1): Offsets of packed sequences among the B * T tokens. Tokens after
-            the last offset are padding.
-        may_be_packed: Whether restarts of `position_ids` are looked for.
-        num_heads: H_q, which the heads of a 4-D mask are checked against.
-        whole_cache: Whether the keys of a static cache's first pass, too, are all of its slots: attention weights have
-            that width at every pass.
+        attention_mask (`torch.Tensor` or `dict`, *optional*): (B, S) with 1 for real tokens; or a (B, heads, T, S) mask,
+            boolean (True or 1 attends) or additive (0 attends, the lowest number or -inf does not); or the dict that
+            `create_masks_for_generate` returns.
+        position_ids (`torch.Tensor`, *optional*): (B, T). A position that does not grow starts a new sequence.
+        cache (`Cache`, *optional*): The cache that this pass appends to.
+        batch (`int`), num_new (`int`): B and T.
+        device (`torch.device`): Where the inputs are.
+        cu_seq_lens_q, cu_seq_lens_k (`torch.Tensor`, *optional*): (sequences + 1,) offsets of packed sequences among the
+            B * T tokens. Tokens after the last offset are padding.
+        may_be_packed (`bool`): Whether a restart of `position_ids` starts a sequence.
+        num_heads (`int`, *optional*): H_q. A 4-D mask must have that many heads, or 1.
+        whole_cache (`bool`): Whether the first pass reads all slots of a static cache as keys, as every later pass does.
+            Attention weights then have the same width at every pass.
 
     Raises:
         ValueError: The inputs' shapes or values contradict each other.
-        NotImplementedError: `cu_seq_lens_*` together with a cache that holds tokens.
+        NotImplementedError: `cu_seq_lens_*` come with a cache that holds tokens.
     """
     past = 0 if cache is None else cache.get_seq_length()
     holds_tokens = isinstance(past, torch.Tensor) or past > 0
@@ -85,13 +85,17 @@ def real_tokens(
     batch: int,
     num_new: int,
 ) -> torch.Tensor | None:
-    """Which of the new tokens, boolean (B, T), are no padding by a model's inputs; None where these name no padding.
+    """Which of the new tokens are real, by a model's inputs.
 
     Args:
-        attention_mask: As in `build_layout`. Only a (B, S) mask says which tokens are padding; its last T columns
-            are those of this pass.
-        cu_seq_lens: Offsets of packed sequences among the B * T tokens; what follows the last one is padding.
-        batch, num_new: B and T.
+        attention_mask (`torch.Tensor` or `dict`, *optional*): As in `build_layout`. Only a (B, S) mask says which tokens
+            are padding; its last T columns belong to this pass.
+        cu_seq_lens (`torch.Tensor`, *optional*): Offsets of packed sequences among the B * T tokens. Tokens after the
+            last offset are padding.
+        batch (`int`), num_new (`int`): B and T.
+
+    Returns:
+        Boolean (B, T), False at padding; None where the inputs mark no padding.
     """
     real = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
@@ -130,7 +134,7 @@ def _packed_layout(
                 f"`cu_seq_lens_q` must start at 0, never fall and not go past the number of tokens {batch * num_new}, "
                 f"got {cu_seqlens.tolist()}"
             )
-    # What follows the last offset is one more sequence, of padding; where nothing does, an empty one.
+    # Padding after the last offset is one more sequence, an empty one where there is no padding.
     cu_seqlens = torch.nn.functional.pad(
         cu_seqlens.to(device=device, dtype=torch.int32), (0, 1), value=batch * num_new
     )
@@ -142,7 +146,7 @@ def _restarting_layout(restarts: torch.Tensor, batch: int, num_new: int) -> Sequ
     starts = torch.nn.functional.pad(restarts, (1, 0), value=True).flatten()
     total = batch * num_new
     if is_torchdynamo_compiling():
-        # As many offsets as tokens, for a shape that does not depend on the data: the surplus are empty sequences.
+        # As many offsets as tokens, so that the shape does not depend on the data. Surplus offsets are empty sequences.
         token = torch.arange(total, dtype=torch.int32, device=starts.device)
         cu_seqlens = torch.where(starts, token, total).sort().values
     else:
@@ -169,7 +173,7 @@ def _padded_layout(attention_mask: torch.Tensor, batch: int, num_new: int) -> Se
             return SequenceLayout(
                 batch, num_new, cu_seqlens=offsets_of(lengths.flatten()), padding_mask=attention_mask
             )
-    # Real tokens with padding between them; while compiling also any other mask, as shapes may not depend on values.
+    # Real tokens with padding between them. While compiling, any other mask too: shapes may not depend on values.
     length = real.sum(1)
     lengths = torch.stack((length, num_new - length), dim=1)
     order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
@@ -187,7 +191,7 @@ def _layout_of_full_mask(
     num_heads: int | None,
 ) -> SequenceLayout:
     rows, heads, queries, keys = attention_mask.shape
-    # A static cache hands out all of its slots, a dynamic one those in use.
+    # A static cache returns all of its slots, a dynamic one those in use.
     capacity = -1 if cache is None else cache.get_max_length(0)
     expected = f"{past + num_new}" if capacity < 0 else f"at most the {capacity} of the static cache"
     fits = keys == past + num_new if capacity < 0 else keys <= capacity
@@ -210,7 +214,7 @@ def _layout_of_full_mask(
         allowed = attention_mask != 0
     if capacity > keys:
         allowed = torch.nn.functional.pad(allowed, (0, capacity - keys), value=False)
-    # A static cache counts its tokens in place while the layers run: this pass keeps the number it started with.
+    # A static cache counts its tokens in place while the layers run. The copy keeps the number from the pass's start.
     return SequenceLayout(batch, num_new, allowed=allowed, past=past + 0)
 
 
@@ -248,7 +252,7 @@ def _per_row(used: int | torch.Tensor, batch: int, device: torch.device) -> torc
 
 
 def _cached_rows(attention_mask: torch.Tensor, used: int | torch.Tensor, num_new: int) -> dict[str, torch.Tensor]:
-    """The cached part of a layout, from a (B, S) mask of the slots; those from `used` on are not in use."""
+    """The fields of a layout with a cache, from a (B, S) mask of the slots, of which the first `used` are in use."""
     batch, slots = attention_mask.shape
     device = attention_mask.device
     slot = torch.arange(slots, device=device)
@@ -259,8 +263,8 @@ def _cached_rows(attention_mask: torch.Tensor, used: int | torch.Tensor, num_new
         if torch.equal(real, (slot >= leftpad[:, None]) & (slot < used)):
             rows = {"cache_seqlens": _per_row(used, batch, device)}
             return {**rows, "cache_leftpad": leftpad} if bool(leftpad.any()) else rows
-    # Padding between real tokens; while compiling also any other mask, as shapes may not depend on values. Keys move
-    # to the front and queries to the back, where positions are counted from.
+    # Padding between real tokens. While compiling, any other mask too: shapes may not depend on values. Keys move to the
+    # front and queries to the back, because positions are counted from there.
     new_slot = used - num_new + torch.arange(num_new, device=device)
     return {
         "cache_seqlens": length.to(torch.int32),
@@ -278,10 +282,10 @@ def create_masks_for_generate(
     position_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor | dict[str, torch.Tensor] | None:
-    """Replaces Transformers' 4-D masks for static caches, with its signature.
+    """Replaces Transformers' function of that name, which builds 4-D masks for static caches.
 
-    `generate` calls this before every compiled step. The layout of cached rows is worked out here, where values may be
-    looked at, in tensors of a shape that stays the same from step to step.
+    `generate` calls this before every compiled step. Here the host may still look at values, so the layout of cached rows
+    is built here, as tensors whose shape stays the same from step to step.
     """
     past = 0 if cache is None else cache.get_seq_length()
     if not isinstance(past, torch.Tensor) or (attention_mask is not None and attention_mask.dim() != 2):

@@ -1,11 +1,13 @@
 """Where the sequences of a batch lie: padded, packed or cached input, described once per forward for all layers.
 
-Attention layers work on real sequences, never on padding. Without a cache a batch (B, T) is read as B * T tokens one
-after the other with offsets `cu_seqlens`; padding becomes sequences of its own, whose outputs nobody uses. With a
-cache each row has a number of slots in use and a left padding. Only where the real tokens of a row do not lie next to
-each other are they moved together first, by a gather.
+Attention layers work on real sequences, never on padding. Without a cache, a batch (B, T) is read as B * T tokens one
+after the other, with offsets `cu_seqlens`. Padding becomes sequences of its own, whose outputs nobody uses. With a cache,
+each row has a number of slots in use and a left padding. Where the real tokens of a row do not lie next to each other, a
+gather moves them together first: that order is the working order, as opposed to the caller's.
 
-Dimension legend: B rows, T new tokens per row, S keys per row (cached and new).
+`layout_building.py` reads a layout from a model's inputs.
+
+Legend: B rows, T new tokens of a row, S keys of a row (cached and new).
 """
 
 from dataclasses import dataclass, fields
@@ -25,18 +27,19 @@ class SequenceLayout:
         cu_seqlens (`torch.Tensor`, *optional*): int32 offsets of the sequences among the B * T tokens. Set when the
             keys are those of this pass, None when they come from a cache.
         is_uniform (`bool`): Whether every row is one sequence without padding.
-        is_packed (`bool`): Whether a row may hold several sequences, which no cache could continue.
+        is_packed (`bool`): Whether a row may hold several sequences. No cache can continue such a row.
         cache_seqlens (`torch.Tensor`, *optional*): int32 (B,), slots in use per row, left padding and new tokens
             included. Set when the keys come from a cache.
         cache_leftpad (`torch.Tensor`, *optional*): int32 (B,), slots of padding at the start of each row.
-        query_order (`torch.Tensor`, *optional*): int64 (B, T), which new token of a row comes i-th, when they must be
-            moved: real ones first without a cache, real ones last with one.
-        key_order (`torch.Tensor`, *optional*): int64 (B, S), which slot of a row holds the i-th key: real ones first.
-        allowed (`torch.Tensor`, *optional*): bool (B or 1, heads or 1, T, S), a mask of the caller's own that
-            replaces everything above: every layer then materialises it.
+        query_order (`torch.Tensor`, *optional*): int64 (B, T), which new token of a row comes i-th, where tokens are
+            moved. Real tokens come first without a cache, last with one.
+        key_order (`torch.Tensor`, *optional*): int64 (B, S), which slot of a row holds the i-th key. Real keys come
+            first.
+        allowed (`torch.Tensor`, *optional*): bool (B or 1, heads or 1, T, S), a mask of the caller's own. It replaces
+            everything above, and every layer materialises it.
         past (`int` or `torch.Tensor`): Slots in use before this pass, where `allowed` is set.
         padding_mask (`torch.Tensor`, *optional*): (B, S), the caller's mask, for attention functions that take one.
-        num_keys (`int`, *optional*): S where all slots of a cache are in use; None where the host does not know.
+        num_keys (`int`, *optional*): S where all slots of a cache are in use. None where the host does not know.
     """
 
     batch: int
@@ -64,23 +67,23 @@ class SequenceLayout:
 
     @property
     def max_seqlen(self) -> int:
-        """An upper bound of the longest sequence without a cache, in tokens, known without asking the device."""
+        """An upper bound, in tokens, of the longest sequence without a cache. The host knows it."""
         return self.num_new if self.is_uniform else self.batch * self.num_new
 
     def order_queries(self, states: torch.Tensor) -> torch.Tensor:
-        """Moves (B, T, ...) per-token states of this pass into the order that the operators work in."""
+        """Move (B, T, ...) states of this pass's tokens into working order."""
         return _take(states, self.query_order)
 
     def order_keys(self, states: torch.Tensor) -> torch.Tensor:
-        """Moves (B, S, ...) states of the keys into the order that the operators work in."""
+        """Move (B, S, ...) states of the keys into working order."""
         return _take(states, self.key_order if self.is_cached else self.query_order)
 
     def restore_order(self, states: torch.Tensor) -> torch.Tensor:
-        """Undoes `order_queries`."""
+        """Undo `order_queries`."""
         return states if self.query_order is None else _take(states, self.query_order.argsort(dim=1))
 
     def restore_weights(self, weights: torch.Tensor) -> torch.Tensor:
-        """Brings (B, heads, T, S) attention weights from working order back to the caller's, on both axes."""
+        """Move (B, heads, T, S) attention weights from working order to the caller's, on both axes."""
         weights = self.restore_order(weights.transpose(1, 2)).transpose(1, 2)
         order = self.key_order if self.is_cached else self.query_order
         return (
@@ -88,11 +91,11 @@ class SequenceLayout:
         )
 
     def positions(self) -> torch.Tensor:
-        """Position (B, T) of every token in its own sequence, in the caller's order; padding counts as position 0."""
+        """Position (B, T) of every token in its own sequence, in the caller's order. Padding has position 0."""
         return self.restore_order(self.working_positions()).clamp(min=0)
 
     def longest_sequence(self) -> int:
-        """Tokens of the longest sequence, padding not counted. Waits for the device."""
+        """Tokens of the longest sequence, without padding. Waits for the device."""
         if self.allowed is not None:
             return int(self.past) + self.num_new
         if self.padding_mask is not None:
@@ -100,7 +103,7 @@ class SequenceLayout:
         return int((self.cache_seqlens if self.is_cached else self.cu_seqlens.diff()).max())
 
     def working_positions(self) -> torch.Tensor:
-        """As `positions`, in working order, and negative for padding before a cached sequence."""
+        """Position (B, T) of every token in working order, negative for padding before a cached sequence."""
         if self.allowed is not None:
             return (self.past + torch.arange(self.num_new, device=self.allowed.device)).expand(self.batch, -1)
         if self.is_cached:
@@ -108,7 +111,7 @@ class SequenceLayout:
         return self._packed_coordinates()[1].view(self.batch, self.num_new)
 
     def as_one_document(self) -> "SequenceLayout":
-        """The layout that reads each row of packed documents as one sequence; others are returned as they are."""
+        """The layout that reads each row of packed documents as one sequence. Other layouts stay as they are."""
         return uniform_layout(self.batch, self.num_new, self.cu_seqlens.device) if self.is_packed else self
 
     def cached_positions(self) -> torch.Tensor:
@@ -130,8 +133,16 @@ class SequenceLayout:
         return sequence, token - self.cu_seqlens[sequence]
 
     def visibility(self, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which keys each query may attend to, bool (B, heads or 1, T, S), and each key's position (B, S) in its
-        sequence, in working order. Quadratic in tokens: for paths that return weights or apply a mask."""
+        """Which keys each query may attend to, and where each key stands, in working order.
+
+        Memory is quadratic in tokens: this is for paths that return weights or apply a mask.
+
+        Args:
+            num_keys (`int`): S.
+
+        Returns:
+            bool (B or 1, heads or 1, T, S), and each key's position (B, S) in its sequence.
+        """
         if self.allowed is not None:
             return self.allowed, torch.arange(num_keys, device=self.allowed.device).expand(self.batch, -1)
         if self.is_cached:
@@ -143,7 +154,7 @@ class SequenceLayout:
         return visible.unsqueeze(1), rank
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SequenceLayout":
-        """A copy on `device`: accelerate calls this where the layers of a model lie on several devices."""
+        """A copy on `device`. Accelerate calls this where the layers of a model lie on several devices."""
         moved = {
             field.name: value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
             for field in fields(self)
@@ -152,9 +163,15 @@ class SequenceLayout:
         return SequenceLayout(**moved)
 
     def packed_offsets(self, num_keys: int) -> dict[str, torch.Tensor]:
-        """The offsets of all sequences, as operators take them, where (B, T, ...) queries and (B, S, ...) keys are flattened.
+        """Offsets of all sequences among flattened (B, T, ...) queries and (B, S, ...) keys, as operators take them.
 
         With a cache, a row gives three sequences: its left padding, its tokens, and the slots after them.
+
+        Args:
+            num_keys (`int`): S.
+
+        Returns:
+            `cu_seqlens_q` and `cu_seqlens_k`.
         """
         if not self.is_cached:
             return {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens}

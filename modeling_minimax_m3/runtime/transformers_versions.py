@@ -1,16 +1,15 @@
 """What differs between the supported releases of Transformers, 5.23 and 5.24. The model code knows one form, 5.24's.
 
-Release 5.24 renamed `past_key_values` to `cache` (arguments of `forward` and `generate`, outputs, inputs that `generate`
-prepares), and `image_hidden_states` / `video_hidden_states` of multimodal outputs to `image_outputs` /
-`video_outputs`. Under either release callers may use both names. The old ones are deprecated as that release has it:
-under 5.23 they are the names, and the new ones work too.
+Release 5.24 renamed `past_key_values` to `cache`: in arguments of `forward` and `generate`, in outputs, and in the inputs
+that `generate` prepares. It renamed `image_hidden_states` / `video_hidden_states` of multimodal outputs to `image_outputs`
+/ `video_outputs`. Callers may use both names under either release. Under 5.24 the old ones give its deprecation warnings.
 
     CACHE_NAME            what `generate` and the outputs' fields call the cache
     takes_cache           decorator of functions with an argument `cache`
-    GenerationMixin       takes and returns the cache under both names, and hands it to PEFT under the one it knows
+    GenerationMixin       takes and returns the cache under both names, and gives it to PEFT under the one it knows
     MoeModelOutputWithPast, MoeCausalLMOutputWithPast, MultimodalOutputWithPast, MultimodalCausalLMOutputWithPast
-                          bases of the outputs, each with the fields, in the order, of the installed release
-    output_fields         the fields of these, from the names of 5.24
+                          bases of the outputs, with the fields of the installed release in its order
+    output_fields         the fields of these outputs, from the names of 5.24
 """
 
 import importlib.metadata

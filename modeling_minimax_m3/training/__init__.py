@@ -1,1 +1,1 @@
-"""The language modeling loss, computed in chunks."""
+"""Losses, and which parameters they train."""

@@ -1,12 +1,12 @@
-"""The language-modelling loss of both heads, without a (tokens x vocabulary) tensor of logits where nobody asks for one.
+"""The language-modelling loss of both heads, without a tensor of all logits (tokens x vocabulary).
 
-A vocabulary of 200,064 makes the logits of 32k tokens 12 GiB in bfloat16, and their cross-entropy keeps float32 copies
-of them. Here logits exist for a thousand tokens at a time. A plain linear head computes its gradients together with its
-loss. Any other (adapters, quantised, sharded or tensor-parallel weights) is called as a module, never by its weight, and
-computes its logits again in the backward.
+With a vocabulary of 200,064, the logits of 32k tokens take 12 GiB in bfloat16, and their cross-entropy keeps float32
+copies of them. Here logits exist for a thousand tokens at a time. A plain linear head computes its gradients together with
+its loss. Any other head (with adapters, or with quantised, sharded or tensor-parallel weights) is called as a module, never
+by its weight, and computes its logits again in the backward.
 
-The second is why neither `torch.nn.functional.linear_cross_entropy` (not there before PyTorch 2.13) nor Liger's fused
-loss is used: both take the bare weight.
+Such heads rule out `torch.nn.functional.linear_cross_entropy` (new in PyTorch 2.13) and Liger's fused loss, which both take
+the bare weight.
 """
 
 from collections.abc import Callable
@@ -33,19 +33,19 @@ def batch_share(
     shift_labels: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | float:
-    """The part of an optimizer step's batch that this pass holds; 1 where it is all of it.
+    """The share of an optimizer step's batch that this pass holds: 1 where it holds the whole batch.
 
-    A loss that is a mean over the tokens of a pass is weighted with it, so that the micro-batches of one step add up
-    to a mean over the step's tokens, as the language loss does.
+    It weights a loss that is a mean over the tokens of a pass. The micro-batches of one step then add up to a mean over
+    the step's tokens, as they do for the language loss.
 
     Args:
         labels, num_items_in_batch, ignore_index, shift_labels, **kwargs: As in `causal_lm_loss`.
-        device (`torch.device`): Where the result is wanted.
+        device (`torch.device`): Where the result goes.
     """
     if num_items_in_batch is None:
         return 1.0
     targets = labels[..., 1:] if shift_labels is None else shift_labels
-    # A whole step may have nothing to learn: then its share is 0, and not 0 / 0, which would make every router NaN.
+    # A whole step may have nothing to learn. Its share is 0 then: 0 / 0 would make every router NaN.
     is_tensor = isinstance(num_items_in_batch, torch.Tensor)
     num_items = num_items_in_batch.clamp(min=1) if is_tensor else max(num_items_in_batch, 1)
     return (targets != ignore_index).sum().to(device) / _on(device, num_items)
@@ -54,15 +54,15 @@ def batch_share(
 def without_targets_of_padding(
     labels: torch.Tensor | None, attention_mask: Any, ignore_index: int = -100
 ) -> torch.Tensor | None:
-    """`labels` (B, T) with `ignore_index` where padding would make the prediction.
+    """`labels` (B, T) with `ignore_index` where a padding token would make the prediction.
 
-    The last pad to the left of a row stands before the row's first token. Its output means nothing, and the unpadded
-    row has no such prediction: counted, it would make the loss depend on the padding. (A `num_items_in_batch` that counts
-    labels, as `Trainer`'s does, counts it all the same, unless the label of a row's first token is -100.)
+    The last padding token to the left of a row stands before the row's first token. Its output means nothing, and the
+    unpadded row has no such prediction: if it counted, the loss would depend on the padding. (`Trainer`'s
+    `num_items_in_batch` counts labels, this one too, unless the label of a row's first token is -100.)
 
     Args:
         labels (`torch.Tensor`, *optional*): (B, T), not shifted, of the last T tokens.
-        attention_mask: (B, S) with 0 at padding; labels stay as they are with any other form of mask, or None.
+        attention_mask (`torch.Tensor`, *optional*): (B, S) with 0 at padding. Masks of any other form change nothing.
         ignore_index (`int`): See `causal_lm_loss`.
     """
     if labels is None or not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
@@ -85,13 +85,13 @@ def causal_lm_loss(
     """`ForCausalLMLoss` of Transformers on `lm_head(hidden_states)`, in memory that does not grow with the vocabulary.
 
     Args:
-        lm_head (`nn.Module`): Maps (N, H) to (N, vocabulary).
-        hidden_states (`torch.Tensor`): (B, T, H).
+        lm_head (`nn.Module`): Maps (tokens, hidden) to (tokens, vocabulary).
+        hidden_states (`torch.Tensor`): (B, T, hidden).
         labels (`torch.Tensor`): (B, T) ids, not shifted, `ignore_index` where nothing is to be predicted.
-        num_items_in_batch (`int` or `torch.Tensor`, *optional*): What the summed loss is divided by. Default: the number
-            of predictions in this call, so that the loss is their mean (NaN where there is none).
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): Denominator of the summed loss. Default: the number of
+            predictions in this call, so that the loss is their mean (NaN where there is none).
         ignore_index (`int`): See `labels`.
-        shift_labels (`torch.Tensor`, *optional*): (B, T) labels that are shifted already, in place of `labels`.
+        shift_labels (`torch.Tensor`, *optional*): (B, T) labels that are shifted already. They replace `labels`.
         chunk_tokens (`int`): Tokens whose logits exist at the same time.
         **kwargs: Ignored, as Transformers' loss functions do.
 
@@ -106,7 +106,7 @@ def causal_lm_loss(
     if num_items_in_batch is None:
         num_items_in_batch = counted.sum()
     if not is_torchdynamo_compiling():  # while compiling, shapes may not depend on values
-        # Prompts, padding and images are most of many batches, and their logits are not needed.
+        # In many batches most tokens are prompts, padding and images, whose logits are not needed.
         kept = counted.nonzero().squeeze(1)
         hidden_states, targets = hidden_states.index_select(0, kept), targets[kept]
 
@@ -127,7 +127,7 @@ def _on(device: torch.device, number: torch.Tensor | int) -> torch.Tensor | int:
 
 
 def _is_plain(lm_head: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether nothing happens in a call of the head but a product with its weight, and the product needs gradients."""
+    """Whether a call of the head is one product with its weight and nothing else, and needs gradients."""
     if is_torchdynamo_compiling() or not torch.is_grad_enabled() or type(lm_head) is not nn.Linear:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # more than one backward
@@ -198,7 +198,7 @@ class _PlainHeadLoss(torch.autograd.Function):
                 "the loss without logits gives up its gradients in its first backward; pass `skip_logits=False` to "
                 "the model for a loss that goes backward several times (`retain_graph=True`)"
             )
-        # In place and let go of: the head's gradient is as large as the head, and autograd would copy what is kept.
+        # In place, and released: the head's gradient is as large as the head, and autograd would copy a kept one.
         gradients = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.gradients]
         ctx.gradients = None
         return *gradients, None, None, None
@@ -215,12 +215,12 @@ def _summed_loss(
         logits = head(states).float()
         return F.cross_entropy(logits, target.to(logits.device), ignore_index=ignore_index, reduction="sum")
 
-    # Chunks of one size, so that none is too small for the device. There is always one: without it, a pass that has
-    # nothing to predict would leave the head's weight without a gradient, which data parallelism waits for.
+    # Chunks have one size, so that none is too small for the device. There is always one, because data parallelism waits
+    # for a gradient of the head's weight, in a pass without predictions too.
     num_chunks = max(1, -(-targets.shape[0] // chunk_tokens))
     chunk_tokens = max(1, -(-targets.shape[0] // num_chunks))
     *first, last = zip(hidden_states.split(chunk_tokens), targets.split(chunk_tokens))
-    # The backward begins with the last chunk: what it needs may as well stay.
+    # The backward begins with the last chunk, so this one keeps its logits.
     losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in first]
     return torch.stack([*losses, chunk_loss(*last)]).sum()
 
@@ -239,10 +239,10 @@ def _call(module: nn.Module, function: Callable[..., torch.Tensor], states: torc
 
 
 def _call_once(module: nn.Module, function: Callable[..., torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """`function(module's forward, states)` inside one call of `module`, whose hooks then run once around all of it.
+    """`function(module's forward, states)` inside one call of `module`, whose hooks run once around all of it.
 
-    Ranks have different numbers of tokens and so of chunks: a hook for each chunk would leave one rank waiting for
-    another, and would gather the weight and reduce its gradient as often as there are chunks.
+    Ranks have different numbers of tokens, and so of chunks. With a hook for each chunk, one rank would wait for another,
+    and each chunk would gather the weight and reduce its gradient.
     """
     forward = module.forward
     own = "forward" in vars(module)
