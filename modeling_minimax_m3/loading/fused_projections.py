@@ -1,12 +1,12 @@
 """How fused projections are read from checkpoint files, and written to them.
 
-A composite checkpoint holds the gate and the up projection of dense and shared MLPs apart; the model holds them fused,
-gate first. Transformers' rule for that goes wrong in two places, each without an error:
+A composite checkpoint holds the gate and the up projection of dense and shared MLPs apart. The model holds them fused, gate
+first. Transformers' rule for that goes wrong in two places, each without an error:
 
-- Where `DistributedConfig(fsdp_size=...)` cuts the fused weight, Transformers 5.23 cuts gate and up each and
-  concatenates this rank's pieces. That is no piece of the fused weight: its rows come out in another order.
-- Where bitsandbytes has quantized the fused layer, Transformers 5.23 and 5.24 write halves of its packed bytes and of
-  what belongs to them, which nothing can read again.
+- Where `DistributedConfig(fsdp_size=...)` shards the fused weight, Transformers 5.23 shards gate and up each and
+  concatenates this rank's shards. The result has its rows in another order than this rank's shard of the fused weight.
+- Where bitsandbytes has quantized the fused layer, Transformers 5.23 and 5.24 write halves of its packed bytes, and of the
+  tensors beside them. Nothing can read such a file again.
 """
 
 from typing import Any
@@ -19,8 +19,10 @@ from transformers.distributed.utils import is_dtensor
 
 
 def with_fused_projections(mapping: list[WeightTransform]) -> list[WeightTransform]:
-    """`mapping`, with `ConcatenateWhole` where a rule does nothing but `Concatenate`. Experts are merged first, one by
-    one, and Transformers cuts those rightly."""
+    """`mapping`, with `ConcatenateWhole` where a rule does nothing but `Concatenate`.
+
+    The rules of experts merge them first, and Transformers shards those correctly.
+    """
     for transform in mapping:
         if isinstance(transform, WeightConverter) and [type(op) for op in transform.operations] == [Concatenate]:
             (concatenate,) = transform.operations
@@ -29,7 +31,7 @@ def with_fused_projections(mapping: list[WeightTransform]) -> list[WeightTransfo
 
 
 class ConcatenateWhole(Concatenate):
-    """`Concatenate` whose result is this rank's piece of the whole, also where that is cut along the same axis."""
+    """`Concatenate` whose result is this rank's shard of the fused weight, also where shards lie along the same axis."""
 
     @torch.no_grad
     def convert(
@@ -42,22 +44,23 @@ class ConcatenateWhole(Concatenate):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        """As in Transformers. Collective where the target is cut along `self.dim`: every rank converts it.
+        """As in Transformers. Every rank converts at once where the target is sharded along `self.dim`.
 
         Args:
-            input_dict (`dict`): Per source the whole tensor, or this rank's piece, cut as the target is.
+            input_dict (`dict`): For each source the whole tensor, or this rank's shard of it.
             source_patterns, target_patterns (`list[str]`): The sources in order, and the name of the result.
             full_layer_name (`str`): Name of the target in `model`.
-            model (`PreTrainedModel`): Its parameter of that name says how it is cut.
+            model (`PreTrainedModel`): Its parameter of that name tells how it is sharded.
+            **kwargs: Passed to Transformers' operation.
         """
         target = model.get_parameter_or_buffer(full_layer_name)
-        if not _is_cut(target, self.dim):
+        if not _is_sharded(target, self.dim):
             return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
         from torch.distributed.tensor import DTensor, distribute_tensor  # not there in every build of PyTorch
 
         mesh, placements = target.device_mesh, target.placements
         shape = list(target.shape)
-        shape[self.dim] //= len(input_dict)  # of MXFP8 files, the patterns name the scales as well
+        shape[self.dim] //= len(input_dict)  # the patterns name the scales of MXFP8 files as well
         stride = torch.empty(shape, device="meta").stride()
         for name, pieces in input_dict.items():
             piece = pieces[0] if isinstance(pieces, list) else pieces
@@ -75,8 +78,10 @@ class ConcatenateWhole(Concatenate):
 
 
 class ChunkUnlessQuantized(Chunk):
-    """`Chunk` that leaves a quantized weight, and what is stored beside it, whole and under the name it has in the model.
-    Files with that name load, in stock Transformers too."""
+    """`Chunk` that leaves a quantized weight, and the tensors stored beside it, whole and under their names in the model.
+
+    Files with those names load, in stock Transformers too.
+    """
 
     @torch.no_grad
     def convert(
@@ -95,7 +100,8 @@ class ChunkUnlessQuantized(Chunk):
             input_dict (`dict`): The weight of the fused layer, or a tensor stored beside it (`weight.absmax`).
             source_patterns, target_patterns (`list[str]`): Names of the fused weight and of its parts.
             full_layer_name (`str`): Name of the tensor, with the first part's name in place of the fused one.
-            model (`PreTrainedModel`): Its parameter says whether it is quantized.
+            model (`PreTrainedModel`): Its parameter tells whether it is quantized.
+            **kwargs: Passed to Transformers' operation.
         """
         fused = source_patterns[0].replace(r"\.", ".")
         layer, _, suffix = full_layer_name.rpartition(target_patterns[0])
@@ -109,11 +115,11 @@ class ChunkUnlessQuantized(Chunk):
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     try:
         return model.get_parameter(name)
-    except AttributeError:  # a wrapper may have other names than the file; what it wraps is no quantized layer
+    except AttributeError:  # a wrapper's names differ from the file's; what it wraps is no quantized layer
         return None
 
 
-def _is_cut(tensor: torch.Tensor, dim: int) -> bool:
+def _is_sharded(tensor: torch.Tensor, dim: int) -> bool:
     if not is_dtensor(tensor):
         return False
     from torch.distributed.tensor import Replicate

@@ -1,7 +1,7 @@
-"""Loading of one part, the language model or the vision tower, from a whole model's checkpoint, and of no other part.
+"""Loading of one part, the language model or the vision tower, from a whole model's checkpoint.
 
-Transformers converts a whole model's names for the whole model only. A part would find none of its weights there, be
-initialised at random, and say so in a report among its log lines.
+Transformers converts a whole model's names for the whole model only. A part would find none of its weights there and be
+initialised at random, with no more than a report among the log lines.
 """
 
 from transformers import PreTrainedModel
@@ -11,7 +11,7 @@ from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig
 
-# What the module of a whole model is called that is a model of such a config.
+# For the model type of a part: the name of its module in the whole model.
 _MODULES = {MiniMaxM3VLTextConfig.model_type: "language_model", MiniMaxM3VLVisionConfig.model_type: "vision_tower"}
 _OTHER_PARTS = {
     MiniMaxM3VLTextConfig.model_type: ("vision_tower.", "multi_modal_projector."),
@@ -20,12 +20,12 @@ _OTHER_PARTS = {
 
 
 def part_conversions(model: PreTrainedModel) -> list[WeightTransform]:
-    """How the names in a whole model's checkpoint become those of `model`; none where that is no part."""
+    """The rules that turn the names in a whole model's checkpoint into those of `model`. None where that is no part."""
     if model.config.model_type not in _MODULES:
         return []
     whole = get_checkpoint_conversion_mapping(MiniMaxM3VLConfig.model_type)
     module = _MODULES[model.config.model_type]
-    # With the head's prefix and without: a whole model without a head is saved without.
+    # With the head's prefix and without it: a whole model without a head is saved without it.
     return [*whole, PrefixChange(prefix_to_remove=module, model_prefix="model"), PrefixChange(prefix_to_remove=module)]
 
 
@@ -35,22 +35,22 @@ def finish_part_loading(
     load_config: LoadStateDictConfig,
     info: LoadStateDictInfo,
 ) -> None:
-    """Forgets what belongs to other parts.
+    """Remove the traces of other parts from a part that has been loaded.
 
     Args:
-        model (`PreTrainedModel`): The part, loaded.
-        conversions (`list[WeightTransform]`): What `part_conversions` gave for it, used by the loading.
+        model (`PreTrainedModel`): The loaded part.
+        conversions (`list[WeightTransform]`): The result of `part_conversions` for it, which the loading used.
         load_config (`LoadStateDictConfig`): How it was loaded.
-        info (`LoadStateDictInfo`): What came of it; loses the unexpected names of other parts.
+        info (`LoadStateDictInfo`): The report of the loading. It loses the unexpected names of other parts.
 
     Raises:
-        ValueError: The weights are quantized, so that their scales would have been left out.
+        ValueError: The weights are quantized, so their scales would be missing.
     """
     if not any(conversion.was_used() for conversion in conversions):
         return
     others = _OTHER_PARTS[model.config.model_type]
     info.unexpected_keys -= {key for key in info.unexpected_keys if key.removeprefix("model.").startswith(others)}
-    # A part is saved by the names of its modules.
+    # A part is saved under the names of its modules.
     model._weight_conversions = [used for used in model._weight_conversions if used not in conversions]
 
     known = {name.removeprefix("model.") for name in model.state_dict()}
@@ -67,11 +67,11 @@ def finish_part_loading(
 
 
 def refuse_parts_without_weights(model: PreTrainedModel, info: LoadStateDictInfo, base_class: type) -> None:
-    """Raise `ValueError` where no weight of a whole part was in the checkpoint, because it is of another kind.
+    """Raise `ValueError` where the checkpoint has no weight of a whole part, because it belongs to another kind of model.
 
     Args:
         model (`PreTrainedModel`): The loaded model, a part or a whole.
-        info (`LoadStateDictInfo`): What came of the loading.
+        info (`LoadStateDictInfo`): The report of the loading.
         base_class (`type`): Class of the parts, and of the model.
     """
     names = list(model.state_dict())

@@ -1,6 +1,6 @@
 """The whole model: vision features replace their placeholder tokens, and the language model reads the result.
 
-B is the number of rows, T the number of tokens of this pass, N the number of patches.
+B is the number of rows, T the number of tokens of this pass.
 """
 
 import torch
@@ -60,7 +60,7 @@ class MiniMaxM3VLModel(PlaceholderMixin, VisionFeaturesMixin, MiniMaxM3VLPreTrai
         Args:
             input_ids (`torch.LongTensor`, *optional*): (B, T), with one placeholder for each merged patch. Exactly one
                 of `input_ids` and `inputs_embeds` is given.
-            pixel_values (`torch.Tensor`, *optional*): (N, channels * temporal_patch * patch * patch) patches of all
+            pixel_values (`torch.Tensor`, *optional*): (patches, channels * temporal_patch * patch * patch) patches of all
                 images, in the order of their placeholders in the batch.
             pixel_values_videos (`torch.Tensor`, *optional*): The same for videos.
             image_grid_thw (`torch.Tensor`, *optional*): (images, 3) patches along time, height and width.

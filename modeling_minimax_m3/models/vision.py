@@ -1,8 +1,9 @@
 """Vision tower: pixel patches to patch features, and the projector that turns groups of them into text tokens.
 
-A call packs every image and video into one row of N patches. An image, or one temporal chunk of a video that the
-processor gave its own row of the grid, is a segment: its patches attend to each other and to nothing else.
-L is the length of a segment, C the hidden size, Hq the number of heads, D the channels of a head.
+A call packs every image and video into one row of patches. An image is a segment, and so is a temporal chunk of a video
+that has its own row of the grid: its patches attend to each other and to nothing else.
+
+In shapes, `length` is the number of patches of a segment, H_q the number of heads, D the channels of a head.
 """
 
 from collections.abc import Callable
@@ -29,13 +30,13 @@ from .pretrained import MiniMaxM3VLPreTrainedModel
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution whose input is exactly one kernel wide, computed as the matrix product that it is.
+    """A convolution whose input is exactly one kernel wide, computed as a matrix product.
 
-    The checkpoint stores a convolution's weight; the product is several times faster than the general algorithm.
+    The checkpoint stores a convolution's weight. The product is several times faster than the general algorithm.
     """
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """`(N, channels, *kernel_size)` to `(N, C, 1, 1, 1)`."""
+        """(patches, channels, *kernel_size) to (patches, hidden, 1, 1, 1)."""
         features = nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
         return features[..., None, None, None]
 
@@ -52,7 +53,7 @@ class MiniMaxM3VLVisionEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(N, channels * temporal_patch * patch * patch)` to `(N, C)`, in the dtype of the weight."""
+        """(patches, channels * temporal_patch * patch * patch) to (patches, hidden), in the dtype of the weight."""
         patches = pixel_values.to(self.proj.weight.dtype).view(-1, *self.patch_shape)
         return self.proj(patches).flatten(1)
 
@@ -81,7 +82,7 @@ class MiniMaxM3VLVisionRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin, each `(N, rotary channels)` in the dtype of `hidden_states`, for `(N, 3)` positions."""
+        """Cosines and sines (patches, rotary channels) of (patches, 3) positions, in the dtype of `hidden_states`."""
         inv_freq = self.inv_freq.to(device=position_ids.device, dtype=torch.float)
         angles = (position_ids[..., None].float() * inv_freq).flatten(1).repeat(1, 2)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -89,7 +90,7 @@ class MiniMaxM3VLVisionRotaryEmbedding(nn.Module):
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first channels of `(N, Hq, D)`, as many as `(N, rotary channels)` cos and sin have."""
+    """Rotate the first channels of (patches, H_q, D) by `cos` and `sin` (patches, rotary channels)."""
     rotary_dim = cos.shape[-1]
     rotated, rest = states[..., :rotary_dim], states[..., rotary_dim:]
     first, second = rotated.chunk(2, dim=-1)
@@ -99,13 +100,13 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 @dataclass(frozen=True)
 class Segments:
-    """Which patches attend to each other, worked out once for all layers.
+    """Which patches attend to each other, computed once for all layers.
 
     Attributes:
-        cu_seqlens: `(segments + 1,)` int32 offsets into the N patches.
-        max_seqlen: Length of the longest segment; known only where a flash kernel asks for it.
-        runs: `(count, length)` of successive segments of equal length, in patches; None where a flash kernel reads
-            `cu_seqlens` instead.
+        cu_seqlens (`torch.Tensor`): int32 (segments + 1,), offsets into the patches.
+        max_seqlen (`int`, *optional*): Length of the longest segment. Known only where a flash kernel needs it.
+        runs (`tuple`, *optional*): Pairs (count, length) of successive segments of equal length, in patches. None where a
+            flash kernel reads `cu_seqlens` instead.
     """
 
     cu_seqlens: torch.Tensor
@@ -119,7 +120,7 @@ def split_into_runs(cu_seqlens: torch.Tensor, num_patches: int) -> tuple[tuple[i
         return ((1, num_patches),)
     lengths = cu_seqlens.diff().tolist()
     if is_torchdynamo_compiling():
-        # Lengths are unknown while tracing and cannot be compared. Attention does need to know that none is trivial.
+        # While tracing, lengths are unknown and cannot be compared, but attention has to know that none is trivial.
         for length in lengths:
             torch._check(length > 1)
         return tuple((1, length) for length in lengths)
@@ -136,7 +137,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unmasked attention over `(B, Hq, L, D)`; returns `(B, L, Hq, D)` and the probabilities `(B, Hq, L, L)`."""
+    """Attention without a mask: (B, length, H_q, D) of (B, H_q, length, D), and probabilities (B, H_q, length, length)."""
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
@@ -144,7 +145,7 @@ def eager_attention_forward(
 
 
 class MiniMaxM3VLVisionAttention(nn.Module):
-    """Full attention inside each segment, through whatever `attn_implementation` names."""
+    """Full attention inside each segment, by the implementation that `attn_implementation` names."""
 
     def __init__(self, config: MiniMaxM3VLVisionConfig):
         super().__init__()
@@ -171,13 +172,15 @@ class MiniMaxM3VLVisionAttention(nn.Module):
         """Attend inside each segment.
 
         Args:
-            hidden_states (`torch.Tensor`): `(N, C)`.
-            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cos and sin, `(N, rotary channels)`.
+            hidden_states (`torch.Tensor`): (patches, hidden).
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, each
+                (patches, rotary channels).
             segments (`Segments`): Where each segment begins.
             implementation (`str`): As `attn_implementation` in Transformers.
 
         Returns:
-            `(N, C)`, and one `(1, Hq, L, L)` tensor of probabilities per segment where the implementation gives them.
+            (patches, hidden), and one (1, H_q, length, length) tensor of probabilities for each segment where the
+            implementation returns them.
         """
         heads = (-1, self.num_heads, self.head_dim)
         query = rotate(self.q_proj(hidden_states).view(heads), *position_embeddings)
@@ -246,7 +249,7 @@ class MiniMaxM3VLVisionMLP(nn.Module):
 
 
 class MiniMaxM3VLVisionEncoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and MLP over `(1, N, C)`, the packed patches behind a batch axis of one."""
+    """Pre-norm attention and MLP over (1, patches, hidden): the packed patches, with a batch axis of one."""
 
     def __init__(self, config: MiniMaxM3VLVisionConfig):
         super().__init__()
@@ -298,20 +301,19 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
         """Encode patches.
 
         Args:
-            pixel_values (`torch.Tensor`): `(N, channels * temporal_patch * patch * patch)` floating-point patches of
-                all images in order, those of one merge group next to each other, as the processors lay them out.
-            grid_thw (`torch.Tensor`): `(segments, 3)` integers: patches along time, height and width.
-            **kwargs: Values that depend on `grid_thw` alone and may be given to save computing them here, which
-                matters under `torch.compile`: `cu_seqlens` `(segments + 1,)`, `max_seqlen`, and `position_ids`
-                `(N, 3)`. `output_attentions=True` runs the eager implementation, the only one that has
-                probabilities. Nothing else that arrives is used.
+            pixel_values (`torch.Tensor`): (patches, channels * temporal_patch * patch * patch) floating-point patches of
+                all images in order. Those of one merge group lie next to each other, as the processors lay them out.
+            grid_thw (`torch.Tensor`): (segments, 3) integers: patches along time, height and width.
+            **kwargs: Precomputed values, which depend on `grid_thw` alone: `cu_seqlens` (segments + 1,), `max_seqlen`, and
+                `position_ids` (patches, 3). They help under `torch.compile`. `output_attentions=True` runs the eager
+                implementation, the only one that has probabilities. All other arguments are ignored.
 
         Returns:
-            `last_hidden_state` `(1, N, C)` and `pooler_output` `(1, C)`, its first patch.
+            `last_hidden_state` (1, patches, hidden) and `pooler_output` (1, hidden), its first patch.
 
         Raises:
-            ValueError: `pixel_values` and `grid_thw` do not have these shapes, or disagree on N.
-            TypeError: `pixel_values` is not floating-point, or `grid_thw` not of integers.
+            ValueError: `pixel_values` or `grid_thw` has another shape, or they differ in the number of patches.
+            TypeError: `pixel_values` is not floating-point, or `grid_thw` holds no integers.
         """
         self.check_inputs(pixel_values, grid_thw)
         cu_seqlens, max_seqlen = self.attention_seqlens(grid_thw, kwargs)
@@ -323,7 +325,7 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
             runs = split_into_runs(cu_seqlens, pixel_values.shape[0])
         segments = Segments(cu_seqlens.to(pixel_values.device), max_seqlen, runs)
 
-        # Autocast may hand back a lower precision than the tower's own.
+        # Autocast may return a lower precision than the tower's own.
         embeddings = self.embeddings(pixel_values).to(self.pre_layrnorm.weight.dtype)
         position_embeddings = self.rotary_emb(embeddings, position_ids)
         hidden_states = self.pre_layrnorm(embeddings).unsqueeze(0)
@@ -343,13 +345,13 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
         return get_vision_attention_seqlens(grid_thw, self.config, merge_temporal=True, kwargs=precomputed)
 
     def patch_position_ids(self, grid_thw: torch.Tensor, precomputed: dict[str, Any]) -> torch.Tensor:
-        """`(N, 3)` positions of a grid, or those that are taken out of `precomputed`."""
+        """Positions (patches, 3) of a grid, or those that are taken out of `precomputed`."""
         return get_vision_position_ids(
             grid_thw, self.config.spatial_merge_size, include_temporal=True, kwargs=precomputed
         )
 
     def blank_image(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels, all zero, and grid of the smallest image that there is: one merge group of patches."""
+        """Pixels (all zero) and grid of the smallest possible image, one merge group of patches."""
         config = self.config
         merge = config.spatial_merge_size
         width = config.num_channels * config.temporal_patch_size * config.patch_size**2
@@ -357,7 +359,7 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
         return torch.zeros(merge**2, width, device=device), torch.tensor([[1, merge, merge]])
 
     def check_inputs(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> None:
-        """Raises the errors of `forward`."""
+        """Raise the errors of `forward`."""
         config = self.config
         width = config.num_channels * config.temporal_patch_size * config.patch_size**2
         if pixel_values.ndim != 2 or pixel_values.shape[1] != width:
@@ -393,7 +395,7 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
 
 
 class MiniMaxM3VLMultiModalProjector(nn.Module):
-    """Patch features to text embeddings: an MLP on each patch, then one on each merge group of patches."""
+    """Maps patch features to text embeddings by an MLP on each patch, then one on each merge group of patches."""
 
     def __init__(self, config: MiniMaxM3VLConfig):
         super().__init__()
@@ -406,7 +408,7 @@ class MiniMaxM3VLMultiModalProjector(nn.Module):
         self.merge_linear_2 = nn.Linear(inner_size, text_size)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        """`(N, C)` to `(N / spatial_merge_size**2, text hidden size)`."""
+        """(patches, hidden) to (patches / spatial_merge_size**2, hidden size of the text)."""
         patches = self.linear_2(self.act(self.linear_1(image_features)))
         groups = patches.view(patches.shape[0] // self.spatial_merge_size**2, -1)
         return self.merge_linear_2(self.act(self.merge_linear_1(groups)))

@@ -1,7 +1,4 @@
-"""Features of images and videos, from one call of the vision tower where several processes have to stay in step.
-
-N is the number of patches.
-"""
+"""Features of images and videos, from one call of the vision tower where several processes have to stay in step."""
 
 from typing import Any
 
@@ -50,7 +47,7 @@ class VisionFeaturesMixin:
         """Encode images and project them into the embedding space of the language model.
 
         Args:
-            pixel_values (`torch.Tensor`): (N, channels * temporal_patch * patch * patch) patches of all images.
+            pixel_values (`torch.Tensor`): (patches, channels * temporal_patch * patch * patch) patches of all images.
             image_grid_thw (`torch.Tensor`): (images, 3) patches along time, height and width.
             **kwargs: Passed to the vision tower, which documents the precomputed values that it takes.
 
