@@ -1,8 +1,8 @@
-"""The kinds of attention layers: which names `layer_types` may hold, and which fields of the text config each kind needs.
+"""The kinds of attention layers: the names that `layer_types` may hold, and the fields that each kind needs.
 
 The configuration knows no more than that, so that it can be read without the model. How a kind selects blocks and what
-it keeps in a cache stands in `modeling_minimax_m3/layers/layer_types.py`. `register_attention_type` of that module adds a
-kind to both tables.
+it keeps in a cache stands in `modeling_minimax_m3/layers/layer_types.py`. `register_attention_type` of that module
+adds a kind to both tables.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,8 @@ class LayerType:
         name (`str`): The entry of `layer_types`.
         fields (`tuple[str, ...]`): Fields of the text config that the kind reads. A config without them is refused.
         has_indexer (`bool`): Whether an indexer, with weights of its own, scores the keys.
-        check (callable, *optional*): Takes the text config and raises `ValueError` where the fields do not fit together.
+        check (`Callable`, *optional*): Takes the text config and raises `ValueError` where the fields do not fit
+            together.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Floating-point operations of the language model's forward pass, counted from its configuration.
 
-The count covers the matrix products, with two operations for a multiply-add, over the keys that each token attends to or
-scores. A kernel may compute more than that. Norms, rotary, softmax and gates are left out.
+The count covers the matrix products, with two operations for a multiply-add, over the keys that each token attends to
+or scores. A kernel may compute more than that. Norms, rotary, softmax and gates are left out.
 """
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig

@@ -12,9 +12,9 @@ class IndexerLossLogging:
 
         class IndexerTrainer(IndexerLossLogging, Trainer): ...
 
-    The value is in nats and without its coefficient. While training it is the value of an optimizer step's whole batch,
-    averaged over the steps since the last log, as `loss` is. While evaluating it is the mean over batches. A model that
-    returns no `indexer_loss` logs nothing.
+    The value is in nats and without its coefficient. While training it is the value of an optimizer step's whole
+    batch, averaged over the steps since the last log, as `loss` is. While evaluating it is the mean over batches. A
+    model that returns no `indexer_loss` logs nothing.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

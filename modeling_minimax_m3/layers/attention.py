@@ -1,4 +1,4 @@
-"""The attention layer: projections, QK-norm, rotary, cache update, then dense attention or MiniMax Sparse Attention."""
+"""The attention layer: projections, QK-norm, rotary, cache update, then dense or MiniMax Sparse Attention."""
 
 import torch
 from torch import nn
@@ -70,8 +70,8 @@ class MiniMaxM3VLAttention(nn.Module):
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, each (B, T, rotary channels).
             attention_mask (`SequenceLayout`): Where the sequences lie.
             cache (`Cache`, *optional*): Receives the keys and values of this pass.
-            output_attentions (`bool`): Whether to build the attention weights, which takes quadratic memory, and compute
-                the output from them.
+            output_attentions (`bool`): Whether to build the attention weights, which takes quadratic memory, and
+                compute the output from them.
             output_indexer_loss (`bool`): Whether to compute the divergence of the indexer from the attention.
 
         Returns:
@@ -134,8 +134,8 @@ class MiniMaxM3VLAttention(nn.Module):
         """The dtype of attention and cache: that of the projected `query`, but half precision for a quantized model.
 
         Quantized projections return the dtype of their input, under autocast too. After PEFT's
-        `prepare_model_for_kbit_training` that is float32, which no kernel takes. So the states are cast to the dtype that
-        the model computes in, as Transformers' flash attention does. A float32 model stays in float32.
+        `prepare_model_for_kbit_training` that is float32, which no kernel takes. So the states are cast to the dtype
+        that the model computes in, as Transformers' flash attention does. A float32 model stays in float32.
         """
         if query.dtype != torch.float32:
             return query.dtype
@@ -166,8 +166,8 @@ class MiniMaxM3VLAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Attention over selected blocks, of states in the caller's order.
 
-        `index` holds the indexer's queries (B, T, H_idx, D_idx) and keys (B, S, D_idx), or is None where the layer has no
-        indexer. Returns what `forward` does, before the output projection: (B, T, H_q, D), weights, divergence.
+        `index` holds the indexer's queries (B, T, H_idx, D_idx) and keys (B, S, D_idx), or is None where the layer has
+        no indexer. Returns what `forward` does, before the output projection: (B, T, H_q, D), weights, divergence.
         """
         unordered = (query, key, value)
         query, key, value = layout.order_queries(query), layout.order_keys(key), layout.order_keys(value)
@@ -213,7 +213,7 @@ class MiniMaxM3VLAttention(nn.Module):
     ) -> torch.Tensor:
         """The indexer's divergence from the attention: (B, T) in the caller's order, from states in working order.
 
-        `block_indices` is (B * T, H_kv, W), or None for all keys. `lse` is (B * T, H_q), or None where it is not known.
+        `block_indices` is (B * T, H_kv, W), or None for all keys. `lse` is (B * T, H_q), or None if unknown.
         """
         flat = (states.flatten(0, 1) for states in (*index, query, key))
         divergence = msa.indexer_kl_loss(

@@ -46,13 +46,13 @@ class BlockSelector(ABC):
         Args:
             layout (`SequenceLayout`): Where the sequences lie.
             key (`torch.Tensor`): (B, S, H_kv, D), the keys (or cache slots) of every row.
-            index (tuple, *optional*): The indexer's queries (B, T, H_idx, D_idx) and keys (B, S, D_idx), in the layout's
-                working order. None for a kind without an indexer.
+            index (`tuple`, *optional*): The indexer's queries (B, T, H_idx, D_idx) and keys (B, S, D_idx), in the
+                layout's working order. None for a kind without an indexer.
             reads_cache (`bool`): Whether the keys are read from the cache in place.
 
         Returns:
-            int32 (B, T, H_kv, W) block ids, in the layout's working order. The valid ids come first, each once; -1 fills
-            the rest.
+            int32 (B, T, H_kv, W) block ids, in the layout's working order. The valid ids come first, each once; -1
+            fills the rest.
         """
 
 

@@ -135,7 +135,7 @@ def _cached_sdpa(
     pieces = []
     step = max(1, _TILE // max(1, len(query) * num_keys * q_heads_per_kv))
     for start in range(0, num_new, step):
-        # The query heads of one key/value head become rows of one head, so that no kernel copies keys for each of them.
+        # The query heads of one key/value head become rows of one head, so that no kernel repeats keys.
         rows = query[:, start : start + step].unflatten(2, (num_kv_heads, q_heads_per_kv)).permute(0, 2, 3, 1, 4)
         visible = None
         if not sees_all:

@@ -1,8 +1,8 @@
 """The lightning indexer: small queries and keys whose dot products choose the key blocks of a sparse layer.
 
-A selection passes no gradient, so the language loss never reaches an indexer. A loss of its own trains it: the divergence
-of its scores' softmax from the main attention (`msa.indexer_kl_loss`). That loss reaches nothing else, because the hidden
-states that feed an indexer are detached, and so is the main attention.
+A selection passes no gradient, so the language loss never reaches an indexer. A loss of its own trains it: the
+divergence of its scores' softmax from the main attention (`msa.indexer_kl_loss`). That loss reaches nothing else,
+because the hidden states that feed an indexer are detached, and so is the main attention.
 
 While `config.indexer_loss_coef` is 0 the parameters are frozen (`requires_grad` is False), so that optimizers,
 data-parallel wrappers and resumed runs see no parameter without a gradient. Some parameters are made trainable all the

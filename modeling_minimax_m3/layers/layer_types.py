@@ -1,7 +1,7 @@
 """The kinds of attention layers: how each selects key blocks, and what it keeps in a cache.
 
-`configuration/layer_types.py` holds what the configuration knows about a kind. The attention layer, the caches, the count
-of operations and the scripts read both tables. `register_attention_type` adds a kind to both.
+`configuration/layer_types.py` holds what the configuration knows about a kind. The attention layer, the caches, the
+count of operations and the scripts read both tables. `register_attention_type` adds a kind to both.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class AttentionType:
     """One kind of attention layer.
 
     Args:
-        layer_type (`LayerType`): What the configuration knows about it: its name, its fields, whether it has an indexer.
+        layer_type (`LayerType`): What the configuration knows about it, such as its name and its fields.
         selector (`type[BlockSelector]`, *optional*): Selects the key blocks. None: the layer attends to all keys.
         dynamic_cache_layer (`type[DynamicLayer]`): Cache layer that grows.
         static_cache_layer (`type[StaticLayer]`): Cache layer of a fixed size.

@@ -20,9 +20,9 @@ def select_blocks_under_mask(
 ) -> torch.Tensor:
     """Block selection where a caller's mask says which keys count.
 
-    Blocks are counted from the first slot, because a mask does not say where a sequence starts. A block without an allowed
-    key is never selected. Where the mask has one head per query head, a key counts for an index head if any of that head's
-    query heads may see it.
+    Blocks are counted from the first slot, because a mask does not say where a sequence starts. A block without an
+    allowed key is never selected. Where the mask has one head per query head, a key counts for an index head if any of
+    that head's query heads may see it.
 
     Args:
         index_query (`torch.Tensor`): (B, T, H_idx, D_idx).

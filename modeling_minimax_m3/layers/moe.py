@@ -1,6 +1,6 @@
 """Feed-forward parts of a decoder layer: the dense MLP, and the mixture of experts with its router.
 
-E is the number of experts, K of experts per token, F an intermediate size. `tokens` counts all tokens of a pass, B * T.
+E is the number of experts, K of experts per token, F an intermediate size. `tokens` counts those of a pass, B * T.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Causal attention within each of several packed sequences, as one operator for compiled graphs.
 
-The plain form is a loop over sequences, which reads their lengths on the host. A compiled graph cannot, so the operator
-hides the loop from it.
+The plain form is a loop over sequences, which reads their lengths on the host. A compiled graph cannot, so the
+operator hides the loop from it.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def packed_causal_attention(
 def _packed_causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output as `packed_causal_attention` returns it, and lse (H_kv, q_heads_per_kv, total_q) in float32 or float64."""
+    """The output of `packed_causal_attention`, and lse (H_kv, q_heads_per_kv, total_q) in float32 or float64."""
     output_dtype = query.dtype
     query, key, value, dtype = _grouped(query, key, value)
     out = torch.zeros((*query.shape[:3], value.shape[-1]), dtype=dtype, device=query.device)
@@ -107,7 +107,7 @@ _packed_causal_attention.register_autograd(_backward, setup_context=_setup_conte
 def _grouped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype]:
-    """Queries (H_kv, q_heads_per_kv, total_q, D), keys and values (H_kv, total_q, D), and the dtype of the sums, theirs."""
+    """Queries (H_kv, q_heads_per_kv, total_q, D), keys and values (H_kv, total_q, D), and their dtype, that of sums."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     grouped_query = query.unflatten(1, (key.shape[1], -1)).permute(1, 2, 0, 3)
     return grouped_query.to(dtype), key.transpose(0, 1).to(dtype), value.transpose(0, 1).to(dtype), dtype

@@ -10,7 +10,7 @@ from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 class MiniMaxM3VLRotaryEmbedding(nn.Module):
     """Cosines and sines of every position, for the channels that rotate.
 
-    Their number R is `head_dim * rope_parameters["partial_rotary_factor"]`; a missing factor means all channels.
+    Their number R is `head_dim * rope_parameters["partial_rotary_factor"]`. A missing factor means all channels.
     """
 
     def __init__(self, config: MiniMaxM3VLTextConfig):
@@ -44,7 +44,7 @@ class MiniMaxM3VLRotaryEmbedding(nn.Module):
 
 
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the first R channels of `states` (B, T, heads, D) by `cos` and `sin` (B, T, R), in the dtype of `states`.
+    """Rotate the first R channels of `states` (B, T, heads, D) by `cos` and `sin` (B, T, R), keeping the dtype.
 
     Under autocast `cos` and `sin` are float32 while `states` come from a projection in half precision.
     """

@@ -1,4 +1,4 @@
-"""State dicts under the names that checkpoints have on disk, as `load_state_dict` of a model gets them from `Trainer`."""
+"""State dicts under the names that checkpoints have on disk, as `Trainer` passes them to `load_state_dict`."""
 
 import copy
 from collections.abc import Mapping

@@ -1,12 +1,12 @@
 """How fused projections are read from checkpoint files, and written to them.
 
-A composite checkpoint holds the gate and the up projection of dense and shared MLPs apart. The model holds them fused, gate
-first. Transformers' rule for that goes wrong in two places, each without an error:
+A composite checkpoint holds the gate and the up projection of dense and shared MLPs apart. The model holds them fused,
+gate first. Transformers' rule for that goes wrong in two places, each without an error:
 
 - Where `DistributedConfig(fsdp_size=...)` shards the fused weight, Transformers 5.23 shards gate and up each and
   concatenates this rank's shards. The result has its rows in another order than this rank's shard of the fused weight.
-- Where bitsandbytes has quantized the fused layer, Transformers 5.23 and 5.24 write halves of its packed bytes, and of the
-  tensors beside them. Nothing can read such a file again.
+- Where bitsandbytes has quantized the fused layer, Transformers 5.23 and 5.24 write halves of its packed bytes, and of
+  the tensors beside them. Nothing can read such a file again.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def with_fused_projections(mapping: list[WeightTransform]) -> list[WeightTransfo
 
 
 class ConcatenateWhole(Concatenate):
-    """`Concatenate` whose result is this rank's shard of the fused weight, also where shards lie along the same axis."""
+    """`Concatenate` whose result is this rank's shard of the fused weight, along whatever axis it is sharded."""
 
     @torch.no_grad
     def convert(
@@ -78,7 +78,7 @@ class ConcatenateWhole(Concatenate):
 
 
 class ChunkUnlessQuantized(Chunk):
-    """`Chunk` that leaves a quantized weight, and the tensors stored beside it, whole and under their names in the model.
+    """`Chunk` that leaves a quantized weight, and the tensors beside it, whole and under their names in the model.
 
     Files with those names load, in stock Transformers too.
     """

@@ -1,7 +1,7 @@
 """Loading of one part, the language model or the vision tower, from a whole model's checkpoint.
 
-Transformers converts a whole model's names for the whole model only. A part would find none of its weights there and be
-initialised at random, with no more than a report among the log lines.
+Transformers converts a whole model's names for the whole model only. A part would find none of its weights there and
+be initialised at random, with no more than a report among the log lines.
 """
 
 from transformers import PreTrainedModel
@@ -20,7 +20,7 @@ _OTHER_PARTS = {
 
 
 def part_conversions(model: PreTrainedModel) -> list[WeightTransform]:
-    """The rules that turn the names in a whole model's checkpoint into those of `model`. None where that is no part."""
+    """The rules that turn names of a whole model's checkpoint into those of `model`. Empty where that is no part."""
     if model.config.model_type not in _MODULES:
         return []
     whole = get_checkpoint_conversion_mapping(MiniMaxM3VLConfig.model_type)
@@ -67,7 +67,7 @@ def finish_part_loading(
 
 
 def refuse_parts_without_weights(model: PreTrainedModel, info: LoadStateDictInfo, base_class: type) -> None:
-    """Raise `ValueError` where the checkpoint has no weight of a whole part, because it belongs to another kind of model.
+    """Raise `ValueError` where the checkpoint, of another kind of model, has no weight of a whole part.
 
     Args:
         model (`PreTrainedModel`): The loaded model, a part or a whole.

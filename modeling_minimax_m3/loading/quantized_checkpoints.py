@@ -20,8 +20,8 @@ def finish_loading(model: PreTrainedModel) -> None:
 def _forget_rules_without_reverse(model: PreTrainedModel) -> None:
     """Make `save_pretrained` reverse the registered rules of the model where a quantizer's rules have no reverse.
 
-    It would reverse the rules by which the files were read. Transformers 5.24 falls back to the registered rules for weights
-    that it dequantized while loading, 5.23 never.
+    It would reverse the rules by which the files were read. Transformers 5.24 falls back to the registered rules for
+    weights that it dequantized while loading, 5.23 never.
     """
     rules = getattr(model, "_weight_conversions", None) or []
     if any(hasattr(operation, "hf_quantizer") for rule in rules for operation in getattr(rule, "operations", [])):
@@ -29,6 +29,6 @@ def _forget_rules_without_reverse(model: PreTrainedModel) -> None:
 
 
 def _cast_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast all weights. Transformers 5.23 casts only those that it dequantizes, and leaves the others in the file's dtype."""
+    """Cast all weights. Transformers 5.23 leaves those that it does not dequantize in the file's dtype."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

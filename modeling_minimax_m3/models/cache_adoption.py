@@ -10,8 +10,8 @@ def adopt_cache(cache: Cache, layer_types: list[str], batch: int) -> None:
     """Put our layers in place of the empty ones of a cache that Transformers built, and check that the cache fits.
 
     `DynamicCache(config=...)` and `StaticCache(config=...)` look their layer classes up in a table that stock
-    Transformers' own M3 module writes to as well. Dense layers get Transformers' general class, which copies all keys for
-    each new token. Layers that already hold tokens, or that are of other classes (such as quantized ones), stay.
+    Transformers' own M3 module writes to as well. Dense layers get Transformers' general class, which copies all keys
+    for each new token. Layers that already hold tokens, or that are of other classes (such as quantized ones), stay.
 
     Args:
         cache (`Cache`): The cache to use.

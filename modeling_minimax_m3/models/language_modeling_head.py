@@ -17,9 +17,9 @@ class LanguageModelingHead:
     """The end of a language model's forward: logits, loss, or both. A mixin for models that have an `lm_head`.
 
     Attributes:
-        skip_logits (`bool`, *optional*): Default of `skip_logits` of `forward`. None: in training mode a call with labels
-            computes the loss without logits, and any other call returns logits. True: every call with labels does without
-            logits, evaluation included. False: every call returns logits.
+        skip_logits (`bool`, *optional*): Default of `skip_logits` of `forward`. None: in training mode a call with
+            labels computes the loss without logits, and any other call returns logits. True: every call with labels
+            does without logits, evaluation included. False: every call returns logits.
     """
 
     skip_logits: bool | None = None
@@ -93,8 +93,8 @@ class LanguageModelingHead:
             **kwargs: Those of the loss function, and `cu_seq_lens_q`.
 
         Returns:
-            `logits`, `loss` (the weighted sum of all), `aux_loss` (the routers') and `indexer_loss`, each None where it
-            was not computed.
+            `logits`, `loss` (the weighted sum of all), `aux_loss` (the routers') and `indexer_loss`, each None where
+            it was not computed.
         """
         config = self.config.get_text_config()
         hidden_states = outputs.last_hidden_state

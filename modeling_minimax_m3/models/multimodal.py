@@ -60,8 +60,8 @@ class MiniMaxM3VLModel(PlaceholderMixin, VisionFeaturesMixin, MiniMaxM3VLPreTrai
         Args:
             input_ids (`torch.LongTensor`, *optional*): (B, T), with one placeholder for each merged patch. Exactly one
                 of `input_ids` and `inputs_embeds` is given.
-            pixel_values (`torch.Tensor`, *optional*): (patches, channels * temporal_patch * patch * patch) patches of all
-                images, in the order of their placeholders in the batch.
+            pixel_values (`torch.Tensor`, *optional*): (patches, channels * temporal_patch * patch * patch) patches of
+                all images, in the order of their placeholders in the batch.
             pixel_values_videos (`torch.Tensor`, *optional*): The same for videos.
             image_grid_thw (`torch.Tensor`, *optional*): (images, 3) patches along time, height and width.
             video_grid_thw (`torch.Tensor`, *optional*): The same for videos, one row for each chunk that attends to
@@ -74,11 +74,11 @@ class MiniMaxM3VLModel(PlaceholderMixin, VisionFeaturesMixin, MiniMaxM3VLPreTrai
                 `"image"` and `"video"`, in place of the pixels. If one of several processes gets such outputs, each
                 process gets the argument in every pass, `{}` where there are none: see `VisionFeaturesMixin`.
             mm_token_type_ids (`torch.Tensor`, *optional*): (B, T), as the processor returns it on request: 1 at image
-                placeholders, 2 at video placeholders, 0 at text, whatever the ids there. With `inputs_embeds` it may be
-                shorter: the tokens in front of it, such as the virtual tokens of prompt tuning, are text. Default: the
-                ids (or their embeddings) mark the placeholders.
-            **kwargs: Passed to the language model. Names that begin with `image_` or `video_` go to the vision tower as
-                precomputed values (`image_cu_seqlens`, `video_position_ids`, ...).
+                placeholders, 2 at video placeholders, 0 at text, whatever the ids there. With `inputs_embeds` it may
+                be shorter: the tokens in front of it, such as the virtual tokens of prompt tuning, are text. Default:
+                the ids (or their embeddings) mark the placeholders.
+            **kwargs: Passed to the language model. Names that begin with `image_` or `video_` go to the vision tower
+                as precomputed values (`image_cu_seqlens`, `video_position_ids`, ...).
 
         Raises:
             ValueError: The inputs do not fit together.
@@ -215,7 +215,8 @@ class MiniMaxM3SparseForConditionalGeneration(
                 which is added, weighted, to the loss. Default: `config.text_config.output_router_logits`.
             logits_to_keep (`int` or `torch.Tensor`): How many of the last tokens, or which ones, get logits. 0: all.
             skip_logits (`bool`, *optional*): Whether a call with labels computes the loss without holding all logits,
-                and returns none. Default: `self.skip_logits`, or if that is None, whether the model is in training mode.
+                and returns none. Default: `self.skip_logits`, or if that is None, whether the model is in training
+                mode.
             output_indexer_loss (`bool`, *optional*): Whether to return the indexers' loss, which is added to the loss
                 with the weight `config.text_config.indexer_loss_coef`. Default: whether that is above 0, and there are
                 labels or the model is in training mode.

@@ -1,8 +1,8 @@
 """How `generate` handles images and videos: which of them still have to be read, and which tokens are placeholders.
 
-`generate` encodes all pixels before its first pass and gives the features to the passes that read the prompt. Two rules are
-left to the model. Images that a cache already holds are not encoded again. And a placeholder token outside the prompt
-(generated, or a candidate that prompt lookup copied from the prompt) is a token like any other.
+`generate` encodes all pixels before its first pass and gives the features to the passes that read the prompt. Two
+rules are left to the model. Images that a cache already holds are not encoded again. And a placeholder token outside
+the prompt (generated, or a candidate that prompt lookup copied from the prompt) is a token like any other.
 """
 
 from dataclasses import dataclass

@@ -8,9 +8,10 @@ B is the number of rows, T the number of tokens of this pass, S the number of ke
 - `router_logits`: (B * T, experts) of each layer with experts.
 - `image_outputs`, `video_outputs`: outputs of the vision tower. Their `pooler_output` holds the projected features
   (merged patches, hidden) of each image, or of each row of `video_grid_thw`.
-- `loss`: the language-modelling loss, plus the weighted `aux_loss` (load balancing) and `indexer_loss` where these were
-  requested.
-- `logits`: (B, kept tokens, vocabulary). None where the loss was computed without them: see `skip_logits` of `forward`.
+- `loss`: the language-modelling loss, plus the weighted `aux_loss` (load balancing) and `indexer_loss` where these
+  were requested.
+- `logits`: (B, kept tokens, vocabulary). None where the loss was computed without them: see `skip_logits` of
+  `forward`.
 """
 
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ class MiniMaxM3VLTextModelOutputWithPast(MoeModelOutputWithPast):
     """Output of `MiniMaxM3VLTextModel`.
 
     Args:
-        indexer_divergence (`torch.Tensor`, *optional*): (B, T) float32, the KL divergence of the indexers from the main
-            attention, in nats, the mean over index heads and sparse layers. Unspecified at padding.
+        indexer_divergence (`torch.Tensor`, *optional*): (B, T) float32, the KL divergence of the indexers from the
+            main attention, in nats, the mean over index heads and sparse layers. Unspecified at padding.
     """
 
     indexer_divergence: torch.Tensor | None = None
@@ -42,8 +43,8 @@ class MiniMaxM3VLTextCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """Output of `MiniMaxM3VLForCausalLM`.
 
     Args:
-        indexer_loss (`torch.Tensor`, *optional*): Scalar without its coefficient: the divergence of the indexers from the
-            main attention, in nats, over the tokens that the language loss counts.
+        indexer_loss (`torch.Tensor`, *optional*): Scalar without its coefficient: the divergence of the indexers from
+            the main attention, in nats, over the tokens that the language loss counts.
     """
 
     indexer_loss: torch.Tensor | None = None

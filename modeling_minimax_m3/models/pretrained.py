@@ -52,7 +52,8 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
                 f"{type(config).__module__}.{type(config).__name__}. A config of stock Transformers converts by "
                 f"{self.config_class.__name__}.from_dict(config.to_dict())."
             )
-        # Fields that were set after construction, as by `from_pretrained(..., index_topk_blocks=0)`, are not checked yet.
+        # Fields that were set after construction, as by `from_pretrained(..., index_topk_blocks=0)`, are not checked
+        # yet.
         config.validate()
         super().__init__(config, *args, **kwargs)
 
@@ -67,7 +68,7 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        """As in Transformers. A part finds its weights in a whole model's checkpoint, and a part without weights raises."""
+        """As in Transformers. A part finds its weights in a whole model's checkpoint, or an error says so."""
         if expected_keys is not None or state_dict == {}:  # adapters, or random weights on purpose
             return PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys

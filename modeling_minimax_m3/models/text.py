@@ -69,8 +69,9 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
 class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
     """The language model without a head.
 
-    Each token gets the output that it has in an unpadded run of its own sequence. That holds for padding on either side,
-    for packing (`cu_seq_lens_q` / `cu_seq_lens_k`, or `position_ids` that restart), for chunked prefill and for caching.
+    Each token gets the output that it has in an unpadded run of its own sequence. That holds for padding on either
+    side, for packing (`cu_seq_lens_q` / `cu_seq_lens_k`, or `position_ids` that restart), for chunked prefill and for
+    caching.
     """
 
     config: MiniMaxM3VLTextConfig
@@ -117,8 +118,8 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             input_ids (`torch.LongTensor`, *optional*): (B, T). Exactly one of this and `inputs_embeds` is given.
             attention_mask (`torch.Tensor`, *optional*): (B, S) with 1 for real tokens, cached ones included; or a
                 (B, heads, T, S) mask of your own, boolean or additive, which makes every layer quadratic in tokens.
-            position_ids (`torch.LongTensor`, *optional*): (B, T), for the rotary embedding. Without a mask and a cache, a
-                position that does not grow starts a new packed sequence.
+            position_ids (`torch.LongTensor`, *optional*): (B, T), for the rotary embedding. Without a mask and a
+                cache, a position that does not grow starts a new packed sequence.
             cache (`Cache`, *optional*): Keys and values of earlier tokens. It receives those of this pass.
             inputs_embeds (`torch.FloatTensor`, *optional*): (B, T, hidden).
             use_cache (`bool`, *optional*): Whether to return a cache. Packed sequences never make one.
@@ -304,7 +305,8 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
                 which is added, weighted, to the loss. Default: `config.output_router_logits`.
             logits_to_keep (`int` or `torch.Tensor`): How many of the last tokens, or which ones, get logits. 0: all.
             skip_logits (`bool`, *optional*): Whether a call with labels computes the loss without holding all logits,
-                and returns none. Default: `self.skip_logits`, or if that is None, whether the model is in training mode.
+                and returns none. Default: `self.skip_logits`, or if that is None, whether the model is in training
+                mode.
             output_indexer_loss (`bool`, *optional*): Whether to return the indexers' loss, which is added to the loss
                 with the weight `config.indexer_loss_coef`. Default: whether that is above 0, and there are labels or
                 the model is in training mode.

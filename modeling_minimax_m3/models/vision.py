@@ -1,7 +1,7 @@
 """Vision tower: pixel patches to patch features, and the projector that turns groups of them into text tokens.
 
-A call packs every image and video into one row of patches. An image is a segment, and so is a temporal chunk of a video
-that has its own row of the grid: its patches attend to each other and to nothing else.
+A call packs every image and video into one row of patches. An image is a segment, and so is a temporal chunk of a
+video that has its own row of the grid: its patches attend to each other and to nothing else.
 
 In shapes, `length` is the number of patches of a segment, H_q the number of heads, D the channels of a head.
 """
@@ -105,8 +105,8 @@ class Segments:
     Attributes:
         cu_seqlens (`torch.Tensor`): int32 (segments + 1,), offsets into the patches.
         max_seqlen (`int`, *optional*): Length of the longest segment. Known only where a flash kernel needs it.
-        runs (`tuple`, *optional*): Pairs (count, length) of successive segments of equal length, in patches. None where a
-            flash kernel reads `cu_seqlens` instead.
+        runs (`tuple`, *optional*): Pairs (count, length) of successive segments of equal length, in patches. None
+            where a flash kernel reads `cu_seqlens` instead.
     """
 
     cu_seqlens: torch.Tensor
@@ -137,7 +137,10 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention without a mask: (B, length, H_q, D) of (B, H_q, length, D), and probabilities (B, H_q, length, length)."""
+    """Attention without a mask.
+
+    Takes (B, H_q, length, D) and returns (B, length, H_q, D) and the probabilities (B, H_q, length, length).
+    """
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
@@ -301,12 +304,13 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
         """Encode patches.
 
         Args:
-            pixel_values (`torch.Tensor`): (patches, channels * temporal_patch * patch * patch) floating-point patches of
-                all images in order. Those of one merge group lie next to each other, as the processors lay them out.
+            pixel_values (`torch.Tensor`): (patches, channels * temporal_patch * patch * patch) floating-point patches
+                of all images in order. Those of one merge group lie next to each other, as the processors lay them
+                out.
             grid_thw (`torch.Tensor`): (segments, 3) integers: patches along time, height and width.
-            **kwargs: Precomputed values, which depend on `grid_thw` alone: `cu_seqlens` (segments + 1,), `max_seqlen`, and
-                `position_ids` (patches, 3). They help under `torch.compile`. `output_attentions=True` runs the eager
-                implementation, the only one that has probabilities. All other arguments are ignored.
+            **kwargs: Precomputed values, which depend on `grid_thw` alone: `cu_seqlens` (segments + 1,), `max_seqlen`,
+                and `position_ids` (patches, 3). They help under `torch.compile`. `output_attentions=True` runs the
+                eager implementation, the only one that has probabilities. All other arguments are ignored.
 
         Returns:
             `last_hidden_state` (1, patches, hidden) and `pooler_output` (1, hidden), its first patch.

@@ -25,17 +25,18 @@ def _pop_precomputed(modality: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 class VisionFeaturesMixin:
     """Encodes media with `self.vision_tower` and `self.multi_modal_projector`.
 
-    Several processes have to do the same things in the same order, whatever media their rows have. Data parallelism waits
-    for a gradient of every trainable parameter. Weights that are sharded over the processes (FSDP, ZeRO-3) are gathered by
-    all of them at once.
+    Several processes have to do the same things in the same order, whatever media their rows have. Data parallelism
+    waits for a gradient of every trainable parameter. Weights that are sharded over the processes (FSDP, ZeRO-3) are
+    gathered by all of them at once.
 
-    So where other processes may wait for the vision tower, every pass calls tower and projector exactly once. It encodes
-    images and videos together. Where there are neither, it encodes a blank image of one token, which changes nothing but
-    gives every trained weight a gradient of zeros. Other processes may wait in two cases: the weights of tower or projector
-    are sharded; or one of the weights is trained, and the pass runs in training mode with gradients.
+    So where other processes may wait for the vision tower, every pass calls tower and projector exactly once. It
+    encodes images and videos together. Where there are neither, it encodes a blank image of one token, which changes
+    nothing but gives every trained weight a gradient of zeros. Other processes may wait in two cases: the weights of
+    tower or projector are sharded; or one of the weights is trained, and the pass runs in training mode with
+    gradients.
 
-    Two kinds of passes are exempt: those that get a cache, as in `generate`, and those that get `mm_encoder_outputs`, even
-    an empty dict. The caller then makes sure that all processes encode alike.
+    Two kinds of passes are exempt: those that get a cache, as in `generate`, and those that get `mm_encoder_outputs`,
+    even an empty dict. The caller then makes sure that all processes encode alike.
     """
 
     @accepts_precomputed_kwargs(modality="image")
@@ -52,8 +53,8 @@ class VisionFeaturesMixin:
             **kwargs: Passed to the vision tower, which documents the precomputed values that it takes.
 
         Returns:
-            The vision tower's output. Its `pooler_output` is a tuple of features (merged patches, hidden), one entry for
-            each image.
+            The vision tower's output. Its `pooler_output` is a tuple of features (merged patches, hidden), one entry
+            for each image.
         """
         return self._encode_pixels(pixel_values, image_grid_thw, **kwargs)
 
@@ -89,15 +90,15 @@ class VisionFeaturesMixin:
         """Encode all media of a pass.
 
         Args:
-            images, videos (tuple): Pixels and grid, or twice None.
+            images, videos (`tuple`): Pixels and grid, or twice None.
             mm_encoder_outputs (`dict`, *optional*): Outputs that were computed before, under `"image"` and `"video"`.
             device (`torch.device`): Where the tokens are.
             may_call_once (`bool`): Whether the class's rule for several processes applies to this pass.
             kwargs (`dict`): Arguments of `forward`. Those of the tower (`image_...`, `video_...`) are taken out.
 
         Returns:
-            The outputs for images and for videos, each None where there are none; and a scalar zero that depends on all
-            weights of tower and projector, or None where no other process needs it.
+            The outputs for images and for videos, each None where there are none; and a scalar zero that depends on
+            all weights of tower and projector, or None where no other process needs it.
         """
         num_media = (images[0] is not None) + (videos[0] is not None)
         calls_once = may_call_once and mm_encoder_outputs is None and self._peers_wait_for_vision()
@@ -129,7 +130,8 @@ class VisionFeaturesMixin:
         """A scalar zero that depends on every weight of tower and projector, on `device`."""
         pixel_values, grid_thw = self.vision_tower.blank_image(device)
         features = self._encode_pixels(pixel_values, grid_thw).pooler_output[0]
-        # A sum of no elements is zero, and its gradients are zeros. 0 * features would be NaN where a feature overflows.
+        # A sum of no elements is zero, and its gradients are zeros. 0 * features would be NaN where a feature
+        # overflows.
         return features[:0].sum()
 
     def _encode_together(
@@ -138,7 +140,7 @@ class VisionFeaturesMixin:
         videos: tuple[torch.Tensor, torch.Tensor | None],
         kwargs: dict[str, Any],
     ) -> tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling]:
-        """Features (`pooler_output`) of images and of videos, each a pair of pixels and grid, from one call of the tower."""
+        """Features of images and of videos, each given as a pair of pixels and grid, from one call of the tower."""
         tower, cu_seqlens, max_seqlens, position_ids = self.vision_tower, [], [], []
         for modality, (pixel_values, grid_thw) in (("image", images), ("video", videos)):
             _check_grid_is_given(modality, grid_thw)

@@ -1,10 +1,10 @@
 """Cache layers: keys and values stored token-major, index keys beside them.
 
-Transformers shows a layer's keys and values as (B, H_kv, S, D). Here they are views of buffers stored (B, S, H_kv, D), so
-that one token's heads are contiguous and the attention operators read the cache in place.
+Transformers shows a layer's keys and values as (B, H_kv, S, D). Here they are views of buffers stored (B, S, H_kv, D),
+so that one token's heads are contiguous and the attention operators read the cache in place.
 
-The dynamic layers reserve room ahead: a buffer of twice the size replaces a full one. So a token costs constant time on
-average, and memory is at most twice what is in use. `StaticCache` reserves exactly what it is told, which suits the
+The dynamic layers reserve room ahead: a buffer of twice the size replaces a full one. So a token costs constant time
+on average, and memory is at most twice what is in use. `StaticCache` reserves exactly what it is told, which suits the
 longest contexts.
 """
 
@@ -129,8 +129,8 @@ class MiniMaxM3VLDynamicLayer(DynamicLayer):
 class MiniMaxM3VLSparseDynamicLayer(MiniMaxM3VLDynamicLayer):
     """Growing cache layer of sparse attention, with the index keys of every token.
 
-    Offloading leaves the index keys on the device, because every step scores all of them. They are a small part: 256 of
-    2304 bytes per token in the released geometry.
+    Offloading leaves the index keys on the device, because every step scores all of them. They are a small part: 256
+    of 2304 bytes per token in the released geometry.
     """
 
     _layer_type = LEARNED_SPARSE.name
@@ -193,8 +193,9 @@ class MiniMaxM3VLStaticLayer(StaticLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (B, H_kv, T, D) states after those in use and return the whole buffers (B, H_kv, S, D), S all slots."""
-        # Reading the length would wait for a device. There, other checks refuse `generate` and masks that are too long.
+        """Write (B, H_kv, T, D) states after those in use, and return all slots (B, H_kv, S, D)."""
+        # Reading the length would wait for a device. There, other checks refuse `generate` and masks that are too
+        # long.
         if key_states.device.type == "cpu" and not is_torchdynamo_compiling():
             used = int(self.cumulative_length) + key_states.shape[-2]
             if used > self.max_cache_len:

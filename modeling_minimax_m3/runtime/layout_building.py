@@ -27,19 +27,19 @@ def build_layout(
     """Read the layout from a model's inputs: from `cu_seq_lens_*` if given, else the mask, else restarts of positions.
 
     Args:
-        attention_mask (`torch.Tensor` or `dict`, *optional*): (B, S) with 1 for real tokens; or a (B, heads, T, S) mask,
-            boolean (True or 1 attends) or additive (0 attends, the lowest number or -inf does not); or the dict that
-            `create_masks_for_generate` returns.
+        attention_mask (`torch.Tensor` or `dict`, *optional*): (B, S) with 1 for real tokens; or a (B, heads, T, S)
+            mask, boolean (True or 1 attends) or additive (0 attends, the lowest number or -inf does not); or the dict
+            that `create_masks_for_generate` returns.
         position_ids (`torch.Tensor`, *optional*): (B, T). A position that does not grow starts a new sequence.
         cache (`Cache`, *optional*): The cache that this pass appends to.
         batch (`int`), num_new (`int`): B and T.
         device (`torch.device`): Where the inputs are.
-        cu_seq_lens_q, cu_seq_lens_k (`torch.Tensor`, *optional*): (sequences + 1,) offsets of packed sequences among the
-            B * T tokens. Tokens after the last offset are padding.
+        cu_seq_lens_q, cu_seq_lens_k (`torch.Tensor`, *optional*): (sequences + 1,) offsets of packed sequences among
+            the B * T tokens. Tokens after the last offset are padding.
         may_be_packed (`bool`): Whether a restart of `position_ids` starts a sequence.
         num_heads (`int`, *optional*): H_q. A 4-D mask must have that many heads, or 1.
-        whole_cache (`bool`): Whether the first pass reads all slots of a static cache as keys, as every later pass does.
-            Attention weights then have the same width at every pass.
+        whole_cache (`bool`): Whether the first pass reads all slots of a static cache as keys, as every later pass
+            does. Attention weights then have the same width at every pass.
 
     Raises:
         ValueError: The inputs' shapes or values contradict each other.
@@ -88,8 +88,8 @@ def real_tokens(
     """Which of the new tokens are real, by a model's inputs.
 
     Args:
-        attention_mask (`torch.Tensor` or `dict`, *optional*): As in `build_layout`. Only a (B, S) mask says which tokens
-            are padding; its last T columns belong to this pass.
+        attention_mask (`torch.Tensor` or `dict`, *optional*): As in `build_layout`. Only a (B, S) mask says which
+            tokens are padding; its last T columns belong to this pass.
         cu_seq_lens (`torch.Tensor`, *optional*): Offsets of packed sequences among the B * T tokens. Tokens after the
             last offset are padding.
         batch (`int`), num_new (`int`): B and T.
@@ -146,7 +146,8 @@ def _restarting_layout(restarts: torch.Tensor, batch: int, num_new: int) -> Sequ
     starts = torch.nn.functional.pad(restarts, (1, 0), value=True).flatten()
     total = batch * num_new
     if is_torchdynamo_compiling():
-        # As many offsets as tokens, so that the shape does not depend on the data. Surplus offsets are empty sequences.
+        # As many offsets as tokens, so that the shape does not depend on the data. Surplus offsets are empty
+        # sequences.
         token = torch.arange(total, dtype=torch.int32, device=starts.device)
         cu_seqlens = torch.where(starts, token, total).sort().values
     else:
@@ -263,8 +264,8 @@ def _cached_rows(attention_mask: torch.Tensor, used: int | torch.Tensor, num_new
         if torch.equal(real, (slot >= leftpad[:, None]) & (slot < used)):
             rows = {"cache_seqlens": _per_row(used, batch, device)}
             return {**rows, "cache_leftpad": leftpad} if bool(leftpad.any()) else rows
-    # Padding between real tokens. While compiling, any other mask too: shapes may not depend on values. Keys move to the
-    # front and queries to the back, because positions are counted from there.
+    # Padding between real tokens. While compiling, any other mask too: shapes may not depend on values. Keys move to
+    # the front and queries to the back, because positions are counted from there.
     new_slot = used - num_new + torch.arange(num_new, device=device)
     return {
         "cache_seqlens": length.to(torch.int32),
@@ -284,8 +285,8 @@ def create_masks_for_generate(
 ) -> torch.Tensor | dict[str, torch.Tensor] | None:
     """Replaces Transformers' function of that name, which builds 4-D masks for static caches.
 
-    `generate` calls this before every compiled step. Here the host may still look at values, so the layout of cached rows
-    is built here, as tensors whose shape stays the same from step to step.
+    `generate` calls this before every compiled step. Here the host may still look at values, so the layout of cached
+    rows is built here, as tensors whose shape stays the same from step to step.
     """
     past = 0 if cache is None else cache.get_seq_length()
     if not isinstance(past, torch.Tensor) or (attention_mask is not None and attention_mask.dim() != 2):

@@ -1,9 +1,9 @@
 """Where the sequences of a batch lie: padded, packed or cached input, described once per forward for all layers.
 
 Attention layers work on real sequences, never on padding. Without a cache, a batch (B, T) is read as B * T tokens one
-after the other, with offsets `cu_seqlens`. Padding becomes sequences of its own, whose outputs nobody uses. With a cache,
-each row has a number of slots in use and a left padding. Where the real tokens of a row do not lie next to each other, a
-gather moves them together first: that order is the working order, as opposed to the caller's.
+after the other, with offsets `cu_seqlens`. Padding becomes sequences of its own, whose outputs nobody uses. With a
+cache, each row has a number of slots in use and a left padding. Where the real tokens of a row do not lie next to each
+other, a gather moves them together first: that order is the working order, as opposed to the caller's.
 
 `layout_building.py` reads a layout from a model's inputs.
 

@@ -1,8 +1,9 @@
 """What differs between the supported releases of Transformers, 5.23 and 5.24. The model code knows one form, 5.24's.
 
-Release 5.24 renamed `past_key_values` to `cache`: in arguments of `forward` and `generate`, in outputs, and in the inputs
-that `generate` prepares. It renamed `image_hidden_states` / `video_hidden_states` of multimodal outputs to `image_outputs`
-/ `video_outputs`. Callers may use both names under either release. Under 5.24 the old ones give its deprecation warnings.
+Release 5.24 renamed `past_key_values` to `cache`: in arguments of `forward` and `generate`, in outputs, and in the
+inputs that `generate` prepares. It renamed `image_hidden_states` / `video_hidden_states` of multimodal outputs to
+`image_outputs` / `video_outputs`. Callers may use both names under either release. Under 5.24 the old ones give its
+deprecation warnings.
 
     CACHE_NAME            what `generate` and the outputs' fields call the cache
     takes_cache           decorator of functions with an argument `cache`
@@ -73,8 +74,8 @@ if CACHE_NAME == "cache":
         def _peft_asks_for_inputs(self) -> bool:
             """Whether a method of a PEFT that knows the old name alone calls this model's.
 
-            For prompt learning, PEFT puts its method in front of the model's. It adds the learned prompt where it finds
-            no cache or an empty one: without the old name, it would add the prompt again at every token.
+            For prompt learning, PEFT puts its method in front of the model's. It adds the learned prompt where it
+            finds no cache or an empty one: without the old name, it would add the prompt again at every token.
             """
             owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
             return PEFT_KNOWS_OLD_NAME_ONLY and owner is not self

@@ -1,4 +1,4 @@
-"""The indexers' loss: the KL divergence of their scores from the main attention, over the tokens that train the model."""
+"""The indexers' loss: the divergence of their scores from the main attention, over the tokens that are learned."""
 
 import torch
 from torch import nn
@@ -21,12 +21,13 @@ def indexer_loss(
 
     Args:
         divergence (`torch.Tensor`): (B, T), of each token, the mean over index heads and layers.
-        real (`torch.Tensor`, *optional*): (B, T) boolean, False at padding, which never counts. None: all tokens are real.
+        real (`torch.Tensor`, *optional*): (B, T) boolean, False at padding, which never counts. None: all tokens are
+            real.
         labels (`torch.Tensor`, *optional*): (B, T), not shifted. Token t counts where the label of t + 1 is not
             `ignore_index`. Without labels every real token counts.
         num_items_in_batch, ignore_index, shift_labels, **kwargs: As in Transformers' `ForCausalLMLoss`.
-        logits_to_keep (`int` or `torch.Tensor`): The tokens that the labels are for: how many of the last ones (0: all),
-            or which ones.
+        logits_to_keep (`int` or `torch.Tensor`): The tokens that the labels are for: how many of the last ones (0:
+            all), or which ones.
 
     Returns:
         A float32 scalar in nats. NaN where no token counts and `num_items_in_batch` is not given.

@@ -1,12 +1,12 @@
 """The language-modelling loss of both heads, without a tensor of all logits (tokens x vocabulary).
 
 With a vocabulary of 200,064, the logits of 32k tokens take 12 GiB in bfloat16, and their cross-entropy keeps float32
-copies of them. Here logits exist for a thousand tokens at a time. A plain linear head computes its gradients together with
-its loss. Any other head (with adapters, or with quantised, sharded or tensor-parallel weights) is called as a module, never
-by its weight, and computes its logits again in the backward.
+copies of them. Here logits exist for a thousand tokens at a time. A plain linear head computes its gradients together
+with its loss. Any other head (with adapters, or with quantised, sharded or tensor-parallel weights) is called as a
+module, never by its weight, and computes its logits again in the backward.
 
-Such heads rule out `torch.nn.functional.linear_cross_entropy` (new in PyTorch 2.13) and Liger's fused loss, which both take
-the bare weight.
+Such heads rule out `torch.nn.functional.linear_cross_entropy` (new in PyTorch 2.13) and Liger's fused loss, which both
+take the bare weight.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ def batch_share(
 ) -> torch.Tensor | float:
     """The share of an optimizer step's batch that this pass holds: 1 where it holds the whole batch.
 
-    It weights a loss that is a mean over the tokens of a pass. The micro-batches of one step then add up to a mean over
-    the step's tokens, as they do for the language loss.
+    It weights a loss that is a mean over the tokens of a pass. The micro-batches of one step then add up to a mean
+    over the step's tokens, as they do for the language loss.
 
     Args:
         labels, num_items_in_batch, ignore_index, shift_labels, **kwargs: As in `causal_lm_loss`.
@@ -88,8 +88,8 @@ def causal_lm_loss(
         lm_head (`nn.Module`): Maps (tokens, hidden) to (tokens, vocabulary).
         hidden_states (`torch.Tensor`): (B, T, hidden).
         labels (`torch.Tensor`): (B, T) ids, not shifted, `ignore_index` where nothing is to be predicted.
-        num_items_in_batch (`int` or `torch.Tensor`, *optional*): Denominator of the summed loss. Default: the number of
-            predictions in this call, so that the loss is their mean (NaN where there is none).
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): Denominator of the summed loss. Default: the number
+            of predictions in this call, so that the loss is their mean (NaN where there is none).
         ignore_index (`int`): See `labels`.
         shift_labels (`torch.Tensor`, *optional*): (B, T) labels that are shifted already. They replace `labels`.
         chunk_tokens (`int`): Tokens whose logits exist at the same time.
@@ -215,8 +215,8 @@ def _summed_loss(
         logits = head(states).float()
         return F.cross_entropy(logits, target.to(logits.device), ignore_index=ignore_index, reduction="sum")
 
-    # Chunks have one size, so that none is too small for the device. There is always one, because data parallelism waits
-    # for a gradient of the head's weight, in a pass without predictions too.
+    # Chunks have one size, so that none is too small for the device. There is always one, because data parallelism
+    # waits for a gradient of the head's weight, in a pass without predictions too.
     num_chunks = max(1, -(-targets.shape[0] // chunk_tokens))
     chunk_tokens = max(1, -(-targets.shape[0] // num_chunks))
     *first, last = zip(hidden_states.split(chunk_tokens), targets.split(chunk_tokens))
@@ -241,8 +241,8 @@ def _call(module: nn.Module, function: Callable[..., torch.Tensor], states: torc
 def _call_once(module: nn.Module, function: Callable[..., torch.Tensor], states: torch.Tensor) -> torch.Tensor:
     """`function(module's forward, states)` inside one call of `module`, whose hooks run once around all of it.
 
-    Ranks have different numbers of tokens, and so of chunks. With a hook for each chunk, one rank would wait for another,
-    and each chunk would gather the weight and reduce its gradient.
+    Ranks have different numbers of tokens, and so of chunks. With a hook for each chunk, one rank would wait for
+    another, and each chunk would gather the weight and reduce its gradient.
     """
     forward = module.forward
     own = "forward" in vars(module)
