@@ -1,0 +1,42 @@
+"""The package's README names every module, and imports point the way that it says."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "modeling_minimax_m3"
+# Each folder may import from those after it, and from itself.
+ORDER = ("models", "training", "loading", "layers", "runtime", "msa")
+APART = {frozenset(("training", "loading"))}  # neither imports the other
+
+
+def section_of(folder: str) -> str:
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"^## {folder}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize("folder", ORDER[:-1])
+def test_readme_names_every_module(folder):
+    modules = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
+    named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (.*?) \|", section_of(folder), re.MULTILINE))))
+    assert named == modules
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_imports_point_down(folder):
+    allowed = {other for other in ORDER[ORDER.index(folder) :] if frozenset((folder, other)) not in APART}
+    for path in (PACKAGE / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                targets = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+                assert set(targets) <= allowed, f"{path.name} imports {targets}"
+
+
+def test_configuration_does_not_import_the_model():
+    for path in (ROOT / "configuration").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "modeling_minimax_m3" not in ast.unparse(node), path.name
