@@ -72,11 +72,11 @@ class MiniMaxM3VLAttention(nn.Module):
             cache (`Cache`, *optional*): Receives the keys and values of this pass.
             output_attentions (`bool`): Whether to build the attention weights, which takes quadratic memory, and
                 compute the output from them.
-            output_indexer_loss (`bool`): Whether to compute the divergence of the indexer from the attention.
+            output_indexer_loss (`bool`): Whether to compute the KL divergence of the indexer from the attention.
 
         Returns:
-            The output (B, T, hidden); the weights (B, H_q, T, S), or None; and the divergence (B, T) in nats, the mean
-            over the index heads, or None. A layer without an indexer has no divergence.
+            The output (B, T, hidden); the weights (B, H_q, T, S), or None; and `indexer_kl` (B, T) in nats, the mean
+            over the index heads, or None. A layer without an indexer has none.
 
         Raises:
             NotImplementedError: `output_indexer_loss` together with a 4-D mask.
@@ -109,7 +109,7 @@ class MiniMaxM3VLAttention(nn.Module):
                 "the indexer's loss has no form for a 4-D `attention_mask`: pass a 2-D mask, or "
                 "`output_indexer_loss=False`"
             )
-        divergence = None
+        indexer_kl = None
         if self.selector is None or (index is not None and self.config.indexer_warmup):
             implementation = "eager" if output_attentions else self.config._attn_implementation
             dropout = self.attention_dropout if self.training else 0.0
@@ -119,16 +119,16 @@ class MiniMaxM3VLAttention(nn.Module):
             weights = weights if output_attentions else None
             if output_indexer_loss:
                 states = (layout.order_queries(query), layout.order_keys(key), self._order_index(index, layout))
-                divergence = self._divergence(*states, None, None, layout)
+                indexer_kl = self._indexer_kl(*states, None, None, layout)
         else:
             layout = self.selector.layout_of(layout)
-            out, weights, divergence = self._block_attention(
+            out, weights, indexer_kl = self._block_attention(
                 query, key, value, index, layout, output_attentions, output_indexer_loss
             )
         is_trained = output_indexer_loss and self.config.indexer_loss_coef > 0
         if index is not None and not is_trained and torch.is_grad_enabled() and index_query.requires_grad:
             out = with_zero_gradients(out, index_query, index_key)
-        return self.o_proj(out.flatten(2).to(projected_dtype)), weights, divergence
+        return self.o_proj(out.flatten(2).to(projected_dtype)), weights, indexer_kl
 
     def _attention_dtype(self, query: torch.Tensor) -> torch.dtype:
         """The dtype of attention and cache: that of the projected `query`, but half precision for a quantized model.
@@ -167,7 +167,7 @@ class MiniMaxM3VLAttention(nn.Module):
         """Attention over selected blocks, of states in the caller's order.
 
         `index` holds the indexer's queries (B, T, H_idx, D_idx) and keys (B, S, D_idx), or is None where the layer has
-        no indexer. Returns what `forward` does, before the output projection: (B, T, H_q, D), weights, divergence.
+        no indexer. Returns what `forward` does, before the output projection: (B, T, H_q, D), weights, `indexer_kl`.
         """
         unordered = (query, key, value)
         query, key, value = layout.order_queries(query), layout.order_keys(key), layout.order_keys(value)
@@ -178,7 +178,7 @@ class MiniMaxM3VLAttention(nn.Module):
         needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         reads_cache = layout.is_cached and not needs_grad and not output_indexer_loss
         block_indices = self.selector.select(layout, key, index, reads_cache)
-        lse = weights = divergence = None
+        lse = weights = indexer_kl = None
         if output_attentions or layout.allowed is not None:
             out, weights = materialized_attention(*unordered, block_indices, layout, **options)
         elif reads_cache:
@@ -193,8 +193,8 @@ class MiniMaxM3VLAttention(nn.Module):
             out, lse = msa.block_sparse_attention(*flat, **offsets, **options, **backend, return_lse=True)
             out = layout.restore_order(out.unflatten(0, query.shape[:2]))
         if output_indexer_loss:
-            divergence = self._divergence(query, key, index, block_indices.flatten(0, 1), lse, layout)
-        return out, weights if output_attentions else None, divergence
+            indexer_kl = self._indexer_kl(query, key, index, block_indices.flatten(0, 1), lse, layout)
+        return out, weights if output_attentions else None, indexer_kl
 
     @staticmethod
     def _order_index(
@@ -202,7 +202,7 @@ class MiniMaxM3VLAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return layout.order_queries(index[0]), layout.order_keys(index[1])
 
-    def _divergence(
+    def _indexer_kl(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -211,12 +211,12 @@ class MiniMaxM3VLAttention(nn.Module):
         lse: torch.Tensor | None,
         layout: SequenceLayout,
     ) -> torch.Tensor:
-        """The indexer's divergence from the attention: (B, T) in the caller's order, from states in working order.
+        """The indexer's KL divergence from the attention: (B, T) in the caller's order, from states in working order.
 
         `block_indices` is (B * T, H_kv, W), or None for all keys. `lse` is (B * T, H_q), or None if unknown.
         """
         flat = (states.flatten(0, 1) for states in (*index, query, key))
-        divergence = msa.indexer_kl_loss(
+        indexer_kl = msa.indexer_kl_loss(
             *flat,
             block_indices,
             **layout.packed_offsets(key.shape[1]),
@@ -225,4 +225,4 @@ class MiniMaxM3VLAttention(nn.Module):
             softmax_scale=self.scaling,
             backend=self.config.msa_backend,
         )
-        return layout.restore_order(divergence.mean(-1).view(query.shape[:2]))
+        return layout.restore_order(indexer_kl.mean(-1).view(query.shape[:2]))

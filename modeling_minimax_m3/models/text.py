@@ -50,9 +50,9 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Map hidden states (B, T, hidden) to hidden states. Arguments are those of `MiniMaxM3VLAttention.forward`.
 
-        With `output_indexer_loss` it also returns the indexer's divergence (B, T), None where there is no indexer.
+        With `output_indexer_loss` it also returns `indexer_kl` (B, T), None where there is no indexer.
         """
-        attended, _, divergence = self.self_attn(
+        attended, _, indexer_kl = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
@@ -63,7 +63,7 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         # Gradient checkpointing sees what is returned alone, not what a hook or an attribute collects.
-        return (hidden_states, divergence) if output_indexer_loss else hidden_states
+        return (hidden_states, indexer_kl) if output_indexer_loss else hidden_states
 
 
 class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
@@ -125,7 +125,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             use_cache (`bool`, *optional*): Whether to return a cache. Packed sequences never make one.
             cu_seq_lens_q, cu_seq_lens_k (`torch.Tensor`, *optional*): (sequences + 1,) offsets of packed sequences
                 among the B * T tokens.
-            output_indexer_loss (`bool`, *optional*): Whether to return the indexers' divergence. Default: whether
+            output_indexer_loss (`bool`, *optional*): Whether to return the indexers' KL divergence. Default: whether
                 `config.indexer_loss_coef` is above 0 and the model is in training mode.
 
         Raises:
@@ -189,7 +189,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
                     "output yourself (with `output_indexer_loss=True`, which also ends this warning), train with "
                     "`Trainer`, or set the coefficient to 0."
                 )
-        divergences = []
+        indexer_kls = []
         for layer in self.layers[: self.config.num_hidden_layers]:
             outputs = layer(
                 hidden_states,
@@ -200,15 +200,15 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
                 output_indexer_loss=output_indexer_loss,
                 **kwargs,
             )
-            hidden_states, divergence = outputs if output_indexer_loss else (outputs, None)
-            if divergence is not None:
-                divergences.append(divergence)
-        divergence = None
-        if divergences:
-            divergence = sum(other.to(hidden_states.device) for other in divergences) / len(divergences)
-            self._warn_of_frozen_indexers(divergence)
+            hidden_states, indexer_kl = outputs if output_indexer_loss else (outputs, None)
+            if indexer_kl is not None:
+                indexer_kls.append(indexer_kl)
+        indexer_kl = None
+        if indexer_kls:
+            indexer_kl = sum(other.to(hidden_states.device) for other in indexer_kls) / len(indexer_kls)
+            self._warn_of_frozen_indexers(indexer_kl)
         return MiniMaxM3VLTextModelOutputWithPast(
-            **output_fields(last_hidden_state=self.norm(hidden_states), cache=cache, indexer_divergence=divergence)
+            **output_fields(last_hidden_state=self.norm(hidden_states), cache=cache, indexer_divergence=indexer_kl)
         )
 
     def _layer_types(self) -> list[str]:
@@ -229,9 +229,9 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         logger.warning_once("`cache` is not filled: gradient checkpointing cannot be combined with it.")
         return None
 
-    def _warn_of_frozen_indexers(self, divergence: torch.Tensor) -> None:
+    def _warn_of_frozen_indexers(self, indexer_kl: torch.Tensor) -> None:
         """Warn once of a loss that trains nothing, because its gradient reaches frozen indexers alone."""
-        if not self.training or not torch.is_grad_enabled() or divergence.requires_grad or is_torchdynamo_compiling():
+        if not self.training or not torch.is_grad_enabled() or indexer_kl.requires_grad or is_torchdynamo_compiling():
             return
         coef = self.config.indexer_loss_coef
         if coef > 0:

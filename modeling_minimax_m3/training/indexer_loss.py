@@ -1,11 +1,11 @@
-"""The indexers' loss: the divergence of their scores from the main attention, over the tokens that are learned."""
+"""The indexers' loss: the KL divergence of their scores from the main attention, over the learned tokens."""
 
 import torch
 from torch import nn
 
 
 def indexer_loss(
-    divergence: torch.Tensor,
+    indexer_kl: torch.Tensor,
     real: torch.Tensor | None,
     labels: torch.Tensor | None = None,
     *,
@@ -15,12 +15,12 @@ def indexer_loss(
     logits_to_keep: int | torch.Tensor = 0,
     **kwargs,
 ) -> torch.Tensor:
-    """Sum of the divergence over the tokens that the language loss counts, divided by that loss's denominator.
+    """Sum of the KL divergence over the tokens that the language loss counts, divided by that loss's denominator.
 
     The losses of the micro-batches of an optimizer step therefore add up to the loss of their batch.
 
     Args:
-        divergence (`torch.Tensor`): (B, T), of each token, the mean over index heads and layers.
+        indexer_kl (`torch.Tensor`): (B, T), the KL divergence of each token, the mean over index heads and layers.
         real (`torch.Tensor`, *optional*): (B, T) boolean, False at padding, which never counts. None: all tokens are
             real.
         labels (`torch.Tensor`, *optional*): (B, T), not shifted. Token t counts where the label of t + 1 is not
@@ -33,18 +33,18 @@ def indexer_loss(
         A float32 scalar in nats. NaN where no token counts and `num_items_in_batch` is not given.
     """
     if real is None:
-        real = torch.ones_like(divergence, dtype=torch.bool)
-    real = real.to(divergence.device)
+        real = torch.ones_like(indexer_kl, dtype=torch.bool)
+    real = real.to(indexer_kl.device)
     if labels is not None:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        divergence, real = divergence[:, kept], real[:, kept]
+        indexer_kl, real = indexer_kl[:, kept], real[:, kept]
     counted = real
     if shift_labels is None and labels is not None:
         shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
     if shift_labels is not None:
-        counted = shift_labels.view(divergence.shape).to(divergence.device) != ignore_index
+        counted = shift_labels.view(indexer_kl.shape).to(indexer_kl.device) != ignore_index
     if num_items_in_batch is None:
         num_items_in_batch = counted.sum()
     elif isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(divergence.device)
-    return divergence.masked_fill(~(counted & real), 0.0).sum() / num_items_in_batch
+        num_items_in_batch = num_items_in_batch.to(indexer_kl.device)
+    return indexer_kl.masked_fill(~(counted & real), 0.0).sum() / num_items_in_batch
