@@ -1,4 +1,4 @@
-"""Activation checkpointing together with a cache: what has no gradients keeps it, what has some is told what to do."""
+"""Activation checkpointing together with a cache: passes without gradients use it, others get an error that helps."""
 
 import pytest
 import torch

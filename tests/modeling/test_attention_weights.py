@@ -46,7 +46,7 @@ def gradients_of(model, logits, real):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradients_flow_through_the_weights(model, make_tokens, relative_error, name):
-    """Values and gradients are those of a pass that returns no weights."""
+    """Values and gradients equal those of a pass that returns no weights."""
     tokens, layout = make_tokens(model.config, 2, LENGTH), LAYOUTS[name]
     real = HOLES == 1 if name == "own mask" else layout.get("attention_mask", torch.ones(2, LENGTH)) == 1
     usual = model(tokens, **layout).logits
@@ -84,7 +84,7 @@ def test_gradients_of_the_weights_equal_stock(make_pair, make_tokens, relative_e
 @pytest.mark.parametrize("filled", ["new", "reset"])
 @torch.no_grad()
 def test_static_caches_have_one_width(model, make_tokens, relative_error, mask, filled):
-    """That of all slots, also at the first pass; those in use hold the weights of a dynamic cache."""
+    """The width covers all slots, also at the first pass. The slots in use hold the weights of a dynamic cache."""
     tokens = make_tokens(model.config, 2, LENGTH)
     outputs = {}
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=70)):

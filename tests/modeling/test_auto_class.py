@@ -144,7 +144,7 @@ def test_without_the_package(monkeypatch):
 
 
 def test_classes_of_others_are_copied(register, monkeypatch, tmp_path):
-    """Whoever derives a class from ours publishes it as Transformers says."""
+    """A class derived from ours is published as Transformers describes."""
     file = tmp_path / "my_model.py"
     file.write_text(
         "from modeling_minimax_m3 import MiniMaxM3VLForCausalLM\n\n\n"

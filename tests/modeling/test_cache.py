@@ -24,7 +24,7 @@ B, H, D, D_IDX = 2, 3, 8, 4
 
 
 def numbered(start: int, tokens: int, heads: int, dim: int) -> torch.Tensor:
-    """(B, heads, tokens, dim) states whose values tell row, head, token and channel."""
+    """(B, heads, tokens, dim) states. Each value encodes its row, head, token and channel."""
     parts = (torch.arange(B), torch.arange(heads), torch.arange(start, start + tokens), torch.arange(dim))
     row, head, token, channel = torch.meshgrid(*parts, indexing="ij")
     return (row * 1000 + token + head * 0.25 + channel * 0.01).float()

@@ -95,7 +95,7 @@ def test_static_decode_is_one_graph(model, make_tokens, relative_error, prepared
 
 
 def test_generate_compiles_its_static_cache(model, make_tokens):
-    """What `generate` does by itself on an accelerator: the decoding step is compiled, and its result is the same."""
+    """On an accelerator `generate` compiles the decoding step by itself. The result stays the same."""
     from transformers import CompileConfig
 
     tokens = make_tokens(model.config, 2, 30)

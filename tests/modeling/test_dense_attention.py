@@ -1,4 +1,4 @@
-"""Dense attention on a sequence layout: which implementation gets what, and the operator behind compiled packing."""
+"""Dense attention on a sequence layout: the arguments of each implementation, and the operator of compiled packing."""
 
 import itertools
 from types import SimpleNamespace
@@ -82,7 +82,7 @@ def test_flash_implementations_get_offsets_or_a_padding_mask(model_and_calls, ma
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @torch.no_grad()
 def test_flash_implementations_with_a_cache(model_and_calls, make_tokens, relative_error, cache):
-    """A dynamic cache's keys go to the flash kernel; a static one's unused slots would be attended to, so they do not."""
+    """The flash kernel gets the keys of a dynamic cache. It would attend to the unused slots of a static one."""
     model, calls = model_and_calls
     tokens, mask = make_tokens(model.config, 2, 60), torch.ones(2, 60, dtype=torch.long)
     mask[1, :13] = 0
@@ -142,7 +142,7 @@ PADDED_ROWS = {"left": [slice(0, 9)], "everywhere": [slice(0, 9), slice(3, 11), 
 @pytest.mark.parametrize("padding", PADDED_ROWS)
 @torch.no_grad()
 def test_chunks_of_padded_rows(make_pair, make_tokens, relative_error, padding, dtype, implementation):
-    """Wherever a padded prompt is cut, all is finite, and each token has what it has in its row without padding."""
+    """Wherever a padded prompt is cut, values are finite and each token's equals that of its unpadded row."""
     text = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "mlp_layer_types": ["dense"] * 2}
     _, model = make_pair(MiniMaxM3VLForCausalLM, tiny_config(text=text).text_config, dtype=dtype)
     model.set_attn_implementation(implementation)
@@ -162,7 +162,7 @@ def test_chunks_of_padded_rows(make_pair, make_tokens, relative_error, padding, 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_eager_rows_that_see_nothing_are_finite(dtype):
-    """Also where every score is far below 0, to which half precision could not add its lowest number."""
+    """Rows stay finite where all scores are so low that half precision cannot add its lowest number to them."""
     query, key = torch.full((1, 3, 2, 4), 20.0, dtype=dtype), torch.full((1, 3, 1, 4), -20.0, dtype=dtype)
     layout = SequenceLayout(1, 3, allowed=torch.zeros(1, 1, 3, 3, dtype=torch.bool))
     module = SimpleNamespace(num_key_value_groups=2, training=False)

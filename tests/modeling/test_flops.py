@@ -1,4 +1,4 @@
-"""The counted operations, against operators that count their own and against the keys that layers attend to."""
+"""The counted operations, checked against a counter of operators and against the keys that layers attend to."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_attended_keys_are_those_of_the_lists(tokens):
 
 @pytest.mark.parametrize("experts", ["eager", "batched_mm"])
 def test_products_with_weights_are_those_that_operators_count(experts):
-    """The counter sees the products with weights; the sparse operators and the dense layer's sdpa are left out of it."""
+    """The counter counts products with weights. It leaves out the sparse operators and the dense layer's sdpa."""
     tokens = 61
     model = MiniMaxM3VLForCausalLM(CONFIG).eval()
     model.config._experts_implementation = experts
@@ -69,7 +69,7 @@ def test_parts_between_tokens():
 
 
 def test_released_geometry():
-    """About 23B parameters act on a token, those of the embeddings not counted."""
+    """About 23B parameters act on a token, without those of the embeddings."""
     flops = forward_flops(released_config().text_config, 1)
     by_weights = ("attention projections", "indexer projections", "mlp")
     assert sum(flops[part] for part in by_weights) / 2 == pytest.approx(23e9, rel=0.03)

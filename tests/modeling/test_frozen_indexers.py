@@ -1,4 +1,4 @@
-"""An indexers' loss that is switched on where it can train nothing says so, and runs: adapters alone are legal."""
+"""An indexers' loss that can train nothing warns, and the pass runs: training adapters alone is legal."""
 
 import copy
 
@@ -16,7 +16,7 @@ TOKENS = torch.arange(1, 41)[None]
 
 @pytest.fixture
 def warned(monkeypatch) -> list[str]:
-    """What the text model warns of, each time that it would."""
+    """All warnings of the text model, repeated ones included."""
     messages = []
     monkeypatch.setattr(text_module.logger, "warning_once", messages.append)
     return messages
@@ -51,7 +51,7 @@ def test_a_coefficient_set_on_the_config_alone_is_named(model_class, checkpointi
 
 def test_silent_where_nothing_is_trained(warned):
     model = make(MiniMaxM3VLForCausalLM)
-    model(TOKENS, labels=TOKENS, output_indexer_loss=True)  # asked for, and not added
+    model(TOKENS, labels=TOKENS, output_indexer_loss=True)  # requested, and not added
     model.config.indexer_loss_coef = 1.0
     with torch.no_grad():
         model(TOKENS, labels=TOKENS)
@@ -61,7 +61,7 @@ def test_silent_where_nothing_is_trained(warned):
 
 @pytest.mark.parametrize(("targets", "warnings"), [(r".*self_attn\.q_proj", 1), (r".*indexer\.q_proj", 0)])
 def test_adapters(targets, warnings, warned):
-    """Frozen by the adapters, whatever the coefficient was, unless they sit in the indexers."""
+    """Adapters freeze the indexers, whatever the coefficient, unless the adapters sit in them."""
     model = make(MiniMaxM3VLForCausalLM)
     model.set_indexer_training(1.0)
     model = get_peft_model(model, LoraConfig(r=2, target_modules=targets))

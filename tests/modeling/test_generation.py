@@ -88,7 +88,7 @@ def test_assisted_by_a_model(model, make_pair, batch, greedy):
 
 
 def test_offloaded_static_caches_are_not_compiled(model):
-    """Transformers compiles for static caches by itself, but an offloaded one is never where it was."""
+    """Transformers compiles for static caches by itself, but not for an offloaded one, which moves at every step."""
     config = GenerationConfig(compile_config=CompileConfig())
     config.compile_config._compile_all_devices = True
     cache = StaticCache(config=model.config, max_cache_len=8)
@@ -114,7 +114,7 @@ def test_next_turn_after_right_padding(model, make_tokens, cache):
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation_goes_on_past_the_context_length(make_pair, make_tokens, cache):
-    """Stock warns once and goes on, and so does a model whose context is longer, with the same tokens."""
+    """Stock warns once and continues, and so does ours, with the tokens of a model whose context is longer."""
     short, long = (
         make_pair(MiniMaxM3VLForCausalLM, tiny_config(text={"max_position_embeddings": limit}).text_config)[1]
         for limit in (40, 1000)
@@ -136,7 +136,7 @@ def test_rotary_that_stretches_has_no_context_length(make_pair, make_tokens):
 
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
 def test_early_exit(model, batch, greedy, layer):
-    """The first layers draft, in a cache of as many, and the model is afterwards what it was."""
+    """The first layers draft, in a cache of as many layers, and leave the model unchanged."""
     options = {"max_new_tokens": NEW, "do_sample": False, "assistant_early_exit": layer}
     calls = []
     last = model.model.layers[3].register_forward_pre_hook(lambda *_: calls.append(1))

@@ -1,4 +1,4 @@
-"""The indexers' loss in the model: its value, whom it trains and whom not, layouts, checkpointing, freezing, logs."""
+"""The indexers' loss in the model: its value, what it trains, layouts, checkpointing, freezing, logs."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def assert_same_gradients(actual, expected, tolerance=1e-4):
 
 
 def divergence_by_weights(model, tokens, **inputs):
-    """Divergence (B, T) of each token from the attention weights that the model returns, and captured index states."""
+    """KL divergence (B, T) of each token, from captured index states and returned attention weights."""
     states, handles = [], []
     for layer in model.model.layers:
         if layer.self_attn.indexer is not None:
@@ -249,7 +249,7 @@ def test_every_layout_counts_the_same_tokens(make_pair, make_tokens, layout, war
     expected = (alone[0].indexer_loss * 69 + alone[1].indexer_loss * 40) / 109
     expected_without_labels = sum(model(document[None]).indexer_loss * len(document) for document in documents) / 111
     if layout in ("packed", "restarts"):
-        spare = 9 if layout == "packed" else 0  # padding behind the last document
+        spare = 9 if layout == "packed" else 0  # padding after the last document
         tokens = torch.cat((*documents, documents[0][:spare]))[None]
         labels = tokens.clone()
         labels[:, [0, 70]] = -100
@@ -302,7 +302,7 @@ def test_a_pass_with_a_past(model, make_tokens):
 
 
 def test_warmup_is_dense_attention(make_pair, make_tokens):
-    """In training, evaluation and cached decoding alike."""
+    """Warm-up attends to all keys in training, in evaluation and in cached decoding."""
     model = make_model(make_pair, index_topk_blocks=1, index_block_size=4, indexer_warmup=True).eval()
     config = copy.deepcopy(model.config)
     config.layer_types, config.indexer_warmup = ["full_attention"] * 4, False
@@ -409,7 +409,7 @@ def test_data_parallel_waits_for_no_gradient(make_pair, make_tokens, process_gro
     parallel = DistributedDataParallel(model, find_unused_parameters=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     tokens = make_tokens(model.config, 1, 40)
-    for _ in range(2):  # it is the second pass that complains
+    for _ in range(2):  # the second pass would raise
         parallel(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -475,7 +475,7 @@ def test_trainer_logs_the_value(make_pair, make_tokens, tmp_path):
 
 
 def test_trainer_keeps_calls_apart(make_pair, make_tokens, tmp_path):
-    """Neither what came after a run's last log nor a prediction is part of the next run's or evaluation's value."""
+    """A run's or evaluation's value holds nothing from before: no steps after the last log, no prediction."""
     model = make_model(make_pair)
     rows = [{"input_ids": row, "labels": row} for row in make_tokens(model.config, 6, 30)]
     arguments = TrainingArguments(

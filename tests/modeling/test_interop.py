@@ -1,4 +1,4 @@
-"""Checkpoints that go between stock Transformers and ours: the same keys on disk, the same outputs, either way."""
+"""Checkpoints of stock Transformers load here and the other way round: the same keys on disk, the same outputs."""
 
 import json
 from pathlib import Path

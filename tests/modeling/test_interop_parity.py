@@ -270,7 +270,7 @@ def test_table(parity_row, record_property):
 
 
 def test_disagreements_are_found_and_measured(make_pair, make_inputs):
-    """A router or an indexer that was turned round: choices differ, and by no near-ties."""
+    """With a negated router or indexer, choices differ, and not by near-ties."""
     config = random_config(0)
     inputs = make_inputs(config, length=150)
     for name, kind in (("mlp.gate.weight", "experts"), ("self_attn.indexer.q_proj.weight", "blocks")):

@@ -11,7 +11,7 @@ TEXT = {"layer_types": ["minimax_m3_sparse"] * 4, "index_block_size": 8, "index_
 
 @pytest.fixture(scope="module")
 def loss_of(make_tokens):
-    """The language loss as a function of the embedded tokens, and those tokens embedded."""
+    """The language loss as a function of token embeddings, and the embeddings of the tokens."""
     config = tiny_config(text=TEXT).text_config
     torch.manual_seed(0)
     model = MiniMaxM3VLForCausalLM(config).double().eval()
@@ -59,7 +59,7 @@ def test_second_derivatives(loss_of, relative_error):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_functional_gradient_of_every_parameter(make_tokens, relative_error, training):
-    """In training mode as well, whose loss without logits has one backward only."""
+    """It works in training mode as well, although the loss without logits allows one backward only."""
     config = tiny_config(text=TEXT).text_config
     torch.manual_seed(0)
     model = MiniMaxM3VLForCausalLM(config).train(training).requires_grad_(True)

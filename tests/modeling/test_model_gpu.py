@@ -1,4 +1,4 @@
-"""The model on a GPU: the layouts there, half precision, and static-cache decoding under CUDA graphs."""
+"""The model on a GPU: layouts, half precision, and static-cache decoding under CUDA graphs."""
 
 import copy
 
@@ -42,7 +42,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_equal_separate_rows(on_cpu, make_tokens, relative_error, name, dtype):
-    """Each sequence alone on the GPU, in the same dtype, is what it is inside its layout."""
+    """Each sequence gives the same output alone and inside its layout, on the GPU and in one dtype."""
     model = to_gpu(on_cpu, dtype)
     kwargs = {key: value.cuda() for key, value in LAYOUTS[name].items()}
     tokens = make_tokens(model.config, 2, LENGTH).cuda()
@@ -80,7 +80,7 @@ def test_gradients_in_bf16(on_cpu, make_tokens, relative_error, name):
 
 
 def test_static_decode_replays_as_a_cuda_graph(on_cpu, make_tokens, relative_error):
-    """One decoding step is captured once and replayed: nothing in it reads a value on the host."""
+    """One decoding step is captured once and replayed, because nothing in it reads a value on the host."""
     model = to_gpu(on_cpu, torch.bfloat16)
     tokens = make_tokens(model.config, 2, 60).cuda()
     mask = torch.ones_like(tokens)
@@ -134,7 +134,7 @@ def loss_and_gradients(model, *args, **kwargs):
 
 @pytest.mark.parametrize("name", ["uniform", "left padding", "packed"])
 def test_training_compiles(on_cpu, make_tokens, relative_error, name):
-    """By the default backend of `torch.compile`, whose code for GPUs is another than for CPUs."""
+    """The default backend of `torch.compile` generates other code for GPUs than for CPUs."""
     torch.compiler.reset()
     model = to_gpu(on_cpu, torch.float32).train()
     tokens = make_tokens(model.config, 2, LENGTH).cuda()
@@ -192,7 +192,7 @@ KERNEL_SHAPES = {
 
 @pytest.fixture(scope="module", params=KERNEL_SHAPES)
 def on_kernels(request, make_pair):
-    """A model that selects among more blocks than it takes."""
+    """A model with more blocks than it selects."""
     if "cuda" not in msa.available_backends():
         pytest.skip("needs the compiled kernels")
     text = TEXT | {"index_topk_blocks": 2} | KERNEL_SHAPES[request.param]

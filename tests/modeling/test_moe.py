@@ -107,7 +107,7 @@ def test_experts_of_another_rank_add_nothing(make_pair, text_config):
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_a_rank_without_tokens_goes_backward(make_pair, text_config, implementation):
-    """The other ranks wait for it there, so gradients have to be zeros and not missing."""
+    """The other ranks wait for this one in the backward, so gradients have to be zeros, not missing."""
     text_config._experts_implementation = implementation
     _, experts = make_pair(MiniMaxM3VLExperts, text_config)
     experts._is_expert_parallel = True

@@ -1,4 +1,4 @@
-"""The composite model: equal to stock where stock is right, and what a user does with it."""
+"""The composite model: equal to stock where stock is correct, and in the calls of its users."""
 
 import inspect
 import re
@@ -146,7 +146,7 @@ class TestForward:
             torch.testing.assert_close(moved, inputs["input_ids"][0] == token_id)
 
     def test_token_types_decide_where_they_are_given(self, model, inputs):
-        """Over the ids, and over embeddings that do not tell."""
+        """The types decide, against the ids and against embeddings that do not show placeholders."""
         expected = model(**inputs).logits
         ids = inputs["input_ids"]
         types = (ids == model.config.image_token_id) + 2 * (ids == model.config.video_token_id)
@@ -281,7 +281,7 @@ class TestGenerate:
 
     @pytest.fixture
     def recomputed(self, model, inputs):
-        """Greedy tokens by a full forward pass each, without any cache."""
+        """Greedy tokens, each by a full forward pass without a cache."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         for _ in range(self.new_tokens):
             full = {**inputs, "input_ids": ids, "attention_mask": mask}
@@ -370,7 +370,7 @@ class TestGenerate:
 
     @pytest.fixture
     def warnings(self, monkeypatch):
-        """Complaints about images or videos that did not come with their tokens."""
+        """Warnings about images or videos that did not come with their tokens."""
         messages = []
         logger = logging.get_logger("modeling_minimax_m3.models.multimodal")
         monkeypatch.setattr(
@@ -395,7 +395,7 @@ class TestGenerate:
 
     @pytest.mark.parametrize("kind", ["composite", "text"])
     def test_assistant(self, model, text, config, warnings, kind):
-        """The assistant drafts without the images, and nobody is told to have forgotten them."""
+        """The assistant drafts without the images, and no warning says that they are missing."""
         if kind == "composite":
             assistant = MiniMaxM3SparseForConditionalGeneration(config).eval()
         else:
@@ -425,7 +425,7 @@ class TestGenerate:
         ids=["dynamic cache", "chunked prefill", "static cache"],
     )
     def test_a_chat_sent_again_with_its_cache(self, model, make_inputs, config, given, options):
-        """Of the second turn's images only the new one is encoded, and each feature finds its token."""
+        """The second turn encodes its new image alone, and each feature finds its token."""
         first = make_inputs(config, images=[[1, 4, 4], [1, 4, 6]], videos=[[1, 4, 4]], length=30, seed=1)
         second = make_inputs(config, images=[[1, 2, 4]], videos=[[2, 4, 4]], length=20, seed=2)
         options = {**options, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
@@ -481,7 +481,7 @@ class TestGenerate:
 class TestBadInput:
     @pytest.mark.parametrize(("modality", "number"), [("image", "too many"), ("video", "none")])
     def test_as_many_features_as_placeholders(self, make_models, inputs, modality, number):
-        """The message begins as stock's, by which other tools know it, and says what was expected."""
+        """The message begins like stock's, by which other tools recognise it, and says what was expected."""
         stock_model, model = make_models()
         token_id = getattr(model.config, f"{modality}_token_id")
         ids = inputs["input_ids"]
@@ -573,7 +573,7 @@ class TestConstruction:
             assert getattr(model, name) == getattr(stock_model, name), name
 
     def test_layers_that_stay_whole_are_the_models_own(self):
-        """Else Accelerate's FSDP refuses a model, as it finds no layer of that name."""
+        """Accelerate's FSDP refuses a model that has no layer of that name."""
         composite = MiniMaxM3SparseForConditionalGeneration(tiny_config())
         text = MiniMaxM3VLForCausalLM(tiny_config().text_config)
         models = (composite, composite.model, composite.model.vision_tower, text, text.model)

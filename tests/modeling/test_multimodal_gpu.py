@@ -1,4 +1,4 @@
-"""The composite model on a GPU: pictures there, half precision, and generation with a static cache."""
+"""The composite model on a GPU: images, half precision, and generation with a static cache."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Vision tower and projector as other processes rely on them, seen from one of them; tests/training runs two."""
+"""The calls of vision tower and projector that other processes rely on, in one process; tests/training runs two."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def model(make_pair, config):
 
 @pytest.fixture
 def have_company(monkeypatch):
-    """From its call on, there are two processes."""
+    """A function that pretends, once called, that there are two processes."""
 
     def begin():
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -98,7 +98,7 @@ def test_a_feature_that_overflows_does_no_harm(trained, make_inputs, config):
 
 
 def test_values_worked_out_ahead_are_used(model, calls, make_inputs, config, have_company):
-    """Values that are not those of the grid show that they are: no positions, and more segments than videos."""
+    """Precomputed values that differ from the grid's show that they are used: no positions, and too many segments."""
     inputs = make_inputs(config, **BOTH)
     given = {
         "image_position_ids": torch.zeros(len(inputs["pixel_values"]), 3, dtype=torch.long),
@@ -145,7 +145,7 @@ def test_no_call_where_nobody_waits(trained, calls, make_inputs, config, case):
 @pytest.mark.parametrize("part", ["vision_tower.layers.1", "multi_modal_projector"])
 @pytest.mark.parametrize("mode", ["training", "evaluation"])
 def test_weights_that_are_cut_are_called_for(trained, calls, make_inputs, config, part, mode):
-    """ZeRO-3 marks the weights that it cuts; frozen ones are cut too, and an evaluation gathers them as well."""
+    """ZeRO-3 marks the weights that it shards. It shards frozen ones too, and an evaluation gathers them as well."""
     trained.model.requires_grad_(False)
     next(trained.model.get_submodule(part).parameters()).ds_id = 0
     trained.train(mode == "training")

@@ -124,7 +124,7 @@ def test_saved_with_module_names(released, inputs, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_other_dtypes(released, inputs, dtype, tmp_path):
-    """All weights come in the dtype that was asked for."""
+    """All weights come in the requested dtype."""
     folder, meant = released
     model = load(folder, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}

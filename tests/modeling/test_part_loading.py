@@ -1,4 +1,4 @@
-"""A part takes its weights from a whole model's checkpoint, and what has no weights for a part is refused."""
+"""A part takes its weights from a whole model's checkpoint, and a checkpoint without weights for it is refused."""
 
 import json
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_auto_classes_take_the_config_of_a_part(whole, tmp_path):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_part_is_saved_by_the_names_of_its_modules(stock, whole, part, tmp_path):
-    """So that stock, which knows those alone for a part, reads what was taken from a whole model."""
+    """Stock, which knows only those names for a part, reads a part that was taken from a whole model."""
     whole.save_pretrained(tmp_path / "whole")
     PARTS[part].from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "part")
     with safe_open(tmp_path / "part" / "model.safetensors", "pt") as file:
@@ -156,7 +156,7 @@ def test_whole_model_without_one_of_its_parts(whole, tmp_path):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_part_of_a_quantized_checkpoint_is_refused(whole, part, tmp_path):
-    """The weights are of the shapes that are expected; without their scales they would be wrong, and nothing would say so."""
+    """The weights have the expected shapes, so without their scales they would be wrong, and no error would say so."""
     whole.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -171,7 +171,7 @@ def test_part_of_a_quantized_checkpoint_is_refused(whole, part, tmp_path):
 
 
 def test_some_missing_weights_are_random_as_in_stock(whole):
-    """A warning names them; without any weights, that is what was asked for."""
+    """A warning names them. An empty state dict means random weights."""
     tensors = whole.state_dict()
     missing = "model.language_model.layers.1.mlp.gate.weight"
     del tensors[missing]

@@ -58,7 +58,7 @@ def test_virtual_tokens_stand_in_front(tuned, make_inputs, config, kind):
 
 @torch.no_grad()
 def test_token_types_count_from_the_last_token(tuned, make_inputs, config):
-    """They decide where the placeholders are, also behind virtual tokens: other tokens may share the embedding."""
+    """They decide where the placeholders are, also after virtual tokens: other tokens may share the embedding."""
     inputs = make_inputs(config, **MEDIA["image"], length=40)
     expected = expected_logits(tuned, inputs["input_ids"], inputs)
     table = tuned.get_base_model().get_input_embeddings().weight

@@ -1,4 +1,4 @@
-"""Models quantized by bitsandbytes: what is saved loads again, into the same numbers."""
+"""Models quantized by bitsandbytes: a saved model loads again, with the same numbers."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ NOTHING = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": s
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Checkpoints that are not quantized. Two blocks of 64 values to a row, so that the order of their scales shows."""
+    """Checkpoints that are not quantized. A row has two blocks of 64 values, so the order of scales shows."""
     torch.manual_seed(0)
     config = tiny_config(text={"hidden_size": 128, "num_hidden_layers": 2})
     folders = {}

@@ -1,4 +1,4 @@
-"""Importing our package makes Transformers' Auto classes and pipelines return our classes, and spares stock's."""
+"""Importing our package makes Auto classes and pipelines return our classes. Stock's own go on working."""
 
 import importlib
 import json
@@ -82,7 +82,7 @@ def test_stock_classes_asked_for_by_name_stay_stock(stock, to_stock_config, tiny
 
 
 def conversion_rules() -> list[tuple]:
-    """What the registered rules do. Their own text leaves out the operations."""
+    """The registered rules with their operations, which their own text leaves out."""
     return [
         (
             type(rule),
@@ -178,7 +178,7 @@ print(json.dumps({{
 
 @pytest.mark.slow
 def test_stock_works_beside_ours_in_both_import_orders(make_pair, tmp_path):
-    """A process with stock alone says what is right; no process has a GPU or a compiler."""
+    """A process with stock alone gives the expected output. No process has a GPU or a compiler."""
     make_pair(MiniMaxM3SparseForConditionalGeneration, tiny_config())[0].save_pretrained(tmp_path)
     environment = {
         **os.environ,

@@ -245,7 +245,7 @@ def test_tokens_after_the_last_offset_are_padding(model, rows, relative_error):
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "static, wide mask"])
 def test_own_mask_with_a_cache(model, rows, relative_error, cache):
-    """A causal 4-D mask says nothing new, also where a static cache has more slots than tokens."""
+    """A causal 4-D mask changes nothing, also where a static cache has more slots than tokens."""
     tokens = rows[0][0][None]
     past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=150)
     width = 150 if "wide" in cache else WIDTH
@@ -266,14 +266,14 @@ def test_own_mask_of_integers(model, rows, relative_error, dtype):
 
 @pytest.fixture
 def context_warnings(monkeypatch) -> list[str]:
-    """What the text model warns of, each time that it would."""
+    """All warnings of the text model, repeated ones included."""
     warnings = []
     monkeypatch.setattr(text_module.logger, "warning_once", warnings.append)
     return warnings
 
 
 def test_context_length_counts_sequences_not_rows(make_pair, make_tokens, context_warnings):
-    """Padding and other documents of a pack take no part in it."""
+    """Padding and other documents of a pack do not count."""
     config = tiny_config(text={"max_position_embeddings": 40}).text_config
     model = make_pair(MiniMaxM3VLForCausalLM, config)[1]
     tokens, mask = make_tokens(config, 1, 60), (torch.arange(60) >= 25).long()[None]
@@ -290,7 +290,7 @@ def test_context_length_counts_sequences_not_rows(make_pair, make_tokens, contex
 def test_past_the_context_length_the_model_warns_once_and_runs(
     make_pair, make_tokens, relative_error, context_warnings
 ):
-    """The output is that of stock, which has no such bound; and the steps of a long answer do not warn anew each."""
+    """The output equals stock's, which has no such bound, and the steps of a long answer do not repeat the warning."""
     stock, model = make_pair(MiniMaxM3VLForCausalLM, tiny_config(text={"max_position_embeddings": 40}).text_config)
     tokens = make_tokens(model.config, 1, 60)
     with torch.no_grad():
@@ -304,7 +304,7 @@ def test_past_the_context_length_the_model_warns_once_and_runs(
 
 
 def test_end_of_a_static_cache_is_an_error(make_pair, make_tokens):
-    """Unlike the context length, which it may exceed."""
+    """Its number of slots is a strict bound. The context length is none."""
     config = tiny_config(text={"max_position_embeddings": 40}).text_config
     model = make_pair(MiniMaxM3VLForCausalLM, config)[1]
     tokens, cache = make_tokens(config, 1, 51), StaticCache(config, max_cache_len=50)
@@ -315,7 +315,7 @@ def test_end_of_a_static_cache_is_an_error(make_pair, make_tokens):
 
 
 def test_gradient_of_queries_alone_through_a_cache(make_pair, make_tokens):
-    """Keys without a gradient may still be saved for that of the queries, so a cache must not overwrite them."""
+    """Autograd may save keys without a gradient for that of the queries, so a cache must not overwrite them."""
     model = make_pair(MiniMaxM3VLForCausalLM, tiny_config().text_config)[1]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".q_proj." in name and ".indexer." not in name)

@@ -59,7 +59,7 @@ def padded(rows, side):
 
 
 def test_structured_layers_differ_from_dense_ones(model, rows, relative_error):
-    """The pattern leaves keys out here, or the tests below would show nothing."""
+    """The pattern leaves keys out, without which the tests below would show nothing."""
     dense = tiny_config(text=STRUCTURED | {"structured_random_blocks": 60}).text_config
     everything = MiniMaxM3VLForCausalLM(dense).eval()
     everything.load_state_dict(model.state_dict())
@@ -117,7 +117,7 @@ def test_packed_documents_have_their_own_pattern(model, rows, relative_error):
 
 
 def test_cross_document_links(model, rows, relative_error, make_tokens):
-    """With the flag, packing changes the later document's answer through structured layers, never the earlier one's."""
+    """With the flag, packing changes the later document's answer in structured layers, not the earlier one's."""
     ids, kwargs = packed(rows[0])
     model.config.structured_cross_document = True
     other = ids.clone()

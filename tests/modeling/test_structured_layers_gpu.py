@@ -1,4 +1,4 @@
-"""Structured layers on a GPU: the compiled kernels give what the `torch` backend gives, in every layout and cache."""
+"""Structured layers on a GPU: compiled kernels and the `torch` backend agree in every layout and cache."""
 
 import copy
 

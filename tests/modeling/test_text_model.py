@@ -153,7 +153,7 @@ def test_full_causal_mask_equals_no_mask(make_pair, make_tokens, relative_error)
 
 
 def test_own_mask_hides_keys(make_pair, make_tokens):
-    """A key that a 4-D mask hides from everybody changes nothing, not even the selection."""
+    """A key that a 4-D mask hides from all queries changes nothing, not even the selection."""
     _, model = make_pair(MiniMaxM3VLForCausalLM, tiny_config().text_config)
     tokens = make_tokens(model.config, 1, 70)
     allowed = torch.ones(70, 70, dtype=torch.bool).tril()
@@ -187,7 +187,7 @@ def test_autocast_runs_in_half_precision(make_pair, make_tokens, relative_error)
 
 
 def test_experts_run_through_transformers_kernels():
-    """Decided by Transformers from the source of the model's module unless the class says so itself."""
+    """Transformers decides by the source of the model's module, unless the class answers itself."""
     model = MiniMaxM3VLTextModel(tiny_config().text_config)
     assert model.config._experts_implementation == "grouped_mm"
 

@@ -1,4 +1,4 @@
-"""Models quantized by torchao: what is saved loads again, into the same numbers, and so does what that one saves."""
+"""Models quantized by torchao: a saved model loads again with the same numbers, and so does its own copy."""
 
 import pytest
 import torch

@@ -109,7 +109,7 @@ def without(mapping, name):
 
 
 def test_a_cache_under_an_unknown_name_is_refused(model, ids):
-    """As a release that renames the argument again would pass it: nobody forgets the past without a word."""
+    """A release that renames the argument again would pass it so. The model raises and loses no past."""
     with pytest.raises(TypeError, match="`state` is no argument of this model"):
         model(ids, state=DynamicCache(config=model.config.get_text_config()))
 
@@ -145,7 +145,7 @@ def test_features_have_both_names(image_inputs):
 
 
 def test_prediction_keeps_logits_alone(image_inputs, tmp_path):
-    """`Trainer` joins every output that the config does not name, and features of images have a shape of their own."""
+    """`Trainer` joins every output that the config does not name, and features of images cannot be joined."""
     config = tiny_config()
     model = MiniMaxM3SparseForConditionalGeneration(config).eval()
     trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))

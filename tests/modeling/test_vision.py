@@ -99,7 +99,7 @@ def test_gradients_equal_stock_with_and_without_checkpointing(make_towers, make_
 
 def varlen_attention(module, query, key, value, attention_mask, *, cu_seq_lens_q, cu_seq_lens_k, is_causal, scaling,
                      max_length_q, max_length_k, dropout):  # fmt: skip
-    """What a flash kernel computes from packed sequences, in plain PyTorch."""
+    """A flash kernel's result on packed sequences, in plain PyTorch."""
     assert not is_causal
     assert attention_mask is None
     assert cu_seq_lens_q.dtype == torch.int32

@@ -53,7 +53,7 @@ def scale_out_models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def train(scale_out_models, tmp_path_factory) -> Callable[..., dict]:
-    """`train(engine, config=..., processes=..., VARIABLE=...)`: what the worker tells of its run.
+    """`train(engine, config=..., processes=..., VARIABLE=...)`: the worker's report of its run.
 
     It is started by `accelerate launch` with that configuration of ours, or by `torchrun`, or as a single process.
     """

@@ -96,7 +96,7 @@ def note_backends() -> set[str]:
 
 
 def with_trainer(model: PreTrainedModel, arguments: TrainingArguments) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step, as all loops here give them."""
+    """Loss and gradient norm of each step, the result of all loops here."""
     trainer = InOrder(model, arguments, train_dataset=make_rows())
     ran = note_backends()
     trainer.train()
@@ -105,7 +105,7 @@ def with_trainer(model: PreTrainedModel, arguments: TrainingArguments) -> list[t
 
 
 def shares_of_batches(rank: int, world: int) -> Iterator[dict[str, torch.Tensor]]:
-    """What process `rank` of `world` passes to the model in each step."""
+    """The inputs of process `rank` of `world` in each step."""
     rows = make_rows()
     for step in range(STEPS):
         batch = rows[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]
@@ -153,12 +153,12 @@ def with_zero3(model: PreTrainedModel) -> list[tuple[float, float]]:
         "train_micro_batch_size_per_gpu": ROWS_PER_STEP // world,
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
-        # small weights, the indexers' among them, are cut too
+        # small weights, the indexers' among them, are sharded too
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
-    assert model.lm_head.weight.numel() == 0  # it is cut, and gathered for a call
+    assert model.lm_head.weight.numel() == 0  # it is sharded, and gathered for a call
     steps = []
     for inputs in shares_of_batches(rank, world):
         loss = engine(**inputs).loss
@@ -208,7 +208,7 @@ def with_plan(engine: str, models: Path, output: Path) -> list[tuple[float, floa
 
 
 def on_the_same_rows(model: PreTrainedModel) -> list[tuple[float, float]]:
-    """In a loop of its own: Accelerate does not take a `tp_size` on a CPU."""
+    """A loop of its own, because Accelerate takes no `tp_size` on a CPU."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0, foreach=False)
     steps = []
@@ -218,7 +218,7 @@ def on_the_same_rows(model: PreTrainedModel) -> list[tuple[float, float]]:
             loss = model(**inputs).loss
             loss.backward()
             total += loss.item()
-        # `clip_grad_norm_` does not take tensors that are cut together with tensors that are not
+        # `clip_grad_norm_` does not take sharded tensors together with others
         gradients = [parameter.grad for parameter in model.parameters()]
         norm = torch.stack([whole(gradient).norm() for gradient in gradients]).norm()
         for gradient in gradients:

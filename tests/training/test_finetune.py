@@ -43,7 +43,7 @@ def chats(tmp_path):
 
 @pytest.fixture
 def images(tmp_path):
-    """Chats about a photograph, one of them without."""
+    """Chats about a photograph, and one without it."""
     photograph = tmp_path / "photo.png"
     Image.linear_gradient("L").resize((56, 84)).convert("RGB").save(photograph)
     question = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
@@ -173,7 +173,7 @@ def test_images(finetune, images, arguments, tiny_checkpoint, flags):
 
 
 def test_tools_are_those_of_the_row(finetune, arguments, tiny_checkpoint, tmp_path):
-    """Arrow gives the schema of one row's tool the properties of the others', as None; a call may have no content."""
+    """Arrow adds the properties of other rows' tools to a tool's schema, as None. A call may have no content."""
     rows = []
     for name in ("city", "number"):
         function = {"name": "look", "parameters": {"type": "object", "properties": {name: {"type": "string"}}}}

@@ -1,4 +1,4 @@
-"""The thinking mode under which scripts/finetune.py teaches an answer, seen in what it decodes to."""
+"""The thinking mode in which scripts/finetune.py teaches an answer, read from decoded batches."""
 
 import json
 
@@ -16,7 +16,7 @@ def finetune(load_script):
 
 @pytest.fixture
 def prepare(finetune, tiny_checkpoint, tmp_path):
-    """What the run's first batches hold, row by row, decoded."""
+    """The decoded rows of the run's first batches."""
     image = tmp_path / "grey.png"
     Image.new("RGB", (56, 56), (99, 99, 99)).save(image)
 

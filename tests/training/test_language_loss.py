@@ -1,4 +1,4 @@
-"""The language-modelling loss: equal to the plain one on whole logits, without whole logits."""
+"""The language-modelling loss: it equals the plain loss on all logits, and never holds all logits."""
 
 import copy
 import os
@@ -19,7 +19,7 @@ BATCH, TOKENS, HIDDEN, VOCABULARY = 3, 50, 16, 97
 
 
 class OtherHead(nn.Linear):
-    """A head of another class, as adapters and quantisation bring, which is called as a module."""
+    """A head of another class, like those of adapters and quantisation, which is called as a module."""
 
 
 def make_case(dtype=torch.float32, head_class=nn.Linear):
@@ -152,7 +152,7 @@ def test_nothing_to_predict(head_class):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records how many elements the largest tensor has that any operation returns."""
+    """Records the size, in elements, of the largest tensor that any operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -207,7 +207,7 @@ def loss_gradients(model, **inputs):
 
 
 def assert_same_training(model, **inputs):
-    """The loss without logits, which training takes by itself, equals that on logits, and so do the gradients."""
+    """The loss without logits, training's default, equals the loss on logits, and so do the gradients."""
     with_logits, expected = loss_gradients(model, **inputs, skip_logits=False)
     without, actual = loss_gradients(model, **inputs)
     assert with_logits.logits is not None
@@ -369,7 +369,7 @@ def test_heads_that_are_not_plain_are_called(change):
 
 
 def run_rank(rank: int, world_size: int, folder: str) -> None:
-    """One process: a sharded head on tokens of its own, whose number of chunks the other does not have."""
+    """One process: a sharded head on tokens of its own, in another number of chunks than the other process has."""
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
@@ -406,7 +406,7 @@ def test_fsdp_ranks_with_different_numbers_of_chunks():
 @pytest.mark.parametrize("skip_logits", [True, False])
 @pytest.mark.parametrize("head", ["text", "composite"])
 def test_padding_does_not_change_the_loss(head, skip_logits, side):
-    """The last pad to the left of a row predicts nothing: what it would predict is the row's first token."""
+    """The last padding token to the left of a row predicts nothing, though the row's first token follows it."""
     torch.manual_seed(0)
     config = tiny_config()
     model = (

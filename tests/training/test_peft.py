@@ -32,7 +32,7 @@ def read_snippet() -> str:
 
 
 def documented_parts() -> dict[str, dict]:
-    """What the snippet gives for each part, as arguments of LoraConfig."""
+    """The snippet's arguments of LoraConfig for each part."""
     namespace = {"model": None, "LoraConfig": LoraConfig, "get_peft_model": lambda model, config: model}
     exec(compile(read_snippet(), str(DOCUMENTATION), "exec"), namespace)
     return namespace["parts"]
@@ -143,7 +143,7 @@ def test_parts_are_what_their_name_says(base, part):
 
 
 def test_all_linear_of_peft_takes_the_tower(base, name_of_base):
-    """Unless it is told otherwise, as the documentation says."""
+    """That is the default, as the documentation says."""
     (excluded,) = re.findall(r'`exclude_modules=r"(.*?)"`', DOCUMENTATION.read_text("utf-8"))
     language = adapted_modules(adapted(base, "all linear layers of the language model but the head"))
 
@@ -209,6 +209,6 @@ def test_adapters_load_on_a_stock_model(base, name_of_base, batch, part, tmp_pat
 
 
 def test_dora_takes_no_bare_parameters(base):
-    """Where this fails PEFT has learned it, and `kinds_of` should try it."""
+    """If this fails, PEFT supports it now, and `kinds_of` should try it."""
     with pytest.raises(ValueError, match="use_dora"):
         adapted(base, "routed experts", "dora")

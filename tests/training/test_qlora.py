@@ -28,7 +28,7 @@ class Params4bit(nn.Parameter):
 
 
 class QuantizedLinear(nn.Linear):
-    """Computes in bf16 and answers in the dtype of its input, as bitsandbytes' layers do; its weight is of bytes."""
+    """Computes in bf16 and returns the dtype of its input, as bitsandbytes' layers do. Its weight holds bytes."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -126,7 +126,7 @@ def test_generation(cache, autocast, came, tokens):
 
 @pytest.mark.parametrize("was_quantized", [False, True], ids=["plain", "dequantized"])
 def test_float32_stays_float32(was_quantized, came, tokens):
-    """Also under adapters in half precision, and where the config still says what the weights were before."""
+    """It holds under adapters in half precision, and where the config names a former dtype of the weights."""
     torch.manual_seed(0)
     model = MiniMaxM3VLForCausalLM(tiny_config().text_config).eval()
     if was_quantized:

@@ -1,4 +1,4 @@
-"""Two processes train as one does: data parallelism, and weights that are cut over the devices, experts among them."""
+"""Two processes train as one does: data parallelism, and weights sharded over the devices, experts among them."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ def check(found, in_one_process):
 
 
 def test_data_parallelism(train, in_one_process):
-    """Through `accelerate launch` and the configuration that we offer; router and indexer losses are on."""
+    """`accelerate launch` starts them with our configuration. Router and indexer losses are on."""
     check(train("trainer", config="ddp", **ON_CPU), in_one_process)
 
 

@@ -1,4 +1,4 @@
-"""Several GPUs: a model laid out over two, and what `test_scale_out.py` tests, with NCCL and the CUDA kernels."""
+"""Several GPUs: a model laid out over two, and the runs of `test_scale_out.py` with NCCL and the CUDA kernels."""
 
 import os
 from importlib.util import find_spec
@@ -54,7 +54,7 @@ def batch():
 
 
 def test_a_model_over_two_devices(models, batch, kernels):
-    """The same kernels on the same numbers, whichever device they are on."""
+    """The same kernels get the same numbers, whichever device they run on."""
     real = batch["attention_mask"] == 1
     given = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`examples/train_indexer.py`: on a model that is hardly trained, so that it takes seconds."""
+"""`examples/train_indexer.py` on a barely trained model, so that it takes seconds."""
 
 import importlib.util
 import json

@@ -146,7 +146,7 @@ def test_accumulated_micro_batches_are_one_batch(model, documents, make_trainer,
 
 
 def test_accumulation_weights_the_balance_loss_once(documents, make_trainer):
-    """The experts' balance is that of each micro-batch, weighted by its predictions; rows that are equal give equality."""
+    """The router loss of each micro-batch is weighted by its predictions: equal rows train alike in one batch or four."""
     torch.manual_seed(0)
     text = {"num_hidden_layers": 2, "output_router_logits": True, "router_aux_loss_coef": 1.0}
     model = MiniMaxM3VLForCausalLM(tiny_config(text=text).text_config)
@@ -177,7 +177,7 @@ def test_evaluation(model, documents, make_trainer):
     metrics = trainer.evaluate()
     assert seen == [(8, max(LENGTHS), model.config.vocab_size)]
     assert metrics["eval_tokens"] == sum(LENGTHS) - PROMPT * len(LENGTHS)
-    # a model that is told to do without logits evaluates its loss just as well
+    # a model whose `skip_logits` is set evaluates its loss just as well
     model.skip_logits, trainer.compute_metrics = True, None
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 

@@ -63,7 +63,7 @@ def test_two_processes_train_as_one(tmp_path, engine, flags, monkeypatch):
 
 @pytest.mark.slow
 def test_the_script_with_an_image_in_one_process_only(tiny_checkpoint, tmp_path):
-    """Without activation checkpointing `Trainer` would look for parameters without a gradient, and wait for none."""
+    """Without activation checkpointing, `Trainer` would search for parameters without a gradient, and not wait."""
     from PIL import Image
 
     Image.linear_gradient("L").resize((56, 84)).convert("RGB").save(tmp_path / "photo.png")

@@ -80,7 +80,7 @@ def vision_norm(model: torch.nn.Module) -> float:
 
 
 def in_one_process(flags: list[str]) -> tuple[list[float], float]:
-    """What two processes have to come to."""
+    """The expected result of two processes."""
     model = make_model(flags).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     losses = []
@@ -140,7 +140,7 @@ def with_zero3(flags: list[str]) -> tuple[list[float], float]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": ACCUMULATED,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},  # small weights are cut too
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},  # small weights are sharded too
     }
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
