@@ -6,7 +6,12 @@ count of operations and the scripts read both tables. `register_attention_type` 
 
 from dataclasses import dataclass
 
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    DynamicLayer,
+    StaticLayer,
+)
 
 from configuration_minimax_m3.layer_types import FULL_ATTENTION, LAYER_TYPES, LEARNED_SPARSE, STRUCTURED, LayerType
 
@@ -15,8 +20,6 @@ from ..runtime.cache import (
     MiniMaxM3VLSparseDynamicLayer,
     MiniMaxM3VLSparseStaticLayer,
     MiniMaxM3VLStaticLayer,
-    MiniMaxM3VLStructuredDynamicLayer,
-    MiniMaxM3VLStructuredStaticLayer,
 )
 from .block_selection import BlockSelector, LearnedSelector, StructuredSelector
 
@@ -28,14 +31,14 @@ class AttentionType:
     Args:
         layer_type (`LayerType`): What the configuration knows about it, such as its name and its fields.
         selector (`type[BlockSelector]`, *optional*): Selects the key blocks. None: the layer attends to all keys.
-        dynamic_cache_layer (`type[DynamicLayer]`): Cache layer that grows.
-        static_cache_layer (`type[StaticLayer]`): Cache layer of a fixed size.
+        dynamic_cache_layer (`type[DynamicLayer]`): Cache layer that grows. Default: one that keeps keys and values.
+        static_cache_layer (`type[StaticLayer]`): Cache layer of a fixed size. Default: one that keeps keys and values.
     """
 
     layer_type: LayerType
-    selector: type[BlockSelector] | None
-    dynamic_cache_layer: type[DynamicLayer]
-    static_cache_layer: type[StaticLayer]
+    selector: type[BlockSelector] | None = None
+    dynamic_cache_layer: type[DynamicLayer] = MiniMaxM3VLDynamicLayer
+    static_cache_layer: type[StaticLayer] = MiniMaxM3VLStaticLayer
 
     @property
     def is_dense(self) -> bool:
@@ -43,16 +46,7 @@ class AttentionType:
         return self.selector is None
 
 
-ATTENTION_TYPES: dict[str, AttentionType] = {
-    kind.layer_type.name: kind
-    for kind in (
-        AttentionType(FULL_ATTENTION, None, MiniMaxM3VLDynamicLayer, MiniMaxM3VLStaticLayer),
-        AttentionType(LEARNED_SPARSE, LearnedSelector, MiniMaxM3VLSparseDynamicLayer, MiniMaxM3VLSparseStaticLayer),
-        AttentionType(
-            STRUCTURED, StructuredSelector, MiniMaxM3VLStructuredDynamicLayer, MiniMaxM3VLStructuredStaticLayer
-        ),
-    )
-}
+ATTENTION_TYPES: dict[str, AttentionType] = {}
 
 
 def attention_type(name: str) -> AttentionType:
@@ -69,18 +63,26 @@ def attention_type(name: str) -> AttentionType:
 def register_attention_type(kind: AttentionType) -> None:
     """Add a kind of attention layer, which configs, models, caches and the count of operations then know.
 
-    Args:
-        kind (`AttentionType`): Its cache layers must be classes of its own whose `_layer_type` is its name: by that
-            Transformers finds them for `DynamicCache(config=...)` and `StaticCache(config=...)`.
-
     Raises:
-        ValueError: The name is taken, or a cache layer has another `_layer_type`.
+        ValueError: The name is taken, here or in Transformers' caches.
     """
     name = kind.layer_type.name
-    if name in LAYER_TYPES:
+    if name in LAYER_TYPES or name in DYNAMIC_LAYER_TYPE_MAPPING:
         raise ValueError(f"the layer type {name!r} is registered already")
-    for cache_layer in (kind.dynamic_cache_layer, kind.static_cache_layer):
-        if cache_layer._layer_type != name:
-            raise ValueError(f"`{cache_layer.__name__}._layer_type` must be {name!r}, got {cache_layer._layer_type!r}")
     LAYER_TYPES[name] = kind.layer_type
+    _add(kind)
+
+
+def _add(kind: AttentionType) -> None:
+    name = kind.layer_type.name
     ATTENTION_TYPES[name] = kind
+    # `DynamicCache(config=...)` and `StaticCache(config=...)` read these tables. The name of dense attention is common to
+    # all models of Transformers, so its entry stays.
+    if name != FULL_ATTENTION.name:
+        DYNAMIC_LAYER_TYPE_MAPPING[name] = kind.dynamic_cache_layer
+        STATIC_LAYER_TYPE_MAPPING[name] = kind.static_cache_layer
+
+
+_add(AttentionType(FULL_ATTENTION))
+_add(AttentionType(LEARNED_SPARSE, LearnedSelector, MiniMaxM3VLSparseDynamicLayer, MiniMaxM3VLSparseStaticLayer))
+_add(AttentionType(STRUCTURED, StructuredSelector))

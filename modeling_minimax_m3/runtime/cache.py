@@ -12,8 +12,6 @@ import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
-from configuration_minimax_m3.layer_types import LEARNED_SPARSE, STRUCTURED
-
 
 class _GrowingBuffer:
     """Tokens along dim 1 of a (B, capacity, ...) tensor, of which the first `length` are in use."""
@@ -56,7 +54,7 @@ class _GrowingBuffer:
 
 
 class MiniMaxM3VLDynamicLayer(DynamicLayer):
-    """Growing cache layer of dense attention, and the base of those of other layer types."""
+    """Growing cache layer of keys and values."""
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -127,13 +125,11 @@ class MiniMaxM3VLDynamicLayer(DynamicLayer):
 
 
 class MiniMaxM3VLSparseDynamicLayer(MiniMaxM3VLDynamicLayer):
-    """Growing cache layer of sparse attention, with the index keys of every token.
+    """Growing cache layer of keys and values, and of the index keys of every token.
 
     Offloading leaves the index keys on the device, because every step scores all of them. They are a small part: 256
     of 2304 bytes per token in the released geometry.
     """
-
-    _layer_type = LEARNED_SPARSE.name
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -167,14 +163,8 @@ class MiniMaxM3VLSparseDynamicLayer(MiniMaxM3VLDynamicLayer):
         self._map_index_rows(lambda data: data[indices])
 
 
-class MiniMaxM3VLStructuredDynamicLayer(MiniMaxM3VLDynamicLayer):
-    """Growing cache layer of structured attention, which needs keys and values alone."""
-
-    _layer_type = STRUCTURED.name
-
-
 class MiniMaxM3VLStaticLayer(StaticLayer):
-    """Preallocated cache layer of dense attention, written in place so that CUDA graphs can replay it."""
+    """Preallocated cache layer of keys and values, written in place so that CUDA graphs can replay it."""
 
     is_croppable = True
 
@@ -234,16 +224,8 @@ class MiniMaxM3VLStaticLayer(StaticLayer):
             _mark_static(self.keys, self.values)
 
 
-class MiniMaxM3VLStructuredStaticLayer(MiniMaxM3VLStaticLayer):
-    """Preallocated cache layer of structured attention."""
-
-    _layer_type = STRUCTURED.name
-
-
 class MiniMaxM3VLSparseStaticLayer(MiniMaxM3VLStaticLayer):
-    """Preallocated cache layer of sparse attention, with the index keys of every token."""
-
-    _layer_type = LEARNED_SPARSE.name
+    """Preallocated cache layer of keys and values, and of the index keys of every token."""
 
     def __init__(self, max_cache_len: int, **kwargs):
         super().__init__(max_cache_len, **kwargs)

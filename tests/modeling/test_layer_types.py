@@ -3,7 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, DynamicLayer, StaticLayer
 
 from configuration_minimax_m3 import tiny_config
 from configuration_minimax_m3.layer_types import FULL_ATTENTION, LAYER_TYPES, LayerType
@@ -38,21 +38,11 @@ class LastBlocksSelector(BlockSelector):
         return blocks[:, :, None].expand(-1, -1, key.shape[2], -1).contiguous()
 
 
-class LastBlocksDynamicLayer(MiniMaxM3VLDynamicLayer):
-    _layer_type = NAME
-
-
-class LastBlocksStaticLayer(MiniMaxM3VLStaticLayer):
-    _layer_type = NAME
-
-
 @pytest.fixture(scope="module")
 def toy_type():
     kind = AttentionType(
         LayerType(NAME, fields=("index_block_size", "last_blocks"), check=check_last_blocks),
         selector=LastBlocksSelector,
-        dynamic_cache_layer=LastBlocksDynamicLayer,
-        static_cache_layer=LastBlocksStaticLayer,
     )
     register_attention_type(kind)
     yield kind
@@ -107,7 +97,8 @@ def test_caches(model, ids, relative_error, cache_class):
     options = {"max_cache_len": TOKENS} if cache_class is StaticCache else {}
     cache = cache_class(config=model.config, **options)
     pieces = [model(piece, cache=cache).logits for piece in ids.split([20, 1, TOKENS - 21], dim=1)]
-    assert {type(layer)._layer_type for layer in cache.layers} == {NAME}
+    ours = {DynamicCache: MiniMaxM3VLDynamicLayer, StaticCache: MiniMaxM3VLStaticLayer}
+    assert {type(layer) for layer in cache.layers} == {ours[cache_class]}
     assert relative_error(torch.cat(pieces, dim=1), model(ids).logits) < 1e-5
 
 
@@ -132,10 +123,14 @@ def test_flops_count_it(model):
 def test_a_name_is_registered_once(toy_type):
     with pytest.raises(ValueError, match=f"'{NAME}' is registered already"):
         register_attention_type(toy_type)
-    other = AttentionType(LayerType("other"), None, LastBlocksDynamicLayer, LastBlocksStaticLayer)
-    with pytest.raises(ValueError, match=f"`LastBlocksDynamicLayer._layer_type` must be 'other', got '{NAME}'"):
-        register_attention_type(other)
-    assert "other" not in LAYER_TYPES
+    with pytest.raises(ValueError, match="'sliding_attention' is registered already"):
+        register_attention_type(AttentionType(LayerType("sliding_attention")))
+    assert "sliding_attention" not in LAYER_TYPES
+
+
+def test_caches_of_other_models_keep_their_layers():
+    assert DYNAMIC_LAYER_TYPE_MAPPING[FULL_ATTENTION.name] is DynamicLayer
+    assert STATIC_LAYER_TYPE_MAPPING[FULL_ATTENTION.name] is StaticLayer
 
 
 def test_both_tables_have_the_same_types():

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Stat
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig, tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.runtime.cache import MiniMaxM3VLStructuredDynamicLayer, MiniMaxM3VLStructuredStaticLayer
+from modeling_minimax_m3.runtime.cache import MiniMaxM3VLDynamicLayer, MiniMaxM3VLStaticLayer
 
 # Blocks of 4 tokens and 5 places, so that a short text has more blocks than a query may list.
 STRUCTURED = {
@@ -71,10 +71,10 @@ def test_no_indexer_parameters_and_no_index_cache(model):
     assert [layer.self_attn.indexer is not None for layer in model.model.layers] == [False, False, True, False]
     with torch.no_grad():
         cache = model(torch.ones(1, 9, dtype=torch.long)).cache
-    assert type(cache.layers[1]) is MiniMaxM3VLStructuredDynamicLayer
+    assert type(cache.layers[1]) is MiniMaxM3VLDynamicLayer
     assert not hasattr(cache.layers[1], "update_index")
     static = StaticCache(config=model.config, max_cache_len=9)
-    assert type(static.layers[1]) is MiniMaxM3VLStructuredStaticLayer
+    assert type(static.layers[1]) is MiniMaxM3VLStaticLayer
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
