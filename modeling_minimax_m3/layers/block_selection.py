@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import fields
+from typing import Any
 
 import torch
 
@@ -70,8 +71,9 @@ class LearnedSelector(BlockSelector):
         index: tuple[torch.Tensor, torch.Tensor] | None,
         reads_cache: bool,
     ) -> torch.Tensor:
+        assert index is not None, "a learned selection needs an indexer"
         config = self.config
-        options = {
+        options: dict[str, Any] = {
             "block_size": config.index_block_size,
             "topk": config.index_topk_blocks,
             "local_blocks": config.index_local_blocks,

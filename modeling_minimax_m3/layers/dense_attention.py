@@ -106,7 +106,8 @@ def _sdpa(
             raise NotImplementedError(
                 f"`attention_dropout` must be 0.0 to compile a forward of packed sequences here, got {dropout}"
             )
-        out = packed_causal_attention(*flat, layout.cu_seqlens, scaling)
+        flat_query, flat_key, flat_value = flat
+        out = packed_causal_attention(flat_query, flat_key, flat_value, layout.cu_seqlens, scaling)
     else:
         bounds = layout.sequence_bounds
         pieces = [

@@ -1,16 +1,19 @@
 """The end of a language model's forward, shared by the text-only and the composite model: logits, and all losses."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import ModelOutput
 
 from ..runtime.layout_building import real_tokens
 from ..training.indexer_loss import indexer_loss
 from ..training.language_loss import batch_share, causal_lm_loss, without_targets_of_padding
 from ..training.router_loss import load_balancing_loss
+from .outputs import MiniMaxM3VLModelOutputWithPast, MiniMaxM3VLTextModelOutputWithPast
 
 
 class LanguageModelingHead:
@@ -23,6 +26,11 @@ class LanguageModelingHead:
     """
 
     skip_logits: bool | None = None
+    # Of the model.
+    config: PreTrainedConfig
+    training: bool
+    lm_head: nn.Module
+    loss_function: Callable[..., torch.Tensor]
 
     def logits_and_loss(
         self,
@@ -71,7 +79,7 @@ class LanguageModelingHead:
 
     def logits_and_losses(
         self,
-        outputs: ModelOutput,
+        outputs: MiniMaxM3VLTextModelOutputWithPast | MiniMaxM3VLModelOutputWithPast,
         labels: torch.Tensor | None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
         *,
@@ -83,7 +91,7 @@ class LanguageModelingHead:
         """What the head adds to the outputs of the model below it.
 
         Args:
-            outputs (`ModelOutput`): `last_hidden_state` (B, T, hidden), and `router_logits` and `indexer_divergence`
+            outputs (model output): `last_hidden_state` (B, T, hidden), and `router_logits` and `indexer_divergence`
                 where they were computed.
             labels (`torch.Tensor`, *optional*): (B, T), not shifted. None: there is no loss to add anything to.
             attention_mask: As the model got it; only a (B, S) mask tells which tokens are padding.

@@ -3,9 +3,14 @@
 B is the number of rows, T the number of tokens of this pass.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.import_utils import is_torchdynamo_compiling
+
+from configuration_minimax_m3 import MiniMaxM3VLConfig
 
 from .multimodal_generation import TOKEN_TYPES
 
@@ -31,6 +36,11 @@ def _check_one_feature_per_placeholder(
 
 class PlaceholderMixin:
     """Finds and fills the placeholders of a model that has `config.image_token_id` and `config.video_token_id`."""
+
+    # Of the model.
+    config: MiniMaxM3VLConfig
+    training: bool
+    get_input_embeddings: Callable[[], nn.Module]
 
     def locate_placeholders(
         self,

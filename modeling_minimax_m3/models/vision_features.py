@@ -8,7 +8,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import accepts_precomputed_kwargs, can_return_tuple, merge_with_config_defaults
 
+from configuration_minimax_m3 import MiniMaxM3VLConfig
+
 from .multimodal_generation import PIXEL_NAMES
+from .vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
 
 
 def _check_grid_is_given(modality: str, grid_thw: torch.Tensor | None) -> None:
@@ -38,6 +41,12 @@ class VisionFeaturesMixin:
     Two kinds of passes are exempt: those that get a cache, as in `generate`, and those that get `mm_encoder_outputs`,
     even an empty dict. The caller then makes sure that all processes encode alike.
     """
+
+    # Of the model.
+    config: MiniMaxM3VLConfig
+    training: bool
+    vision_tower: MiniMaxM3VLVisionModel
+    multi_modal_projector: MiniMaxM3VLMultiModalProjector
 
     @accepts_precomputed_kwargs(modality="image")
     @merge_with_config_defaults

@@ -12,6 +12,7 @@ Legend: B rows, T new tokens of a row, S keys of a row (cached and new).
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -162,7 +163,7 @@ class SequenceLayout:
         }
         return SequenceLayout(**moved)
 
-    def packed_offsets(self, num_keys: int) -> dict[str, torch.Tensor]:
+    def packed_offsets(self, num_keys: int) -> dict[str, Any]:
         """Offsets of all sequences among flattened (B, T, ...) queries and (B, S, ...) keys, as operators take them.
 
         With a cache, a row gives three sequences: its left padding, its tokens, and the slots after them.
