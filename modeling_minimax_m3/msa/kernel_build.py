@@ -33,7 +33,8 @@ DEVICE_FLAGS = ("--expt-relaxed-constexpr", "-Xptxas", "-v")
 PORTABLE_TARGETS = (
     "-gencode", "arch=compute_80,code=[sm_80,compute_80]", "-gencode", "arch=compute_90,code=sm_90",
 )  # fmt: skip
-HOPPER_TARGETS = ("-gencode", "arch=compute_90a,code=sm_90a")
+# The folders of kernels for every GPU. Any other folder of kernels is named after the one architecture it is for.
+PORTABLE_FOLDERS = ("smxx", "sm80")
 LINK_FLAGS = (
     "-shared", "-cudart", "static", "-ltorch_cpu", "-ltorch_cuda", "-Xlinker", "--no-undefined",
     "-Xlinker", "--allow-shlib-undefined", "-Xlinker", "--exclude-libs,ALL",
@@ -97,10 +98,10 @@ def _run(command: list[str]) -> str:
 
 def source_hash(csrc: Path = CSRC) -> str:
     """12 hexadecimal digits that change with any file of `csrc` and any flag."""
-    digest = hashlib.sha256(repr((COMMON_FLAGS, DEVICE_FLAGS, PORTABLE_TARGETS, HOPPER_TARGETS, LINK_FLAGS)).encode())
+    digest = hashlib.sha256(repr((COMMON_FLAGS, DEVICE_FLAGS, LINK_FLAGS)).encode())
     for path in sorted(csrc.rglob("*")):
         if path.suffix in (*_SOURCES, ".h", ".cuh"):
-            digest.update(f"{path.relative_to(csrc)}\0".encode() + path.read_bytes() + b"\0")
+            digest.update(f"{path.relative_to(csrc)}\0{_targets(path, csrc)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
@@ -137,10 +138,22 @@ def _with_includes(path: Path, csrc: Path) -> list[Path]:
     return sorted(files)
 
 
+def folder_targets(folder: str) -> tuple[str, ...]:
+    """What nvcc compiles the kernels of a folder of `csrc` for: `sm90` for sm_90a, with its special instructions.
+
+    Raises:
+        BuildError: the folder is not one for kernels.
+    """
+    if folder in PORTABLE_FOLDERS:
+        return PORTABLE_TARGETS
+    named = re.fullmatch(r"sm(\d{2,3})", folder)
+    if not named:
+        raise BuildError(f"kernels stand in {', '.join(PORTABLE_FOLDERS)} or a folder such as sm90, not in {folder}")
+    return ("-gencode", f"arch=compute_{named[1]}a,code=sm_{named[1]}a")
+
+
 def _targets(path: Path, csrc: Path) -> tuple[str, ...]:
-    if path.suffix != ".cu":
-        return ()
-    return HOPPER_TARGETS if path.relative_to(csrc).parts[0] == "sm90" else PORTABLE_TARGETS
+    return folder_targets(path.relative_to(csrc).parts[0]) if path.suffix == ".cu" else ()
 
 
 # --- what the assembler says about a kernel -----------------------------------------------------------------------

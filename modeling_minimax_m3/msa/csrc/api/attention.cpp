@@ -2,8 +2,6 @@
 #include <limits>
 
 #include "operators.h"
-#include "sm80/forward_order/attention_forward.h"
-#include "sm90/forward/attention_forward.h"
 #include "tensors.h"
 
 namespace msa::api {
@@ -62,13 +60,10 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
 
   const DeviceScope device(query);
-  const int64_t bytes = sm80::attention_forward_workspace(params);
+  const int64_t bytes = attention_forward_workspace(params);
   Tensor workspace = allocate_workspace(query, (bytes + 3) / static_cast<int64_t>(sizeof(float)));
-  if (device.takes_hopper_kernels()) {
-    sm90::launch_attention_forward(params, workspace.mutable_data_ptr(), bytes, device.stream());
-  } else {
-    sm80::launch_attention_forward(params, workspace.mutable_data_ptr(), bytes, device.stream());
-  }
+  launch_attention_forward(params, device.choose(kForwardKernels, params),
+                           workspace.mutable_data_ptr(), bytes, device.stream());
   return {out, lse};
 }
 

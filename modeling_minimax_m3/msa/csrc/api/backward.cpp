@@ -1,7 +1,5 @@
 // Gradients of attention over the selected blocks of packed sequences.
 #include "operators.h"
-#include "sm80/backward/attention_backward.h"
-#include "sm90/backward/attention_backward.h"
 #include "tensors.h"
 
 namespace msa::api {
@@ -37,13 +35,10 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
 
   const DeviceScope device(query);
   constexpr int64_t kFloatBytes = sizeof(float);
-  const int64_t bytes = sm80::attention_backward_workspace(params);
+  const int64_t bytes = attention_backward_workspace(params);
   Tensor workspace = allocate_workspace(query, (bytes + kFloatBytes - 1) / kFloatBytes);
-  if (device.takes_hopper_kernels()) {
-    sm90::launch_attention_backward(params, workspace.mutable_data_ptr(), bytes, device.stream());
-  } else {
-    sm80::launch_attention_backward(params, workspace.mutable_data_ptr(), bytes, device.stream());
-  }
+  launch_attention_backward(params, device.choose(kBlockGradientKernels, params),
+                            workspace.mutable_data_ptr(), bytes, device.stream());
   return {grad_query, grad_key, grad_value};
 }
 

@@ -1,6 +1,5 @@
 // Block selection and attention of a few new tokens per row, read straight from a cache.
 #include "operators.h"
-#include "sm80/decode/launch.h"
 #include "tensors.h"
 
 namespace msa::api {
@@ -66,10 +65,10 @@ Tensor select_blocks_with_kvcache(const Tensor& index_query, const Tensor& index
 
   const DeviceScope device(index_query);
   params.num_sms = device.num_sms();
-  params.workspace_elements = sm80::decode_select_workspace(params);
+  params.workspace_elements = decode_select_workspace(params);
   Tensor workspace = allocate_workspace(index_query, params.workspace_elements);
   params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-  sm80::launch_decode_select(params, device.stream());
+  launch_decode_select(params, device.choose(kIndexScoreKernels, params), device.stream());
   return block_indices;
 }
 
@@ -115,10 +114,10 @@ Tensor block_sparse_attention_with_kvcache(const Tensor& query, const Tensor& ke
 
   const DeviceScope device(query);
   params.num_sms = device.num_sms();
-  params.workspace_elements = sm80::decode_attention_workspace(params);
+  params.workspace_elements = decode_attention_workspace(params);
   Tensor workspace = allocate_workspace(query, params.workspace_elements);
   params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-  sm80::launch_decode_attention(params, device.stream());
+  launch_decode_attention(params, device.choose(kSplitAttentionKernels, params), device.stream());
   return out;
 }
 

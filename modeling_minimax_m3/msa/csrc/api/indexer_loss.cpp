@@ -2,8 +2,6 @@
 #include <limits>
 
 #include "operators.h"
-#include "sm80/indexer_loss/indexer_loss.h"
-#include "sm90/indexer_loss/indexer_loss.h"
 #include "tensors.h"
 
 namespace msa::api {
@@ -86,16 +84,14 @@ bool is_empty(const Tensor& query, const Tensor& key, const std::optional<Tensor
          (block_indices.has_value() && block_indices->size(2) == 0);
 }
 
-void launch(const IndexerLossParams& params, sm80::LossPass pass, const Tensor& like) {
+void launch(const IndexerLossParams& params, LossPass pass, const Tensor& like) {
   constexpr int64_t kFloatBytes = sizeof(float);
   const DeviceScope device(like);
-  const int64_t bytes = sm80::indexer_loss_workspace(params, pass);
+  const int64_t bytes = indexer_loss_workspace(params, pass);
   Tensor workspace = allocate_workspace(like, (bytes + kFloatBytes - 1) / kFloatBytes);
-  if (device.takes_hopper_kernels()) {
-    sm90::launch_indexer_loss(params, pass, workspace.mutable_data_ptr(), bytes, device.stream());
-  } else {
-    sm80::launch_indexer_loss(params, pass, workspace.mutable_data_ptr(), bytes, device.stream());
-  }
+  const IndexerLossKernels kernels{device.choose(kBlockTermKernels, params),
+                                   device.choose(kIndexGradientKernels, params)};
+  launch_indexer_loss(params, pass, kernels, workspace.mutable_data_ptr(), bytes, device.stream());
 }
 
 }  // namespace
@@ -119,7 +115,7 @@ std::tuple<Tensor, Tensor> indexer_kl_loss(const Tensor& index_query, const Tens
                   cu_seqlens_k, block_size, softmax_scale, index_scale, saved_probabilities);
   params.kl = static_cast<float*>(kl.mutable_data_ptr());
   params.index_lse = static_cast<float*>(index_lse.mutable_data_ptr());
-  launch(params, sm80::LossPass::kValue, query);
+  launch(params, LossPass::kValue, query);
   return {kl, index_lse};
 }
 
@@ -143,7 +139,7 @@ std::tuple<Tensor, Tensor> indexer_kl_loss_backward(
   params.grad_kl = float_data("grad_kl", grad_kl);
   params.grad_index_query = grad_index_query.mutable_data_ptr();
   params.grad_index_key = grad_index_key.mutable_data_ptr();
-  launch(params, sm80::LossPass::kGradient, query);
+  launch(params, LossPass::kGradient, query);
   return {grad_index_query, grad_index_key};
 }
 

@@ -1,7 +1,5 @@
 // Block selection over packed sequences.
 #include "operators.h"
-#include "sm80/selection/select_blocks.h"
-#include "sm90/selection/select_blocks.h"
 #include "tensors.h"
 
 namespace msa::api {
@@ -36,14 +34,10 @@ Tensor select_blocks(const Tensor& index_query, const Tensor& index_key, const T
   params.dtype = dtype_of("index_query", index_query);
 
   const DeviceScope device(index_query);
-  params.workspace_elements = sm80::select_blocks_workspace(params);
+  params.workspace_elements = select_blocks_workspace(params);
   Tensor workspace = allocate_workspace(index_query, params.workspace_elements);
   params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-  if (device.takes_hopper_kernels()) {
-    sm90::launch_select_blocks(params, device.stream());
-  } else {
-    sm80::launch_select_blocks(params, device.stream());
-  }
+  launch_select_blocks(params, device.choose(kScoreKernels, params), device.stream());
   return block_indices;
 }
 

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "operators.h"
-#include "sm80/structured/structured_blocks.h"
+#include "smxx/structured/structured_blocks.h"
 #include "tensors.h"
 
 namespace msa::api {
@@ -33,7 +33,7 @@ Tensor structured_blocks_of(const Tensor& own_block, int64_t num_kv_heads, int64
   params.seed_low = static_cast<uint32_t>(static_cast<uint64_t>(seed));
   params.seed_high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
   params.num_sms = device.num_sms();
-  sm80::launch_structured_blocks(params, device.stream());
+  launch_structured_blocks(params, device.stream());
   return block_indices;
 }
 

@@ -69,11 +69,9 @@ int DeviceScope::num_sms() const {
   return attribute(cudaDevAttrMultiProcessorCount);
 }
 
-bool DeviceScope::takes_hopper_kernels() const {
+bool DeviceScope::takes_portable_kernels_only() {
   const char* mode = std::getenv("MINIMAX_M3_MSA_CUDA");
-  if (mode != nullptr && std::strcmp(mode, "portable") == 0) return false;
-  return attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+  return mode != nullptr && std::strcmp(mode, "portable") == 0;
 }
 
 int DeviceScope::attribute(cudaDeviceAttr name) const {

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "kernel_tables.h"
 #include "params.h"
 
 namespace msa::api {
@@ -46,12 +47,18 @@ class DeviceScope {
   cudaStream_t stream() const { return stream_; }
   int num_sms() const;
 
-  // Whether kernels of csrc/sm90 run here: on compute capability 9.0, unless the environment
-  // variable MINIMAX_M3_MSA_CUDA is "portable".
-  bool takes_hopper_kernels() const;
+  // The kernel of a table for a call on this device: a portable one where the environment variable
+  // MINIMAX_M3_MSA_CUDA is "portable".
+  template <typename Params, typename Kernel, size_t kRows>
+  const Kernel& choose(const TableRow<Params, Kernel> (&table)[kRows], const Params& params) const {
+    const Capability device{attribute(cudaDevAttrComputeCapabilityMajor),
+                            attribute(cudaDevAttrComputeCapabilityMinor)};
+    return choose_kernel(table, device, takes_portable_kernels_only(), params);
+  }
 
  private:
   int attribute(cudaDeviceAttr name) const;
+  static bool takes_portable_kernels_only();
 
   int device_;
   torch::stable::accelerator::DeviceGuard guard_;

@@ -1,7 +1,5 @@
-// Tiles, shared memory and workspace of the attention backward.
+// Tiles and shared memory of the attention backward.
 #pragma once
-
-#include <cstdint>
 
 namespace msa::sm80 {
 
@@ -29,12 +27,5 @@ struct BackwardConfig {
   static_assert(kKeyBytes <= kStages * kStageBytes, "values pass through the stages");
   static_assert(kSharedBytes + 1024 <= 99 * 1024);
 };
-
-// Most bytes of partial query gradients that exist at a time, half of them of the part that is
-// worked on, half of the one before it, which is added up meanwhile.
-constexpr int64_t kPartialGradBytes = 4ll << 30;
-constexpr int kBuffers = 2;
-
-constexpr int kMaxBackwardTopk = 64;
 
 }  // namespace msa::sm80

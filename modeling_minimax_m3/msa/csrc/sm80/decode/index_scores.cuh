@@ -13,17 +13,16 @@
 // sum of two elements that the same lane holds. No multiplication more than with half lines.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
-#include "../../common/matrix.cuh"
-#include "../../common/ordered_bits.cuh"
-#include "../../params.h"
-#include "cache_rows.cuh"
-#include "config.h"
-#include "dependent_launch.cuh"
+#include "params.h"
+#include "smxx/common/dependent_launch.cuh"
+#include "smxx/common/matrix.cuh"
+#include "smxx/common/ordered_bits.cuh"
+#include "smxx/decode/cache_rows.cuh"
+#include "smxx/decode/config.h"
 
-namespace msa::sm80::decode {
+namespace msa::sm80 {
 
 // 16 keys of one warp. Lane (row g, part c) holds channels 32 j + 8 c .. + 7 of keys g and g + 8;
 // of whole lines channels 64 j + 8 (lane % 8) .. + 7 of keys lane / 8 + 0, 4, 8 and 12.
@@ -318,41 +317,4 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
   }
 }
 
-// Launches the scores of all rows; defined in instantiations/.
-template <typename Element, int kHeadDim>
-void launch_index_scores(const DecodeSelectParams& params, cudaStream_t stream);
-
-template <typename Element, int kHeadDim, int kRowTiles, bool kWholeLines>
-void launch_index_scores_tiled(const DecodeSelectParams& params, cudaStream_t stream) {
-  const int64_t slabs = std::max<int64_t>(ceil_div(params.cache.max_slots, kSlabKeys), 1);
-  const int batch = std::min(params.batch, kBatchChunk);
-  const int num_rows = params.num_new * params.num_heads;
-  constexpr int kRows = ScoreShared<kHeadDim, kRowTiles, kWholeLines>::kRows;
-  const dim3 grid(
-      static_cast<unsigned>(std::min<int64_t>(kScoreCtasPerSm * params.num_sms, slabs * batch)),
-      static_cast<unsigned>(ceil_div(num_rows, kRows)),
-      static_cast<unsigned>(ceil_div(params.batch, kBatchChunk)));
-  launch_dependent<index_scores_kernel<Element, kHeadDim, kRowTiles, kWholeLines>>(
-      grid, kScoreThreads, stream, params, score_row_stride(params));
-}
-
-}  // namespace msa::sm80::decode
-
-// The definition that an instantiation file emits.
-#define MSA_INSTANTIATE_INDEX_SCORES(Element, kHeadDim)                                  \
-  namespace msa::sm80::decode {                                                          \
-  template <>                                                                            \
-  void launch_index_scores<Element, kHeadDim>(const DecodeSelectParams& params,          \
-                                              cudaStream_t stream) {                     \
-    const int num_rows = params.num_new * params.num_heads;                              \
-    if (num_rows <= kRowTile / 2) {                                                      \
-      launch_index_scores_tiled<Element, kHeadDim, 1, true>(params, stream);             \
-    } else if (num_rows <= kRowTile) {                                                   \
-      launch_index_scores_tiled<Element, kHeadDim, 1, false>(params, stream);            \
-    } else if (num_rows <= 2 * kRowTile) {                                               \
-      launch_index_scores_tiled<Element, kHeadDim, 2, false>(params, stream);            \
-    } else {                                                                             \
-      launch_index_scores_tiled<Element, kHeadDim, kMaxRowTiles, false>(params, stream); \
-    }                                                                                    \
-  }                                                                                      \
-  }  // namespace msa::sm80::decode
+}  // namespace msa::sm80

@@ -9,14 +9,14 @@
 
 #include <cstdint>
 
-#include "../../common/matrix.cuh"
-#include "../../params.h"
-#include "cache_rows.cuh"
-#include "config.h"
-#include "dependent_launch.cuh"
-#include "partial_results.cuh"
+#include "params.h"
+#include "smxx/common/dependent_launch.cuh"
+#include "smxx/common/matrix.cuh"
+#include "smxx/decode/cache_rows.cuh"
+#include "smxx/decode/config.h"
+#include "smxx/decode/partial_results.cuh"
 
-namespace msa::sm80::decode {
+namespace msa::sm80 {
 
 template <int kHeadDim>
 struct OneGroupShared {
@@ -299,4 +299,4 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   }
 }
 
-}  // namespace msa::sm80::decode
+}  // namespace msa::sm80

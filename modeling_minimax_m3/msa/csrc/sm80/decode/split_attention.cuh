@@ -9,15 +9,14 @@
 
 #include <cstdint>
 
-#include "../../common/matrix.cuh"
-#include "../../params.h"
-#include "cache_rows.cuh"
-#include "config.h"
-#include "dependent_launch.cuh"
-#include "one_group_attention.cuh"
-#include "partial_results.cuh"
+#include "params.h"
+#include "smxx/common/dependent_launch.cuh"
+#include "smxx/common/matrix.cuh"
+#include "smxx/decode/cache_rows.cuh"
+#include "smxx/decode/config.h"
+#include "smxx/decode/partial_results.cuh"
 
-namespace msa::sm80::decode {
+namespace msa::sm80 {
 
 // 16 keys that a warp takes at a time: all of them on one page.
 struct alignas(16) KeyGroupPlace {
@@ -312,29 +311,4 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   }
 }
 
-// Launches the attention of all items; defined in instantiations/.
-template <typename Element, int kHeadDim>
-void launch_split_attention(const DecodeAttentionParams& params, cudaStream_t stream);
-
-}  // namespace msa::sm80::decode
-
-// The definition that an instantiation file emits.
-#define MSA_INSTANTIATE_SPLIT_ATTENTION(Element, kHeadDim)                                  \
-  namespace msa::sm80::decode {                                                             \
-  template <>                                                                               \
-  void launch_split_attention<Element, kHeadDim>(const DecodeAttentionParams& params,       \
-                                                 cudaStream_t stream) {                     \
-    const AttentionPlan plan = plan_attention(params);                                      \
-    const dim3 grid(params.batch * params.num_new, params.num_kv_heads, plan.splits);       \
-    const int64_t heads = int64_t{params.batch} * params.num_new * params.num_heads;        \
-    const bool small = heads * plan.splits * (kHeadDim + 2) <= INT32_MAX;                   \
-    if (small && plan.splits > 1 && plan.groups_per_split == kAttentionWarps) {             \
-      launch_dependent<one_group_attention_kernel<Element, kHeadDim>>(                      \
-          grid, kAttentionThreads, stream, params, params.num_heads / params.num_kv_heads); \
-      return;                                                                               \
-    }                                                                                       \
-    launch_dependent<split_attention_kernel<Element, kHeadDim>>(                            \
-        grid, kAttentionThreads, stream, params, plan.groups_per_split,                     \
-        params.num_heads / params.num_kv_heads);                                            \
-  }                                                                                         \
-  }  // namespace msa::sm80::decode
+}  // namespace msa::sm80

@@ -1,7 +1,7 @@
-// Tiles and shared memory of the block-selection kernels.
+// Tiles and shared memory of the block-score kernel.
 #pragma once
 
-#include "schedule.h"
+#include "smxx/selection/schedule.h"
 
 namespace msa::sm80 {
 
@@ -28,12 +28,5 @@ struct ScoreConfig {
   static_assert(kQueryBytes <= kStages * kTileBytes);
   static_assert(kSharedBytes <= 99 * 1024);
 };
-
-// Top-k: one warp per (token, index head) row.
-constexpr int kTopkWarps = 8;
-constexpr int kMaxTopk = 64;
-
-// Most floats of block scores that exist at a time: 256 MB.
-constexpr long long kWorkspaceElements = 64ll << 20;
 
 }  // namespace msa::sm80

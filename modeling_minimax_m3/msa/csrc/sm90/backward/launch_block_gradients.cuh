@@ -3,13 +3,13 @@
 
 #include <algorithm>
 
-#include "../../common/cuda_check.h"
-#include "../../common/device.h"
-#include "../../sm80/backward/row_kernels.cuh"
-#include "../ptx/dependent_launch.cuh"
-#include "../ptx/tensor_map.h"
-#include "attention_backward.h"
-#include "block_gradients.cuh"
+#include "block_gradients.h"
+#include "block_gradients_wgmma.cuh"
+#include "sm90/ptx/dependent_launch.cuh"
+#include "sm90/ptx/tensor_map.h"
+#include "smxx/backward/row_kernels.cuh"
+#include "smxx/common/cuda_check.h"
+#include "smxx/common/device.h"
 
 namespace msa::sm90 {
 
@@ -20,18 +20,18 @@ constexpr int kAddingThreads = 512;
 // multiprocessor, and stays on it.
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kAddingThreads, 1)
-    add_beside_kernel(const BackwardParams params, const sm80::BackwardSchedule schedule) {
+    add_beside_kernel(const BackwardParams params, const BackwardSchedule schedule) {
   let_next_kernel_start();
-  const int rows = sm80::query_gradient_rows(params, schedule);
+  const int rows = query_gradient_rows(params, schedule);
   for (int row = (blockIdx.x * kAddingThreads + threadIdx.x) / 32; row < rows;
        row += gridDim.x * (kAddingThreads / 32)) {
-    sm80::add_query_gradients<Element, kHeadDim>(params, schedule, row, threadIdx.x % 32);
+    add_query_gradients<Element, kHeadDim>(params, schedule, row, threadIdx.x % 32);
   }
 }
 
 template <typename Element>
-void launch_block_gradients(const BackwardParams& params, const sm80::BackwardSchedule& schedule,
-                            const sm80::BackwardSchedule* before, cudaStream_t stream) {
+void launch_block_gradients(const BackwardParams& params, const BackwardSchedule& schedule,
+                            const BackwardSchedule* before, cudaStream_t stream) {
   using Config = BackwardConfig;
   auto* kernel = block_gradients_kernel<Element, Config>;
   MSA_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

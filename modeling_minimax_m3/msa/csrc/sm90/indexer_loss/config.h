@@ -1,8 +1,8 @@
 // The shape that the Hopper kernels of the indexer's loss are for; tiles and shared memory are
-// those of sm80/indexer_loss/config.h.
+// those of smxx/indexer_loss/config.h.
 #pragma once
 
-#include "../../sm80/indexer_loss/config.h"
+#include "smxx/indexer_loss/config.h"
 
 namespace msa::sm90 {
 
@@ -11,7 +11,7 @@ struct IndexerLossShape {
   static constexpr int kBlockSize = 128;
   static constexpr int kGroup = 16;
   static constexpr int kSharedBytes =
-      sm80::IndexerLossConfig::shared_bytes(kBlockSize, kHeadDim, kHeadDim);
+      IndexerLossConfig::shared_bytes(kBlockSize, kHeadDim, kHeadDim);
   static_assert(2 * (kSharedBytes + 1024) <= 228 * 1024, "two thread blocks a multiprocessor");
 };
 

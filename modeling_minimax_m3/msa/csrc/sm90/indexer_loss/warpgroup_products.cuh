@@ -1,11 +1,11 @@
-// The products of sm80/indexer_loss/index_gradients.cuh with wgmma.
+// The products of smxx/indexer_loss/index_gradients.cuh with wgmma.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "../../sm80/indexer_loss/index_gradients.cuh"
-#include "../ptx/wgmma.cuh"
 #include "config.h"
+#include "sm90/ptx/wgmma.cuh"
+#include "smxx/indexer_loss/index_gradients.cuh"
 
 namespace msa::sm90 {
 
@@ -38,7 +38,7 @@ class WarpgroupProducts {
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < 32; i += 4) {
-        take(half, sm80::own_row(half), key + i * 2,
+        take(half, own_row(half), key + i * 2,
              make_float2(sums[i + 2 * half], sums[i + 2 * half + 1]));
       }
     }

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../../common/cuda_check.h"
+#include "smxx/common/cuda_check.h"
 
 namespace msa::sm90 {
 

@@ -8,8 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "../../common/cuda_check.h"
-#include "../../params.h"
+#include "params.h"
+#include "smxx/common/cuda_check.h"
 
 namespace msa::sm90 {
 

@@ -1,7 +1,7 @@
 // Tiles and shared memory of the Hopper block-score kernel.
 #pragma once
 
-#include "../../sm80/selection/schedule.h"
+#include "smxx/selection/schedule.h"
 
 namespace msa::sm90 {
 
@@ -23,11 +23,8 @@ struct ScoreConfig {
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
   static constexpr int kSharedBytes = kStages * kTileBytes + kRows * 4;
   static_assert(kQueryBytes <= 2 * kTileBytes);
-  static_assert(kRows == sm80::kScoreRows);
+  static_assert(kRows == kScoreRows);
   static_assert(kSharedBytes <= 227 * 1024);
 };
-
-constexpr int kMaxBlocksPerUnit = 64;
-constexpr int kWantedUnits = 4096;
 
 }  // namespace msa::sm90

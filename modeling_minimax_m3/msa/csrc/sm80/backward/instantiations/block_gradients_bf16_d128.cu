@@ -1,4 +1,5 @@
-#include "../launch_gradients.cuh"
+#include "../launch_block_gradients.cuh"
 
-template void msa::sm80::launch_block_gradients<__nv_bfloat16, 128>(
-    const msa::BackwardParams&, const msa::sm80::BackwardSchedule&, cudaStream_t);
+template void msa::sm80::launch_block_gradients<__nv_bfloat16, 128>(const msa::BackwardParams&,
+                                                                    const msa::BackwardSchedule&,
+                                                                    cudaStream_t);

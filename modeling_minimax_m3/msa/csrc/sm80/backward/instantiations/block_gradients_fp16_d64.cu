@@ -1,5 +1,5 @@
-#include "../launch_gradients.cuh"
+#include "../launch_block_gradients.cuh"
 
 template void msa::sm80::launch_block_gradients<__half, 64>(const msa::BackwardParams&,
-                                                            const msa::sm80::BackwardSchedule&,
+                                                            const msa::BackwardSchedule&,
                                                             cudaStream_t);

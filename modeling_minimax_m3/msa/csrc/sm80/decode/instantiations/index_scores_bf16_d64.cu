@@ -1,5 +1,4 @@
-#include <cuda_bf16.h>
+#include "../launch_index_scores.cuh"
 
-#include "../index_scores.cuh"
-
-MSA_INSTANTIATE_INDEX_SCORES(__nv_bfloat16, 64)
+template void msa::sm80::launch_index_scores<__nv_bfloat16, 64>(const msa::DecodeSelectParams&,
+                                                                cudaStream_t);

@@ -1,5 +1,4 @@
-#include <cuda_bf16.h>
+#include "../launch_split_attention.cuh"
 
-#include "../split_attention.cuh"
-
-MSA_INSTANTIATE_SPLIT_ATTENTION(__nv_bfloat16, 64)
+template void msa::sm80::launch_split_attention<__nv_bfloat16, 64>(
+    const msa::DecodeAttentionParams&, cudaStream_t);

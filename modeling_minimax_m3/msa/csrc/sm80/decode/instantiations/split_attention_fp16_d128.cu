@@ -1,5 +1,4 @@
-#include <cuda_fp16.h>
+#include "../launch_split_attention.cuh"
 
-#include "../split_attention.cuh"
-
-MSA_INSTANTIATE_SPLIT_ATTENTION(__half, 128)
+template void msa::sm80::launch_split_attention<__half, 128>(const msa::DecodeAttentionParams&,
+                                                             cudaStream_t);

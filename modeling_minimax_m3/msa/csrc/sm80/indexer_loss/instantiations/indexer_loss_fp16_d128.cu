@@ -1,11 +1,9 @@
 // spills: numbers that are used once per eight pairs, outside the loop over keys
-#include "../launch.cuh"
+#include "../launch_kernels.cuh"
 
 template void msa::sm80::launch_block_terms<__half, 128>(const msa::IndexerLossParams&,
-                                                         const msa::sm80::IndexerLossSchedule&,
-                                                         msa::sm80::LossPass, cudaStream_t);
+                                                         const msa::IndexerLossSchedule&,
+                                                         msa::LossPass, cudaStream_t);
 template void msa::sm80::launch_index_gradients<__half, 128>(const msa::IndexerLossParams&,
-                                                             const msa::sm80::IndexerLossSchedule&,
+                                                             const msa::IndexerLossSchedule&,
                                                              cudaStream_t);
-template void msa::sm80::launch_combine_index_query<__half, 128>(
-    const msa::IndexerLossParams&, const msa::sm80::IndexerLossSchedule&, cudaStream_t);

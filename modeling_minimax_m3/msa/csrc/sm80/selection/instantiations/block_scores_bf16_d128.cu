@@ -1,4 +1,4 @@
-#include "../launch_scores.cuh"
+#include "../launch_block_scores.cuh"
 
 template void msa::sm80::launch_block_scores<__nv_bfloat16, 128>(const SelectParams&,
                                                                  const ScoreSchedule&,

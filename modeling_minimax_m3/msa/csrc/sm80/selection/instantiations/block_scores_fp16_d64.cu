@@ -1,4 +1,4 @@
-#include "../launch_scores.cuh"
+#include "../launch_block_scores.cuh"
 
 template void msa::sm80::launch_block_scores<__half, 64>(const SelectParams&, const ScoreSchedule&,
                                                          cudaStream_t);

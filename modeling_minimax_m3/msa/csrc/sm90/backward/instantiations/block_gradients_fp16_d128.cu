@@ -1,6 +1,5 @@
 #include "../launch_block_gradients.cuh"
 
 template void msa::sm90::launch_block_gradients<__half>(const msa::BackwardParams&,
-                                                        const msa::sm80::BackwardSchedule&,
-                                                        const msa::sm80::BackwardSchedule*,
-                                                        cudaStream_t);
+                                                        const msa::BackwardSchedule&,
+                                                        const msa::BackwardSchedule*, cudaStream_t);

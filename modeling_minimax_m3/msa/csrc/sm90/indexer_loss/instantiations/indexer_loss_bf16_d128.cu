@@ -1,8 +1,9 @@
 // spills: numbers that are used once per eight pairs, outside the loop over products
-#include "../launch.cuh"
+#include "../launch_kernels.cuh"
 
 template void msa::sm90::launch_block_terms<__nv_bfloat16>(const msa::IndexerLossParams&,
-                                                           const msa::sm80::IndexerLossSchedule&,
-                                                           msa::sm80::LossPass, cudaStream_t);
-template void msa::sm90::launch_index_gradients<__nv_bfloat16>(
-    const msa::IndexerLossParams&, const msa::sm80::IndexerLossSchedule&, cudaStream_t);
+                                                           const msa::IndexerLossSchedule&,
+                                                           msa::LossPass, cudaStream_t);
+template void msa::sm90::launch_index_gradients<__nv_bfloat16>(const msa::IndexerLossParams&,
+                                                               const msa::IndexerLossSchedule&,
+                                                               cudaStream_t);

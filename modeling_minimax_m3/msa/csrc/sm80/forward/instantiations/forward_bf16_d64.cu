@@ -1,5 +1,0 @@
-#include "../launch_forward.cuh"
-
-template void msa::sm80::launch_forward_kernel<__nv_bfloat16, 64>(const msa::ForwardParams&,
-                                                                  const msa::sm80::TileOrder*,
-                                                                  cudaStream_t);

@@ -1,0 +1,5 @@
+#include "../launch_query_major.cuh"
+
+template void msa::sm80::launch_query_major<__nv_bfloat16, 128>(const msa::ForwardParams&,
+                                                                const msa::TileOrder*,
+                                                                cudaStream_t);

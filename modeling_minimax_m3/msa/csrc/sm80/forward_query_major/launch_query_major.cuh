@@ -1,0 +1,32 @@
+// Definition of launch_query_major, for the instantiation files.
+#pragma once
+
+#include <bit>
+
+#include "query_major.h"
+#include "query_major_mma.cuh"
+#include "smxx/common/launch.h"
+
+namespace msa::sm80 {
+
+template <typename Element, int kHeadDim>
+void launch_query_major(const ForwardParams& params, const TileOrder* order, cudaStream_t stream) {
+  using Config = ForwardConfig<kHeadDim>;
+  constexpr double kLog2E = 1.44269504088896340736;
+  const unsigned group = params.num_heads / params.num_kv_heads;
+  ForwardSchedule schedule;
+  schedule.group_shift = std::countr_zero(group);
+  const int tile_tokens = Config::kRows / group;
+  schedule.num_tiles = (params.total_q + tile_tokens - 1) / tile_tokens;
+  schedule.entry_count =
+      static_cast<int>(std::bit_ceil(static_cast<unsigned>(tile_tokens * params.topk)));
+  schedule.is_query_major = order == nullptr ? nullptr : order->is_query_major;
+  schedule.scale_log2 = static_cast<float>(params.softmax_scale * kLog2E);
+
+  const int shared_bytes = Config::kStages * Config::kStageBytes + schedule.entry_count * 4;
+  const auto grid = static_cast<unsigned>(schedule.num_tiles) * params.num_kv_heads;
+  launch_kernel(attention_forward_kernel<Element, Config>, grid, Config::kThreads, shared_bytes,
+                stream, params, schedule);
+}
+
+}  // namespace msa::sm80

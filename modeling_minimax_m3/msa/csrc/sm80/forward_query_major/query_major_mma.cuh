@@ -1,0 +1,279 @@
+// Attention of every query over the blocks listed for it, query-major.
+//
+// A thread block owns a tile of neighbouring query tokens with all heads of one group, builds the
+// sorted union of their blocks and walks it once. Keys and values of a block are loaded once for
+// the tile; a warp whose tokens did not choose the block passes it over, and so does a half of a
+// warp. So arithmetic follows the selection whatever it is, and loads shrink as neighbouring tokens
+// share blocks.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "config.h"
+#include "online_softmax.cuh"
+#include "params.h"
+#include "smxx/common/async_copy.cuh"
+#include "smxx/common/bitonic_sort.cuh"
+#include "smxx/common/matrix.cuh"
+#include "smxx/common/sequences.cuh"
+#include "smxx/forward_query_major/block_union.cuh"
+
+namespace msa::sm80 {
+
+struct ForwardSchedule {
+  int num_tiles;                  // query tiles of one key/value head
+  int group_shift;                // log2 of the query heads of a key/value head
+  int entry_count;                // power of two, at least the tokens of a tile times topk
+  float scale_log2;               // softmax_scale * log2(e)
+  const uint8_t* is_query_major;  // tiles to work on, see forward_order/; nullptr: all
+};
+
+// The keys that a warp's rows see, counted from the first key of a tile.
+struct UnionVisibleKeys {
+  uint32_t tokens;  // bit i: token i of the warp chose the block
+  int position;     // of the warp's first token
+  int group_shift;  // log2 of the rows of a token
+
+  // The last visible key of a row, -1 when there is none.
+  __device__ __forceinline__ int limit(int row) const {
+    const int token = row >> group_shift;
+    return tokens >> token & 1 ? position + token : -1;
+  }
+};
+
+// Where the keys and values of the sequence at hand lie.
+template <typename Element>
+struct KeySource {
+  const Element* key;  // of the first token
+  const Element* value;
+  int len_k;
+  int last_position;  // of the tile's last query
+};
+
+template <typename Element, typename Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
+    attention_forward_kernel(const ForwardParams params, const ForwardSchedule schedule) {
+  constexpr int kRowTiles = Config::kRowTiles;
+  constexpr int kRowChunks = Config::kRowChunks;
+  constexpr int kRowBytes = Config::kRowBytes;
+  constexpr int kSteps = Config::kHeadDim / 16;
+  constexpr int kCopyRows = Config::kThreads / kRowChunks;  // rows that all threads copy at once
+  static_assert(kCopyRows % 8 == 0, "the rows of a thread must share one swizzle");
+
+  extern __shared__ __align__(1024) unsigned char shared[];
+  __shared__ KeySource<Element> source;  // in registers it would not fit beside queries and outputs
+  uint32_t* entries = reinterpret_cast<uint32_t*>(shared + Config::kStages * Config::kStageBytes);
+  const uint32_t stages_address = shared_address(shared);
+
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int kv_head = blockIdx.x / schedule.num_tiles;
+  if (schedule.is_query_major != nullptr &&
+      schedule.is_query_major[static_cast<int64_t>(blockIdx.x % schedule.num_tiles) *
+                                  params.num_kv_heads +
+                              kv_head] == 0) {
+    return;
+  }
+  const int group = 1 << schedule.group_shift;
+  const int tile_tokens = Config::kRows >> schedule.group_shift;
+  const int warp_tokens = Config::kWarpRows >> schedule.group_shift;
+  const int warp_token = warp * warp_tokens;
+  const int tile_begin = static_cast<int>(blockIdx.x % schedule.num_tiles) * tile_tokens;
+  const int tile_end = min(tile_begin + tile_tokens, params.total_q);
+
+  const int copy_row = threadIdx.x / kRowChunks;
+  const int copy_chunk = threadIdx.x % kRowChunks;
+  const uint32_t copy_offset = swizzled_offset<kRowChunks>(copy_row, copy_chunk);
+
+  {
+    const Element* queries = static_cast<const Element*>(params.query) +
+                             static_cast<int64_t>(kv_head) * group * params.query_head_stride +
+                             copy_chunk * 8;
+#pragma unroll 4
+    for (int row = copy_row; row < Config::kRows; row += kCopyRows) {
+      const int token = tile_begin + (row >> schedule.group_shift);
+      const bool valid = token < tile_end;
+      copy_async_16(stages_address + copy_offset + (row - copy_row) * kRowBytes,
+                    queries + (valid ? token : tile_begin) * params.query_token_stride +
+                        (row & (group - 1)) * params.query_head_stride,
+                    valid);
+    }
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+  }
+  uint32_t query[kRowTiles][kSteps][4];
+  {
+    const uint32_t address = stages_address + warp * Config::kWarpRows * kRowBytes +
+                             swizzled_offset<kRowChunks>(lane & 15, lane >> 4);
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        load_matrix_x4(query[i][step], (address + i * 16 * kRowBytes) ^ (step * 32));
+      }
+    }
+  }
+
+  RunningSoftmax<Config> running;
+  running.clear();
+
+  // A lane's ldmatrix rows within 16 keys: keys feed a product over channels, values one over keys.
+  const uint32_t key_offset =
+      swizzled_offset<kRowChunks>((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+  const uint32_t value_offset =
+      Config::kTileBytes + swizzled_offset<kRowChunks>(lane & 15, lane >> 4);
+  // The tokens of the warp's first m16 tile; it has two or more.
+  const uint32_t low_tokens = (1u << (warp_tokens / 2)) - 1;
+
+  for (int index = find_sequence(params.cu_seqlens_q, params.batch, tile_begin);
+       index < params.batch; ++index) {
+    const Sequence sequence = load_sequence(params.cu_seqlens_q, params.cu_seqlens_k, index,
+                                            params.total_q, params.total_k);
+    if (sequence.query_begin >= tile_end) break;
+    const int token_begin = max(tile_begin, sequence.query_begin);
+    const int token_end = min(tile_end, sequence.query_end);
+    if (token_begin >= token_end) continue;
+    const int position_offset = sequence.first_position - sequence.query_begin;
+    const int first_position = position_offset + token_begin;
+
+    __syncthreads();  // every warp is done with the source, the entries and the stages
+    if (threadIdx.x == 0) {
+      source.key = static_cast<const Element*>(params.key) +
+                   sequence.key_begin * params.key_token_stride + kv_head * params.key_head_stride;
+      source.value = static_cast<const Element*>(params.value) +
+                     sequence.key_begin * params.value_token_stride +
+                     kv_head * params.value_head_stride;
+      source.len_k = sequence.len_k;
+      source.last_position = position_offset + token_end - 1;
+    }
+    for (int i = threadIdx.x; i < schedule.entry_count; i += Config::kThreads) {
+      const int tile_token = i / params.topk;
+      const int token = tile_begin + tile_token;
+      uint32_t entry = kNoEntry;
+      if (token >= token_begin && token < token_end) {
+        const int block =
+            params.block_indices[token * params.index_token_stride +
+                                 kv_head * params.index_head_stride + i % params.topk];
+        const int position = position_offset + token;
+        if (block >= 0 && position >= 0 && block <= position / params.block_size) {
+          entry = make_entry(block, tile_token);
+        }
+      }
+      entries[i] = entry;
+    }
+    sort_entries<Config::kThreads>(entries, schedule.entry_count, threadIdx.x,
+                                   [] { __syncthreads(); });
+
+    auto copy_tile = [&](int first_key, int stage) {
+      const uint32_t target = stages_address + stage + copy_offset;
+      const Element* keys = source.key + copy_chunk * 8;
+      const Element* values = source.value + copy_chunk * 8;
+      const int len_k = source.len_k;
+#pragma unroll
+      for (int row = 0; row < Config::kTileKeys; row += kCopyRows) {
+        const int key = first_key + copy_row + row;
+        const bool valid = key < len_k;
+        const int64_t token = valid ? key : 0;
+        copy_async_16(target + row * kRowBytes, keys + token * params.key_token_stride, valid);
+        copy_async_16(target + row * kRowBytes + Config::kTileBytes,
+                      values + token * params.value_token_stride, valid);
+      }
+    };
+
+    constexpr int kNoKey = -1;
+    UnionBlock block = read_union_block(entries, schedule.entry_count, 0, warp_token, warp_tokens);
+    if (block.block == kNoBlock) continue;
+    int first_key = block.block * params.block_size;
+    uint32_t tokens = block.tokens;  // of the warp, those that chose this tile's block
+    int stage = 0;                   // byte offset
+    copy_tile(first_key, stage);
+    commit_copies();
+    while (true) {
+      // The tile after this one: the rest of the block, unless no query sees it, or the next block.
+      int next_key = first_key + Config::kTileKeys;
+      if (next_key % params.block_size == 0 || next_key > source.last_position) {
+        block =
+            read_union_block(entries, schedule.entry_count, block.next, warp_token, warp_tokens);
+        next_key = block.block == kNoBlock ? kNoKey : block.block * params.block_size;
+      }
+      wait_copies<0>();
+      __syncthreads();  // this tile has landed, and every warp is done with the other stage
+      if (next_key != kNoKey) copy_tile(next_key, stage ^ Config::kStageBytes);
+      commit_copies();
+
+      const bool low = tokens & low_tokens;
+      const bool high = tokens & ~low_tokens;
+      // With two tokens a warp, each fills an m16 tile, and those that did not choose the block are
+      // passed over whole.
+      const bool masks = first_key + Config::kTileKeys - 1 > first_position || warp_tokens > 2;
+      const UnionVisibleKeys visible = {
+          tokens, position_offset + tile_begin + warp_token - first_key, schedule.group_shift};
+      const uint32_t stage_address = stages_address + stage;
+      auto attend = [&](auto begin, auto end) {
+#pragma unroll 1
+        for (int keys = 0; keys < Config::kTileKeys; keys += 16) {
+          attend_16_keys<Element, Config, decltype(begin)::value, decltype(end)::value>(
+              running, query, stage_address + key_offset + keys * kRowBytes,
+              stage_address + value_offset + keys * kRowBytes, schedule.scale_log2, masks, keys,
+              visible);
+        }
+      };
+      using Zero = std::integral_constant<int, 0>;
+      using One = std::integral_constant<int, 1>;
+      using Two = std::integral_constant<int, 2>;
+      if (low && high) {
+        attend(Zero{}, Two{});
+      } else if (low) {
+        attend(Zero{}, One{});
+      } else if (high) {
+        attend(One{}, Two{});
+      }
+      if (next_key == kNoKey) break;
+      first_key = next_key;
+      tokens = block.tokens;
+      stage ^= Config::kStageBytes;
+    }
+  }
+
+  __syncthreads();  // the stages become the outputs' way to global memory
+  const uint32_t out_offset = warp * Config::kWarpRows * kRowBytes;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = running.sum[i][half];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const float inverse = sum == 0 ? 0 : 1 / sum;
+      const int row = i * 16 + half * 8 + lane / 4;
+#pragma unroll
+      for (int tile = 0; tile < Config::kHeadDim / 8; ++tile) {
+        *reinterpret_cast<uint32_t*>(shared + out_offset + swizzled_offset<kRowChunks>(row, tile) +
+                                     lane % 4 * 4) =
+            pack<Element>(running.out[i][tile][2 * half] * inverse,
+                          running.out[i][tile][2 * half + 1] * inverse);
+      }
+      const int token = tile_begin + warp_token + (row >> schedule.group_shift);
+      if (lane % 4 == 0 && token < tile_end) {
+        constexpr float kLn2 = 0.693147180559945309f;
+        params.lse[static_cast<int64_t>(token) * params.num_heads + kv_head * group +
+                   (row & (group - 1))] =
+            sum == 0 ? -INFINITY : (running.reference[i][half] + log2f(sum)) * kLn2;
+      }
+    }
+  }
+  __syncwarp();
+  for (int chunk = lane; chunk < Config::kWarpRows * kRowChunks; chunk += 32) {
+    const int row = chunk / kRowChunks;
+    const int token = tile_begin + warp_token + (row >> schedule.group_shift);
+    if (token >= tile_end) continue;
+    const int64_t head =
+        static_cast<int64_t>(token) * params.num_heads + kv_head * group + (row & (group - 1));
+    reinterpret_cast<uint4*>(params.out)[head * kRowChunks + chunk % kRowChunks] =
+        *reinterpret_cast<const uint4*>(shared + out_offset +
+                                        swizzled_offset<kRowChunks>(row, chunk % kRowChunks));
+  }
+}
+
+}  // namespace msa::sm80

@@ -1,0 +1,4 @@
+#include "../launch_partial_attention.cuh"
+
+template void msa::sm90::launch_partial_attention<__half>(const msa::ForwardParams&,
+                                                          const msa::KvSchedule&, cudaStream_t);

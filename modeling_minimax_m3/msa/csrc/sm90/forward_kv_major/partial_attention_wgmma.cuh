@@ -1,0 +1,194 @@
+// Attention of gathered queries over one key block, KV-major, with wgmma.
+//
+// As the mma kernel, with 64 rows a warpgroup: scores of all 128
+// keys in one product, an exact softmax over them, a second product with the values. Nothing is
+// carried from one block to the next, so scores and outputs never live at the same time and four
+// warpgroups fit a multiprocessor; their products fill the gaps of each other's softmax.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+
+#include "config.h"
+#include "params.h"
+#include "sm90/ptx/named_barrier.cuh"
+#include "sm90/ptx/wgmma.cuh"
+#include "smxx/common/async_copy.cuh"
+#include "smxx/common/matrix.cuh"
+#include "smxx/common/sequences.cuh"
+#include "smxx/forward_kv_major/buckets.cuh"
+
+namespace msa::sm90 {
+
+template <typename Element, typename Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
+    partial_attention_kernel(const ForwardParams params, const KvSchedule schedule) {
+  constexpr int kRowChunks = Config::kHeadDim / 8;          // 16-byte chunks of a row
+  constexpr int kCopyRows = Config::kThreads / kRowChunks;  // rows that all threads copy at once
+
+  extern __shared__ __align__(1024) unsigned char shared[];
+  for (unsigned number = blockIdx.x;; number += gridDim.x) {
+    const KvTile tile = find_tile(params, schedule, number);
+    if (tile.num_queries == 0) return;
+
+    const int warpgroup = threadIdx.x / 128;
+    const int warp = threadIdx.x / 32 % 4;
+    const int lane = threadIdx.x % 32;
+    const uint32_t keys_address = shared_address(shared);
+    const uint32_t values_address = keys_address + Config::kKeyBytes;
+    const uint32_t queries_address =
+        values_address + Config::kKeyBytes + warpgroup * Config::kQueryBytes;
+
+    {
+      const int copy_row = threadIdx.x / kRowChunks;
+      const int copy_chunk = threadIdx.x % kRowChunks;
+      const Element* keys = static_cast<const Element*>(params.key) +
+                            tile.sequence.key_begin * params.key_token_stride +
+                            tile.kv_head * params.key_head_stride + copy_chunk * 8;
+      const Element* values = static_cast<const Element*>(params.value) +
+                              tile.sequence.key_begin * params.value_token_stride +
+                              tile.kv_head * params.value_head_stride + copy_chunk * 8;
+      for (int row = copy_row; row < Config::kBlockSize; row += kCopyRows) {
+        const bool valid = tile.first_key + row < tile.sequence.len_k;
+        const int64_t token = valid ? tile.first_key + row : 0;
+        const uint32_t offset =
+            copy_chunk / 8 * Config::kKeyPanelBytes + swizzled_offset<8>(row, copy_chunk % 8);
+        copy_async_16(keys_address + offset, keys + token * params.key_token_stride, valid);
+        copy_async_16(values_address + offset, values + token * params.value_token_stride, valid);
+      }
+      commit_copies();
+    }
+
+    // A warp copies the 16 heads of its own token.
+    const int pairs_per_token = params.num_kv_heads * params.topk;
+    auto pair_at = [&](int query) {
+      return query < tile.num_queries ? schedule.pair_list[tile.list_begin + query] : -1;
+    };
+    auto copy_query = [&](int pair) {
+      const int chunk = lane % kRowChunks;
+      const int row_begin = lane / kRowChunks;
+      const int token = schedule.token_begin + max(pair, 0) / pairs_per_token;
+      const Element* queries =
+          static_cast<const Element*>(params.query) + token * params.query_token_stride +
+          static_cast<int64_t>(tile.kv_head) * kGroup * params.query_head_stride + chunk * 8;
+      const uint32_t panel = queries_address + chunk / 8 * Config::kQueryPanelBytes;
+#pragma unroll
+      for (int row = row_begin; row < kGroup; row += 32 / kRowChunks) {
+        copy_async_16(panel + swizzled_offset<8>(warp * kGroup + row, chunk % 8),
+                      queries + row * params.query_head_stride, pair >= 0);
+      }
+      commit_copies();
+    };
+
+    constexpr int kStep = Config::kTokens * Config::kWarpgroups;
+    int first_query = warpgroup * Config::kTokens;
+    int pair = pair_at(first_query + warp);
+    copy_query(pair);
+    wait_copies<0>();
+    fence_async_proxy();
+    __syncthreads();  // keys, values and the first queries have landed
+
+    while (first_query < tile.num_queries) {
+      float scores[64];
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < Config::kHeadDim / 16; ++step) {
+        const uint32_t offset = step % 4 * 32;
+        wgmma_m64n128k16<Element>(
+            scores,
+            swizzled_descriptor(queries_address + step / 4 * Config::kQueryPanelBytes + offset),
+            swizzled_descriptor(keys_address + step / 4 * Config::kKeyPanelBytes + offset),
+            step > 0);
+      }
+      wgmma_commit();
+      first_query += kStep;
+      const int next_pair = pair_at(first_query + warp);
+      wgmma_wait<0>();
+      accumulators_ready(scores);
+      sync_warpgroup(warpgroup);  // every warp is done with the queries
+      if (first_query < tile.num_queries) copy_query(next_pair);
+
+      // All rows of a warp belong to one token and see the same keys.
+      const int last_key = tile.sequence.first_position - tile.sequence.query_begin +
+                           schedule.token_begin + max(pair, 0) / pairs_per_token - tile.first_key;
+      float scale = schedule.scale_log2;
+      if (scale <= 0) {  // the largest product would not have the largest score
+#pragma unroll
+        for (int i = 0; i < 64; ++i) scores[i] *= scale;
+        scale = 1;
+      }
+      if (last_key < Config::kBlockSize - 1) {
+#pragma unroll
+        for (int i = 0; i < 64; ++i) {
+          if (i / 4 * 8 + lane % 4 * 2 + i % 2 > last_key) scores[i] = -INFINITY;
+        }
+      }
+      float largest[2], sum[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float value = -INFINITY;
+#pragma unroll
+        for (int i = 2 * half; i < 64; i += 4) {
+          value = fmaxf(value, fmaxf(scores[i], scores[i + 1]));
+        }
+        value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
+        value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
+        largest[half] = value * scale;
+      }
+      sum[0] = sum[1] = 0;
+      uint32_t weights[8][4];
+#pragma unroll
+      for (int i = 0; i < 64; i += 2) {
+        const int half = i / 2 % 2;
+        const float first = exp2_approx(fmaf(scores[i], scale, -largest[half]));
+        const float second = exp2_approx(fmaf(scores[i + 1], scale, -largest[half]));
+        sum[half] += first + second;
+        weights[i / 8][i % 8 / 2] = pack<Element>(first, second);
+      }
+
+      float out[64];
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < Config::kBlockSize / 16; ++step) {
+        wgmma_m64n128k16<Element, true>(
+            out, weights[step],
+            transposed_descriptor(values_address + step * 2048, Config::kKeyPanelBytes), step > 0);
+      }
+      wgmma_commit();
+      float inverse[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
+        sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+        inverse[half] = 1 / sum[half];
+        if (lane % 4 == 0 && pair >= 0) {
+          schedule.partial_lse[static_cast<int64_t>(pair) * kGroup + half * 8 + lane / 4] =
+              largest[half] + log2f(sum[half]);
+        }
+      }
+      wgmma_wait<0>();
+      accumulators_ready(out);
+      if (pair >= 0) {
+        uint4* target = static_cast<uint4*>(schedule.partial_out) +
+                        static_cast<int64_t>(pair) * (kGroup * kRowChunks) + lane;
+#pragma unroll
+        for (int vector = 0; vector < 8; ++vector) {
+          const float* values = out + vector * 8;
+          __stcs(target + vector * 32,
+                 make_uint4(pack<Element>(values[0] * inverse[0], values[1] * inverse[0]),
+                            pack<Element>(values[2] * inverse[1], values[3] * inverse[1]),
+                            pack<Element>(values[4] * inverse[0], values[5] * inverse[0]),
+                            pack<Element>(values[6] * inverse[1], values[7] * inverse[1])));
+        }
+      }
+      pair = next_pair;
+      wait_copies<0>();
+      fence_async_proxy();
+      sync_warpgroup(warpgroup);  // the next queries have landed
+    }
+    __syncthreads();  // every warp is done with keys and values
+  }
+}
+
+}  // namespace msa::sm90

@@ -1,0 +1,4 @@
+#include "../launch_query_major.cuh"
+
+template void msa::sm90::launch_query_major<__nv_bfloat16>(const msa::ForwardParams&,
+                                                           const msa::TileOrder*, cudaStream_t);
