@@ -1,6 +1,7 @@
 """The build of the extension: what is compiled, how, and what is kept; with a stand-in for the compiler."""
 
 import os
+import shutil
 import stat
 
 import pytest
@@ -29,11 +30,11 @@ class FakeCompiler:
         self.said = []
         self.write("params.h", "// one")
         self.write("api/select.cpp", '#include "params.h"')
-        self.write("sm80/forward/kernel.cuh", '#include "../../common/copy.cuh"')
-        self.write("common/copy.cuh", "// copies")
-        self.write("sm80/forward/instantiations/rows_bf16_d128.cu", '#include "sm80/forward/kernel.cuh"')
-        self.write("sm80/forward/instantiations/rows_fp16_d64.cu", '#include "sm80/forward/kernel.cuh"')
-        self.write("sm90/forward/instantiations/scores_bf16_d64.cu", '#include "params.h"')
+        self.write("sm80/selection/kernel.cuh", '#include "smxx/common/copy.cuh"')
+        self.write("smxx/common/copy.cuh", "// copies")
+        self.write("sm80/selection/instantiations/rows_bf16_d128.cu", '#include "sm80/selection/kernel.cuh"')
+        self.write("sm80/selection/instantiations/rows_fp16_d64.cu", '#include "sm80/selection/kernel.cuh"')
+        self.write("sm90/selection/instantiations/scores_bf16_d64.cu", '#include "params.h"')
         self.nvcc = folder / "nvcc"
         self.output = folder / "output"
         self.output.write_text("")
@@ -93,6 +94,107 @@ def test_flags_follow_the_kind_of_source(compiler):
     ), "kernels know no torch"
 
 
+@pytest.mark.parametrize(
+    "folder, targets",
+    [
+        ("smxx", kernel_build.PORTABLE_TARGETS),
+        ("sm80", kernel_build.PORTABLE_TARGETS),
+        ("sm90", ("-gencode", "arch=compute_90a,code=sm_90a")),
+        ("sm100", ("-gencode", "arch=compute_100a,code=sm_100a")),
+    ],
+)
+def test_a_folder_names_its_target(folder, targets):
+    assert kernel_build.folder_targets(folder) == targets
+
+
+def test_a_kernel_outside_the_folders_of_kernels_is_refused(compiler):
+    compiler.write("hopper/scores.cu", "")
+    with pytest.raises(kernel_build.BuildError, match="smxx, sm80 or a folder such as sm90, not in hopper"):
+        compiler.compile()
+
+
+def test_kernels_of_one_architecture_know_no_other():
+    """Adding an architecture, or dropping one, leaves the folders of the others alone."""
+    folders = [path for path in kernel_build.CSRC.iterdir() if path.name.startswith("sm")]
+    assert {path.name for path in folders} >= {"smxx", "sm80", "sm90"}
+    for folder in folders:
+        others = [other.name for other in folders if other != folder and other.name != "smxx"]
+        for path in folder.rglob("*"):
+            if path.is_file() and path.suffix != ".md":
+                assert not [name for name in others if name in path.read_text()], path
+
+
+STUB_HEADER = """\
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "smxx/selection/schedule.h"
+
+namespace msa::sm100 {
+
+void launch_block_scores(const SelectParams& params, const ScoreSchedule& schedule, cudaStream_t stream);
+
+}  // namespace msa::sm100
+"""
+STUB_SOURCE = """\
+#include "block_scores.h"
+
+namespace msa::sm100 {
+
+namespace {
+
+__global__ void block_scores_kernel(const SelectParams, const ScoreSchedule) {}
+
+}  // namespace
+
+void launch_block_scores(const SelectParams& params, const ScoreSchedule& schedule, cudaStream_t stream) {
+  block_scores_kernel<<<schedule.num_units, 32, 0, stream>>>(params, schedule);
+}
+
+}  // namespace msa::sm100
+"""
+
+
+@pytest.fixture
+def sources_with_sm100(tmp_path):
+    """The sources of the kernels with an architecture more: a folder, and a row and an include of the table."""
+    csrc = tmp_path / "sources"
+    shutil.copytree(kernel_build.CSRC, csrc)
+    folder = csrc / "sm100" / "selection"
+    folder.mkdir(parents=True)
+    (folder / "block_scores.h").write_text(STUB_HEADER)
+    (folder / "block_scores.cu").write_text(STUB_SOURCE)
+    tables = csrc / "kernel_tables.h"
+    text = tables.read_text()
+    row = "ScoreKernel> kScoreKernels[] = {\n"
+    assert text.count(row) == 1
+    text = text.replace(row, row + "    {{10, 0}, supports_all, {sm100::launch_block_scores, 64, 4096}},\n")
+    tables.write_text(text.replace("#pragma once\n", '#pragma once\n\n#include "sm100/selection/block_scores.h"\n'))
+    return csrc
+
+
+def test_a_new_architecture_is_a_folder_and_a_row(compiler, sources_with_sm100, tmp_path):
+    csrc = sources_with_sm100
+    before, after = set(kernel_build.units()), set(kernel_build.units(csrc, one_of_each=True))
+    stub = csrc / "sm100" / "selection" / "block_scores.cu"
+    assert stub in after
+    assert {path.relative_to(csrc) for path in after - {stub}} <= {
+        path.relative_to(kernel_build.CSRC) for path in before
+    }
+    assert kernel_build.library_name(13, csrc) != kernel_build.library_name(13)
+    kernel_build.Builder(compiler.nvcc, tmp_path / "objects", csrc, say=str).compile([stub], jobs=1)
+    assert "-gencode arch=compute_100a,code=sm_100a" in compiler.commands()["block_scores.cu"]
+
+
+@pytest.mark.skipif(kernel_build.find_nvcc() is None, reason="needs nvcc")
+def test_a_new_architecture_compiles(sources_with_sm100, tmp_path):
+    csrc = sources_with_sm100
+    units = [csrc / "sm100" / "selection" / "block_scores.cu", csrc / "api" / "selection.cpp"]
+    builder = kernel_build.Builder(kernel_build.find_nvcc(), tmp_path / "objects", csrc, say=str)
+    assert len(builder.compile(units, jobs=1)) == len(units)
+
+
 def test_progress_counts_every_unit(compiler):
     compiler.compile()
     assert [line.split()[0] for line in compiler.said] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
@@ -103,8 +205,8 @@ def test_progress_counts_every_unit(compiler):
     [
         (None, []),
         ("api/select.cpp", ["select.cpp"]),
-        ("sm80/forward/instantiations/rows_fp16_d64.cu", ["rows_fp16_d64.cu"]),
-        ("common/copy.cuh", ["rows_bf16_d128.cu", "rows_fp16_d64.cu"]),
+        ("sm80/selection/instantiations/rows_fp16_d64.cu", ["rows_fp16_d64.cu"]),
+        ("smxx/common/copy.cuh", ["rows_bf16_d128.cu", "rows_fp16_d64.cu"]),
         ("params.h", ["scores_bf16_d64.cu", "select.cpp"]),
     ],
     ids=["nothing", "a source", "an instantiation", "a header of headers", "a shared header"],
@@ -162,13 +264,13 @@ def test_a_spill_with_a_reason_passes(compiler):
     compiler.output.write_text(PTXAS)
     for name in (
         "api/select.cpp",
-        *(f"sm80/forward/instantiations/rows_{name}.cu" for name in ("bf16_d128", "fp16_d64")),
+        *(f"sm80/selection/instantiations/rows_{name}.cu" for name in ("bf16_d128", "fp16_d64")),
     ):
         compiler.write(name, "// spills: the loop that spills runs once per tile\n")
-    compiler.write("sm90/forward/instantiations/scores_bf16_d64.cu", "// spills:\n")
+    compiler.write("sm90/selection/instantiations/scores_bf16_d64.cu", "// spills:\n")
     with pytest.raises(kernel_build.BuildError, match=r"scores_bf16_d64\.cu spills"):
         compiler.compile()
-    compiler.write("sm90/forward/instantiations/scores_bf16_d64.cu", "// spills: likewise\n")
+    compiler.write("sm90/selection/instantiations/scores_bf16_d64.cu", "// spills: likewise\n")
     assert len(compiler.compile()) == 4
 
 
@@ -200,13 +302,13 @@ def test_the_library_is_named_after_its_sources(compiler):
     name = kernel_build.library_name(13, compiler.csrc)
     compiler.write("notes.md", "not a source")
     assert kernel_build.library_name(13, compiler.csrc) == name
-    compiler.write("common/copy.cuh", "// copies more")
+    compiler.write("smxx/common/copy.cuh", "// copies more")
     assert kernel_build.library_name(13, compiler.csrc) != name
 
 
 def test_a_check_takes_one_instantiation_of_each_kernel(compiler):
-    compiler.write("sm80/forward/combine.cu", "")
-    compiler.write("sm80/forward/instantiations/columns_fp16_d64.cu", "")
+    compiler.write("sm80/selection/combine.cu", "")
+    compiler.write("sm80/selection/instantiations/columns_fp16_d64.cu", "")
     names = {path.name for path in kernel_build.units(compiler.csrc, one_of_each=True)}
     assert names == {"select.cpp", "combine.cu", "columns_fp16_d64.cu", "rows_bf16_d128.cu", "scores_bf16_d64.cu"}
 
