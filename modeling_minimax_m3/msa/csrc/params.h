@@ -107,10 +107,10 @@ struct IndexerLossParams {
   int index_dim;
   float index_scale;
   // The attention's mean probabilities of the first `saved_tokens` query tokens, times
-  // kSavedProbabilityScale in float16, which the value leaves for the gradient: (saved_tokens,
+  // kSavedProbsScale in float16, which the value leaves for the gradient: (saved_tokens,
   // num_kv_heads, topk, block_size), contiguous; not written for slots that name no block with a
   // key that the query sees.
-  void* saved_probabilities;
+  void* saved_probs;
   int saved_tokens;
   float* kl;               // (total_q, num_kv_heads), contiguous output of the value
   float* index_lse;        // (total_q, num_kv_heads), contiguous; natural log; written by the value

@@ -1,43 +1,49 @@
 // Attention over the selected blocks of packed sequences.
 #include <limits>
 
+#include "fill_params.h"
 #include "operators.h"
 #include "tensors.h"
 
 namespace msa::api {
 
-ForwardParams forward_params(const Tensor& query, const Tensor& key, const Tensor& value,
-                             const Tensor& block_indices, const Tensor& cu_seqlens_q,
-                             const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale) {
-  STD_TORCH_CHECK(block_indices.scalar_type() == ScalarType::Int &&
-                      (block_indices.size(2) == 1 || block_indices.stride(2) == 1),
-                  "`block_indices` must be int32 and contiguous in its last dimension");
-
+ForwardParams packed_attention_params(const Tensor& query, const Tensor& key,
+                                      const std::optional<Tensor>& block_indices,
+                                      const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                      int64_t block_size, double softmax_scale) {
   ForwardParams params{};
   params.query = vector_data("query", query);
   params.key = vector_data("key", key);
-  params.value = vector_data("value", value);
-  params.block_indices = static_cast<const int32_t*>(block_indices.const_data_ptr());
-  params.cu_seqlens_q = int32_data("cu_seqlens_q", cu_seqlens_q);
-  params.cu_seqlens_k = int32_data("cu_seqlens_k", cu_seqlens_k);
   params.query_token_stride = query.stride(0);
   params.query_head_stride = query.stride(1);
   params.key_token_stride = key.stride(0);
   params.key_head_stride = key.stride(1);
-  params.value_token_stride = value.stride(0);
-  params.value_head_stride = value.stride(1);
-  params.index_token_stride = block_indices.stride(0);
-  params.index_head_stride = block_indices.stride(1);
   params.total_q = to_int("total_q", query.size(0));
   params.total_k = to_int("total_k", key.size(0));
-  params.batch = to_int("batch", cu_seqlens_q.size(0) - 1);
-  params.num_heads = to_int("num_heads", query.size(1));
-  params.num_kv_heads = to_int("num_kv_heads", key.size(1));
-  params.head_dim = to_int("head_dim", query.size(2));
-  params.block_size = to_int("block_size", block_size);
-  params.topk = to_int("topk", block_indices.size(2));
-  params.softmax_scale = static_cast<float>(softmax_scale);
-  params.dtype = dtype_of("query", query);
+  fill_sequences(params, cu_seqlens_q, cu_seqlens_k);
+  fill_attention_sizes(params, query, key, block_size, softmax_scale);
+  if (block_indices.has_value()) {
+    STD_TORCH_CHECK(block_indices->scalar_type() == ScalarType::Int &&
+                        (block_indices->size(2) == 1 || block_indices->stride(2) == 1),
+                    "`block_indices` must be int32 and contiguous in its last dimension");
+    params.block_indices = static_cast<const int32_t*>(block_indices->const_data_ptr());
+    params.index_token_stride = block_indices->stride(0);
+    params.index_head_stride = block_indices->stride(1);
+    params.topk = to_int("topk", block_indices->size(2));
+  } else {
+    params.topk = to_int("total_k", (key.size(0) + block_size - 1) / block_size);
+  }
+  return params;
+}
+
+ForwardParams forward_params(const Tensor& query, const Tensor& key, const Tensor& value,
+                             const Tensor& block_indices, const Tensor& cu_seqlens_q,
+                             const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale) {
+  ForwardParams params = packed_attention_params(query, key, block_indices, cu_seqlens_q,
+                                                 cu_seqlens_k, block_size, softmax_scale);
+  params.value = vector_data("value", value);
+  params.value_token_stride = value.stride(0);
+  params.value_head_stride = value.stride(1);
   return params;
 }
 
@@ -61,7 +67,7 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
 
   const DeviceScope device(query);
   const int64_t bytes = attention_forward_workspace(params);
-  Tensor workspace = allocate_workspace(query, (bytes + 3) / static_cast<int64_t>(sizeof(float)));
+  Tensor workspace = allocate_workspace_bytes(query, bytes);
   launch_attention_forward(params, device.choose(kForwardKernels, params),
                            workspace.mutable_data_ptr(), bytes, device.stream());
   return {out, lse};

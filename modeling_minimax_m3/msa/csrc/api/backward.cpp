@@ -34,9 +34,8 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
   params.grad_out_head_stride = grad_out.stride(1);
 
   const DeviceScope device(query);
-  constexpr int64_t kFloatBytes = sizeof(float);
   const int64_t bytes = attention_backward_workspace(params);
-  Tensor workspace = allocate_workspace(query, (bytes + kFloatBytes - 1) / kFloatBytes);
+  Tensor workspace = allocate_workspace_bytes(query, bytes);
   launch_attention_backward(params, device.choose(kBlockGradientKernels, params),
                             workspace.mutable_data_ptr(), bytes, device.stream());
   return {grad_query, grad_key, grad_value};

@@ -1,4 +1,5 @@
 // Block selection and attention of a few new tokens per row, read straight from a cache.
+#include "fill_params.h"
 #include "operators.h"
 #include "tensors.h"
 
@@ -48,26 +49,16 @@ Tensor select_blocks_with_kvcache(const Tensor& index_query, const Tensor& index
   params.index_query = vector_data("index_query", index_query);
   params.index_key_cache = vector_data("index_key_cache", index_key_cache);
   params.block_indices = static_cast<int32_t*>(block_indices.mutable_data_ptr());
-  params.query_batch_stride = index_query.stride(0);
-  params.query_token_stride = index_query.stride(1);
-  params.query_head_stride = index_query.stride(2);
+  fill_query_strides(params, index_query);
   params.key_row_stride = index_key_cache.stride(0);
   params.key_slot_stride = index_key_cache.stride(1);
   params.batch = to_int("batch", batch);
   params.num_new = to_int("num_new", num_new);
-  params.num_heads = to_int("num_heads", num_heads);
-  params.head_dim = to_int("head_dim", index_query.size(3));
-  params.block_size = to_int("block_size", block_size);
-  params.topk = to_int("topk", topk);
-  params.local_blocks = to_int("local_blocks", local_blocks);
-  params.init_blocks = to_int("init_blocks", init_blocks);
-  params.dtype = dtype_of("index_query", index_query);
+  fill_selection_sizes(params, index_query, block_size, topk, local_blocks, init_blocks);
 
   const DeviceScope device(index_query);
   params.num_sms = device.num_sms();
-  params.workspace_elements = decode_select_workspace(params);
-  Tensor workspace = allocate_workspace(index_query, params.workspace_elements);
-  params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  const Tensor workspace = fill_workspace(params, index_query, decode_select_workspace(params));
   launch_decode_select(params, device.choose(kIndexScoreKernels, params), device.stream());
   return block_indices;
 }
@@ -93,9 +84,7 @@ Tensor block_sparse_attention_with_kvcache(const Tensor& query, const Tensor& ke
   params.value_cache = vector_data("value_cache", value_cache);
   params.block_indices = int32_data("block_indices", block_indices);
   params.out = out.mutable_data_ptr();
-  params.query_batch_stride = query.stride(0);
-  params.query_token_stride = query.stride(1);
-  params.query_head_stride = query.stride(2);
+  fill_query_strides(params, query);
   params.key_row_stride = key_cache.stride(0);
   params.key_slot_stride = key_cache.stride(1);
   params.key_head_stride = key_cache.stride(2);
@@ -104,19 +93,12 @@ Tensor block_sparse_attention_with_kvcache(const Tensor& query, const Tensor& ke
   params.value_head_stride = value_cache.stride(2);
   params.batch = to_int("batch", batch);
   params.num_new = to_int("num_new", num_new);
-  params.num_heads = to_int("num_heads", num_heads);
-  params.num_kv_heads = to_int("num_kv_heads", key_cache.size(2));
-  params.head_dim = to_int("head_dim", head_dim);
-  params.block_size = to_int("block_size", block_size);
   params.topk = to_int("topk", block_indices.size(3));
-  params.softmax_scale = static_cast<float>(softmax_scale);
-  params.dtype = dtype_of("query", query);
+  fill_attention_sizes(params, query, key_cache, block_size, softmax_scale);
 
   const DeviceScope device(query);
   params.num_sms = device.num_sms();
-  params.workspace_elements = decode_attention_workspace(params);
-  Tensor workspace = allocate_workspace(query, params.workspace_elements);
-  params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  const Tensor workspace = fill_workspace(params, query, decode_attention_workspace(params));
   launch_decode_attention(params, device.choose(kSplitAttentionKernels, params), device.stream());
   return out;
 }

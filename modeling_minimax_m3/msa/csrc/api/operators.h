@@ -37,21 +37,21 @@ ForwardParams forward_params(const Tensor& query, const Tensor& key, const Tenso
                              const Tensor& block_indices, const Tensor& cu_seqlens_q,
                              const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale);
 
-// Writes saved_probabilities, which may have no tokens; the gradient reads them.
+// Writes saved_probs, which may have no tokens; the gradient reads them.
 std::tuple<Tensor, Tensor> indexer_kl_loss(const Tensor& index_query, const Tensor& index_key,
                                            const Tensor& query, const Tensor& key,
                                            const Tensor& lse,
                                            const std::optional<Tensor>& block_indices,
                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                            int64_t block_size, double softmax_scale,
-                                           double index_scale, const Tensor& saved_probabilities);
+                                           double index_scale, const Tensor& saved_probs);
 
 std::tuple<Tensor, Tensor> indexer_kl_loss_backward(
     const Tensor& grad_kl, const Tensor& index_query, const Tensor& index_key, const Tensor& query,
     const Tensor& key, const Tensor& lse, const Tensor& index_lse,
     const std::optional<Tensor>& block_indices, const Tensor& cu_seqlens_q,
     const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale, double index_scale,
-    const Tensor& saved_probabilities);
+    const Tensor& saved_probs);
 
 Tensor select_blocks_with_kvcache(const Tensor& index_query, const Tensor& index_key_cache,
                                   const Tensor& cache_seqlens,

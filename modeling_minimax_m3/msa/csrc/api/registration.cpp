@@ -23,13 +23,13 @@ STABLE_TORCH_LIBRARY(minimax_m3_msa_cuda, library) {
   library.def(
       "indexer_kl_loss(Tensor index_query, Tensor index_key, Tensor query, Tensor key, Tensor lse, "
       "Tensor? block_indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, "
-      "float softmax_scale, float index_scale, Tensor(a!) saved_probabilities) -> (Tensor, "
+      "float softmax_scale, float index_scale, Tensor(a!) saved_probs) -> (Tensor, "
       "Tensor)");
   library.def(
       "indexer_kl_loss_backward(Tensor grad_kl, Tensor index_query, Tensor index_key, "
       "Tensor query, Tensor key, Tensor lse, Tensor index_lse, Tensor? block_indices, "
       "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, float softmax_scale, "
-      "float index_scale, Tensor saved_probabilities) -> (Tensor, Tensor)");
+      "float index_scale, Tensor saved_probs) -> (Tensor, Tensor)");
   library.def(
       "select_blocks_with_kvcache(Tensor index_query, Tensor index_key_cache, "
       "Tensor cache_seqlens, Tensor? cache_leftpad, Tensor? block_table, int block_size, "

@@ -1,4 +1,5 @@
 // Block selection over packed sequences.
+#include "fill_params.h"
 #include "operators.h"
 #include "tensors.h"
 
@@ -16,27 +17,17 @@ Tensor select_blocks(const Tensor& index_query, const Tensor& index_key, const T
   SelectParams params{};
   params.index_query = vector_data("index_query", index_query);
   params.index_key = vector_data("index_key", index_key);
-  params.cu_seqlens_q = int32_data("cu_seqlens_q", cu_seqlens_q);
-  params.cu_seqlens_k = int32_data("cu_seqlens_k", cu_seqlens_k);
   params.block_indices = static_cast<int32_t*>(block_indices.mutable_data_ptr());
   params.query_token_stride = index_query.stride(0);
   params.query_head_stride = index_query.stride(1);
   params.key_token_stride = index_key.stride(0);
   params.total_q = to_int("total_q", total_q);
   params.total_k = to_int("total_k", index_key.size(0));
-  params.batch = to_int("batch", cu_seqlens_q.size(0) - 1);
-  params.num_heads = to_int("num_heads", num_heads);
-  params.head_dim = to_int("head_dim", index_query.size(2));
-  params.block_size = to_int("block_size", block_size);
-  params.topk = to_int("topk", topk);
-  params.local_blocks = to_int("local_blocks", local_blocks);
-  params.init_blocks = to_int("init_blocks", init_blocks);
-  params.dtype = dtype_of("index_query", index_query);
+  fill_sequences(params, cu_seqlens_q, cu_seqlens_k);
+  fill_selection_sizes(params, index_query, block_size, topk, local_blocks, init_blocks);
 
   const DeviceScope device(index_query);
-  params.workspace_elements = select_blocks_workspace(params);
-  Tensor workspace = allocate_workspace(index_query, params.workspace_elements);
-  params.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  const Tensor workspace = fill_workspace(params, index_query, select_blocks_workspace(params));
   launch_select_blocks(params, device.choose(kScoreKernels, params), device.stream());
   return block_indices;
 }

@@ -58,6 +58,11 @@ Tensor allocate_workspace(const Tensor& like, int64_t elements) {
   return torch::stable::new_empty(like, {elements}, ScalarType::Float);
 }
 
+Tensor allocate_workspace_bytes(const Tensor& like, int64_t bytes) {
+  constexpr int64_t kFloatBytes = sizeof(float);
+  return allocate_workspace(like, (bytes + kFloatBytes - 1) / kFloatBytes);
+}
+
 DeviceScope::DeviceScope(const Tensor& tensor)
     : device_(tensor.get_device_index()), guard_(device_) {
   void* stream = nullptr;

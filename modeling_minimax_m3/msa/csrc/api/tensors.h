@@ -39,6 +39,7 @@ const int32_t* int32_data(const char* name, const std::optional<Tensor>& tensor)
 // Float scratch memory from torch's allocator; it may be released as soon as the launches that use
 // it are on the stream, because the allocator hands it out again in stream order.
 Tensor allocate_workspace(const Tensor& like, int64_t elements);
+Tensor allocate_workspace_bytes(const Tensor& like, int64_t bytes);
 
 // While it lives, the tensor's device is current; knows its current stream and its size.
 class DeviceScope {

@@ -14,6 +14,7 @@
 #include "smxx/backward/schedule.h"
 #include "smxx/backward/tile_turns.cuh"
 #include "smxx/common/async_copy.cuh"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
 #include "smxx/forward_kv_major/buckets.cuh"
 
@@ -62,7 +63,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kCopyRows = Config::kThreads / kRowChunks;  // rows that all threads copy at once
   constexpr int kCopies = kRows / kCopyRows;
   constexpr int kScoreTileBytes = kBlockSize * 32;  // of 16 rows
-  constexpr float kLog2E = 1.44269504088896340736f;
   static_assert(kCopyRows % 8 == 0, "the rows of a thread must share one swizzle");
 
   extern __shared__ __align__(1024) unsigned char shared[];

@@ -11,6 +11,7 @@
 
 #include "params.h"
 #include "smxx/common/dependent_launch.cuh"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
 #include "smxx/decode/cache_rows.cuh"
 #include "smxx/decode/config.h"
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
         }
       }
     }
-    const float scale = params.softmax_scale * 1.44269504088896340736f;
+    const float scale = params.softmax_scale * kLog2E;
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll

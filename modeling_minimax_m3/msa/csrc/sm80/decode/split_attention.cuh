@@ -11,6 +11,7 @@
 
 #include "params.h"
 #include "smxx/common/dependent_launch.cuh"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
 #include "smxx/decode/cache_rows.cuh"
 #include "smxx/decode/config.h"
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
   // [j][i]: columns 64 j + 16 part + i (heads' first and third element) and + 8 (the others).
   float output[kValueChunks][8][4] = {};
-  const float scale = params.softmax_scale * 1.44269504088896340736f;
+  const float scale = params.softmax_scale * kLog2E;
 
   int current = next_group(warp);
   if (current < num_groups) {

@@ -6,13 +6,13 @@
 #include "query_major.h"
 #include "query_major_mma.cuh"
 #include "smxx/common/launch.h"
+#include "smxx/common/logarithms.h"
 
 namespace msa::sm80 {
 
 template <typename Element, int kHeadDim>
 void launch_query_major(const ForwardParams& params, const TileOrder* order, cudaStream_t stream) {
   using Config = ForwardConfig<kHeadDim>;
-  constexpr double kLog2E = 1.44269504088896340736;
   const unsigned group = params.num_heads / params.num_kv_heads;
   ForwardSchedule schedule;
   schedule.group_shift = std::countr_zero(group);
@@ -21,7 +21,7 @@ void launch_query_major(const ForwardParams& params, const TileOrder* order, cud
   schedule.entry_count =
       static_cast<int>(std::bit_ceil(static_cast<unsigned>(tile_tokens * params.topk)));
   schedule.is_query_major = order == nullptr ? nullptr : order->is_query_major;
-  schedule.scale_log2 = static_cast<float>(params.softmax_scale * kLog2E);
+  schedule.scale_log2 = scale_log2(params.softmax_scale);
 
   const int shared_bytes = Config::kStages * Config::kStageBytes + schedule.entry_count * 4;
   const auto grid = static_cast<unsigned>(schedule.num_tiles) * params.num_kv_heads;

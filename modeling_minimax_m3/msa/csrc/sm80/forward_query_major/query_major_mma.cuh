@@ -14,6 +14,7 @@
 #include "params.h"
 #include "smxx/common/async_copy.cuh"
 #include "smxx/common/bitonic_sort.cuh"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
 #include "smxx/common/sequences.cuh"
 #include "smxx/forward_query_major/block_union.cuh"
@@ -256,7 +257,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       }
       const int token = tile_begin + warp_token + (row >> schedule.group_shift);
       if (lane % 4 == 0 && token < tile_end) {
-        constexpr float kLn2 = 0.693147180559945309f;
         params.lse[static_cast<int64_t>(token) * params.num_heads + kv_head * group +
                    (row & (group - 1))] =
             sum == 0 ? -INFINITY : (running.reference[i][half] + log2f(sum)) * kLn2;

@@ -24,7 +24,7 @@ void launch_index_gradients(const IndexerLossParams& params, const IndexerLossSc
                             cudaStream_t stream) {
   using Config = IndexGradientConfig<kIndexDim>;
   using Products = WarpProducts<Element, kIndexDim>;
-  auto* kernel = schedule.saved_probabilities == nullptr
+  auto* kernel = schedule.saved_probs == nullptr
                      ? index_gradients_kernel<Element, Config, Products, false>
                      : index_gradients_kernel<Element, Config, Products, true>;
   launch_kernel(kernel, schedule.max_tiles, Config::kThreads,

@@ -17,7 +17,6 @@
 
 #include "config.h"
 #include "params.h"
-#include "sm90/ptx/dependent_launch.cuh"
 #include "sm90/ptx/mbarrier.cuh"
 #include "sm90/ptx/named_barrier.cuh"
 #include "sm90/ptx/registers.cuh"
@@ -26,6 +25,8 @@
 #include "sm90/ptx/wgmma.cuh"
 #include "smxx/backward/tile_turns.cuh"
 #include "smxx/common/async_copy.cuh"
+#include "smxx/common/dependent_launch.cuh"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
 #include "smxx/common/turns.cuh"
 
@@ -236,7 +237,6 @@ __device__ __forceinline__ void multiply(const BackwardParams& params,
                                          const BackwardSchedule& schedule,
                                          unsigned char* shared_bytes, int warpgroup, int warp,
                                          int lane) {
-  constexpr float kLog2E = 1.44269504088896340736f;
   constexpr int kHeadSteps = Config::kHeadDim / 16;
   const ForwardParams& forward = params.forward;
   const uint32_t shared = shared_address(shared_bytes);

@@ -5,10 +5,10 @@
 
 #include "block_gradients.h"
 #include "block_gradients_wgmma.cuh"
-#include "sm90/ptx/dependent_launch.cuh"
 #include "sm90/ptx/tensor_map.h"
 #include "smxx/backward/row_kernels.cuh"
 #include "smxx/common/cuda_check.h"
+#include "smxx/common/dependent_launch.cuh"
 #include "smxx/common/device.h"
 
 namespace msa::sm90 {
@@ -53,19 +53,15 @@ void launch_block_gradients(const BackwardParams& params, const BackwardSchedule
   const CUtensorMap grad_out_map =
       row_map(params.grad_out, params.grad_out_token_stride, params.grad_out_head_stride);
   const int grid = std::min(schedule.max_tiles, num_multiprocessors());
-  if (before == nullptr) {
-    kernel<<<grid, Config::kThreads, Config::kSharedBytes, stream>>>(params, schedule, query_map,
-                                                                     grad_out_map);
-    MSA_CHECK_LAUNCH();
-    return;
-  }
   // The sums are all memory: a few multiprocessors do them while the others multiply. They are
   // launched normally, so that what the main kernel reads is complete before it can start.
-  add_beside_kernel<Element, Config::kHeadDim>
-      <<<kAddingBlocks, kAddingThreads, 0, stream>>>(params, *before);
-  MSA_CHECK_LAUNCH();
-  launch_beside(kernel, grid, Config::kThreads, Config::kSharedBytes, stream, params, schedule,
-                query_map, grad_out_map);
+  if (before != nullptr) {
+    add_beside_kernel<Element, Config::kHeadDim>
+        <<<kAddingBlocks, kAddingThreads, 0, stream>>>(params, *before);
+    MSA_CHECK_LAUNCH();
+  }
+  launch_beside(kernel, before != nullptr, grid, Config::kThreads, Config::kSharedBytes, stream,
+                params, schedule, query_map, grad_out_map);
 }
 
 }  // namespace msa::sm90

@@ -9,13 +9,13 @@
 #include "sm90/ptx/tensor_map.h"
 #include "smxx/common/device.h"
 #include "smxx/common/launch.h"
+#include "smxx/common/logarithms.h"
 
 namespace msa::sm90 {
 
 template <typename Element>
 void launch_query_major(const ForwardParams& params, const TileOrder* order, cudaStream_t stream) {
   using Config = ForwardQConfig;
-  constexpr double kLog2E = 1.44269504088896340736;
   // Keys and values: 64 channels, tokens, panels, heads; a box is one block of one head.
   auto block_map = [&](const void* base, int64_t token_stride, int64_t head_stride) {
     return make_tensor_map<4>({base,
@@ -36,7 +36,7 @@ void launch_query_major(const ForwardParams& params, const TileOrder* order, cud
                                         {params.query_head_stride, params.query_token_stride, 64},
                                         {64, kGroup, kTileTokens, Config::kPanels}},
                                        params.dtype);
-  arguments.scale_log2 = static_cast<float>(params.softmax_scale * kLog2E);
+  arguments.scale_log2 = scale_log2(params.softmax_scale);
   arguments.num_tiles = (params.total_q + kTileTokens - 1) / kTileTokens * params.num_kv_heads;
   arguments.entry_count =
       static_cast<int>(std::bit_ceil(static_cast<unsigned>(kTileTokens * params.topk)));

@@ -19,6 +19,7 @@
 #include "sm90/ptx/tensor_copy.cuh"
 #include "sm90/ptx/wgmma.cuh"
 #include "smxx/common/async_copy.cuh"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
 #include "smxx/forward_query_major/tile_union.cuh"
 
@@ -369,7 +370,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                                               swizzled_offset<8>(warp * kGroup + row, chunk % 8));
         }
         if (lane % 4 == 0) {
-          constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             params.lse[head + half * 8 + lane / 4] =

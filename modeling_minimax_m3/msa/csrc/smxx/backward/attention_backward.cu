@@ -9,6 +9,7 @@
 #include "row_kernels.cuh"
 #include "smxx/common/cuda_check.h"
 #include "smxx/common/dispatch.h"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/supported.h"
 #include "smxx/common/workspace.h"
 #include "smxx/forward_kv_major/kv_major.h"
@@ -97,10 +98,9 @@ void launch_attention_backward(const BackwardParams& params,
   }
   const int64_t part = part_tokens(forward);
 
-  constexpr double kLog2E = 1.44269504088896340736;
   const int group = forward.num_heads / forward.num_kv_heads;
   BackwardSchedule schedule{};
-  schedule.lists.scale_log2 = static_cast<float>(forward.softmax_scale * kLog2E);
+  schedule.lists.scale_log2 = scale_log2(forward.softmax_scale);
   schedule.group_shift = std::countr_zero(static_cast<unsigned>(group));
   Workspace pieces(workspace);
   const int64_t delta_rows = static_cast<int64_t>(forward.total_q) * forward.num_heads;

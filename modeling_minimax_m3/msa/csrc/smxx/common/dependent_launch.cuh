@@ -14,6 +14,20 @@
 
 namespace msa {
 
+// The kernel launched next may start when all thread blocks have come here.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// Until the kernels before are done. One that never waits counts as done before they are.
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 // Executed by every thread before any global access, also by CTAs without work: a kernel counts as
 // finished only after the ones before it. The next kernel may take its place from then on, and
 // waits in turn; let in earlier, it made short steps slower (see README.md).
@@ -30,8 +44,25 @@ __device__ __forceinline__ void wait_for_previous_kernel(const Pointers*... addr
       "  @not_null griddepcontrol.wait;\n"
       "}\n" ::"l"(any)
       : "memory");
-  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
+  let_next_kernel_start();
+}
+
+// An ordinary launch, or one that may start early: `kernel` waits by itself.
+template <typename... Parameters, typename... Arguments>
+void launch_beside(void (*kernel)(Parameters...), bool starts_early, dim3 grid, int threads,
+                   int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = starts_early ? 1 : 0;
+  MSA_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 // Whether the code of `kKernel` that the current device runs holds the wait above: without it an
@@ -54,17 +85,8 @@ bool supports_early_launch() {
 }
 
 template <auto kKernel, typename... Arguments>
-void launch_dependent(dim3 grid, int threads, cudaStream_t stream, Arguments... arguments) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = supports_early_launch<kKernel>() ? 1 : 0;
-  MSA_CHECK_CUDA(cudaLaunchKernelEx(&config, kKernel, arguments...));
+void launch_dependent(dim3 grid, int threads, cudaStream_t stream, const Arguments&... arguments) {
+  launch_beside(kKernel, supports_early_launch<kKernel>(), grid, threads, 0, stream, arguments...);
 }
 
 }  // namespace msa

@@ -1,7 +1,7 @@
 // Attention for decoding: one kernel over the selected blocks, and one that combines its splits.
-#include <stdexcept>
 #include <string>
 
+#include "check.h"
 #include "combine_splits.cuh"
 #include "config.h"
 #include "decode.h"
@@ -11,24 +11,19 @@ namespace msa {
 
 namespace {
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::runtime_error("decode_attention: " + message);
-}
-
 void check(const DecodeAttentionParams& params) {
-  require(params.block_size == 64 || params.block_size == 128,
-          "block_size must be 64 or 128, got " + std::to_string(params.block_size));
-  require(params.topk >= 1 && params.topk <= kMaxTopk,
-          "topk must be 1 to 64, got " + std::to_string(params.topk));
-  require(params.num_heads % params.num_kv_heads == 0 &&
-              params.num_heads / params.num_kv_heads <= kMaxGroup,
-          "at most 16 query heads per key/value head, got " + std::to_string(params.num_heads) +
-              " and " + std::to_string(params.num_kv_heads));
-  require(params.cache.block_table == nullptr || params.cache.page_size % kGroupKeys == 0,
-          "page_size must be a multiple of 16, got " + std::to_string(params.cache.page_size));
-  require(params.key_slot_stride <= kMaxSlotStride && params.value_slot_stride <= kMaxSlotStride,
-          "slot stride of the keys or values too large");
-  require(params.workspace_elements >= decode_attention_workspace(params), "workspace too small");
+  const CallCheck call("decode_attention");
+  call.check_sizes(params.block_size, params.topk, params.cache);
+  call.require(params.num_heads % params.num_kv_heads == 0 &&
+                   params.num_heads / params.num_kv_heads <= kMaxGroup,
+               "at most 16 query heads per key/value head, got " +
+                   std::to_string(params.num_heads) + " and " +
+                   std::to_string(params.num_kv_heads));
+  call.require(
+      params.key_slot_stride <= kMaxSlotStride && params.value_slot_stride <= kMaxSlotStride,
+      "slot stride of the keys or values too large");
+  call.require(params.workspace_elements >= decode_attention_workspace(params),
+               "workspace too small");
 }
 
 }  // namespace

@@ -1,32 +1,22 @@
 // Block selection for decoding: two kernels, block scores and the best of them.
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
+#include "check.h"
 #include "config.h"
 #include "decode.h"
-#include "smxx/common/supported.h"
 #include "top_blocks_cta.cuh"
 
 namespace msa {
 
 namespace {
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::runtime_error("decode_select: " + message);
-}
-
 void check(const DecodeSelectParams& params) {
-  require(params.block_size == 64 || params.block_size == 128,
-          "block_size must be 64 or 128, got " + std::to_string(params.block_size));
-  require(params.topk >= 1 && params.topk <= kMaxTopk,
-          "topk must be 1 to 64, got " + std::to_string(params.topk));
-  require(params.init_blocks + params.local_blocks <= params.topk,
-          "init_blocks + local_blocks must not exceed topk");
-  require(params.cache.block_table == nullptr || params.cache.page_size % kGroupKeys == 0,
-          "page_size must be a multiple of 16, got " + std::to_string(params.cache.page_size));
-  require(params.key_slot_stride <= kMaxSlotStride, "slot stride of the keys too large");
-  require(params.workspace_elements >= decode_select_workspace(params), "workspace too small");
+  const CallCheck call("decode_select");
+  call.check_sizes(params.block_size, params.topk, params.cache);
+  call.require(params.init_blocks + params.local_blocks <= params.topk,
+               "init_blocks + local_blocks must not exceed topk");
+  call.require(params.key_slot_stride <= kMaxSlotStride, "slot stride of the keys too large");
+  call.require(params.workspace_elements >= decode_select_workspace(params), "workspace too small");
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include "config.h"
 #include "params.h"
 #include "schedule.h"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
 
 namespace msa {
@@ -112,7 +113,6 @@ __device__ __forceinline__ void combine_piece(const ForwardParams& params,
       }
     }
     if (lane % 4 == 0 && first_vector == 0) {
-      constexpr float kLn2 = 0.693147180559945309f;
       params.lse[head] = written == 0 ? -INFINITY : (largest[half] + log2f(sum[half])) * kLn2;
     }
   }

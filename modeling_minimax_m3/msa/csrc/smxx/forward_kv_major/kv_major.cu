@@ -7,6 +7,7 @@
 #include "config.h"
 #include "inverse_lists.cuh"
 #include "smxx/common/cuda_check.h"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/supported.h"
 #include "smxx/common/workspace.h"
 
@@ -98,7 +99,6 @@ void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void
                              " bytes, the KV-major forward needs " + std::to_string(needed));
   }
 
-  constexpr double kLog2E = 1.44269504088896340736;
   const int64_t all_parts = num_parts(params), listed = listed_parts(params);
   KvParts parts{};
   parts.part_tokens = static_cast<int>(forward_kv_part_tokens(params));
@@ -110,7 +110,7 @@ void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void
   Workspace pieces(workspace);
   KvSchedule& first = parts.first;
   first.tile_queries = kTileQueries;
-  first.scale_log2 = static_cast<float>(params.softmax_scale * kLog2E);
+  first.scale_log2 = scale_log2(params.softmax_scale);
   first.partial_out = pieces.take(part_pairs * kGroup * params.head_dim * 2);
   first.partial_lse = pieces.take_floats(part_pairs * kGroup);
   first.pair_list = pieces.take_integers(listed * part_pairs);

@@ -50,7 +50,7 @@ struct IndexGradientConfig {
 static_assert(IndexGradientConfig<128>::shared_bytes(128) + 1024 <= 99 * 1024);
 
 // Probabilities up to 1 come to at most half the range of float16, and keep 11 bits down to 2^-29.
-constexpr float kSavedProbabilityScale = 1 << 15;
+constexpr float kSavedProbsScale = 1 << 15;
 
 constexpr int kCombineRowWarps = 8;  // (query token, head) rows of a combining thread block
 

@@ -18,6 +18,7 @@
 #include "pairs.cuh"
 #include "schedule.h"
 #include "smxx/common/async_copy.cuh"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
 #include "smxx/common/turns.cuh"
 #include "smxx/forward_kv_major/buckets.cuh"
@@ -69,11 +70,10 @@ template <typename Element>
 __device__ __forceinline__ void store_two_gradients(unsigned char* place, float2 scores, int key,
                                                     const RowTerms& row, float scale_log2,
                                                     float scale) {
-  constexpr float kLog2E = 1.44269504088896340736f;
   const float2 saved = unpack<__half>(*reinterpret_cast<const uint32_t*>(place));
   auto gradient = [&](float score, float probability, bool visible) {
     const float r = exp2_approx(score * scale_log2 - row.index_lse * kLog2E);
-    return visible ? (r - probability * (1 / kSavedProbabilityScale)) * (row.grad_kl * scale) : 0;
+    return visible ? (r - probability * (1 / kSavedProbsScale)) * (row.grad_kl * scale) : 0;
   };
   *reinterpret_cast<uint32_t*>(place) =
       pack<Element>(gradient(scores.x, saved.x, key <= row.last_key),
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
       const int64_t element = static_cast<int64_t>(valid ? pair : 0) * block_size + chunk * 8;
       const void* source;
       if constexpr (kTeacherSaved) {
-        source = schedule.saved_probabilities + element;
+        source = schedule.saved_probs + element;
       } else {
         source = static_cast<const Element*>(schedule.score_gradients) + element;
       }

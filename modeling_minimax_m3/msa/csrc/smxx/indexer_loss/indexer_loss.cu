@@ -8,6 +8,7 @@
 #include "loss_sums.cuh"
 #include "smxx/common/cuda_check.h"
 #include "smxx/common/dispatch.h"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/supported.h"
 #include "smxx/common/workspace.h"
 #include "smxx/forward_kv_major/kv_major.h"
@@ -75,12 +76,11 @@ void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
                              std::to_string(indexer_loss_workspace(params, pass)));
   }
 
-  constexpr double kLog2E = 1.44269504088896340736;
   IndexerLossSchedule schedule = {};
   KvSchedule& lists = schedule.lists;
   lists.tile_queries = IndexerLossConfig::kTilePairs;
-  lists.scale_log2 = static_cast<float>(attention.softmax_scale * kLog2E);
-  schedule.index_scale_log2 = static_cast<float>(params.index_scale * kLog2E);
+  lists.scale_log2 = scale_log2(attention.softmax_scale);
+  schedule.index_scale_log2 = scale_log2(params.index_scale);
   Workspace pieces(workspace);
   const int64_t max_pairs = part * token_pairs(attention);
   take_buckets(lists, attention, pieces);
@@ -109,9 +109,9 @@ void launch_indexer_loss(const IndexerLossParams& params, LossPass pass,
     lists.token_end = static_cast<int>(end);
     schedule.max_tiles = static_cast<int>(max_tiles(attention, tokens, lists.tile_queries));
     const int64_t pairs_before = begin * token_pairs(attention);
-    schedule.saved_probabilities = is_saved ? static_cast<__half*>(params.saved_probabilities) +
-                                                  pairs_before * attention.block_size
-                                            : nullptr;
+    schedule.saved_probs =
+        is_saved ? static_cast<__half*>(params.saved_probs) + pairs_before * attention.block_size
+                 : nullptr;
     launch_inverse_lists(attention, lists, stream);
     if (!is_gradient) {
       kernels.launch_block_terms(params, schedule, pass, stream);

@@ -32,7 +32,7 @@ struct IndexerLossKernels {
 void launch_combine_index_query(const IndexerLossParams& params,
                                 const IndexerLossSchedule& schedule, cudaStream_t stream);
 
-// The value writes params.kl, params.index_lse and params.saved_probabilities, which the gradient
+// The value writes params.kl, params.index_lse and params.saved_probs, which the gradient
 // reads; that writes params.grad_index_query and params.grad_index_key. Asynchronous on `stream`;
 // reads nothing on the host, allocates nothing; results repeat bit for bit. Throws
 // std::runtime_error on unsupported sizes, a short workspace or a CUDA error.

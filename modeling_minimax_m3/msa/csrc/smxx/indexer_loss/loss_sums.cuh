@@ -8,6 +8,7 @@
 
 #include "config.h"
 #include "schedule.h"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
 #include "smxx/common/ordered_bits.cuh"
 #include "smxx/forward_kv_major/buckets.cuh"
@@ -48,7 +49,6 @@ __global__ void __launch_bounds__(32 * kCombineRowWarps)
     mass += __shfl_xor_sync(0xffffffffu, mass, distance);
   }
   if (lane == 0) {
-    constexpr float kLn2 = 0.693147180559945309f;
     const int64_t target = static_cast<int64_t>(lists.token_begin) * attention.num_kv_heads + row;
     const bool empty = largest == -INFINITY;
     const float log2_sum = largest + log2f(sum);

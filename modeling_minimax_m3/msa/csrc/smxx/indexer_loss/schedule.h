@@ -21,8 +21,8 @@ struct IndexerLossSchedule {
   int max_tiles;           // thread blocks to launch; those without a tile return at once
   float index_scale_log2;  // index_scale * log2(e)
 
-  // (pairs, block_size): this part of IndexerLossParams::saved_probabilities; nullptr for none.
-  __half* saved_probabilities;
+  // (pairs, block_size): this part of IndexerLossParams::saved_probs; nullptr for none.
+  __half* saved_probs;
 
   // Value: sums over the keys of a pair's block, in units of log2, with u the scaled index scores:
   // largest u, sum of 2^(u - largest), sum of p * (log2(p) - u), sum of p.

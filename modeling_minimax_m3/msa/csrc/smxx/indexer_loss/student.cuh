@@ -13,6 +13,7 @@
 #include "operands.cuh"
 #include "pairs.cuh"
 #include "smxx/common/async_copy.cuh"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
 #include "smxx/common/ordered_bits.cuh"
 
@@ -159,7 +160,7 @@ __device__ __forceinline__ void save_probabilities(__half* target, const float* 
         reinterpret_cast<const float4*>(probabilities + row * row_floats + chunk * 8);
     const float4 low = values[0], high = values[1];
     auto scaled = [](float first, float second) {
-      return pack<__half>(first * kSavedProbabilityScale, second * kSavedProbabilityScale);
+      return pack<__half>(first * kSavedProbsScale, second * kSavedProbsScale);
     };
     reinterpret_cast<uint4*>(target + place * block_size)[chunk] = make_uint4(
         scaled(low.x, low.y), scaled(low.z, low.w), scaled(high.x, high.y), scaled(high.z, high.w));
@@ -207,7 +208,6 @@ __device__ __forceinline__ void store_student(const IndexerLossSchedule& schedul
                                               const StudentPairs& pairs, const IndexScores& scores,
                                               float* probabilities, int block_size) {
   if constexpr (kGradient) {
-    constexpr float kLog2E = 1.44269504088896340736f;
     const float scale = schedule.factors[0];
     const float index_lse_log2[2] = {pairs.index_lse[0] * kLog2E, pairs.index_lse[1] * kLog2E};
     const float weight[2] = {pairs.grad_kl[0] * scale, pairs.grad_kl[1] * scale};
@@ -217,8 +217,8 @@ __device__ __forceinline__ void store_student(const IndexerLossSchedule& schedul
                           min(tile.num_queries - first, IndexerLossConfig::kWarpPairs));
   } else {
     store_terms(schedule.terms, scores, probabilities, pairs.pair, block_size);
-    if (schedule.saved_probabilities != nullptr) {
-      save_probabilities(schedule.saved_probabilities, probabilities, pairs.pair, block_size);
+    if (schedule.saved_probs != nullptr) {
+      save_probabilities(schedule.saved_probs, probabilities, pairs.pair, block_size);
     }
   }
 }

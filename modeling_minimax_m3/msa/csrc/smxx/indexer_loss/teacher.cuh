@@ -7,6 +7,7 @@
 
 #include "operands.cuh"
 #include "pairs.cuh"
+#include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
 
 namespace msa {
@@ -44,7 +45,6 @@ __device__ __forceinline__ void load_teacher_rows(TeacherRows<kHeadDim>& rows,
 // What makes a mean probability of a score in units of log2. Not where rows are loaded, which would
 // wait for them there.
 __device__ __forceinline__ float probability_offset(float lse, int group) {
-  constexpr float kLog2E = 1.44269504088896340736f;
   return lse * kLog2E + log2f(static_cast<float>(group));
 }
 
