@@ -19,6 +19,7 @@
 #include "smxx/common/dependent_launch.cuh"
 #include "smxx/common/matrix.cuh"
 #include "smxx/common/ordered_bits.cuh"
+#include "smxx/common/quads.cuh"
 #include "smxx/decode/cache_rows.cuh"
 #include "smxx/decode/config.h"
 
@@ -238,8 +239,7 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
         for (int half = 0; half < kHalves; ++half) {
           float best = max_or_nan(max_or_nan(score[half][0], score[half][1]),
                                   max_or_nan(score[half][2], score[half][3]));
-          best = max_or_nan(best, __shfl_xor_sync(0xffffffffu, best, 1));
-          best = max_or_nan(best, __shfl_xor_sync(0xffffffffu, best, 2));
+          best = quad_max_or_nan(best);
           if (part == 0) maxima[query_row + 8 * half] = best;
         }
       }

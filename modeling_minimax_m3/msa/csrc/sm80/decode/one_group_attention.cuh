@@ -9,10 +9,12 @@
 
 #include <cstdint>
 
+#include "item_attention.cuh"
 #include "params.h"
 #include "smxx/common/dependent_launch.cuh"
 #include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
+#include "smxx/common/quads.cuh"
 #include "smxx/decode/cache_rows.cuh"
 #include "smxx/decode/config.h"
 #include "smxx/decode/partial_results.cuh"
@@ -55,7 +57,7 @@ __device__ __forceinline__ void store_columns(float* target, const float (&data)
 
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
-    one_group_attention_kernel(const DecodeAttentionParams params, int num_group_heads) {
+    one_group_attention_kernel(const DecodeAttentionParams params, int q_heads_per_kv) {
   constexpr int kKeyChunks = kHeadDim / 32;  // of 32 channels, 8 a lane
   constexpr int kWarpColumns = kHeadDim / kAttentionWarps;
   constexpr int kLaneColumns = kWarpColumns / 8;
@@ -66,64 +68,44 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group_row = lane / 4, part = lane % 4;
-  const int token_row = blockIdx.x, kv_head = blockIdx.y, split = blockIdx.z;
-  const int splits = gridDim.z;
-  const int batch_row = params.num_new == 1 ? token_row : token_row / params.num_new;
-  const int token = token_row - batch_row * params.num_new;
-  const int64_t item = int64_t{token_row} * params.num_kv_heads + kv_head;
+  const AttentionItem item(params);
   const int shift_of_block = block_shift(params.block_size);
   const int shift_of_parts = shift_of_block - 6;  // 64 keys each
-  const int32_t* block_id = params.block_indices + item * params.topk + (split >> shift_of_parts);
-  const int first_of_block = (split & ((1 << shift_of_parts) - 1)) * kKeys;
-  const Element* query = static_cast<const Element*>(params.query) +
-                         batch_row * params.query_batch_stride + token * params.query_token_stride +
-                         int64_t{kv_head} * num_group_heads * params.query_head_stride + 8 * part;
+  const int32_t* block_id =
+      params.block_indices + item.number * params.topk + (item.split >> shift_of_parts);
+  const int first_of_block = (item.split & ((1 << shift_of_parts) - 1)) * kKeys;
+  const Element* query = item.query<Element>(params, q_heads_per_kv, part);
   // In bytes; they fit 32 bits, as the launch checks.
   const int key_stride = static_cast<int>(params.key_slot_stride) * 2;
   const int value_stride = static_cast<int>(params.value_slot_stride) * 2;
-  const char* key_base = reinterpret_cast<const char*>(
-      static_cast<const Element*>(params.key_cache) + kv_head * params.key_head_stride + 8 * part);
+  const char* key_base =
+      reinterpret_cast<const char*>(static_cast<const Element*>(params.key_cache) +
+                                    item.kv_head * params.key_head_stride + 8 * part);
   // Column n of the mma is the lane's n-th run of columns, in an order in which stores are whole
   // sectors.
   const int run = group_row / 2 + 4 * (group_row % 2);
   const char* value_base = reinterpret_cast<const char*>(
-      static_cast<const Element*>(params.value_cache) + kv_head * params.value_head_stride +
+      static_cast<const Element*>(params.value_cache) + item.kv_head * params.value_head_stride +
       warp * kWarpColumns + run * kLaneColumns);
   // The workspace fits 32 bits here, as the launch checks.
-  const PartialResults partial = partial_results(params, splits);
+  const PartialResults partial = partial_results(params, item.splits);
   const auto index_of_head = [&](int head) {
-    return static_cast<int>(partial_index(item, split, head, splits, num_group_heads));
+    return static_cast<int>(
+        partial_index(item.number, item.split, head, item.splits, q_heads_per_kv));
   };
-  constexpr int kLinesPerHead = kHeadDim / 64;
-  if (threadIdx.x < num_group_heads * kLinesPerHead) {
-    prefetch_line(query - 8 * part + threadIdx.x / kLinesPerHead * params.query_head_stride +
-                  threadIdx.x % kLinesPerHead * 64);
-  }
-  wait_for_previous_kernel(params.cache.cache_seqlens + batch_row, block_id, query, key_base,
+  prefetch_queries<kHeadDim>(query, params.query_head_stride, q_heads_per_kv, part);
+  wait_for_previous_kernel(params.cache.cache_seqlens + item.batch_row, block_id, query, key_base,
                            value_base);
 
   const int block = *block_id;
-  const CacheRow row = load_cache_row(params.cache, batch_row);
-  constexpr int kQuerySteps = kHeadDim / 16 / kAttentionWarps;
-  uint2 query_parts[kQuerySteps][2] = {};
-#pragma unroll
-  for (int i = 0; i < kQuerySteps; ++i) {
-    const int step = warp + i * kAttentionWarps;
-    const int channel = step / 2 * 32 + 4 * (step % 2);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int head = group_row + 8 * half;
-      if (head < num_group_heads) {
-        query_parts[i][half] =
-            *reinterpret_cast<const uint2*>(query + head * params.query_head_stride + channel);
-      }
-    }
-  }
+  const CacheRow row = load_cache_row(params.cache, item.batch_row);
+  QueryShare<kHeadDim> query_share;
+  query_share.load(query, params.query_head_stride, q_heads_per_kv, warp, group_row);
 
   // Of query heads group_row and group_row + 8, and columns of runs part and part + 4.
   float result[2][2][kLaneColumns] = {};
   float best[2] = {-INFINITY, -INFINITY}, total = 0.0f;
-  const int position = row.length - params.num_new + token;
+  const int position = row.length - params.num_new + item.token;
   const int key = (block << shift_of_block) + first_of_block;
   if (block >= 0 && block <= position >> shift_of_block && key <= position) {
     const int last = min(position - key, kKeys - 1);  // attended key
@@ -135,13 +117,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
     if (params.cache.block_table == nullptr) {
 #pragma unroll
       for (int w = 0; w < kAttentionWarps; ++w) {
-        page[w] = batch_row;
+        page[w] = item.batch_row;
         slot[w] = first_slot + w * kGroupKeys;
       }
     } else {
       int entry = first_slot / params.cache.page_size;
       int next_slot = first_slot - entry * params.cache.page_size;
-      const int32_t* table = params.cache.block_table + batch_row * params.cache.block_table_stride;
+      const int32_t* table =
+          params.cache.block_table + item.batch_row * params.cache.block_table_stride;
 #pragma unroll
       for (int w = 0; w < kAttentionWarps; ++w) {
         page[w] = 0;
@@ -193,55 +176,21 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
     }
     // The barrier costs nothing while the loads are under way, and keeps the compiler from
     // multiplying keys before it has requested the values.
-#pragma unroll
-    for (int i = 0; i < kQuerySteps; ++i) {
-      shared.queries[warp + i * kAttentionWarps][lane] = {query_parts[i][0].x, query_parts[i][1].x,
-                                                          query_parts[i][0].y, query_parts[i][1].y};
-    }
+    query_share.store(shared.queries, warp, lane);
     __syncthreads();
 
     float score[2][4] = {};
-#pragma unroll
-    for (int j = 0; j < kKeyChunks; ++j) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 a = shared.queries[2 * j + half][lane];
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          const uint4 b = keys[tile][j];
-          multiply_add<Element>(score[tile], {a.x, a.y, a.z, a.w}, half == 0 ? b.x : b.z,
-                                half == 0 ? b.y : b.w);
-        }
-      }
-    }
-    const float scale = params.softmax_scale * kLog2E;
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const bool attended = first_key + 8 * tile + 2 * part + k % 2 <= last;
-        score[tile][k] = attended ? score[tile][k] * scale : -INFINITY;
-        best[k / 2] = fmaxf(best[k / 2], score[tile][k]);
-      }
-    }
+    multiply_keys<Element, kHeadDim>(score, shared.queries, keys, lane);
+    scale_scores(score, best, params.softmax_scale * kLog2E, part, first_key, last);
 #pragma unroll
     for (int head = 0; head < 2; ++head) {
-      best[head] = fmaxf(best[head], __shfl_xor_sync(0xffffffffu, best[head], 1));
-      best[head] = fmaxf(best[head], __shfl_xor_sync(0xffffffffu, best[head], 2));
+      best[head] = quad_max(best[head]);
       if (part == 0) {
         reinterpret_cast<float*>(&shared.maxima[group_row + 8 * head])[warp] = best[head];
       }
     }
     float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const bool attended = first_key + 8 * tile + 2 * part + k % 2 <= last;
-        score[tile][k] = attended ? exp2_approx(score[tile][k] - best[k / 2]) : 0.0f;
-        sum[k / 2] += score[tile][k];
-      }
-    }
+    weigh_scores(score, sum, best, part, first_key, last);
     shared.weights[warp][lane] = {
         pack<Element>(score[0][0], score[0][1]), pack<Element>(score[0][2], score[0][3]),
         pack<Element>(score[1][0], score[1][1]), pack<Element>(score[1][2], score[1][3])};
@@ -290,12 +239,12 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
 #pragma unroll
   for (int head = 0; head < 2; ++head) {
     const int head_row = group_row + 8 * head;
-    if (head_row >= num_group_heads) continue;
+    if (head_row >= q_heads_per_kv) continue;
     float* out = partial.outputs + (index_of_head(head_row) * kHeadDim + first_column);
     store_columns(out, result[head][0]);
     store_columns(out + 4 * kLaneColumns, result[head][1]);
   }
-  if (warp == 0 && part < 2 && group_row + 8 * part < num_group_heads) {
+  if (warp == 0 && part < 2 && group_row + 8 * part < q_heads_per_kv) {
     partial.softmax[index_of_head(group_row + 8 * part)] = {part == 0 ? best[0] : best[1], total};
   }
 }

@@ -9,10 +9,12 @@
 
 #include <cstdint>
 
+#include "item_attention.cuh"
 #include "params.h"
 #include "smxx/common/dependent_launch.cuh"
 #include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
+#include "smxx/common/quads.cuh"
 #include "smxx/decode/cache_rows.cuh"
 #include "smxx/decode/config.h"
 #include "smxx/decode/partial_results.cuh"
@@ -43,40 +45,29 @@ __device__ __forceinline__ int spread_column(int column) {
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
     split_attention_kernel(const DecodeAttentionParams params, int groups_per_split,
-                           int num_group_heads) {
+                           int q_heads_per_kv) {
   constexpr int kKeyChunks = kHeadDim / 32;    // of 32 channels, 8 a lane
   constexpr int kValueChunks = kHeadDim / 64;  // of 64 channels, 8 a lane
   __shared__ AttentionShared<kHeadDim> shared;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group_row = lane / 4, part = lane % 4;
-  // The grid spares the divisions that one linear index would take.
-  const int token_row = blockIdx.x, kv_head = blockIdx.y, split = blockIdx.z;
-  const int splits = gridDim.z;
-  const int batch_row = params.num_new == 1 ? token_row : token_row / params.num_new;
-  const int token = token_row - batch_row * params.num_new;
-  const int64_t item = int64_t{token_row} * params.num_kv_heads + kv_head;
+  const AttentionItem item(params);
   const int shift_of_block = block_shift(params.block_size);
   const int shift_of_groups = shift_of_block - 4;  // 16 keys a group
-  const int first_group = split * groups_per_split;
+  const int first_group = item.split * groups_per_split;
   const int num_groups = min(groups_per_split, (params.topk << shift_of_groups) - first_group);
-  const int32_t* blocks = params.block_indices + item * params.topk;
-  const Element* query = static_cast<const Element*>(params.query) +
-                         batch_row * params.query_batch_stride + token * params.query_token_stride +
-                         int64_t{kv_head} * num_group_heads * params.query_head_stride + 8 * part;
+  const int32_t* blocks = params.block_indices + item.number * params.topk;
+  const Element* query = item.query<Element>(params, q_heads_per_kv, part);
   // Slot strides fit 32 bits also times 16, which the launch checks.
   const int key_stride = static_cast<int>(params.key_slot_stride);
   const int value_stride = static_cast<int>(params.value_slot_stride);
-  const Element* key_base =
-      static_cast<const Element*>(params.key_cache) + kv_head * params.key_head_stride + 8 * part;
+  const Element* key_base = static_cast<const Element*>(params.key_cache) +
+                            item.kv_head * params.key_head_stride + 8 * part;
   const Element* value_base = static_cast<const Element*>(params.value_cache) +
-                              kv_head * params.value_head_stride + 8 * group_row;
-  constexpr int kLinesPerHead = kHeadDim / 64;
-  if (threadIdx.x < num_group_heads * kLinesPerHead) {
-    prefetch_line(query - 8 * part + threadIdx.x / kLinesPerHead * params.query_head_stride +
-                  threadIdx.x % kLinesPerHead * 64);
-  }
-  wait_for_previous_kernel(params.cache.cache_seqlens + batch_row, blocks, query, key_base,
+                              item.kv_head * params.value_head_stride + 8 * group_row;
+  prefetch_queries<kHeadDim>(query, params.query_head_stride, q_heads_per_kv, part);
+  wait_for_previous_kernel(params.cache.cache_seqlens + item.batch_row, blocks, query, key_base,
                            value_base);
 
   // Block ids and queries are requested first, because no length has to be known for them.
@@ -84,25 +75,12 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
     return i < num_groups ? blocks[(first_group + i) >> shift_of_groups] : -1;
   };
   int block = load_block(threadIdx.x);
-  constexpr int kQuerySteps = kHeadDim / 16 / kAttentionWarps;
-  uint2 query_parts[kQuerySteps][2] = {};
-#pragma unroll
-  for (int i = 0; i < kQuerySteps; ++i) {
-    const int step = warp + i * kAttentionWarps;
-    const int channel = step / 2 * 32 + 4 * (step % 2);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int head = group_row + 8 * half;
-      if (head < num_group_heads) {
-        query_parts[i][half] =
-            *reinterpret_cast<const uint2*>(query + head * params.query_head_stride + channel);
-      }
-    }
-  }
+  QueryShare<kHeadDim> query_share;
+  query_share.load(query, params.query_head_stride, q_heads_per_kv, warp, group_row);
 
   // Where this CTA's keys are.
-  const CacheRow row = load_cache_row(params.cache, batch_row);
-  const int position = row.length - params.num_new + token;
+  const CacheRow row = load_cache_row(params.cache, item.batch_row);
+  const int position = row.length - params.num_new + item.token;
 #pragma unroll 1
   for (int i = threadIdx.x; i < num_groups; i += kAttentionThreads) {
     KeyGroupPlace place{-1, 0, 0};
@@ -111,18 +89,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
                       ((first_group + i) & ((1 << shift_of_groups) - 1)) * kGroupKeys;
       if (key <= position) {
         const int slot = row.leftpad + key;
-        place = {load_page(params.cache, batch_row, slot), slot_in_page(params.cache, slot),
+        place = {load_page(params.cache, item.batch_row, slot), slot_in_page(params.cache, slot),
                  min(position - key, kGroupKeys - 1)};
       }
     }
     shared.places[i] = place;
     block = load_block(i + kAttentionThreads);
   }
-#pragma unroll
-  for (int i = 0; i < kQuerySteps; ++i) {
-    shared.queries[warp + i * kAttentionWarps][lane] = {query_parts[i][0].x, query_parts[i][1].x,
-                                                        query_parts[i][0].y, query_parts[i][1].y};
-  }
+  query_share.store(shared.queries, warp, lane);
   __syncthreads();
 
   uint4 keys[2][kKeyChunks];      // keys group_row and group_row + 8
@@ -168,37 +142,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   while (current < num_groups) {
     const int last = shared.places[current].last;
     float score[2][4] = {};
-#pragma unroll
-    for (int j = 0; j < kKeyChunks; ++j) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 a = shared.queries[2 * j + half][lane];
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          const uint4 key = keys[tile][j];
-          multiply_add<Element>(score[tile], {a.x, a.y, a.z, a.w}, half == 0 ? key.x : key.z,
-                                half == 0 ? key.y : key.w);
-        }
-      }
-    }
+    multiply_keys<Element, kHeadDim>(score, shared.queries, keys, lane);
     const int next = next_group(current + kAttentionWarps);
     if (next < num_groups) load_keys(shared.places[next]);
 
     float best[2] = {maximum[0], maximum[1]};
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const bool attended = 8 * tile + 2 * part + k % 2 <= last;
-        score[tile][k] = attended ? score[tile][k] * scale : -INFINITY;
-        best[k / 2] = fmaxf(best[k / 2], score[tile][k]);
-      }
-    }
-#pragma unroll
-    for (int head = 0; head < 2; ++head) {
-      best[head] = fmaxf(best[head], __shfl_xor_sync(0xffffffffu, best[head], 1));
-      best[head] = fmaxf(best[head], __shfl_xor_sync(0xffffffffu, best[head], 2));
-    }
+    scale_scores(score, best, scale, part, 0, last);
+    best[0] = quad_max(best[0]);
+    best[1] = quad_max(best[1]);
     // The first group has nothing to rescale: its maximum of -inf only needs replacing.
     const bool first = maximum[0] == -INFINITY && maximum[1] == -INFINITY;
     if (__all_sync(0xffffffffu, first)) {
@@ -221,16 +172,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
         }
       }
     }
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        // A masked key has weight 0 also while every score so far is -inf.
-        const bool attended = 8 * tile + 2 * part + k % 2 <= last;
-        score[tile][k] = attended ? exp2_approx(score[tile][k] - maximum[k / 2]) : 0.0f;
-        sum[k / 2] += score[tile][k];
-      }
-    }
+    weigh_scores(score, sum, maximum, part, 0, last);
     const uint32_t weights[4] = {
         pack<Element>(score[0][0], score[0][1]), pack<Element>(score[0][2], score[0][3]),
         pack<Element>(score[1][0], score[1][1]), pack<Element>(score[1][2], score[1][3])};
@@ -259,8 +201,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   // Merge the warps.
 #pragma unroll
   for (int head = 0; head < 2; ++head) {
-    sum[head] += __shfl_xor_sync(0xffffffffu, sum[head], 1);
-    sum[head] += __shfl_xor_sync(0xffffffffu, sum[head], 2);
+    sum[head] = quad_sum(sum[head]);
     const int head_row = group_row + 8 * head;
     if (part == 0) shared.softmax[warp][head_row] = {maximum[head], sum[head]};
 #pragma unroll
@@ -275,10 +216,9 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
     }
   }
   __syncthreads();
-  const PartialResults partial = partial_results(params, splits);
+  const PartialResults partial = partial_results(params, item.splits);
 #pragma unroll 1
-  for (int index = threadIdx.x; index < num_group_heads * kHeadDim / 4;
-       index += kAttentionThreads) {
+  for (int index = threadIdx.x; index < q_heads_per_kv * kHeadDim / 4; index += kAttentionThreads) {
     const int head = index / (kHeadDim / 4), column = index % (kHeadDim / 4);
     float best = -INFINITY;
 #pragma unroll
@@ -296,14 +236,15 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
       result.z += factor * term.z;
       result.w += factor * term.w;
     }
-    if (splits > 1) {
-      const int64_t index_of_partial = partial_index(item, split, head, splits, num_group_heads);
+    if (item.splits > 1) {
+      const int64_t index_of_partial =
+          partial_index(item.number, item.split, head, item.splits, q_heads_per_kv);
       *reinterpret_cast<float4*>(partial.outputs + index_of_partial * kHeadDim + 4 * column) =
           result;
       if (column == 0) partial.softmax[index_of_partial] = {best, total};
     } else {
       const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-      const int64_t head_index = item * num_group_heads + head;
+      const int64_t head_index = item.number * q_heads_per_kv + head;
       *reinterpret_cast<uint2*>(static_cast<Element*>(params.out) + head_index * kHeadDim +
                                 4 * column) = {
           pack<Element>(result.x * inverse, result.y * inverse),

@@ -17,8 +17,10 @@
 #include "sm80/forward_query_major/online_softmax.cuh"
 #include "smxx/common/async_copy.cuh"
 #include "smxx/common/matrix.cuh"
+#include "smxx/common/quads.cuh"
 #include "smxx/common/sequences.cuh"
 #include "smxx/forward_kv_major/buckets.cuh"
+#include "smxx/forward_kv_major/copy_block.cuh"
 #include "smxx/forward_kv_major/schedule.h"
 
 namespace msa::sm80 {
@@ -36,8 +38,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   constexpr int kRowChunks = Config::kRowChunks;
   constexpr int kRowBytes = Config::kRowBytes;
   constexpr int kSteps = Config::kHeadDim / 16;
-  constexpr int kCopyRows = Config::kThreads / kRowChunks;  // rows that all threads copy at once
-  constexpr int kLaneCopyRows = 32 / kRowChunks;            // rows that a warp copies at once
+  constexpr int kLaneCopyRows = 32 / kRowChunks;  // rows that a warp copies at once
 
   extern __shared__ __align__(1024) unsigned char shared[];
   for (unsigned number = blockIdx.x;; number += gridDim.x) {
@@ -52,24 +53,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const uint32_t queries_address =
         values_address + params.block_size * kRowBytes + warp * Config::kQueryBytes;
 
-    {
-      const int copy_row = threadIdx.x / kRowChunks;
-      const int copy_chunk = threadIdx.x % kRowChunks;
-      const Element* keys = static_cast<const Element*>(params.key) +
-                            sequence.key_begin * params.key_token_stride +
-                            tile.kv_head * params.key_head_stride + copy_chunk * 8;
-      const Element* values = static_cast<const Element*>(params.value) +
-                              sequence.key_begin * params.value_token_stride +
-                              tile.kv_head * params.value_head_stride + copy_chunk * 8;
-      for (int row = copy_row; row < params.block_size; row += kCopyRows) {
-        const bool valid = tile.first_key + row < sequence.len_k;
-        const int64_t token = valid ? tile.first_key + row : 0;
-        const uint32_t offset = swizzled_offset<kRowChunks>(row, copy_chunk);
-        copy_async_16(keys_address + offset, keys + token * params.key_token_stride, valid);
-        copy_async_16(values_address + offset, values + token * params.value_token_stride, valid);
-      }
-      commit_copies();
-    }
+    copy_block<Element, Config>(
+        params, tile, params.block_size, keys_address, values_address,
+        [](int row, int chunk) { return swizzled_offset<kRowChunks>(row, chunk); });
 
     const int pairs_per_token = params.num_kv_heads * params.topk;
     auto pair_at = [&](int query) {
@@ -114,13 +100,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       wait_copies<0>();
       __syncwarp();
       uint32_t query[kRowTiles][kSteps][4];
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          load_matrix_x4(query[i][step], (query_address + i * 16 * kRowBytes) ^ (step * 32));
-        }
-      }
+      load_fragments(query, query_address, 16 * kRowBytes);
       __syncwarp();
       query_index += kStep;
       const int next_first = pair_at(query_index), next_second = pair_at(query_index + 1);
@@ -155,8 +135,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float sum = running.sum[i][half];
-          sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-          sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+          sum = quad_sum(sum);
           inverse[half] = 1 / sum;
           if (lane % 4 == 0 && pair >= 0) {
             schedule.partial_lse[static_cast<int64_t>(pair) * kGroup + half * 8 + lane / 4] =

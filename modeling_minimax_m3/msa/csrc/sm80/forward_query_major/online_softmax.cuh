@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "smxx/common/matrix.cuh"
+#include "smxx/common/quads.cuh"
 
 namespace msa::sm80 {
 
@@ -94,8 +95,7 @@ __device__ __forceinline__ void attend_16_keys(
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float score = largest[i][half];
-        score = fmaxf(score, __shfl_xor_sync(0xffffffffu, score, 1));
-        score = fmaxf(score, __shfl_xor_sync(0xffffffffu, score, 2));
+        score = quad_max(score);
         // Each row decides for itself, so that its result does not depend on the warp's other rows.
         const float old = running.reference[i][half];
         const float reference = score > old + kRescaleSlack ? score : old;

@@ -16,6 +16,7 @@
 #include "smxx/common/bitonic_sort.cuh"
 #include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
+#include "smxx/common/quads.cuh"
 #include "smxx/common/sequences.cuh"
 #include "smxx/forward_query_major/block_union.cuh"
 
@@ -107,13 +108,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   {
     const uint32_t address = stages_address + warp * Config::kWarpRows * kRowBytes +
                              swizzled_offset<kRowChunks>(lane & 15, lane >> 4);
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        load_matrix_x4(query[i][step], (address + i * 16 * kRowBytes) ^ (step * 32));
-      }
-    }
+    load_fragments(query, address, 16 * kRowBytes);
   }
 
   RunningSoftmax<Config> running;
@@ -127,14 +122,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   // The tokens of the warp's first m16 tile; it has two or more.
   const uint32_t low_tokens = (1u << (warp_tokens / 2)) - 1;
 
-  for (int index = find_sequence(params.cu_seqlens_q, params.batch, tile_begin);
-       index < params.batch; ++index) {
-    const Sequence sequence = load_sequence(params.cu_seqlens_q, params.cu_seqlens_k, index,
-                                            params.total_q, params.total_k);
-    if (sequence.query_begin >= tile_end) break;
-    const int token_begin = max(tile_begin, sequence.query_begin);
-    const int token_end = min(tile_end, sequence.query_end);
-    if (token_begin >= token_end) continue;
+  const auto attend_sequence = [&](const Sequence& sequence, int token_begin, int token_end) {
     const int position_offset = sequence.first_position - sequence.query_begin;
     const int first_position = position_offset + token_begin;
 
@@ -184,14 +172,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
     constexpr int kNoKey = -1;
     UnionBlock block = read_union_block(entries, schedule.entry_count, 0, warp_token, warp_tokens);
-    if (block.block == kNoBlock) continue;
+    if (block.block == kNoBlock) return;
     int first_key = block.block * params.block_size;
     uint32_t tokens = block.tokens;  // of the warp, those that chose this tile's block
     int stage = 0;                   // byte offset
     copy_tile(first_key, stage);
     commit_copies();
     while (true) {
-      // The tile after this one: the rest of the block, unless no query sees it, or the next block.
+      // The tile after this one: the rest of the block, unless no query sees it, or the next
+      // block.
       int next_key = first_key + Config::kTileKeys;
       if (next_key % params.block_size == 0 || next_key > source.last_position) {
         block =
@@ -205,8 +194,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
       const bool low = tokens & low_tokens;
       const bool high = tokens & ~low_tokens;
-      // With two tokens a warp, each fills an m16 tile, and those that did not choose the block are
-      // passed over whole.
+      // With two tokens a warp, each fills an m16 tile, and those that did not choose the block
+      // are passed over whole.
       const bool masks = first_key + Config::kTileKeys - 1 > first_position || warp_tokens > 2;
       const UnionVisibleKeys visible = {
           tokens, position_offset + tile_begin + warp_token - first_key, schedule.group_shift};
@@ -235,7 +224,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       tokens = block.tokens;
       stage ^= Config::kStageBytes;
     }
-  }
+  };
+  for_each_sequence(params, tile_begin, tile_end, attend_sequence);
 
   __syncthreads();  // the stages become the outputs' way to global memory
   const uint32_t out_offset = warp * Config::kWarpRows * kRowBytes;
@@ -244,8 +234,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = running.sum[i][half];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      sum = quad_sum(sum);
       const float inverse = sum == 0 ? 0 : 1 / sum;
       const int row = i * 16 + half * 8 + lane / 4;
 #pragma unroll

@@ -15,9 +15,11 @@
 #include "smxx/common/async_copy.cuh"
 #include "smxx/common/matrix.cuh"
 #include "smxx/common/ordered_bits.cuh"
+#include "smxx/common/quads.cuh"
 #include "smxx/common/sequences.cuh"
-#include "smxx/selection/ranked_blocks.cuh"
+#include "smxx/selection/forced_blocks.cuh"
 #include "smxx/selection/schedule.h"
+#include "smxx/selection/score_tile.cuh"
 
 namespace msa::sm80 {
 
@@ -38,10 +40,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int tile_begin = schedule.token_begin + static_cast<int>(blockIdx.x % schedule.num_tiles) *
-                                                    schedule.tokens_per_tile;
-  const int tile_end = min(tile_begin + schedule.tokens_per_tile, schedule.token_end);
-  const int unit_begin = blockIdx.x / schedule.num_tiles * schedule.blocks_per_unit;
+  const ScoreTile query_tile(schedule);
 
   const int copy_row = threadIdx.x / kRowChunks;
   const int copy_chunk = threadIdx.x % kRowChunks;
@@ -55,55 +54,29 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   uint32_t query[kRowTiles][kSteps][4];
   bool query_loaded = false;
 
-  for (int index = find_sequence(params.cu_seqlens_q, params.batch, tile_begin);
-       index < params.batch; ++index) {
-    const Sequence sequence = load_sequence(params.cu_seqlens_q, params.cu_seqlens_k, index,
-                                            params.total_q, params.total_k);
-    if (sequence.query_begin >= tile_end) break;
-    const int token_begin = max(tile_begin, sequence.query_begin);
-    const int token_end = min(tile_end, sequence.query_end);
-    if (token_begin >= token_end) continue;
-
+  const auto score_sequence = [&](const Sequence& sequence, int token_begin, int token_end) {
     const int position_offset = sequence.first_position - sequence.query_begin;
     int first_block, end_block;
-    if (!find_ranked_blocks(params, schedule, sequence, unit_begin, token_end, first_block,
-                            end_block)) {
-      continue;
+    if (!find_ranked_blocks(params, schedule, sequence, query_tile.unit_begin, token_end,
+                            first_block, end_block)) {
+      return;
     }
 
     if (!query_loaded) {
       query_loaded = true;
-      const Element* source = static_cast<const Element*>(params.index_query);
-      const int num_rows = (tile_end - tile_begin) * params.num_heads;
-#pragma unroll 4
-      for (int row = copy_row; row < Config::kRows; row += kCopyRows) {
-        const bool valid = row < num_rows;
-        const int token = tile_begin + (valid ? row / params.num_heads : 0);
-        const int head = valid ? row % params.num_heads : 0;
-        copy_async_16(copy_address + (row - copy_row) * kRowBytes,
-                      source + token * params.query_token_stride + head * params.query_head_stride +
-                          copy_chunk * 8,
-                      valid);
-      }
+      copy_queries<Element, Config>(
+          params, query_tile, [&](int row) { return copy_address + (row - copy_row) * kRowBytes; });
       commit_copies();
       wait_copies<0>();
       __syncthreads();
       const uint32_t address = stages_address + warp * Config::kWarpRows * kRowBytes +
                                swizzled_offset<kRowChunks>(lane & 15, lane >> 4);
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          load_matrix_x4(query[i][step], (address + i * 16 * kRowBytes) ^ (step * 32));
-        }
-      }
+      load_fragments(query, address, 16 * kRowBytes);
     }
     // Only without a forced own block can a ranked block reach past its query.
     const bool masks = params.local_blocks == 0;
     if (masks) {
-      for (int row = threadIdx.x; row < Config::kRows; row += Config::kThreads) {
-        row_position[row] = position_offset + tile_begin + row / params.num_heads;
-      }
+      store_positions<Config>(row_position, params, query_tile, position_offset);
     }
     __syncthreads();  // the stages are free, row_position is written
 
@@ -187,8 +160,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float value = best[i][half];
-          value = max_or_nan(value, __shfl_xor_sync(0xffffffffu, value, 1));
-          value = max_or_nan(value, __shfl_xor_sync(0xffffffffu, value, 2));
+          value = quad_max_or_nan(value);
           if (block % 4 == lane % 4) kept[i][half] = value;
         }
       }
@@ -197,11 +169,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       // The four lanes of a row write up to four neighbouring scores.
       const int own = block / 4 * 4 + lane % 4;
       if (own >= first_block && own <= block) {
-        const int row_begin = (token_begin - tile_begin) * params.num_heads;
-        const int row_end = (token_end - tile_begin) * params.num_heads;
+        const int row_begin = (token_begin - query_tile.begin) * params.num_heads;
+        const int row_end = (token_end - query_tile.begin) * params.num_heads;
         float* target =
             params.workspace + own +
-            (static_cast<int64_t>(tile_begin - schedule.token_begin) * params.num_heads +
+            (static_cast<int64_t>(query_tile.begin - schedule.token_begin) * params.num_heads +
              lane_row) *
                 schedule.row_stride;
 #pragma unroll
@@ -218,7 +190,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     }
     wait_copies<0>();
     __syncthreads();  // every warp is done with the stages
-  }
+  };
+  for_each_sequence(params, query_tile.begin, query_tile.end, score_sequence);
 }
 
 }  // namespace msa::sm80

@@ -14,18 +14,20 @@
 #include "params.h"
 #include "sm90/ptx/named_barrier.cuh"
 #include "sm90/ptx/wgmma.cuh"
+#include "sm90/row_scores.cuh"
 #include "smxx/common/async_copy.cuh"
 #include "smxx/common/matrix.cuh"
+#include "smxx/common/quads.cuh"
 #include "smxx/common/sequences.cuh"
 #include "smxx/forward_kv_major/buckets.cuh"
+#include "smxx/forward_kv_major/copy_block.cuh"
 
 namespace msa::sm90 {
 
 template <typename Element, typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     partial_attention_kernel(const ForwardParams params, const KvSchedule schedule) {
-  constexpr int kRowChunks = Config::kHeadDim / 8;          // 16-byte chunks of a row
-  constexpr int kCopyRows = Config::kThreads / kRowChunks;  // rows that all threads copy at once
+  constexpr int kRowChunks = Config::kHeadDim / 8;  // 16-byte chunks of a row
 
   extern __shared__ __align__(1024) unsigned char shared[];
   for (unsigned number = blockIdx.x;; number += gridDim.x) {
@@ -40,25 +42,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const uint32_t queries_address =
         values_address + Config::kKeyBytes + warpgroup * Config::kQueryBytes;
 
-    {
-      const int copy_row = threadIdx.x / kRowChunks;
-      const int copy_chunk = threadIdx.x % kRowChunks;
-      const Element* keys = static_cast<const Element*>(params.key) +
-                            tile.sequence.key_begin * params.key_token_stride +
-                            tile.kv_head * params.key_head_stride + copy_chunk * 8;
-      const Element* values = static_cast<const Element*>(params.value) +
-                              tile.sequence.key_begin * params.value_token_stride +
-                              tile.kv_head * params.value_head_stride + copy_chunk * 8;
-      for (int row = copy_row; row < Config::kBlockSize; row += kCopyRows) {
-        const bool valid = tile.first_key + row < tile.sequence.len_k;
-        const int64_t token = valid ? tile.first_key + row : 0;
-        const uint32_t offset =
-            copy_chunk / 8 * Config::kKeyPanelBytes + swizzled_offset<8>(row, copy_chunk % 8);
-        copy_async_16(keys_address + offset, keys + token * params.key_token_stride, valid);
-        copy_async_16(values_address + offset, values + token * params.value_token_stride, valid);
-      }
-      commit_copies();
-    }
+    copy_block<Element, Config>(
+        params, tile, Config::kBlockSize, keys_address, values_address, [](int row, int chunk) {
+          return chunk / 8 * Config::kKeyPanelBytes + swizzled_offset<8>(row, chunk % 8);
+        });
 
     // A warp copies the 16 heads of its own token.
     const int pairs_per_token = params.num_kv_heads * params.topk;
@@ -92,16 +79,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     while (first_query < tile.num_queries) {
       float scores[64];
       wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < Config::kHeadDim / 16; ++step) {
-        const uint32_t offset = step % 4 * 32;
-        wgmma_m64n128k16<Element>(
-            scores,
-            swizzled_descriptor(queries_address + step / 4 * Config::kQueryPanelBytes + offset),
-            swizzled_descriptor(keys_address + step / 4 * Config::kKeyPanelBytes + offset),
-            step > 0);
-      }
-      wgmma_commit();
+      start_scores<Element, Config>(scores, queries_address, keys_address);
       first_query += kStep;
       const int next_pair = pair_at(first_query + warp);
       wgmma_wait<0>();
@@ -118,23 +96,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         for (int i = 0; i < 64; ++i) scores[i] *= scale;
         scale = 1;
       }
-      if (last_key < Config::kBlockSize - 1) {
-#pragma unroll
-        for (int i = 0; i < 64; ++i) {
-          if (i / 4 * 8 + lane % 4 * 2 + i % 2 > last_key) scores[i] = -INFINITY;
-        }
-      }
+      mask_scores<Config>(scores, last_key);
       float largest[2], sum[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float value = -INFINITY;
-#pragma unroll
-        for (int i = 2 * half; i < 64; i += 4) {
-          value = fmaxf(value, fmaxf(scores[i], scores[i + 1]));
-        }
-        value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
-        value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
-        largest[half] = value * scale;
+        largest[half] = largest_of_row(scores, half, -INFINITY) * scale;
       }
       sum[0] = sum[1] = 0;
       uint32_t weights[8][4];
@@ -149,18 +115,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
       float out[64];
       wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < Config::kBlockSize / 16; ++step) {
-        wgmma_m64n128k16<Element, true>(
-            out, weights[step],
-            transposed_descriptor(values_address + step * 2048, Config::kKeyPanelBytes), step > 0);
-      }
-      wgmma_commit();
+      start_outputs<Element, Config, false>(out, weights, values_address);
       float inverse[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
-        sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+        sum[half] = quad_sum(sum[half]);
         inverse[half] = 1 / sum[half];
         if (lane % 4 == 0 && pair >= 0) {
           schedule.partial_lse[static_cast<int64_t>(pair) * kGroup + half * 8 + lane / 4] =

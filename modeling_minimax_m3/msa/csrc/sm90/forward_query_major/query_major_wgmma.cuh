@@ -18,9 +18,11 @@
 #include "sm90/ptx/registers.cuh"
 #include "sm90/ptx/tensor_copy.cuh"
 #include "sm90/ptx/wgmma.cuh"
+#include "sm90/row_scores.cuh"
 #include "smxx/common/async_copy.cuh"
 #include "smxx/common/logarithms.h"
 #include "smxx/common/matrix.cuh"
+#include "smxx/common/quads.cuh"
 #include "smxx/forward_query_major/tile_union.cuh"
 
 namespace msa::sm90 {
@@ -183,48 +185,21 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if (lane == 0) barrier_arrive(empty + 8 * place.slot);
       };
       auto multiply_keys = [&](float (&scores)[64], RingPlace place) {
-        const uint32_t keys_address = slots_address + place.slot * Config::kKeyBytes;
-#pragma unroll
-        for (int step = 0; step < Config::kHeadDim / 16; ++step) {
-          const uint32_t offset = step % 4 * 32;
-          wgmma_m64n128k16<Element>(
-              scores,
-              swizzled_descriptor(query_address + step / 4 * Config::kQueryPanelBytes + offset),
-              swizzled_descriptor(keys_address + step / 4 * Config::kKeyPanelBytes + offset),
-              step > 0);
-        }
-        wgmma_commit();
+        start_scores<Element, Config>(scores, query_address,
+                                      slots_address + place.slot * Config::kKeyBytes);
       };
       auto multiply_values = [&](RingPlace place) {
-        const uint32_t values_address = slots_address + place.slot * Config::kKeyBytes;
-#pragma unroll
-        for (int step = 0; step < Config::kBlockSize / 16; ++step) {
-          wgmma_m64n128k16<Element, true>(
-              out, weights[step],
-              transposed_descriptor(values_address + step * 2048, Config::kKeyPanelBytes), true);
-        }
-        wgmma_commit();
+        start_outputs<Element, Config, true>(out, weights,
+                                             slots_address + place.slot * Config::kKeyBytes);
       };
       // Scores become weights; `factor` is by how much what was summed up before shrinks. All rows
       // of a warp belong to one token; where it did not choose the block, all weights are 0.
       auto softmax = [&](float (&scores)[64], float (&factor)[2], bool attends, int last_key) {
-        if (last_key < Config::kBlockSize - 1) {
-#pragma unroll
-          for (int i = 0; i < 64; ++i) {
-            if (i / 4 * 8 + lane % 4 * 2 + i % 2 > last_key) scores[i] = -INFINITY;
-          }
-        }
+        mask_scores<Config>(scores, last_key);
         float reference[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float value = scores[2 * half];
-#pragma unroll
-          for (int i = 2 * half; i < 64; i += 4) {
-            value = fmaxf(value, fmaxf(scores[i], scores[i + 1]));
-          }
-          value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
-          value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
-          value *= arguments.scale_log2;
+          const float value = largest_of_row(scores, half, scores[2 * half]) * arguments.scale_log2;
           // The reference moves only when a score passes it by 2^8, hardly ever after a row's first
           // block; a weight of 2^8 is far from the largest float16.
           constexpr float kSlack = 8;
@@ -344,8 +319,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       unsigned char* staged = shared + (query_address - queries_address);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
-        sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+        sum[half] = quad_sum(sum[half]);
         const float inverse = sum[half] == 0 ? 0 : 1 / sum[half];
         const int row = warp * kGroup + half * 8 + lane / 4;
 #pragma unroll

@@ -15,8 +15,10 @@
 #include "smxx/common/async_copy.cuh"
 #include "smxx/common/matrix.cuh"
 #include "smxx/common/ordered_bits.cuh"
+#include "smxx/common/quads.cuh"
 #include "smxx/common/sequences.cuh"
-#include "smxx/selection/ranked_blocks.cuh"
+#include "smxx/selection/forced_blocks.cuh"
+#include "smxx/selection/score_tile.cuh"
 
 namespace msa::sm90 {
 
@@ -51,10 +53,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup_row = threadIdx.x / 128 * 64 * kHalves;
   const int warp_row = threadIdx.x / 32 % 4 * 16;
   const int lane_row = warpgroup_row + warp_row + lane / 4;
-  const int tile_begin = schedule.token_begin + static_cast<int>(blockIdx.x % schedule.num_tiles) *
-                                                    schedule.tokens_per_tile;
-  const int tile_end = min(tile_begin + schedule.tokens_per_tile, schedule.token_end);
-  const int unit_begin = blockIdx.x / schedule.num_tiles * schedule.blocks_per_unit;
+  const ScoreTile query_tile(schedule);
 
   const int copy_row = threadIdx.x / kRowChunks;
   const int copy_chunk = threadIdx.x % kRowChunks;
@@ -64,20 +63,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   uint32_t query[kHalves][kSteps][4];
   bool query_loaded = false;
 
-  for (int index = find_sequence(params.cu_seqlens_q, params.batch, tile_begin);
-       index < params.batch; ++index) {
-    const Sequence sequence = load_sequence(params.cu_seqlens_q, params.cu_seqlens_k, index,
-                                            params.total_q, params.total_k);
-    if (sequence.query_begin >= tile_end) break;
-    const int token_begin = max(tile_begin, sequence.query_begin);
-    const int token_end = min(tile_end, sequence.query_end);
-    if (token_begin >= token_end) continue;
-
+  const auto score_sequence = [&](const Sequence& sequence, int token_begin, int token_end) {
     const int position_offset = sequence.first_position - sequence.query_begin;
     int first_block, end_block;
-    if (!find_ranked_blocks(params, schedule, sequence, unit_begin, token_end, first_block,
-                            end_block)) {
-      continue;
+    if (!find_ranked_blocks(params, schedule, sequence, query_tile.unit_begin, token_end,
+                            first_block, end_block)) {
+      return;
     }
 
     const int first_key = first_block * params.block_size;
@@ -88,8 +79,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           static_cast<const Element*>(params.index_key) +
           (static_cast<int64_t>(sequence.key_begin) + first_key) * params.key_token_stride;
       segment.num_keys = sequence.len_k - first_key;
-      segment.row_begin = (token_begin - tile_begin) * params.num_heads;
-      segment.row_end = (token_end - tile_begin) * params.num_heads;
+      segment.row_begin = (token_begin - query_tile.begin) * params.num_heads;
+      segment.row_end = (token_end - query_tile.begin) * params.num_heads;
     }
     __syncthreads();
     // Tiles come in pairs; the second may be one too many.
@@ -111,27 +102,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     };
 
     if (!query_loaded) {
-      const Element* source = static_cast<const Element*>(params.index_query);
-      const int num_rows = (tile_end - tile_begin) * params.num_heads;
-#pragma unroll 4
-      for (int row = copy_row; row < Config::kRows; row += kCopyRows) {
-        const bool valid = row < num_rows;
-        const int token = tile_begin + (valid ? row / params.num_heads : 0);
-        const int head = valid ? row % params.num_heads : 0;
-        copy_async_16(query_address + swizzled_offset<kRowChunks>(row, copy_chunk),
-                      source + token * params.query_token_stride + head * params.query_head_stride +
-                          copy_chunk * 8,
-                      valid);
-      }
+      copy_queries<Element, Config>(params, query_tile, [&](int row) {
+        return query_address + swizzled_offset<kRowChunks>(row, copy_chunk);
+      });
     }
     copy_pair(0);
     copy_pair(2);
     // Only without a forced own block can a ranked block reach past its query.
     const bool masks = params.local_blocks == 0;
     if (masks) {
-      for (int row = threadIdx.x; row < Config::kRows; row += Config::kThreads) {
-        row_position[row] = position_offset + tile_begin + row / params.num_heads;
-      }
+      store_positions<Config>(row_position, params, query_tile, position_offset);
     }
     wait_copies<1>();
     fence_async_proxy();
@@ -140,13 +120,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       query_loaded = true;
       const uint32_t address = query_address + (warpgroup_row + warp_row) * kRowBytes +
                                swizzled_offset<kRowChunks>(lane & 15, lane >> 4);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          load_matrix_x4(query[half][step], (address + half * 64 * kRowBytes) ^ (step * 32));
-        }
-      }
+      load_fragments(query, address, 64 * kRowBytes);
     }
 
     float scores[kHalves][64];
@@ -169,8 +143,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       float best[2] = {first, second};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        best[i] = max_or_nan(best[i], __shfl_xor_sync(0xffffffffu, best[i], 1));
-        best[i] = max_or_nan(best[i], __shfl_xor_sync(0xffffffffu, best[i], 2));
+        best[i] = quad_max_or_nan(best[i]);
         if (block % 4 == lane % 4) kept[half][i] = best[i];
       }
       if (block % 4 != 3 && block != end_block - 1) return;
@@ -181,7 +154,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const int row = lane_row + half * 64 + i * 8;
         if (row < segment.row_begin || row >= segment.row_end) continue;
         const int64_t workspace_row =
-            static_cast<int64_t>(tile_begin - schedule.token_begin) * params.num_heads + row;
+            static_cast<int64_t>(query_tile.begin - schedule.token_begin) * params.num_heads + row;
         params.workspace[workspace_row * schedule.row_stride + own] = kept[half][i];
       }
     };
@@ -219,8 +192,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
     };
 
-    // One product is in flight while another's result is reduced; none at the loop's end, because
-    // the compiler would then wait for each product where it is issued.
+    // One product is in flight while another's result is reduced; none at the loop's end,
+    // because the compiler would then wait for each product where it is issued.
     for (int tile = 0; tile < num_tiles; tile += 2) {
       start_scores(scores[0], query[0], tile);
       start_scores(scores[1], query[1], tile);
@@ -244,7 +217,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       reduce_scores(scores[1], 1, tile + 1);
     }
     __syncthreads();  // every warp is done with the stages and row_position
-  }
+  };
+  for_each_sequence(params, query_tile.begin, query_tile.end, score_sequence);
 }
 
 }  // namespace msa::sm90

@@ -31,6 +31,21 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&fragment)[4
                : "memory");
 }
 
+// The `a` fragments of kTiles m16 tiles, `tile_bytes` apart, for all k16 steps. `address` is the
+// lane's of the first: rows of at most 256 bytes, swizzled, so that a step enters by an exclusive
+// or.
+template <int kTiles, int kSteps>
+__device__ __forceinline__ void load_fragments(uint32_t (&a)[kTiles][kSteps][4], uint32_t address,
+                                               int tile_bytes) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      load_matrix_x4(a[i][step], (address + i * tile_bytes) ^ (step * 32));
+    }
+  }
+}
+
 // accumulator += a * b, one 16 x 8 tile over 16 channels.
 template <typename Element>
 __device__ __forceinline__ void multiply_add(float (&accumulator)[4], const uint32_t (&a)[4],

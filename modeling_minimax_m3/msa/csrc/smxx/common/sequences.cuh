@@ -46,4 +46,20 @@ __device__ __forceinline__ Sequence load_sequence(const int32_t* cu_seqlens_q,
   return sequence;
 }
 
+// Calls visit(sequence, token_begin, token_end) for every sequence that has query tokens in
+// [tile_begin, tile_end), with those that it has.
+template <typename Params, typename Visit>
+__device__ __forceinline__ void for_each_sequence(const Params& params, int tile_begin,
+                                                  int tile_end, Visit visit) {
+  for (int index = find_sequence(params.cu_seqlens_q, params.batch, tile_begin);
+       index < params.batch; ++index) {
+    const Sequence sequence = load_sequence(params.cu_seqlens_q, params.cu_seqlens_k, index,
+                                            params.total_q, params.total_k);
+    if (sequence.query_begin >= tile_end) break;
+    const int token_begin = max(tile_begin, sequence.query_begin);
+    const int token_end = min(tile_end, sequence.query_end);
+    if (token_begin < token_end) visit(sequence, token_begin, token_end);
+  }
+}
+
 }  // namespace msa

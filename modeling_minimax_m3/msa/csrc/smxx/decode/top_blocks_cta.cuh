@@ -21,6 +21,7 @@
 #include "params.h"
 #include "smxx/common/dependent_launch.cuh"
 #include "smxx/common/ordered_bits.cuh"
+#include "smxx/selection/forced_blocks.cuh"
 
 namespace msa {
 
@@ -93,12 +94,9 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     if (place < params.topk) out[place] = place < visible ? place : -1;
     return;
   }
-  // Blocks [0, low) and [high, visible) are forced; more than `wanted` lie between.
-  const int low = min(params.init_blocks, visible);
-  const int high = max(visible - params.local_blocks, low);
-  const int forced = low + visible - high;
-  const int wanted = params.topk - forced;
-  if (place < forced) out[place] = place < low ? place : high + place - low;
+  const ForcedBlocks forced = forced_blocks(visible, params.init_blocks, params.local_blocks);
+  const int wanted = params.topk - forced.count;  // more than that are ranked
+  if (place < forced.count) out[place] = forced.block(place);
   if (wanted <= 0) return;
 
   // Scores as ordered bits, which are never 0; 0 where the block is no candidate.
@@ -106,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
     const int block = threadIdx.x + i * kThreads;
-    kept[i] = block >= low && block < high ? ordered_bits(kept_scores[i]) : 0;
+    kept[i] = forced.is_ranked(block) ? ordered_bits(kept_scores[i]) : 0;
   }
   // Calls visit(bits, block) for every candidate of this thread that is not below `least`, which is
   // at least 1.
@@ -116,8 +114,9 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       if (kept[i] >= least) visit(kept[i], threadIdx.x + i * kThreads);
     }
 #pragma unroll 1
-    for (int block = threadIdx.x + kKept * kThreads; block < high; block += kThreads) {
-      const uint32_t bits = block >= low ? ordered_bits(scores[block - threadIdx.x]) : 0;
+    for (int block = threadIdx.x + kKept * kThreads; block < forced.end_ranked; block += kThreads) {
+      const uint32_t bits =
+          block >= forced.first_ranked ? ordered_bits(scores[block - threadIdx.x]) : 0;
       if (bits >= least) visit(bits, block);
     }
   };
@@ -178,7 +177,8 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     __syncthreads();
     best = __reduce_max_sync(0xffffffffu, warp_high[lane % kWarps]);
     worst = __reduce_min_sync(0xffffffffu, warp_low[lane % kWarps]);
-    Interval interval{uint64_t{best} << 32 | ~0u, uint64_t{worst} << 32, wanted, high - low};
+    Interval interval{uint64_t{best} << 32 | ~0u, uint64_t{worst} << 32, wanted,
+                      forced.end_ranked - forced.first_ranked};
 
 #pragma unroll 1
     while (wanted - interval.wanted + interval.matching > kListLength) {
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       rank += __popc(larger);
     }
     const bool listed = lane < kShare && begin + warp + lane * kWarps < length_of_list;
-    if (listed && rank < wanted) out[forced + rank] = rank_key_id(own);
+    if (listed && rank < wanted) out[forced.count + rank] = rank_key_id(own);
   }
 }
 

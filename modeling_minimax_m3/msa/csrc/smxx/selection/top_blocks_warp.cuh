@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include "config.h"
+#include "forced_blocks.cuh"
 #include "params.h"
 #include "schedule.h"
 #include "smxx/common/ordered_bits.cuh"
@@ -104,12 +105,10 @@ __global__ void __launch_bounds__(32 * kTopkWarps)
     return;
   }
 
-  // More blocks than topk >= init + local are visible, so the forced ones do not coincide.
-  const int num_forced = params.init_blocks + params.local_blocks;
-  for (int i = lane; i < num_forced; i += 32) {
-    selected[i] = i < params.init_blocks ? i : own_block - (num_forced - 1 - i);
-  }
-  const int num_ranked = params.topk - num_forced;
+  const ForcedBlocks forced =
+      disjoint_forced_blocks(own_block + 1, params.init_blocks, params.local_blocks);
+  for (int i = lane; i < forced.count; i += 32) selected[i] = forced.block(i);
+  const int num_ranked = params.topk - forced.count;
   if (num_ranked == 0) return;
 
   BestKeys<kLists> best = {};
@@ -127,20 +126,17 @@ __global__ void __launch_bounds__(32 * kTopkWarps)
   };
 
   const float* scores = params.workspace + row * schedule.row_stride;
-  const int end_block = own_block - params.local_blocks + 1;
-  for (int base = params.init_blocks / 4 * 4; base < end_block; base += 128) {
+  for (int base = forced.first_ranked / 4 * 4; base < forced.end_ranked; base += 128) {
     const int first = base + lane * 4;
     // Rows are padded to a multiple of four floats, so that this stays inside the workspace.
     float4 values = make_float4(0, 0, 0, 0);
-    if (first < end_block) values = __ldcs(reinterpret_cast<const float4*>(scores + first));
+    if (first < forced.end_ranked) values = __ldcs(reinterpret_cast<const float4*>(scores + first));
     const float value[4] = {values.x, values.y, values.z, values.w};
     bool enters[4];
     bool any = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int block = first + i;
-      enters[i] =
-          block >= params.init_blocks && block < end_block && ordered_bits(value[i]) > threshold;
+      enters[i] = forced.is_ranked(first + i) && ordered_bits(value[i]) > threshold;
       any |= enters[i];
     }
     if (!__any_sync(kFullWarp, any)) continue;
@@ -160,7 +156,7 @@ __global__ void __launch_bounds__(32 * kTopkWarps)
 #pragma unroll
   for (int i = 0; i < kLists; ++i) {
     const int rank = 32 * i + lane;
-    if (rank < num_ranked) selected[num_forced + rank] = rank_key_id(best.keys[i]);
+    if (rank < num_ranked) selected[forced.count + rank] = rank_key_id(best.keys[i]);
   }
 }
 
