@@ -25,8 +25,8 @@ void launch_query_major(const ForwardParams& params, const TileOrder* order, cud
 
   const int shared_bytes = Config::kStages * Config::kStageBytes + schedule.entry_count * 4;
   const auto grid = static_cast<unsigned>(schedule.num_tiles) * params.num_kv_heads;
-  launch_kernel(attention_forward_kernel<Element, Config>, grid, Config::kThreads, shared_bytes,
-                stream, params, schedule);
+  launch_kernel(query_major_kernel<Element, Config>, grid, Config::kThreads, shared_bytes, stream,
+                params, schedule);
 }
 
 }  // namespace msa::sm80

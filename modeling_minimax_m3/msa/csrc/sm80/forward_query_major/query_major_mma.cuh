@@ -54,7 +54,7 @@ struct KeySource {
 
 template <typename Element, typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    attention_forward_kernel(const ForwardParams params, const ForwardSchedule schedule) {
+    query_major_kernel(const ForwardParams params, const ForwardSchedule schedule) {
   constexpr int kRowTiles = Config::kRowTiles;
   constexpr int kRowChunks = Config::kRowChunks;
   constexpr int kRowBytes = Config::kRowBytes;

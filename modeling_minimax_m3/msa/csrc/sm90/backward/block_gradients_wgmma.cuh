@@ -14,6 +14,7 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <cstddef>
 
 #include "config.h"
 #include "params.h"
@@ -31,22 +32,6 @@
 #include "smxx/common/turns.cuh"
 
 namespace msa::sm90 {
-
-// What the copying warp tells the others about a tile of the schedule.
-struct BackwardWork {
-  int num_queries;  // 0: there is no more work
-  int kv_head;
-  int first_key;  // of the block, among all keys
-  int num_keys;   // of the block
-  int bucket;
-  int turn;
-};
-
-// And about a query token.
-struct TokenInfo {
-  int pair;      // -1: stands in past the end of the list, its dQ is not stored
-  int last_key;  // that it sees, counted from the block's first
-};
 
 // A place in the ring of stages, and the parity of its present use.
 template <int kStages>
@@ -101,20 +86,21 @@ __device__ __forceinline__ void operands_ready(uint32_t (&a)[4][4]) {
   }
 }
 
+// Addresses of the barriers in BackwardStorage.
 template <typename Config>
 struct BackwardBarriers {
-  uint32_t full;        // of each stage: its rows have landed
-  uint32_t empty;       // of each stage: its rows have been used
-  uint32_t work_full;   // of two
-  uint32_t work_empty;  // of two
-  uint32_t scores;      // of two buffers: dS is written, and the other buffer has been used
+  uint32_t full;
+  uint32_t empty;
+  uint32_t work_full;
+  uint32_t work_empty;
+  uint32_t scores;
 
   __device__ __forceinline__ explicit BackwardBarriers(uint32_t shared)
-      : full(shared + Config::kBarriers),
-        empty(full + Config::kStages * 8),
-        work_full(empty + Config::kStages * 8),
-        work_empty(work_full + 16),
-        scores(work_empty + 16) {}
+      : full(shared + offsetof(BackwardStorage, full)),
+        empty(shared + offsetof(BackwardStorage, empty)),
+        work_full(shared + offsetof(BackwardStorage, work_full)),
+        work_empty(shared + offsetof(BackwardStorage, work_empty)),
+        scores(shared + offsetof(BackwardStorage, scores)) {}
 
   __device__ __forceinline__ void init() const {
     constexpr int kWarps = 4 * Config::kWarpgroups;
@@ -141,8 +127,8 @@ __device__ __forceinline__ void copy_queries(const BackwardParams& params,
   const ForwardParams& forward = params.forward;
   const uint32_t shared = shared_address(shared_bytes);
   const BackwardBarriers<Config> barriers(shared);
-  auto* work = reinterpret_cast<BackwardWork*>(shared_bytes + Config::kWork);
-  auto* infos = reinterpret_cast<TokenInfo*>(shared_bytes + Config::kTokenInfos);
+  auto* work = reinterpret_cast<BackwardWork*>(shared_bytes + offsetof(BackwardStorage, work));
+  auto* infos = reinterpret_cast<TokenInfo*>(shared_bytes + offsetof(BackwardStorage, token_infos));
   const int pairs_per_token = forward.num_kv_heads * forward.topk;
   RingPosition<Config::kStages> ring;
   for (int count = 0;; ++count) {
@@ -184,10 +170,10 @@ __device__ __forceinline__ void copy_queries(const BackwardParams& params,
       }
       __syncwarp();
       if (lane < Config::kTokens) {
-        const uint32_t rows = shared + Config::kStage + ring.stage * Config::kStageBytes +
-                              lane * (Config::kGroup * 128);
-        const uint32_t sums =
-            shared + Config::kLogSums + (ring.stage * Config::kRows + lane * Config::kGroup) * 4;
+        const uint32_t rows = shared + offsetof(BackwardStorage, stages) +
+                              ring.stage * Config::kStageBytes + lane * (Config::kGroup * 128);
+        const uint32_t sums = shared + offsetof(BackwardStorage, log_sums) +
+                              (ring.stage * Config::kRows + lane * Config::kGroup) * 4;
         const int64_t row = static_cast<int64_t>(token) * forward.num_heads + first_head;
 #pragma unroll
         for (int panel = 0; panel < Config::kPanels; ++panel) {
@@ -200,8 +186,8 @@ __device__ __forceinline__ void copy_queries(const BackwardParams& params,
           copy_box(rows + Config::kRowBytes + panel * Config::kRowPanelBytes, grad_out_map, full,
                    panel * 64, first_head, token);
         }
-        copy_bulk(sums + Config::kDeltas - Config::kLogSums, schedule.delta + row,
-                  Config::kGroup * 4, full);
+        copy_bulk(sums + offsetof(BackwardStorage, deltas) - offsetof(BackwardStorage, log_sums),
+                  schedule.delta + row, Config::kGroup * 4, full);
       }
       ring.advance();
     }
@@ -224,8 +210,8 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, const Bac
     const int64_t token = work.first_key + (valid ? row : 0);
     const uint32_t offset = chunk / 8 * Config::kKeyPanelBytes + swizzled_offset<8>(row, chunk % 8);
     copy_async_16(shared + offset, keys + token * params.key_token_stride, valid);
-    copy_async_16(shared + Config::kValues + offset, values + token * params.value_token_stride,
-                  valid);
+    copy_async_16(shared + offsetof(BackwardStorage, values) + offset,
+                  values + token * params.value_token_stride, valid);
   }
   commit_copies();
   wait_copies<0>();
@@ -244,13 +230,13 @@ __device__ __forceinline__ void multiply(const BackwardParams& params,
   const uint64_t own_keys = swizzled_descriptor(shared + warpgroup * (64 * 128));
   const uint64_t own_channels =
       transposed_descriptor(shared + warpgroup * Config::kKeyPanelBytes, Config::kKeyPanelBytes);
-  const uint64_t score_gradients_descriptor =
-      transposed_descriptor(shared + Config::kScoreGradients, Config::kRowPanelBytes);
-  const uint64_t rows = swizzled_descriptor(shared + Config::kStage);
+  const uint64_t score_gradients_descriptor = transposed_descriptor(
+      shared + offsetof(BackwardStorage, score_gradients), Config::kRowPanelBytes);
+  const uint64_t rows = swizzled_descriptor(shared + offsetof(BackwardStorage, stages));
   const uint64_t summed_rows =
-      transposed_descriptor(shared + Config::kStage, Config::kRowPanelBytes);
+      transposed_descriptor(shared + offsetof(BackwardStorage, stages), Config::kRowPanelBytes);
   const int own_key = warpgroup * 64 + warp * 16 + lane / 4;
-  const uint32_t score_rows = shared + Config::kScoreGradients +
+  const uint32_t score_rows = shared + offsetof(BackwardStorage, score_gradients) +
                               (warpgroup * 64 + warp * 16 + lane / 8 % 2 * 8 + lane % 8) * 128;
 
   float grad_key[64], grad_value[64];
@@ -309,12 +295,12 @@ __device__ __forceinline__ void multiply(const BackwardParams& params,
   };
 
   // Of the multiplying warpgroups.
-  auto sync_warpgroups = [] { sync_threads<128 * Config::kWarpgroups>(1); };
+  auto sync_warpgroups = [] { sync_threads<128 * Config::kWarpgroups>(kMultiplyingBarrier); };
   RingPosition<Config::kStages> ring;
   int num_scores = 0;  // dS written so far, alternately to two buffers
   for (int count = 0;; ++count) {
-    const BackwardWork& work =
-        reinterpret_cast<const BackwardWork*>(shared_bytes + Config::kWork)[count % 2];
+    const BackwardWork& work = reinterpret_cast<const BackwardWork*>(
+        shared_bytes + offsetof(BackwardStorage, work))[count % 2];
     barrier_wait(barriers.work_full + count % 2 * 8, count / 2 % 2);
     const int num_steps = (work.num_queries + Config::kTokens - 1) / Config::kTokens;
     if (num_steps == 0) return;
@@ -326,14 +312,14 @@ __device__ __forceinline__ void multiply(const BackwardParams& params,
     int previous_pair = -1;
     for (int step = 0; step < num_steps; ++step) {
       const int stage_bytes = ring.stage * Config::kStageBytes;
-      const uint32_t infos =
-          shared + Config::kTokenInfos + ring.stage * (Config::kTokens * sizeof(TokenInfo));
-      const uint32_t log_sums =
-          shared + Config::kLogSums + ring.stage * (Config::kRows * 4) + lane % 4 * 8;
+      const uint32_t infos = shared + offsetof(BackwardStorage, token_infos) +
+                             ring.stage * (Config::kTokens * sizeof(TokenInfo));
+      const uint32_t log_sums = shared + offsetof(BackwardStorage, log_sums) +
+                                ring.stage * (Config::kRows * 4) + lane % 4 * 8;
 
       barrier_wait(barriers.full + ring.stage * 8, ring.parity);
       start_scores(scores, own_keys, advanced(rows, stage_bytes));
-      start_scores(grad_weights, advanced(own_keys, Config::kValues),
+      start_scores(grad_weights, advanced(own_keys, offsetof(BackwardStorage, values)),
                    advanced(rows, stage_bytes + Config::kRowBytes));
       wgmma_wait<1>();
       accumulators_ready(scores);
@@ -368,7 +354,8 @@ __device__ __forceinline__ void multiply(const BackwardParams& params,
       uint32_t score_gradients[Config::kTokens][4];
 #pragma unroll
       for (int token = 0; token < Config::kTokens; ++token) {
-        const uint32_t deltas = log_sums + Config::kDeltas - Config::kLogSums;
+        const uint32_t deltas =
+            log_sums + offsetof(BackwardStorage, deltas) - offsetof(BackwardStorage, log_sums);
         const float2 delta[2] = {load_shared_pair(deltas + token * 64),
                                  load_shared_pair(deltas + token * 64 + 32)};
 #pragma unroll

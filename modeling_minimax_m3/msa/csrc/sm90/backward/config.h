@@ -2,6 +2,8 @@
 // keys, 16 query heads a key/value head.
 #pragma once
 
+#include <cstdint>
+
 namespace msa::sm90 {
 
 // A thread block keeps the keys and values of one block in shared memory and their gradients in
@@ -27,17 +29,45 @@ struct BackwardConfig {
   static constexpr int kRowBytes = kPanels * kRowPanelBytes;
   static constexpr int kStageBytes = 2 * kRowBytes;  // queries, output gradients
   static constexpr int kScoreBytes = kBlockSize * kRows * 2;
-
-  static constexpr int kValues = kKeyBytes;
-  static constexpr int kStage = 2 * kKeyBytes;
-  static constexpr int kScoreGradients = kStage + kStages * kStageBytes;  // two buffers
-  static constexpr int kLogSums = kScoreGradients + 2 * kScoreBytes;
-  static constexpr int kDeltas = kLogSums + kStages * kRows * 4;
-  static constexpr int kTokenInfos = kDeltas + kStages * kRows * 4;
-  static constexpr int kWork = kTokenInfos + kStages * kTokens * 8;  // two
-  static constexpr int kBarriers = kWork + 2 * 32;
-  static constexpr int kSharedBytes = kBarriers + (2 * kStages + 6) * 8;
-  static_assert(kSharedBytes + 1024 <= 228 * 1024);
 };
+
+// What the copying warp tells the others about a tile of the schedule.
+struct BackwardWork {
+  int num_queries;  // 0: there is no more work
+  int kv_head;
+  int first_key;  // of the block, among all keys
+  int num_keys;   // of the block
+  int bucket;
+  int turn;
+};
+
+// And about a query token.
+struct TokenInfo {
+  int pair;      // -1: stands in past the end of the list, its dQ is not stored
+  int last_key;  // that it sees, counted from the block's first
+};
+
+// Shared memory of a thread block, which starts at a multiple of 1024.
+struct BackwardStorage {
+  using Config = BackwardConfig;
+  unsigned char keys[Config::kKeyBytes];
+  unsigned char values[Config::kKeyBytes];
+  unsigned char stages[Config::kStages][Config::kStageBytes];
+  unsigned char score_gradients[2][Config::kScoreBytes];
+  float log_sums[Config::kStages][Config::kRows];
+  float deltas[Config::kStages][Config::kRows];
+  TokenInfo token_infos[Config::kStages][Config::kTokens];
+  BackwardWork work[2];
+  // Barriers.
+  uint64_t full[Config::kStages];   // the rows of a stage have landed
+  uint64_t empty[Config::kStages];  // they have been used
+  uint64_t work_full[2];
+  uint64_t work_empty[2];
+  uint64_t scores[2];  // a buffer of dS is written, and the other one has been used
+};
+static_assert(sizeof(BackwardStorage) + 1024 <= 228 * 1024);
+
+// The named barrier of the multiplying warpgroups.
+constexpr int kMultiplyingBarrier = 1;
 
 }  // namespace msa::sm90

@@ -35,7 +35,7 @@ void launch_block_gradients(const BackwardParams& params, const BackwardSchedule
   using Config = BackwardConfig;
   auto* kernel = block_gradients_kernel<Element, Config>;
   MSA_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      Config::kSharedBytes));
+                                      sizeof(BackwardStorage)));
 
   const ForwardParams& forward = params.forward;
   // Channels, heads, tokens; a box is 64 channels of a token's heads of one group.
@@ -60,7 +60,7 @@ void launch_block_gradients(const BackwardParams& params, const BackwardSchedule
         <<<kAddingBlocks, kAddingThreads, 0, stream>>>(params, *before);
     MSA_CHECK_LAUNCH();
   }
-  launch_beside(kernel, before != nullptr, grid, Config::kThreads, Config::kSharedBytes, stream,
+  launch_beside(kernel, before != nullptr, grid, Config::kThreads, sizeof(BackwardStorage), stream,
                 params, schedule, query_map, grad_out_map);
 }
 

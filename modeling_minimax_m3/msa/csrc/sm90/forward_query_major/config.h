@@ -2,6 +2,8 @@
 // keys, 16 query heads a group.
 #pragma once
 
+#include <cstdint>
+
 #include "smxx/forward_kv_major/config.h"
 #include "smxx/forward_query_major/tile_union.cuh"
 
@@ -9,7 +11,7 @@ namespace msa::sm90 {
 
 // Eight query tokens x 16 heads are the 128 rows of a thread block, 64 for each of two warpgroups,
 // a token for each of their warps. A third warpgroup feeds them.
-struct ForwardQConfig {
+struct QueryMajorConfig {
   static constexpr int kHeadDim = 128;
   static constexpr int kBlockSize = 128;
   static constexpr int kWarpgroups = 2;
@@ -36,7 +38,24 @@ struct ForwardQConfig {
     return shared_bytes(kMaxSlots, entry_count) <= kSharedLimit ? kMaxSlots : kMaxSlots - 1;
   }
 };
-static_assert(ForwardQConfig::shared_bytes(ForwardQConfig::slots(512), 512) <=
-              ForwardQConfig::kSharedLimit);
+static_assert(QueryMajorConfig::shared_bytes(QueryMajorConfig::slots(512), 512) <=
+              QueryMajorConfig::kSharedLimit);
+
+// A tile's work, beside its list of blocks.
+struct TilePlan {
+  int number;      // token / 8 * num_kv_heads + head; negative: no tile is left
+  int num_blocks;  // of the union
+  TileTokens tokens;
+};
+
+// What is shared beside the operands and lists: plans, and the barriers between the warps.
+struct QueryMajorBarriers {
+  uint64_t planned[QueryMajorConfig::kBuffers];   // a tile's list is there
+  uint64_t queried[QueryMajorConfig::kBuffers];   // its queries are
+  uint64_t finished[QueryMajorConfig::kBuffers];  // its buffer may be used again
+  uint64_t full[QueryMajorConfig::kMaxSlots];     // a slot has been filled
+  uint64_t empty[QueryMajorConfig::kMaxSlots];    // a slot may be filled
+};
+static_assert(sizeof(QueryMajorBarriers) <= 1024, "kSharedLimit leaves as much");
 
 }  // namespace msa::sm90

@@ -15,7 +15,7 @@ namespace msa::sm90 {
 
 template <typename Element>
 void launch_query_major(const ForwardParams& params, const TileOrder* order, cudaStream_t stream) {
-  using Config = ForwardQConfig;
+  using Config = QueryMajorConfig;
   // Keys and values: 64 channels, tokens, panels, heads; a box is one block of one head.
   auto block_map = [&](const void* base, int64_t token_stride, int64_t head_stride) {
     return make_tensor_map<4>({base,
@@ -25,7 +25,7 @@ void launch_query_major(const ForwardParams& params, const TileOrder* order, cud
                                {64, Config::kBlockSize, Config::kPanels, 1}},
                               params.dtype);
   };
-  ForwardQArguments arguments;
+  QueryMajorArguments arguments;
   arguments.params = params;
   arguments.key = block_map(params.key, params.key_token_stride, params.key_head_stride);
   arguments.value = block_map(params.value, params.value_token_stride, params.value_head_stride);
@@ -48,7 +48,7 @@ void launch_query_major(const ForwardParams& params, const TileOrder* order, cud
   }
 
   const int grid = std::min(num_multiprocessors(), arguments.num_tiles);
-  launch_kernel(attention_forward_q_kernel<Element, Config>, grid, Config::kThreads,
+  launch_kernel(query_major_kernel<Element, Config>, grid, Config::kThreads,
                 Config::shared_bytes(arguments.num_slots, arguments.entry_count), stream,
                 arguments);
 }
