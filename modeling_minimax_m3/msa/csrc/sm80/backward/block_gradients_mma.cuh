@@ -9,6 +9,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
+
 #include "config.h"
 #include "params.h"
 #include "smxx/backward/schedule.h"
@@ -19,15 +21,6 @@
 #include "smxx/forward_kv_major/buckets.cuh"
 
 namespace msa::sm80 {
-
-// What a step's rows carry beside queries and output gradients.
-template <int kRows>
-struct RowInfo {
-  float lse[kRows];
-  float delta[kRows];
-  int last_key[kRows];  // that the row sees, counted from the block's first
-  int pair[kRows];      // of schedule.h; comes a step before the others
-};
 
 // Where a 16-byte chunk of 8 query rows lies in the scores' gradients of 16 rows: a line of 32
 // bytes for each key. Eight neighbouring keys lie in eight different bank groups.
@@ -54,6 +47,7 @@ __device__ __forceinline__ void add_row(float* row, const float (&sums)[kTiles][
 template <typename Element, typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     block_gradients_kernel(const BackwardParams params, const BackwardSchedule schedule) {
+  using Storage = BackwardStorage<Config>;
   constexpr int kRows = Config::kRows;
   constexpr int kRowChunks = Config::kRowChunks;
   constexpr int kRowBytes = Config::kRowBytes;
@@ -76,9 +70,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (tile.num_queries == 0) return;
 
   const uint32_t stages_address = shared_address(shared);
-  const uint32_t keys_address = stages_address + Config::kKeyOffset;
-  const uint32_t scores_address = stages_address + Config::kScoreOffset;
-  auto* infos = reinterpret_cast<RowInfo<kRows>*>(shared + Config::kInfoOffset);
+  const uint32_t keys_address = stages_address + offsetof(Storage, keys);
+  const uint32_t scores_address = stages_address + offsetof(Storage, score_gradients);
+  auto* infos = reinterpret_cast<Storage*>(shared)->infos;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int copy_row = threadIdx.x / kRowChunks;
@@ -232,7 +226,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const uint32_t queries_address = stages_address + step % Config::kStages * Config::kStageBytes;
     const uint32_t grads_address = queries_address + Config::kRowsBytes;
     const RowInfo<kRows>& info = infos[step % Config::kInfoSteps];
-    const int grad_scores = Config::kScoreOffset + step % 2 * Config::kScoreBytes +
+    const int grad_scores = offsetof(Storage, score_gradients) + step % 2 * Config::kScoreBytes +
                             score_offset(warp * 16 + lane / 4, 0) + lane % 4 * 4;
     const int end_row = min(num_rows - step * kRows, kRows);
 #pragma unroll 1

@@ -19,13 +19,28 @@ struct BackwardConfig {
   static constexpr int kStageBytes = 2 * kRowsBytes;
   static constexpr int kKeyBytes = kBlockSize * kRowBytes;
   static constexpr int kScoreBytes = kRows * kBlockSize * 2;  // gradients of a step's scores
-  static constexpr int kKeyOffset = kStages * kStageBytes;
-  static constexpr int kScoreOffset = kKeyOffset + kKeyBytes;
-  static constexpr int kInfoOffset = kScoreOffset + 2 * kScoreBytes;
   static constexpr int kInfoSteps = 4;  // steps whose row infos exist at a time, a power of two
-  static constexpr int kSharedBytes = kInfoOffset + kInfoSteps * kRows * 16;
   static_assert(kKeyBytes <= kStages * kStageBytes, "values pass through the stages");
-  static_assert(kSharedBytes + 1024 <= 99 * 1024);
 };
+
+// What a step's rows carry beside queries and output gradients.
+template <int kRows>
+struct RowInfo {
+  float lse[kRows];
+  float delta[kRows];
+  int last_key[kRows];  // that the row sees, counted from the block's first
+  int pair[kRows];      // of schedule.h; comes a step before the others
+};
+
+// Shared memory of a thread block.
+template <typename Config>
+struct BackwardStorage {
+  unsigned char stages[Config::kStages][Config::kStageBytes];
+  unsigned char keys[Config::kKeyBytes];
+  unsigned char score_gradients[2][Config::kScoreBytes];
+  RowInfo<Config::kRows> infos[Config::kInfoSteps];
+};
+static_assert(sizeof(BackwardStorage<BackwardConfig<128, 128>>) + 1024 <= 99 * 1024);
+static_assert(sizeof(BackwardStorage<BackwardConfig<64, 128>>) + 1024 <= 99 * 1024);
 
 }  // namespace msa::sm80

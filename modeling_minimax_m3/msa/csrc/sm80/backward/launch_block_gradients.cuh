@@ -15,7 +15,7 @@ void launch_block_gradients(const BackwardParams& params, const BackwardSchedule
   const auto launch = [&](auto block_size) {
     using Config = BackwardConfig<kHeadDim, block_size.value>;
     launch_kernel(block_gradients_kernel<Element, Config>, schedule.max_tiles, Config::kThreads,
-                  Config::kSharedBytes, stream, params, schedule);
+                  sizeof(BackwardStorage<Config>), stream, params, schedule);
   };
   if (params.forward.block_size == 64) {
     launch(std::integral_constant<int, 64>{});

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   static_assert(kCopyRows % 8 == 0, "the rows of a thread must share one swizzle");
 
   extern __shared__ __align__(1024) unsigned char shared[];
-  int* row_position = reinterpret_cast<int*>(shared + kStages * Config::kTileBytes);
+  int* row_position = reinterpret_cast<ScoreStorage<Config>*>(shared)->row_position;
   const uint32_t stages_address = shared_address(shared);
 
   const int warp = threadIdx.x / 32;

@@ -20,13 +20,18 @@ struct ScoreConfig {
   static constexpr int kRowChunks = kHeadDim / 8;  // 16-byte chunks of a row
   static constexpr int kTileBytes = kTileKeys * kHeadDim * 2;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
-  static constexpr int kPositionBytes = kRows * 4;
   // The queries pass through the key stages on their way to registers.
-  static constexpr int kSharedBytes = kStages * kTileBytes + kPositionBytes;
   static constexpr int kBlocksPerSm = 2;
   static_assert(kRows == kScoreRows);
   static_assert(kQueryBytes <= kStages * kTileBytes);
-  static_assert(kSharedBytes <= 99 * 1024);
 };
+
+// Shared memory of a thread block.
+template <typename Config>
+struct ScoreStorage {
+  unsigned char stages[Config::kStages][Config::kTileBytes];
+  int row_position[Config::kRows];  // of the query among its sequence's keys
+};
+static_assert(sizeof(ScoreStorage<ScoreConfig<128>>) <= 99 * 1024);
 
 }  // namespace msa::sm80

@@ -21,8 +21,14 @@ struct ForwardKvConfig {
   static constexpr int kKeyBytes = kPanels * kKeyPanelBytes;
   static constexpr int kQueryPanelBytes = kTokens * kGroup * 128;
   static constexpr int kQueryBytes = kPanels * kQueryPanelBytes;  // of a warpgroup
-  static constexpr int kSharedBytes = 2 * kKeyBytes + kWarpgroups * kQueryBytes;
-  static_assert(kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024);
 };
+
+// Shared memory of a thread block.
+struct KvMajorStorage {
+  unsigned char keys[ForwardKvConfig::kKeyBytes];
+  unsigned char values[ForwardKvConfig::kKeyBytes];
+  unsigned char queries[ForwardKvConfig::kWarpgroups][ForwardKvConfig::kQueryBytes];
+};
+static_assert(ForwardKvConfig::kBlocksPerSm * (sizeof(KvMajorStorage) + 1024) <= 228 * 1024);
 
 }  // namespace msa::sm90

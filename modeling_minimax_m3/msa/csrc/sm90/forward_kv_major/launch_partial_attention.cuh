@@ -12,7 +12,7 @@ void launch_partial_attention(const ForwardParams& params, const KvSchedule& sch
                               cudaStream_t stream) {
   using Config = ForwardKvConfig;
   launch_kernel(partial_attention_kernel<Element, Config>, tile_grid(params, schedule),
-                Config::kThreads, Config::kSharedBytes, stream, params, schedule);
+                Config::kThreads, sizeof(KvMajorStorage), stream, params, schedule);
 }
 
 }  // namespace msa::sm90

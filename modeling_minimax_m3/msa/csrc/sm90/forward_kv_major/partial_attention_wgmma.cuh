@@ -37,10 +37,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const int warpgroup = threadIdx.x / 128;
     const int warp = threadIdx.x / 32 % 4;
     const int lane = threadIdx.x % 32;
-    const uint32_t keys_address = shared_address(shared);
-    const uint32_t values_address = keys_address + Config::kKeyBytes;
-    const uint32_t queries_address =
-        values_address + Config::kKeyBytes + warpgroup * Config::kQueryBytes;
+    auto& storage = *reinterpret_cast<KvMajorStorage*>(shared);
+    const uint32_t keys_address = shared_address(storage.keys);
+    const uint32_t values_address = shared_address(storage.values);
+    const uint32_t queries_address = shared_address(storage.queries[warpgroup]);
 
     copy_block<Element, Config>(
         params, tile, Config::kBlockSize, keys_address, values_address, [](int row, int chunk) {

@@ -48,7 +48,7 @@ struct TilePlan {
   TileTokens tokens;
 };
 
-// What is shared beside the operands and lists: plans, and the barriers between the warps.
+// The barriers between the warps.
 struct QueryMajorBarriers {
   uint64_t planned[QueryMajorConfig::kBuffers];   // a tile's list is there
   uint64_t queried[QueryMajorConfig::kBuffers];   // its queries are
@@ -56,6 +56,7 @@ struct QueryMajorBarriers {
   uint64_t full[QueryMajorConfig::kMaxSlots];     // a slot has been filled
   uint64_t empty[QueryMajorConfig::kMaxSlots];    // a slot may be filled
 };
-static_assert(sizeof(QueryMajorBarriers) <= 1024, "kSharedLimit leaves as much");
+static_assert(QueryMajorConfig::kBuffers * sizeof(TilePlan) + sizeof(QueryMajorBarriers) <= 1024,
+              "kSharedLimit leaves as much");
 
 }  // namespace msa::sm90

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   // The queries pass through the stages that keys need last.
   const uint32_t query_address =
       stages_address + kStages * Config::kTileBytes - Config::kQueryBytes;
-  int* row_position = reinterpret_cast<int*>(shared + kStages * Config::kTileBytes);
+  int* row_position = reinterpret_cast<ScoreStorage<Config>*>(shared)->row_position;
 
   const int lane = threadIdx.x % 32;
   const int warpgroup_row = threadIdx.x / 128 * 64 * kHalves;

@@ -21,10 +21,16 @@ struct ScoreConfig {
   static constexpr int kPanelBytes = kTileKeys * 128;
   static constexpr int kTileBytes = kHeadDim / 64 * kPanelBytes;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
-  static constexpr int kSharedBytes = kStages * kTileBytes + kRows * 4;
   static_assert(kQueryBytes <= 2 * kTileBytes);
   static_assert(kRows == kScoreRows);
-  static_assert(kSharedBytes <= 227 * 1024);
 };
+
+// Shared memory of a thread block.
+template <typename Config>
+struct ScoreStorage {
+  unsigned char stages[Config::kStages][Config::kTileBytes];
+  int row_position[Config::kRows];  // of the query among its sequence's keys
+};
+static_assert(sizeof(ScoreStorage<ScoreConfig<128>>) <= 227 * 1024);
 
 }  // namespace msa::sm90

@@ -12,8 +12,8 @@ void launch_block_scores(const SelectParams& params, const ScoreSchedule& schedu
                          cudaStream_t stream) {
   using Config = ScoreConfig<kHeadDim>;
   const auto grid = static_cast<unsigned>(schedule.num_units) * schedule.num_tiles;
-  launch_kernel(block_scores_kernel<Element, Config>, grid, Config::kThreads, Config::kSharedBytes,
-                stream, params, schedule);
+  launch_kernel(block_scores_kernel<Element, Config>, grid, Config::kThreads,
+                sizeof(ScoreStorage<Config>), stream, params, schedule);
 }
 
 }  // namespace msa::sm90
