@@ -79,14 +79,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int copy_chunk = threadIdx.x % kRowChunks;
   const uint32_t copy_offset = swizzled_offset<kRowChunks>(copy_row, copy_chunk);
 
-  const int num_rows = tile.num_queries << schedule.group_shift;
+  const int num_rows = tile.num_queries << schedule.q_heads_shift;
   auto copy_pairs = [&](int step) {
     if (copy_chunk != 0) return;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int row = copy_row + i * kCopyRows;
       const bool valid = step * kRows + row < num_rows;
-      const int query = valid ? (step * kRows + row) >> schedule.group_shift : 0;
+      const int query = valid ? (step * kRows + row) >> schedule.q_heads_shift : 0;
       copy_async_4(shared_address(infos[step % Config::kInfoSteps].pair + row),
                    lists.pair_list + tile.list_begin + query, valid);
     }
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   __syncthreads();  // the values' place is free for the stages
 
   const int pairs_per_token = forward.num_kv_heads * forward.topk;
-  const int group = 1 << schedule.group_shift;
+  const int q_heads_per_kv = 1 << schedule.q_heads_shift;
   // Rows without a query are zeros, which add nothing to any sum.
   auto copy_rows = [&](int step) {
     const uint32_t target =
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       const bool valid = step * kRows + row < num_rows;
       const int part_token = info.pair[row] / pairs_per_token;
       const int64_t token = lists.token_begin + part_token;
-      const int head = tile.kv_head * group + (row & (group - 1));
+      const int head = tile.kv_head * q_heads_per_kv + (row & (q_heads_per_kv - 1));
       const Element* queries = static_cast<const Element*>(forward.query) +
                                token * forward.query_token_stride +
                                head * forward.query_head_stride + copy_chunk * 8;
@@ -207,8 +207,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         for (int half = 0; half < 2; ++half) {
           const int row = first_row + half * 8 + lane / 4;
           if ((step - 1) * kRows + row >= num_rows) continue;
-          const int64_t target =
-              (static_cast<int64_t>(pairs[row]) << schedule.group_shift) + (row & (group - 1));
+          const int64_t target = (static_cast<int64_t>(pairs[row]) << schedule.q_heads_shift) +
+                                 (row & (q_heads_per_kv - 1));
           uint32_t words[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {

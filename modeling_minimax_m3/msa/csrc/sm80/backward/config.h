@@ -13,7 +13,8 @@ struct BackwardConfig {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRowChunks = kHeadDim / 8;  // 16-byte chunks of a row
   static constexpr int kRowBytes = kHeadDim * 2;
-  static constexpr int kRows = 4096 / kHeadDim;  // query rows of a step: tokens x heads of a group
+  static constexpr int kRows =
+      4096 / kHeadDim;  // query rows of a step: tokens x heads of a key/value head
   static constexpr int kRowsBytes = kRows * kRowBytes;  // of queries; as much of output gradients
   static constexpr int kStages = 2;
   static constexpr int kStageBytes = 2 * kRowsBytes;

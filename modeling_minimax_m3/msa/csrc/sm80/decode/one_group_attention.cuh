@@ -23,10 +23,10 @@ namespace msa::sm80 {
 
 template <int kHeadDim>
 struct OneGroupShared {
-  uint4 queries[kHeadDim / 16][32];         // a operands, one a k step and lane
-  uint4 weights[kAttentionWarps][32];       // a operands: a warp's 16 keys
-  float4 sums[kAttentionWarps][kMaxGroup];  // of weights; shares of four lanes
-  float4 maxima[kMaxGroup];                 // one a warp
+  uint4 queries[kHeadDim / 16][32];               // a operands, one a k step and lane
+  uint4 weights[kAttentionWarps][32];             // a operands: a warp's 16 keys
+  float4 sums[kAttentionWarps][kMaxQHeadsPerKv];  // of weights; shares of four lanes
+  float4 maxima[kMaxQHeadsPerKv];                 // one a warp
 };
 
 // The words of a few columns that this kernel reads once.

@@ -32,8 +32,8 @@ template <int kHeadDim>
 struct AttentionShared {
   uint4 queries[kHeadDim / 16][32];  // a operands, one a k step and lane
   KeyGroupPlace places[kMaxGroupsPerCta];
-  float2 softmax[kAttentionWarps][kMaxGroup];
-  float4 outputs[kAttentionWarps][kMaxGroup][kHeadDim / 4 + 1];  // + 1: see spread_column
+  float2 softmax[kAttentionWarps][kMaxQHeadsPerKv];
+  float4 outputs[kAttentionWarps][kMaxQHeadsPerKv][kHeadDim / 4 + 1];  // + 1: see spread_column
 };
 
 // Where four columns of an output row lie in shared memory: with rows of an odd number of float4,

@@ -69,10 +69,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       for (int i = 0; i < kRowTiles; ++i) {
         const int pair = i == 0 ? first : second;
         const int token = schedule.token_begin + max(pair, 0) / pairs_per_token;
-        const Element* queries =
-            static_cast<const Element*>(params.query) + token * params.query_token_stride +
-            (static_cast<int64_t>(tile.kv_head) * kGroup + copy_row) * params.query_head_stride +
-            copy_chunk * 8;
+        const Element* queries = static_cast<const Element*>(params.query) +
+                                 token * params.query_token_stride +
+                                 (static_cast<int64_t>(tile.kv_head) * kQHeadsPerKv + copy_row) *
+                                     params.query_head_stride +
+                                 copy_chunk * 8;
 #pragma unroll
         for (int row = 0; row < 16; row += kLaneCopyRows) {
           copy_async_16(
@@ -138,13 +139,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
           sum = quad_sum(sum);
           inverse[half] = 1 / sum;
           if (lane % 4 == 0 && pair >= 0) {
-            schedule.partial_lse[static_cast<int64_t>(pair) * kGroup + half * 8 + lane / 4] =
+            schedule.partial_lse[static_cast<int64_t>(pair) * kQHeadsPerKv + half * 8 + lane / 4] =
                 running.reference[i][half] + log2f(sum);
           }
         }
         if (pair < 0) continue;
         uint4* target = static_cast<uint4*>(schedule.partial_out) +
-                        static_cast<int64_t>(pair) * (kGroup * kRowChunks) + lane;
+                        static_cast<int64_t>(pair) * (kQHeadsPerKv * kRowChunks) + lane;
 #pragma unroll
         for (int vector = 0; vector < kSteps; ++vector) {
           const float (&low)[4] = running.out[i][2 * vector];

@@ -5,7 +5,7 @@
 
 namespace msa::sm80 {
 
-// A warp owns 32 query rows (tokens x heads of one group), with its queries and outputs in
+// A warp owns 32 query rows (tokens x heads of one key/value head), with its queries and outputs in
 // registers; tiles of 64 keys and values stream through shared memory.
 template <int kHeadDim_>
 struct ForwardConfig {

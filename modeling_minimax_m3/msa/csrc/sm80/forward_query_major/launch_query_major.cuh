@@ -13,10 +13,10 @@ namespace msa::sm80 {
 template <typename Element, int kHeadDim>
 void launch_query_major(const ForwardParams& params, const TileOrder* order, cudaStream_t stream) {
   using Config = ForwardConfig<kHeadDim>;
-  const unsigned group = params.num_heads / params.num_kv_heads;
+  const unsigned q_heads_per_kv = params.num_heads / params.num_kv_heads;
   ForwardSchedule schedule;
-  schedule.group_shift = std::countr_zero(group);
-  const int tile_tokens = Config::kRows / group;
+  schedule.q_heads_shift = std::countr_zero(q_heads_per_kv);
+  const int tile_tokens = Config::kRows / q_heads_per_kv;
   schedule.num_tiles = (params.total_q + tile_tokens - 1) / tile_tokens;
   schedule.entry_count =
       static_cast<int>(std::bit_ceil(static_cast<unsigned>(tile_tokens * params.topk)));

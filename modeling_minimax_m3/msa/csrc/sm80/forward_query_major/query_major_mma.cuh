@@ -1,10 +1,10 @@
 // Attention of every query over the blocks listed for it, query-major.
 //
-// A thread block owns a tile of neighbouring query tokens with all heads of one group, builds the
-// sorted union of their blocks and walks it once. Keys and values of a block are loaded once for
-// the tile; a warp whose tokens did not choose the block passes it over, and so does a half of a
-// warp. So arithmetic follows the selection whatever it is, and loads shrink as neighbouring tokens
-// share blocks.
+// A thread block owns a tile of neighbouring query tokens with all heads of one key/value head,
+// builds the sorted union of their blocks and walks it once. Keys and values of a block are loaded
+// once for the tile; a warp whose tokens did not choose the block passes it over, and so does a
+// half of a warp. So arithmetic follows the selection whatever it is, and loads shrink as
+// neighbouring tokens share blocks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,7 +24,7 @@ namespace msa::sm80 {
 
 struct ForwardSchedule {
   int num_tiles;                  // query tiles of one key/value head
-  int group_shift;                // log2 of the query heads of a key/value head
+  int q_heads_shift;              // log2 of the query heads of a key/value head
   int entry_count;                // power of two, at least the tokens of a tile times topk
   float scale_log2;               // softmax_scale * log2(e)
   const uint8_t* is_query_major;  // tiles to work on, see forward_order/; nullptr: all
@@ -32,13 +32,13 @@ struct ForwardSchedule {
 
 // The keys that a warp's rows see, counted from the first key of a tile.
 struct UnionVisibleKeys {
-  uint32_t tokens;  // bit i: token i of the warp chose the block
-  int position;     // of the warp's first token
-  int group_shift;  // log2 of the rows of a token
+  uint32_t tokens;    // bit i: token i of the warp chose the block
+  int position;       // of the warp's first token
+  int q_heads_shift;  // log2 of the rows of a token
 
   // The last visible key of a row, -1 when there is none.
   __device__ __forceinline__ int limit(int row) const {
-    const int token = row >> group_shift;
+    const int token = row >> q_heads_shift;
     return tokens >> token & 1 ? position + token : -1;
   }
 };
@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
                               kv_head] == 0) {
     return;
   }
-  const int group = 1 << schedule.group_shift;
-  const int tile_tokens = Config::kRows >> schedule.group_shift;
-  const int warp_tokens = Config::kWarpRows >> schedule.group_shift;
+  const int q_heads_per_kv = 1 << schedule.q_heads_shift;
+  const int tile_tokens = Config::kRows >> schedule.q_heads_shift;
+  const int warp_tokens = Config::kWarpRows >> schedule.q_heads_shift;
   const int warp_token = warp * warp_tokens;
   const int tile_begin = static_cast<int>(blockIdx.x % schedule.num_tiles) * tile_tokens;
   const int tile_end = min(tile_begin + tile_tokens, params.total_q);
@@ -88,16 +88,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const uint32_t copy_offset = swizzled_offset<kRowChunks>(copy_row, copy_chunk);
 
   {
-    const Element* queries = static_cast<const Element*>(params.query) +
-                             static_cast<int64_t>(kv_head) * group * params.query_head_stride +
-                             copy_chunk * 8;
+    const Element* queries =
+        static_cast<const Element*>(params.query) +
+        static_cast<int64_t>(kv_head) * q_heads_per_kv * params.query_head_stride + copy_chunk * 8;
 #pragma unroll 4
     for (int row = copy_row; row < Config::kRows; row += kCopyRows) {
-      const int token = tile_begin + (row >> schedule.group_shift);
+      const int token = tile_begin + (row >> schedule.q_heads_shift);
       const bool valid = token < tile_end;
       copy_async_16(stages_address + copy_offset + (row - copy_row) * kRowBytes,
                     queries + (valid ? token : tile_begin) * params.query_token_stride +
-                        (row & (group - 1)) * params.query_head_stride,
+                        (row & (q_heads_per_kv - 1)) * params.query_head_stride,
                     valid);
     }
     commit_copies();
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       // are passed over whole.
       const bool masks = first_key + Config::kTileKeys - 1 > first_position || warp_tokens > 2;
       const UnionVisibleKeys visible = {
-          tokens, position_offset + tile_begin + warp_token - first_key, schedule.group_shift};
+          tokens, position_offset + tile_begin + warp_token - first_key, schedule.q_heads_shift};
       const uint32_t stage_address = stages_address + stage;
       auto attend = [&](auto begin, auto end) {
 #pragma unroll 1
@@ -244,10 +244,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
             pack<Element>(running.out[i][tile][2 * half] * inverse,
                           running.out[i][tile][2 * half + 1] * inverse);
       }
-      const int token = tile_begin + warp_token + (row >> schedule.group_shift);
+      const int token = tile_begin + warp_token + (row >> schedule.q_heads_shift);
       if (lane % 4 == 0 && token < tile_end) {
-        params.lse[static_cast<int64_t>(token) * params.num_heads + kv_head * group +
-                   (row & (group - 1))] =
+        params.lse[static_cast<int64_t>(token) * params.num_heads + kv_head * q_heads_per_kv +
+                   (row & (q_heads_per_kv - 1))] =
             sum == 0 ? -INFINITY : (running.reference[i][half] + log2f(sum)) * kLn2;
       }
     }
@@ -255,10 +255,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   __syncwarp();
   for (int chunk = lane; chunk < Config::kWarpRows * kRowChunks; chunk += 32) {
     const int row = chunk / kRowChunks;
-    const int token = tile_begin + warp_token + (row >> schedule.group_shift);
+    const int token = tile_begin + warp_token + (row >> schedule.q_heads_shift);
     if (token >= tile_end) continue;
-    const int64_t head =
-        static_cast<int64_t>(token) * params.num_heads + kv_head * group + (row & (group - 1));
+    const int64_t head = static_cast<int64_t>(token) * params.num_heads + kv_head * q_heads_per_kv +
+                         (row & (q_heads_per_kv - 1));
     reinterpret_cast<uint4*>(params.out)[head * kRowChunks + chunk % kRowChunks] =
         *reinterpret_cast<const uint4*>(shared + out_offset +
                                         swizzled_offset<kRowChunks>(row, chunk % kRowChunks));

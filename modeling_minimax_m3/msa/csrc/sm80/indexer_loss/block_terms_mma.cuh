@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(IndexerLossConfig::kThreads, 2)
   }
   __syncthreads();
 
-  const int group = attention.num_heads / attention.num_kv_heads;
-  const int row_tiles = (Config::kWarpPairs * group + 15) / 16;
+  const int q_heads_per_kv = attention.num_heads / attention.num_kv_heads;
+  const int row_tiles = (Config::kWarpPairs * q_heads_per_kv + 15) / 16;
   const uint32_t keys_address =
       shared_address(shared) + swizzled_offset<8>((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
   const uint32_t index_keys_address = shared_address(index_keys);
@@ -77,9 +77,9 @@ __global__ void __launch_bounds__(IndexerLossConfig::kThreads, 2)
 #pragma unroll 1
     for (int i = 0; i < row_tiles; ++i) {
       TeacherRows<kHeadDim> rows;
-      load_teacher_rows<Element>(rows, attention, tokens, tile.kv_head, group, i);
-      const float offset[2] = {probability_offset(rows.lse[0], group),
-                               probability_offset(rows.lse[1], group)};
+      load_teacher_rows<Element>(rows, attention, tokens, tile.kv_head, q_heads_per_kv, i);
+      const float offset[2] = {probability_offset(rows.lse[0], q_heads_per_kv),
+                               probability_offset(rows.lse[1], q_heads_per_kv)};
 #pragma unroll 1
       for (int key = 0; key < block_size; key += 32) {
         float scores[16];
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(IndexerLossConfig::kThreads, 2)
                                                       Config::row_floats(block_size), scores,
                                                       schedule.lists.scale_log2, offset, i);
         };
-        switch (group) {
+        switch (q_heads_per_kv) {
           case 1:
             store(std::integral_constant<int, 1>{});
             break;

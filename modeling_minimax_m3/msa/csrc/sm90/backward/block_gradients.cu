@@ -9,7 +9,7 @@ bool supports_block_gradients(const BackwardParams& params) {
   const ForwardParams& forward = params.forward;
   return forward.head_dim == BackwardConfig::kHeadDim &&
          forward.block_size == BackwardConfig::kBlockSize &&
-         forward.num_heads == forward.num_kv_heads * BackwardConfig::kGroup &&
+         forward.num_heads == forward.num_kv_heads * BackwardConfig::kQHeadsPerKv &&
          // The copy engine cannot repeat a row.
          forward.query_token_stride > 0 && forward.query_head_stride > 0 &&
          params.grad_out_token_stride > 0 && params.grad_out_head_stride > 0;

@@ -149,7 +149,7 @@ __device__ __forceinline__ void copy_queries(const BackwardParams& params,
     }
     if (tile.num_queries == 0) return;
 
-    const int first_head = tile.kv_head * Config::kGroup;
+    const int first_head = tile.kv_head * Config::kQHeadsPerKv;
     const int first_position =
         tile.sequence.first_position - tile.sequence.query_begin - tile.first_key;
     for (int begin = 0; begin < tile.num_queries; begin += Config::kTokens) {
@@ -171,23 +171,24 @@ __device__ __forceinline__ void copy_queries(const BackwardParams& params,
       __syncwarp();
       if (lane < Config::kTokens) {
         const uint32_t rows = shared + offsetof(BackwardStorage, stages) +
-                              ring.stage * Config::kStageBytes + lane * (Config::kGroup * 128);
+                              ring.stage * Config::kStageBytes +
+                              lane * (Config::kQHeadsPerKv * 128);
         const uint32_t sums = shared + offsetof(BackwardStorage, log_sums) +
-                              (ring.stage * Config::kRows + lane * Config::kGroup) * 4;
+                              (ring.stage * Config::kRows + lane * Config::kQHeadsPerKv) * 4;
         const int64_t row = static_cast<int64_t>(token) * forward.num_heads + first_head;
 #pragma unroll
         for (int panel = 0; panel < Config::kPanels; ++panel) {
           copy_box(rows + panel * Config::kRowPanelBytes, query_map, full, panel * 64, first_head,
                    token);
         }
-        copy_bulk(sums, forward.lse + row, Config::kGroup * 4, full);
+        copy_bulk(sums, forward.lse + row, Config::kQHeadsPerKv * 4, full);
 #pragma unroll
         for (int panel = 0; panel < Config::kPanels; ++panel) {
           copy_box(rows + Config::kRowBytes + panel * Config::kRowPanelBytes, grad_out_map, full,
                    panel * 64, first_head, token);
         }
         copy_bulk(sums + offsetof(BackwardStorage, deltas) - offsetof(BackwardStorage, log_sums),
-                  schedule.delta + row, Config::kGroup * 4, full);
+                  schedule.delta + row, Config::kQHeadsPerKv * 4, full);
       }
       ring.advance();
     }
@@ -274,9 +275,10 @@ __device__ __forceinline__ void multiply(const BackwardParams& params,
   // A warp's rows are the heads of one token.
   auto store_grad_query = [&](int pair) {
     if (pair < 0) return;
-    Element* target = static_cast<Element*>(schedule.partial_grad_query) +
-                      (static_cast<int64_t>(pair) * Config::kGroup + lane / 4) * Config::kHeadDim +
-                      warpgroup * 64 + lane % 4 * 8;
+    Element* target =
+        static_cast<Element*>(schedule.partial_grad_query) +
+        (static_cast<int64_t>(pair) * Config::kQHeadsPerKv + lane / 4) * Config::kHeadDim +
+        warpgroup * 64 + lane % 4 * 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll

@@ -12,9 +12,9 @@ namespace msa::sm90 {
 struct BackwardConfig {
   static constexpr int kHeadDim = 128;
   static constexpr int kBlockSize = 128;
-  static constexpr int kGroup = 16;
+  static constexpr int kQHeadsPerKv = 16;
   static constexpr int kTokens = 4;
-  static constexpr int kRows = kTokens * kGroup;
+  static constexpr int kRows = kTokens * kQHeadsPerKv;
   static constexpr int kWarpgroups = 2;  // that multiply
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kStages = 3;

@@ -38,14 +38,14 @@ void launch_block_gradients(const BackwardParams& params, const BackwardSchedule
                                       sizeof(BackwardStorage)));
 
   const ForwardParams& forward = params.forward;
-  // Channels, heads, tokens; a box is 64 channels of a token's heads of one group.
+  // Channels, heads, tokens; a box is 64 channels of a token's heads of one key/value head.
   auto row_map = [&](const void* base, int64_t token_stride, int64_t head_stride) {
     return make_tensor_map<3>(
         {base,
          {static_cast<uint64_t>(forward.head_dim), static_cast<uint64_t>(forward.num_heads),
           static_cast<uint64_t>(forward.total_q)},
          {head_stride, token_stride},
-         {64, Config::kGroup, 1}},
+         {64, Config::kQHeadsPerKv, 1}},
         forward.dtype);
   };
   const CUtensorMap query_map =

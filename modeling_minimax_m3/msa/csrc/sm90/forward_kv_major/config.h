@@ -19,7 +19,7 @@ struct ForwardKvConfig {
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr int kKeyPanelBytes = kBlockSize * 128;
   static constexpr int kKeyBytes = kPanels * kKeyPanelBytes;
-  static constexpr int kQueryPanelBytes = kTokens * kGroup * 128;
+  static constexpr int kQueryPanelBytes = kTokens * kQHeadsPerKv * 128;
   static constexpr int kQueryBytes = kPanels * kQueryPanelBytes;  // of a warpgroup
 };
 

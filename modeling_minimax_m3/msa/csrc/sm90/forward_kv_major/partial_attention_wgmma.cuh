@@ -58,11 +58,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       const int token = schedule.token_begin + max(pair, 0) / pairs_per_token;
       const Element* queries =
           static_cast<const Element*>(params.query) + token * params.query_token_stride +
-          static_cast<int64_t>(tile.kv_head) * kGroup * params.query_head_stride + chunk * 8;
+          static_cast<int64_t>(tile.kv_head) * kQHeadsPerKv * params.query_head_stride + chunk * 8;
       const uint32_t panel = queries_address + chunk / 8 * Config::kQueryPanelBytes;
 #pragma unroll
-      for (int row = row_begin; row < kGroup; row += 32 / kRowChunks) {
-        copy_async_16(panel + swizzled_offset<8>(warp * kGroup + row, chunk % 8),
+      for (int row = row_begin; row < kQHeadsPerKv; row += 32 / kRowChunks) {
+        copy_async_16(panel + swizzled_offset<8>(warp * kQHeadsPerKv + row, chunk % 8),
                       queries + row * params.query_head_stride, pair >= 0);
       }
       commit_copies();
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         sum[half] = quad_sum(sum[half]);
         inverse[half] = 1 / sum[half];
         if (lane % 4 == 0 && pair >= 0) {
-          schedule.partial_lse[static_cast<int64_t>(pair) * kGroup + half * 8 + lane / 4] =
+          schedule.partial_lse[static_cast<int64_t>(pair) * kQHeadsPerKv + half * 8 + lane / 4] =
               largest[half] + log2f(sum[half]);
         }
       }
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       accumulators_ready(out);
       if (pair >= 0) {
         uint4* target = static_cast<uint4*>(schedule.partial_out) +
-                        static_cast<int64_t>(pair) * (kGroup * kRowChunks) + lane;
+                        static_cast<int64_t>(pair) * (kQHeadsPerKv * kRowChunks) + lane;
 #pragma unroll
         for (int vector = 0; vector < 8; ++vector) {
           const float* values = out + vector * 8;

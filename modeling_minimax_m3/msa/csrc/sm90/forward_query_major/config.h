@@ -1,5 +1,5 @@
 // Tiles and shared memory of the query-major attention on Hopper: head dimension 128, blocks of 128
-// keys, 16 query heads a group.
+// keys, 16 query heads per key/value head.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct QueryMajorConfig {
   static constexpr int kProducerRegisters = 56;
   // Operands lie as panels of 64 channels, the width of the 128-byte swizzle.
   static constexpr int kPanels = kHeadDim / 64;
-  static constexpr int kRows = kTileTokens * kGroup;
+  static constexpr int kRows = kTileTokens * kQHeadsPerKv;
   static constexpr int kQueryPanelBytes = kRows * 128;
   static constexpr int kQueryBytes = kPanels * kQueryPanelBytes;
   static constexpr int kKeyPanelBytes = kBlockSize * 128;

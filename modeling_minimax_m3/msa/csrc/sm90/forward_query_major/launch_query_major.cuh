@@ -29,12 +29,12 @@ void launch_query_major(const ForwardParams& params, const TileOrder* order, cud
   arguments.params = params;
   arguments.key = block_map(params.key, params.key_token_stride, params.key_head_stride);
   arguments.value = block_map(params.value, params.value_token_stride, params.value_head_stride);
-  // Queries: 64 channels, heads, tokens, panels; a box is a tile of tokens of one group.
+  // Queries: 64 channels, heads, tokens, panels; a box is a tile of tokens of one key/value head.
   arguments.query = make_tensor_map<4>({params.query,
                                         {64, static_cast<uint64_t>(params.num_heads),
                                          static_cast<uint64_t>(params.total_q), Config::kPanels},
                                         {params.query_head_stride, params.query_token_stride, 64},
-                                        {64, kGroup, kTileTokens, Config::kPanels}},
+                                        {64, kQHeadsPerKv, kTileTokens, Config::kPanels}},
                                        params.dtype);
   arguments.scale_log2 = scale_log2(params.softmax_scale);
   arguments.num_tiles = (params.total_q + kTileTokens - 1) / kTileTokens * params.num_kv_heads;

@@ -10,7 +10,7 @@ bool supports_forward(const ForwardParams& params) {
   auto moves = [](int size, int64_t stride) { return size <= 1 || stride > 0; };
   return params.head_dim == QueryMajorConfig::kHeadDim &&
          params.block_size == QueryMajorConfig::kBlockSize &&
-         params.num_heads == params.num_kv_heads * kGroup && params.topk >= 1 &&
+         params.num_heads == params.num_kv_heads * kQHeadsPerKv && params.topk >= 1 &&
          params.topk <= kMaxTopk && params.total_k <= kMaxUnionKeys && params.softmax_scale > 0 &&
          moves(params.total_q, params.query_token_stride) &&
          moves(params.num_heads, params.query_head_stride) &&

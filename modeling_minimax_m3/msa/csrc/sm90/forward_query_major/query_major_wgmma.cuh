@@ -143,7 +143,7 @@ __device__ __forceinline__ void copy_tiles(const QueryMajorArguments& arguments,
     const int head = plan.number % arguments.params.num_kv_heads;
     barrier_arrive_expecting(memory.queried + 8 * buffer, Config::kQueryBytes);
     copy_box(memory.queries + buffer * Config::kQueryBytes, arguments.query,
-             memory.queried + 8 * buffer, 0, head * kGroup,
+             memory.queried + 8 * buffer, 0, head * kQHeadsPerKv,
              plan.number / arguments.params.num_kv_heads * kTileTokens, 0);
     const uint32_t* list = memory.lists + buffer * arguments.entry_count;
     for (int i = 0; i < plan.num_blocks; ++i) {
@@ -176,7 +176,7 @@ __device__ __forceinline__ void store_outputs(const QueryMajorArguments& argumen
   for (int half = 0; half < 2; ++half) {
     sum[half] = quad_sum(sum[half]);
     const float inverse = sum[half] == 0 ? 0 : 1 / sum[half];
-    const int row = warp * kGroup + half * 8 + lane / 4;
+    const int row = warp * kQHeadsPerKv + half * 8 + lane / 4;
 #pragma unroll
     for (int chunk = 0; chunk < Config::kHeadDim / 8; ++chunk) {
       *reinterpret_cast<uint32_t*>(staged + chunk / 8 * Config::kQueryPanelBytes +
@@ -189,14 +189,14 @@ __device__ __forceinline__ void store_outputs(const QueryMajorArguments& argumen
   const int token = plan.number / arguments.params.num_kv_heads * kTileTokens + own_token;
   if (token < arguments.params.total_q) {
     const int64_t head = static_cast<int64_t>(token) * arguments.params.num_heads +
-                         plan.number % arguments.params.num_kv_heads * kGroup;
+                         plan.number % arguments.params.num_kv_heads * kQHeadsPerKv;
     uint4* target = static_cast<uint4*>(arguments.params.out) + head * (Config::kHeadDim / 8);
 #pragma unroll
-    for (int i = 0; i < kGroup * Config::kHeadDim / 8 / 32; ++i) {
+    for (int i = 0; i < kQHeadsPerKv * Config::kHeadDim / 8 / 32; ++i) {
       const int row = i * 2 + lane / 16, chunk = lane % 16;
       target[i * 32 + lane] =
           *reinterpret_cast<const uint4*>(staged + chunk / 8 * Config::kQueryPanelBytes +
-                                          swizzled_offset<8>(warp * kGroup + row, chunk % 8));
+                                          swizzled_offset<8>(warp * kQHeadsPerKv + row, chunk % 8));
     }
     if (lane % 4 == 0) {
 #pragma unroll
@@ -224,8 +224,8 @@ __device__ __forceinline__ void attend_tiles(const QueryMajorArguments& argument
     const int num_blocks = __shfl_sync(0xffffffffu, plan.num_blocks, 0);
     const uint32_t* list = memory.lists + buffer * arguments.entry_count;
     const int position = plan.tokens.position[own_token];
-    const uint32_t query_address =
-        memory.queries + buffer * Config::kQueryBytes + warpgroup * Config::kTokens * kGroup * 128;
+    const uint32_t query_address = memory.queries + buffer * Config::kQueryBytes +
+                                   warpgroup * Config::kTokens * kQHeadsPerKv * 128;
     barrier_wait(memory.queried + 8 * buffer, turn_parity);
 
     float out[64];

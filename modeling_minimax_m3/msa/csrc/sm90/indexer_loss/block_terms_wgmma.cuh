@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(IndexerLossConfig::kThreads, 2)
   using Config = IndexerLossConfig;
   constexpr int kHeadDim = IndexerLossShape::kHeadDim;
   constexpr int kBlockSize = IndexerLossShape::kBlockSize;
-  constexpr int kGroup = IndexerLossShape::kGroup;
+  constexpr int kQHeadsPerKv = IndexerLossShape::kQHeadsPerKv;
   constexpr int kPanelBytes = kBlockSize * 128;
   constexpr int kKeyBytes = kBlockSize * kHeadDim * 2;
   constexpr int kRowFloats = Config::row_floats(kBlockSize);
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(IndexerLossConfig::kThreads, 2)
   };
   int tokens = token_of(params, schedule, own_pair(own_first()));
   TeacherRows<kHeadDim> rows;
-  load_teacher_rows<Element>(rows, attention, tokens, tile.kv_head, kGroup, 0);
+  load_teacher_rows<Element>(rows, attention, tokens, tile.kv_head, kQHeadsPerKv, 0);
   // What is loaded is used a step later at the earliest: the next pairs during the eight products,
   // the next queries during the sums, and during the last of them the index queries.
   IndexRow query;
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(IndexerLossConfig::kThreads, 2)
     for (int step = 0; step < kHeadDim / 16; ++step) {
       row_fragment(a[step], rows.low, rows.high, step);
     }
-    const float offset[2] = {probability_offset(rows.lse[0], kGroup),
-                             probability_offset(rows.lse[1], kGroup)};
+    const float offset[2] = {probability_offset(rows.lse[0], kQHeadsPerKv),
+                             probability_offset(rows.lse[1], kQHeadsPerKv)};
     float scores[64];
     wgmma_fence();
 #pragma unroll
@@ -92,16 +92,16 @@ __global__ void __launch_bounds__(IndexerLossConfig::kThreads, 2)
     accumulators_ready(scores);
 #pragma unroll
     for (int key = 0; key < kBlockSize; key += 32) {
-      store_probabilities<kGroup>(probabilities + key, kRowFloats,
-                                  *reinterpret_cast<const float (*)[16]>(scores + key / 2),
-                                  schedule.lists.scale_log2, offset, i);
+      store_probabilities<kQHeadsPerKv>(probabilities + key, kRowFloats,
+                                        *reinterpret_cast<const float (*)[16]>(scores + key / 2),
+                                        schedule.lists.scale_log2, offset, i);
       // Registers for the next queries are free when some scores are done with.
       if (key != 0) continue;
       if constexpr (decltype(is_last)::value) {
         load_index_query<Element>(query, params, tokens, tile.kv_head, kHeadDim);
         load_student_pairs<kGradient>(student, params, schedule, tile, own_first(), tokens);
       } else {
-        load_teacher_rows<Element>(rows, attention, tokens, tile.kv_head, kGroup, i + 1);
+        load_teacher_rows<Element>(rows, attention, tokens, tile.kv_head, kQHeadsPerKv, i + 1);
       }
     }
   };
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(IndexerLossConfig::kThreads, 2)
     __syncwarp();  // the probabilities of all eight pairs are there
 
     const int next_tokens = token_of(params, schedule, next_pair);
-    load_teacher_rows<Element>(rows, attention, next_tokens, tile.kv_head, kGroup, 0);
+    load_teacher_rows<Element>(rows, attention, next_tokens, tile.kv_head, kQHeadsPerKv, 0);
     IndexScores scores;
     index_scores<Element>(scores, query, index_keys_address, tile, tokens,
                           schedule.index_scale_log2, kBlockSize, kHeadDim);

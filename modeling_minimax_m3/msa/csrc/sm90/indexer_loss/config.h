@@ -9,7 +9,7 @@ namespace msa::sm90 {
 struct IndexerLossShape {
   static constexpr int kHeadDim = 128;  // of the main heads and the index heads
   static constexpr int kBlockSize = 128;
-  static constexpr int kGroup = 16;
+  static constexpr int kQHeadsPerKv = 16;
   static constexpr int kSharedBytes =
       IndexerLossConfig::shared_bytes(kBlockSize, kHeadDim, kHeadDim);
   static_assert(2 * (kSharedBytes + 1024) <= 228 * 1024, "two thread blocks a multiprocessor");

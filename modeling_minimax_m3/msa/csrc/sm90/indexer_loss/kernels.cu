@@ -13,7 +13,7 @@ bool supports_index_gradients(const IndexerLossParams& params) {
 bool supports_block_terms(const IndexerLossParams& params) {
   const ForwardParams& attention = params.attention;
   return supports_index_gradients(params) && attention.head_dim == IndexerLossShape::kHeadDim &&
-         attention.num_heads == attention.num_kv_heads * IndexerLossShape::kGroup;
+         attention.num_heads == attention.num_kv_heads * IndexerLossShape::kQHeadsPerKv;
 }
 
 void launch_block_terms(const IndexerLossParams& params, const IndexerLossSchedule& schedule,

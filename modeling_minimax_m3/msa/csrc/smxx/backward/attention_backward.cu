@@ -58,11 +58,12 @@ int64_t fixed_bytes(const ForwardParams& params) {
 
 // Few tiles mean that loading a block and adding its sums weigh little; many, that all
 // multiprocessors are busy.
-int choose_tile_queries(int64_t pairs, int group) {
+int choose_tile_queries(int64_t pairs, int q_heads_per_kv) {
   constexpr int64_t kTiles = 1024;
   constexpr int64_t kLeastRows = 1024, kMostRows = 8192;
   constexpr int64_t kStep = 64;
-  const int64_t queries = std::clamp(pairs / kTiles, kLeastRows / group, kMostRows / group);
+  const int64_t queries =
+      std::clamp(pairs / kTiles, kLeastRows / q_heads_per_kv, kMostRows / q_heads_per_kv);
   return static_cast<int>((queries + kStep - 1) / kStep * kStep);
 }
 
@@ -98,10 +99,10 @@ void launch_attention_backward(const BackwardParams& params,
   }
   const int64_t part = part_tokens(forward);
 
-  const int group = forward.num_heads / forward.num_kv_heads;
+  const int q_heads_per_kv = forward.num_heads / forward.num_kv_heads;
   BackwardSchedule schedule{};
   schedule.lists.scale_log2 = scale_log2(forward.softmax_scale);
-  schedule.group_shift = std::countr_zero(static_cast<unsigned>(group));
+  schedule.q_heads_shift = std::countr_zero(static_cast<unsigned>(q_heads_per_kv));
   Workspace pieces(workspace);
   const int64_t delta_rows = static_cast<int64_t>(forward.total_q) * forward.num_heads;
   auto* delta = pieces.take_floats(delta_rows);
@@ -114,7 +115,7 @@ void launch_attention_backward(const BackwardParams& params,
   const int64_t max_pairs = part * token_pairs(forward);
   void* partial_grad_query[kBuffers];
   for (int i = 0; i < (part < forward.total_q ? kBuffers : 1); ++i) {
-    partial_grad_query[i] = pieces.take(max_pairs * group * forward.head_dim * 2);
+    partial_grad_query[i] = pieces.take(max_pairs * q_heads_per_kv * forward.head_dim * 2);
   }
   schedule.lists.pair_list = pieces.take_integers(max_pairs);
 
@@ -134,7 +135,7 @@ void launch_attention_backward(const BackwardParams& params,
     const int64_t pairs = (end - begin) * token_pairs(forward);
     schedule.lists.token_begin = static_cast<int>(begin);
     schedule.lists.token_end = static_cast<int>(end);
-    schedule.lists.tile_queries = choose_tile_queries(pairs, group);
+    schedule.lists.tile_queries = choose_tile_queries(pairs, q_heads_per_kv);
     schedule.max_tiles =
         static_cast<int>(max_tiles(forward, end - begin, schedule.lists.tile_queries));
     launch_inverse_lists(forward, schedule.lists, stream);

@@ -75,10 +75,10 @@ __device__ __forceinline__ void add_query_gradients(const BackwardParams& params
     written |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, is_written)) << base;
   }
 
-  const int pair_vectors = kRowVectors << schedule.group_shift;
+  const int pair_vectors = kRowVectors << schedule.q_heads_shift;
   const int64_t first_head =
       static_cast<int64_t>(lists.token_begin + row / forward.num_kv_heads) * forward.num_heads +
-      (row % forward.num_kv_heads << schedule.group_shift);
+      (row % forward.num_kv_heads << schedule.q_heads_shift);
   const uint4* source =
       static_cast<const uint4*>(schedule.partial_grad_query) + first_pair * pair_vectors;
   for (int vector = lane; vector < pair_vectors; vector += 32) {

@@ -13,7 +13,7 @@ namespace msa {
 struct BackwardSchedule {
   // partial_out is unused. scale_log2 * (query . key) - lse * log2(e) is the log2 of a probability.
   KvSchedule lists;
-  int group_shift;       // log2 of the query heads of a key/value head
+  int q_heads_shift;     // log2 of the query heads of a key/value head
   int max_tiles;         // thread blocks to launch; those without a tile return at once
   int32_t* next_tile;    // (1), 0 at launch: thread blocks take tiles in their order
   int32_t* bucket_turn;  // (num_buckets), 0 at launch: tiles of the bucket that have added theirs

@@ -29,7 +29,7 @@ __device__ __forceinline__ float warp_max(float value) {
 // take 8 or 16 splits at a time. Always summed in the same order.
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads, 4)
-    combine_splits_kernel(const DecodeAttentionParams params, int splits, int num_group_heads) {
+    combine_splits_kernel(const DecodeAttentionParams params, int splits, int q_heads_per_kv) {
   constexpr int kColumns = kHeadDim / 2;
   constexpr int kLanes = kColumns / 4;  // of a split
   constexpr int kRows = kAttentionThreads / kLanes;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 4)
   const int head = blockIdx.z / 2, half = blockIdx.z % 2;
   const PartialResults partial = partial_results(params, splits);
   const int64_t item = int64_t{blockIdx.x} * params.num_kv_heads + blockIdx.y;
-  const int64_t first = partial_index(item, 0, head, splits, num_group_heads);
+  const int64_t first = partial_index(item, 0, head, splits, q_heads_per_kv);
   const float2* softmax = partial.softmax + first + min(lane, splits - 1);
   const float* outputs = partial.outputs + first * kHeadDim + half * kColumns + column;
   const float* sources[kTerms];  // past the last split that one, of weight 0
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 4)
   for (int i = 0; i < kTerms; ++i) {
     sources[i] = outputs + min(first_split + i * kRows, splits - 1) * kHeadDim;
   }
-  const int64_t head_index = item * num_group_heads + head;
+  const int64_t head_index = item * q_heads_per_kv + head;
   Element* out =
       static_cast<Element*>(params.out) + head_index * kHeadDim + half * kColumns + 2 * threadIdx.x;
   wait_for_previous_kernel(softmax, sources[0], sources[kTerms / 2], sources[kTerms - 1], out);

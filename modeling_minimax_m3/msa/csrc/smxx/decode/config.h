@@ -39,8 +39,8 @@ constexpr int kTopKeptShort = 2;  // of a short row every instruction counts
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
 constexpr int kAttentionCtasPerSm = 3;
-constexpr int kMaxSplits = 32;  // one lane each when they are combined
-constexpr int kMaxGroup = 16;   // query heads per key/value head: the m of one mma
+constexpr int kMaxSplits = 32;       // one lane each when they are combined
+constexpr int kMaxQHeadsPerKv = 16;  // query heads per key/value head: the m of one mma
 constexpr int kMaxGroupsPerCta = kMaxTopk * 128 / kGroupKeys;
 
 // Strides between slots stay within 32 bits also times the keys of a group.

@@ -15,7 +15,7 @@ void check(const DecodeAttentionParams& params) {
   const CallCheck call("decode_attention");
   call.check_sizes(params.block_size, params.topk, params.cache);
   call.require(params.num_heads % params.num_kv_heads == 0 &&
-                   params.num_heads / params.num_kv_heads <= kMaxGroup,
+                   params.num_heads / params.num_kv_heads <= kMaxQHeadsPerKv,
                "at most 16 query heads per key/value head, got " +
                    std::to_string(params.num_heads) + " and " +
                    std::to_string(params.num_kv_heads));
@@ -41,11 +41,11 @@ void launch_decode_attention(const DecodeAttentionParams& params,
   launch_split_attention(params, stream);
   const int splits = plan_attention(params).splits;
   if (splits == 1) return;
-  const int group = params.num_heads / params.num_kv_heads;
-  const dim3 grid(params.batch * params.num_new, params.num_kv_heads, 2 * group);
+  const int q_heads_per_kv = params.num_heads / params.num_kv_heads;
+  const dim3 grid(params.batch * params.num_new, params.num_kv_heads, 2 * q_heads_per_kv);
   dispatch(params.dtype, params.head_dim, [&](auto element, auto head_dim) {
     launch_dependent<combine_splits_kernel<decltype(element), head_dim.value>>(
-        grid, kAttentionThreads, stream, params, splits, group);
+        grid, kAttentionThreads, stream, params, splits, q_heads_per_kv);
   });
 }
 

@@ -21,8 +21,8 @@ partial_results(const DecodeAttentionParams& params, int splits) {
 }
 
 __device__ __forceinline__ int64_t partial_index(int64_t item, int split, int head, int splits,
-                                                 int num_group_heads) {
-  return (item * num_group_heads + head) * splits + split;
+                                                 int q_heads_per_kv) {
+  return (item * q_heads_per_kv + head) * splits + split;
 }
 
 }  // namespace msa

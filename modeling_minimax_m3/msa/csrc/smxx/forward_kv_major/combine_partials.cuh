@@ -32,8 +32,8 @@ template <typename Element, int kHeadDim>
 __device__ __forceinline__ void combine_piece(const ForwardParams& params,
                                               const KvSchedule& schedule, int piece, int lane) {
   constexpr int kVectors = kHeadDim / 16 / kCombineHalves;
-  constexpr int kSlots = 4;                            // whose loads are in flight together
-  constexpr int kPairVectors = kGroup * kHeadDim / 8;  // 16-byte vectors of a pair
+  constexpr int kSlots = 4;                                  // whose loads are in flight together
+  constexpr int kPairVectors = kQHeadsPerKv * kHeadDim / 8;  // 16-byte vectors of a pair
   const int row = piece / kCombineHalves;
   const int first_vector = piece % kCombineHalves * kVectors;
   const int64_t first_pair = static_cast<int64_t>(row) * params.topk;
@@ -50,12 +50,12 @@ __device__ __forceinline__ void combine_piece(const ForwardParams& params,
     written |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, is_written)) << base;
   }
 
-  const float* lse = schedule.partial_lse + first_pair * kGroup + lane / 4;
+  const float* lse = schedule.partial_lse + first_pair * kQHeadsPerKv + lane / 4;
   float largest[2] = {-INFINITY, -INFINITY};
   for (uint64_t left = written; left != 0; left &= left - 1) {
     const int slot = __ffsll(static_cast<long long>(left)) - 1;
-    largest[0] = fmaxf(largest[0], lse[slot * kGroup]);
-    largest[1] = fmaxf(largest[1], lse[slot * kGroup + 8]);
+    largest[0] = fmaxf(largest[0], lse[slot * kQHeadsPerKv]);
+    largest[1] = fmaxf(largest[1], lse[slot * kQHeadsPerKv + 8]);
   }
 
   float sum[2] = {0, 0};
@@ -79,8 +79,8 @@ __device__ __forceinline__ void combine_piece(const ForwardParams& params,
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       if (slots[i] < 0) continue;
-      const float weight[2] = {exp2_approx(lse[slots[i] * kGroup] - largest[0]),
-                               exp2_approx(lse[slots[i] * kGroup + 8] - largest[1])};
+      const float weight[2] = {exp2_approx(lse[slots[i] * kQHeadsPerKv] - largest[0]),
+                               exp2_approx(lse[slots[i] * kQHeadsPerKv + 8] - largest[1])};
       sum[0] += weight[0];
       sum[1] += weight[1];
 #pragma unroll
@@ -99,8 +99,8 @@ __device__ __forceinline__ void combine_piece(const ForwardParams& params,
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t head =
-        static_cast<int64_t>(token) * params.num_heads + kv_head * kGroup + half * 8 + lane / 4;
+    const int64_t head = static_cast<int64_t>(token) * params.num_heads + kv_head * kQHeadsPerKv +
+                         half * 8 + lane / 4;
     const float inverse = written == 0 ? 0 : 1 / sum[half];
     uint32_t* target = reinterpret_cast<uint32_t*>(params.out) + head * (kHeadDim / 2) +
                        first_vector * 8 + lane % 4;

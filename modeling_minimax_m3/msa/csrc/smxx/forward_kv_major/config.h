@@ -5,7 +5,7 @@
 
 namespace msa {
 
-constexpr int kGroup = 16;         // query heads of a key/value head
+constexpr int kQHeadsPerKv = 16;   // query heads of a key/value head
 constexpr int kTileQueries = 128;  // query tokens of a thread block at most
 
 // Bytes of partial outputs that exist at a time. Fewer queries at a time would load every block of

@@ -16,7 +16,7 @@ namespace msa {
 namespace {
 
 void check_supported(const ForwardParams& params) {
-  if (params.num_kv_heads < 1 || params.num_heads != params.num_kv_heads * kGroup) {
+  if (params.num_kv_heads < 1 || params.num_heads != params.num_kv_heads * kQHeadsPerKv) {
     throw std::runtime_error("the KV-major forward needs 16 query heads per key/value head, got " +
                              std::to_string(params.num_heads) + " and " +
                              std::to_string(params.num_kv_heads));
@@ -27,7 +27,7 @@ void check_supported(const ForwardParams& params) {
 
 // Partial output and sums of a pair.
 int64_t pair_bytes(const ForwardParams& params) {
-  return static_cast<int64_t>(kGroup) * (params.head_dim * 2 + 4);
+  return static_cast<int64_t>(kQHeadsPerKv) * (params.head_dim * 2 + 4);
 }
 
 int64_t num_parts(const ForwardParams& params) {
@@ -111,8 +111,8 @@ void launch_forward_kv(const ForwardParams& params, const TileOrder* order, void
   KvSchedule& first = parts.first;
   first.tile_queries = kTileQueries;
   first.scale_log2 = scale_log2(params.softmax_scale);
-  first.partial_out = pieces.take(part_pairs * kGroup * params.head_dim * 2);
-  first.partial_lse = pieces.take_floats(part_pairs * kGroup);
+  first.partial_out = pieces.take(part_pairs * kQHeadsPerKv * params.head_dim * 2);
+  first.partial_lse = pieces.take_floats(part_pairs * kQHeadsPerKv);
   first.pair_list = pieces.take_integers(listed * part_pairs);
   first.tile_bucket = pieces.take_integers(listed * parts.part_tiles);
   take_buckets(first, params, pieces, listed);

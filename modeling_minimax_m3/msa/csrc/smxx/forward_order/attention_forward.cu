@@ -12,7 +12,7 @@ namespace {
 bool may_go_kv_major(const ForwardParams& params) {
   constexpr int kMinQueries = 2048;
   constexpr int64_t kMinQueriesPerBlock = 2;
-  if (params.num_heads != params.num_kv_heads * kGroup || params.total_q < kMinQueries ||
+  if (params.num_heads != params.num_kv_heads * kQHeadsPerKv || params.total_q < kMinQueries ||
       params.total_k > kMaxUnionKeys) {
     return false;
   }

@@ -1,5 +1,5 @@
 // The indexer's loss, KV-major: per query and head, the KL divergence of the indexer's softmax from
-// the main attention's mean over the heads of a group, and its gradient.
+// the main attention's mean over the query heads of a key/value head, and its gradient.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,5 @@
-// The teacher: the main attention's probabilities, averaged over the heads of a group.
+// The teacher: the main attention's probabilities, averaged over the query heads of a key/value
+// head.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,15 +25,15 @@ struct TeacherRows {
 template <typename Element, int kHeadDim>
 __device__ __forceinline__ void load_teacher_rows(TeacherRows<kHeadDim>& rows,
                                                   const ForwardParams& params, int tokens,
-                                                  int kv_head, int group, int tile) {
+                                                  int kv_head, int q_heads_per_kv, int tile) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = tile * 16 + half * 8 + lane / 4;
-    const int place = row / group;
+    const int place = row / q_heads_per_kv;
     const int token = __shfl_sync(0xffffffffu, tokens, place % 8);
     const bool valid = place < IndexerLossConfig::kWarpPairs && token >= 0;
-    const int64_t head = kv_head * group + row % group;
+    const int64_t head = kv_head * q_heads_per_kv + row % q_heads_per_kv;
     const Element* query = static_cast<const Element*>(params.query) +
                            max(token, 0) * params.query_token_stride +
                            head * params.query_head_stride + lane % 4 * 8;
@@ -44,19 +45,19 @@ __device__ __forceinline__ void load_teacher_rows(TeacherRows<kHeadDim>& rows,
 
 // What makes a mean probability of a score in units of log2. Not where rows are loaded, which would
 // wait for them there.
-__device__ __forceinline__ float probability_offset(float lse, int group) {
-  return lse * kLog2E + log2f(static_cast<float>(group));
+__device__ __forceinline__ float probability_offset(float lse, int q_heads_per_kv) {
+  return lse * kLog2E + log2f(static_cast<float>(q_heads_per_kv));
 }
 
-// Adds 8 values of every lane over the min(kGroup, 8) rows of a pair. Value j is column
+// Adds 8 values of every lane over the min(kQHeadsPerKv, 8) rows of a pair. Value j is column
 // j / 2 * 8 + lane % 4 * 2 + j % 2 of row lane / 4. What is left of a pair's 32 columns is spread
-// over its lanes: the first 8 / min(kGroup, 8) values, from value `begin` on.
-template <int kGroup>
+// over its lanes: the first 8 / min(kQHeadsPerKv, 8) values, from value `begin` on.
+template <int kQHeadsPerKv>
 __device__ __forceinline__ int add_rows(float (&values)[8]) {
   const int lane = threadIdx.x % 32;
   int begin = 0;
 #pragma unroll
-  for (int rows = 1, count = 4; rows < kGroup && rows < 8; rows *= 2, count /= 2) {
+  for (int rows = 1, count = 4; rows < kQHeadsPerKv && rows < 8; rows *= 2, count /= 2) {
     const bool upper = lane & (4 * rows);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
@@ -71,7 +72,7 @@ __device__ __forceinline__ int add_rows(float (&values)[8]) {
 
 // The scores of 32 keys (accumulators of four n8 tiles) as mean probabilities, to `target`: row of
 // the warp's first pair, column of the first of these keys.
-template <int kGroup>
+template <int kQHeadsPerKv>
 __device__ __forceinline__ void store_probabilities(float* target, int row_floats,
                                                     const float (&scores)[16], float scale_log2,
                                                     const float (&offset)[2], int tile) {
@@ -82,16 +83,16 @@ __device__ __forceinline__ void store_probabilities(float* target, int row_float
     const int half = i / 2 % 2;
     values[half][i / 4 * 2 + i % 2] = exp2_approx(scores[i] * scale_log2 - offset[half]);
   }
-  if constexpr (kGroup == 16) {
+  if constexpr (kQHeadsPerKv == 16) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) values[0][j] += values[1][j];
   }
-  constexpr int kLeft = kGroup >= 8 ? 1 : 8 / kGroup;
+  constexpr int kLeft = kQHeadsPerKv >= 8 ? 1 : 8 / kQHeadsPerKv;
 #pragma unroll
-  for (int half = 0; half < (kGroup == 16 ? 1 : 2); ++half) {
-    const int begin = add_rows<kGroup>(values[half]);
-    const int pair = (tile * 16 + half * 8 + lane / 4) / kGroup;
-    if (pair >= IndexerLossConfig::kWarpPairs) break;  // one head a group: half a tile
+  for (int half = 0; half < (kQHeadsPerKv == 16 ? 1 : 2); ++half) {
+    const int begin = add_rows<kQHeadsPerKv>(values[half]);
+    const int pair = (tile * 16 + half * 8 + lane / 4) / kQHeadsPerKv;
+    if (pair >= IndexerLossConfig::kWarpPairs) break;  // one head per key/value head: half a tile
 #pragma unroll
     for (int i = 0; i < kLeft; ++i) {
       const int value = begin + i;
