@@ -4,10 +4,6 @@
 // chose it through them. A token with its 16 heads is one m16 tile, so no arithmetic is wasted
 // whatever the selection. Warps share nothing but keys and values and run freely; the next two
 // tokens' queries are fetched while the present ones are worked on.
-//
-// A pair's output goes to the workspace in fragment order, so that a warp writes and combines it in
-// whole 512-byte rows: 16-byte vector v of lane l holds channels 16v + 2 (l % 4) and the next,
-// first of head l / 4, then of head l / 4 + 8, and the same eight channels on.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -27,7 +27,7 @@ struct ForwardSchedule {
   int q_heads_shift;              // log2 of the query heads of a key/value head
   int entry_count;                // power of two, at least the tokens of a tile times topk
   float scale_log2;               // softmax_scale * log2(e)
-  const uint8_t* is_query_major;  // tiles to work on, see forward_order/; nullptr: all
+  const uint8_t* is_query_major;  // tiles to work on, see smxx/forward_order/; nullptr: all
 };
 
 // The keys that a warp's rows see, counted from the first key of a tile.

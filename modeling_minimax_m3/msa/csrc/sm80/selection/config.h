@@ -1,7 +1,7 @@
 // Tiles and shared memory of the block-score kernel.
 #pragma once
 
-#include "smxx/selection/schedule.h"
+#include "smxx/selection/score_storage.h"
 
 namespace msa::sm80 {
 
@@ -26,12 +26,6 @@ struct ScoreConfig {
   static_assert(kQueryBytes <= kStages * kTileBytes);
 };
 
-// Shared memory of a thread block.
-template <typename Config>
-struct ScoreStorage {
-  unsigned char stages[Config::kStages][Config::kTileBytes];
-  int row_position[Config::kRows];  // of the query among its sequence's keys
-};
 static_assert(sizeof(ScoreStorage<ScoreConfig<128>>) <= 99 * 1024);
 
 }  // namespace msa::sm80

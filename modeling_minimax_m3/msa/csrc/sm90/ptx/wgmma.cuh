@@ -1,7 +1,7 @@
 // Warpgroup matrix products (wgmma, sm_90a): a from registers or shared memory, b from shared
 // memory.
 //
-// The accumulators and `a` of a warp have the layout of common/matrix.cuh for its 16 of the 64
+// The accumulators and `a` of a warp have the layout of smxx/common/matrix.cuh for its 16 of the 64
 // rows.
 #pragma once
 

@@ -1,7 +1,7 @@
 // Tiles and shared memory of the Hopper block-score kernel.
 #pragma once
 
-#include "smxx/selection/schedule.h"
+#include "smxx/selection/score_storage.h"
 
 namespace msa::sm90 {
 
@@ -25,12 +25,6 @@ struct ScoreConfig {
   static_assert(kRows == kScoreRows);
 };
 
-// Shared memory of a thread block.
-template <typename Config>
-struct ScoreStorage {
-  unsigned char stages[Config::kStages][Config::kTileBytes];
-  int row_position[Config::kRows];  // of the query among its sequence's keys
-};
 static_assert(sizeof(ScoreStorage<ScoreConfig<128>>) <= 227 * 1024);
 
 }  // namespace msa::sm90

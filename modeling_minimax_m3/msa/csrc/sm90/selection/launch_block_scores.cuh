@@ -3,7 +3,7 @@
 
 #include "block_scores.h"
 #include "block_scores_wgmma.cuh"
-#include "smxx/common/launch.h"
+#include "smxx/selection/launch_score_kernel.h"
 
 namespace msa::sm90 {
 
@@ -11,9 +11,7 @@ template <typename Element, int kHeadDim>
 void launch_block_scores(const SelectParams& params, const ScoreSchedule& schedule,
                          cudaStream_t stream) {
   using Config = ScoreConfig<kHeadDim>;
-  const auto grid = static_cast<unsigned>(schedule.num_units) * schedule.num_tiles;
-  launch_kernel(block_scores_kernel<Element, Config>, grid, Config::kThreads,
-                sizeof(ScoreStorage<Config>), stream, params, schedule);
+  launch_score_kernel<Config>(block_scores_kernel<Element, Config>, params, schedule, stream);
 }
 
 }  // namespace msa::sm90

@@ -8,8 +8,8 @@
 
 namespace msa {
 
-// Pairs and buckets are those of forward_kv/schedule.h; the lists of a bucket ascend. A "tile" is a
-// stretch of lists.tile_queries pairs of one bucket's list, or what is left of it.
+// Pairs and buckets are those of forward_kv_major/schedule.h; the lists of a bucket ascend. A
+// "tile" is a stretch of lists.tile_queries pairs of one bucket's list, or what is left of it.
 struct BackwardSchedule {
   // partial_out is unused. scale_log2 * (query . key) - lse * log2(e) is the log2 of a probability.
   KvSchedule lists;

@@ -1,4 +1,5 @@
-// The order of tiles: those of one bucket add to the same gradients, in turn (common/turns.cuh).
+// The order of tiles: those of one bucket add to the same gradients, in turn
+// (smxx/common/turns.cuh).
 //
 // A tile may wait for those before it: thread blocks take tiles in ascending order when they start,
 // so what is waited for is always running.

@@ -13,6 +13,10 @@ namespace msa {
 
 // A "pair" is one slot of block_indices: (query token, key/value head, slot), counted from the
 // first token of the part. A "bucket" is one block of one sequence for one key/value head.
+//
+// A pair's partial output lies in fragment order, so that a warp writes and combines it in whole
+// 512-byte rows: 16-byte vector v of lane l holds channels 16v + 2 (l % 4) and the next, first of
+// head l / 4, then of head l / 4 + 8, and the same eight channels on.
 struct KvSchedule {
   int token_begin;  // query tokens [token_begin, token_end)
   int token_end;
@@ -21,7 +25,7 @@ struct KvSchedule {
   int tile_queries;  // query tokens of a tile at most
   float scale_log2;  // softmax_scale * log2(e)
 
-  void* partial_out;      // (pairs, 16, head_dim) in fragment order, see partial_attention.cuh
+  void* partial_out;      // (pairs, 16, head_dim) in fragment order
   float* partial_lse;     // (pairs, 16), in units of log2
   int32_t* bucket_count;  // (num_buckets), pairs of each bucket
   int32_t* bucket_next;   // (num_buckets), place of the bucket's next pair while they are sorted in
@@ -30,7 +34,7 @@ struct KvSchedule {
   int32_t* pair_list;     // (pairs), pairs of bucket 0, of bucket 1, ...
   int32_t* tile_bucket = nullptr;  // (max_tiles), bucket of each tile; nullptr: it is searched for
 
-  // Tiles of queries that belong to a query-major kernel, see forward_order/tile_order.h, and
+  // Tiles of queries that belong to a query-major kernel, see smxx/forward_order/tile_order.h, and
   // whether the part has any other; nullptr: every query of every part is KV-major.
   const uint8_t* is_query_major = nullptr;
   const int32_t* has_kv = nullptr;

@@ -12,8 +12,8 @@
 
 namespace msa {
 
-// Pairs and buckets are those of forward_kv/schedule.h. A "tile" is a stretch of at most kTilePairs
-// pairs of one bucket's list.
+// Pairs and buckets are those of forward_kv_major/schedule.h. A "tile" is a stretch of at most
+// kTilePairs pairs of one bucket's list.
 struct IndexerLossSchedule {
   // partial_out and partial_lse are unused. In the gradient the lists of a bucket ascend; -1 stands
   // at their end where a query named a block twice.
