@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+import subprocess
 
 import pytest
 
@@ -193,6 +194,38 @@ def test_a_new_architecture_compiles(sources_with_sm100, tmp_path):
     units = [csrc / "sm100" / "selection" / "block_scores.cu", csrc / "api" / "selection.cpp"]
     builder = kernel_build.Builder(kernel_build.find_nvcc(), tmp_path / "objects", csrc, say=str)
     assert len(builder.compile(units, jobs=1)) == len(units)
+
+
+CHOICES = """\
+#include "kernel_tables.h"
+
+using namespace msa;
+
+constexpr bool is_even(const int& call) { return call % 2 == 0; }
+constexpr TableRow<int, char> kTable[] = {
+    {{10, 0}, is_even, 'b'}, {{9, 0}, supports_all, 'h'}, {kPortable, supports_all, 'p'}};
+
+constexpr char choice(Capability device, int call, bool portable_only = false) {
+  return choose_kernel(kTable, device, portable_only, call);
+}
+static_assert(choice({10, 0}, 2) == 'b');
+static_assert(choice({10, 0}, 3) == 'p', "what the newest does not support");
+static_assert(choice({10, 3}, 2) == 'p', "code of one architecture runs on no other");
+static_assert(choice({9, 0}, 2) == 'h');
+static_assert(choice({8, 0}, 2) == 'p');
+static_assert(choice({8, 9}, 2) == 'p');
+static_assert(choice({12, 0}, 2) == 'p');
+static_assert(choice({10, 0}, 2, true) == 'p');
+"""
+
+
+@pytest.mark.skipif(kernel_build.find_nvcc() is None, reason="needs nvcc")
+def test_the_first_row_that_fits_is_chosen(tmp_path):
+    source = tmp_path / "choices.cpp"
+    source.write_text(CHOICES)
+    command = [kernel_build.find_nvcc(), "-std=c++20", "-I", kernel_build.CSRC, "-c", source, "-o", tmp_path / "out.o"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_progress_counts_every_unit(compiler):

@@ -50,7 +50,7 @@ struct TableRow {
 // For kernels that take every call of their operator. Sizes that no kernel takes are errors, which
 // the launch raises.
 template <typename Params>
-bool supports_all(const Params&) {
+constexpr bool supports_all(const Params&) {
   return true;
 }
 
@@ -99,8 +99,8 @@ inline constexpr TableRow<DecodeAttentionParams, SplitAttentionLauncher> kSplitA
 
 // The kernel of a table for a call on a device. `portable_only` passes by all rows but the last.
 template <typename Params, typename Kernel, size_t kRows>
-const Kernel& choose_kernel(const TableRow<Params, Kernel> (&table)[kRows], Capability device,
-                            bool portable_only, const Params& params) {
+constexpr const Kernel& choose_kernel(const TableRow<Params, Kernel> (&table)[kRows],
+                                      Capability device, bool portable_only, const Params& params) {
   for (const TableRow<Params, Kernel>& row : table) {
     const Capability code = row.capability;
     const bool is_portable = code.major == kPortable.major && code.minor == kPortable.minor;
