@@ -119,7 +119,7 @@ def missing_kernel(function: str) -> str | None:
         operator = getattr(torch.ops.minimax_m3_msa_cuda, function, None)
         if operator is None:
             return "the compiled extension has no kernel for it"
-        if all(argument.name != "saved_probabilities" for argument in operator.default._schema.arguments):
+        if all(argument.name != "saved_probs" for argument in operator.default._schema.arguments):
             return "the compiled extension is too old for it"
     return None
 

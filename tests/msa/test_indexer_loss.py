@@ -362,7 +362,7 @@ def test_a_binary_without_the_kernel_is_passed_by(monkeypatch, function):
         backends.resolve_backend("cuda", function, args)
     with torch.library._scoped_library("minimax_m3_test_of_old_binaries", "DEF") as library:
         library.define("old(Tensor query) -> Tensor")
-        library.define("now(Tensor query, Tensor(a!) saved_probabilities) -> Tensor")
+        library.define("now(Tensor query, Tensor(a!) saved_probs) -> Tensor")
         operators = torch.ops.minimax_m3_test_of_old_binaries
         monkeypatch.setattr(Binary, function, operators.old, raising=False)
         with pytest.raises(NotImplementedError, match="too old"):
