@@ -6,6 +6,7 @@ Memory is quadratic in tokens, as it is for eager dense attention and nowhere el
 import torch
 from torch.nn.functional import pad
 
+from ..msa.forced_blocks import is_forced
 from ..runtime.sequence_layout import SequenceLayout
 
 
@@ -41,7 +42,7 @@ def select_blocks_under_mask(
     block_scores = pad(scores, (0, -num_keys % block_size), value=-torch.inf).unflatten(-1, (-1, block_size)).amax(-1)
     block = torch.arange(block_scores.shape[-1], device=scores.device)
     own_block = (layout.positions() // block_size)[:, None, :, None]
-    forced = (block < init_blocks) | ((block > own_block - local_blocks) & (block <= own_block))
+    forced = is_forced(block, own_block, local_blocks, init_blocks)
     block_scores = block_scores.masked_fill(forced & (block_scores > -torch.inf), torch.inf)
     ranked = block_scores.sort(dim=-1, descending=True, stable=True)
     selected = ranked.indices.masked_fill(ranked.values == -torch.inf, -1)[..., :topk]

@@ -1,10 +1,40 @@
-"""`block_sparse_attention`: softmax attention over selected key blocks. Operators, gradient, dispatch to a backend."""
+"""`block_sparse_attention`: softmax attention over selected key blocks. Checks, operators, gradient."""
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from . import checks, derivatives, reference
-from .backends import check_backend, run_on_backend
+from . import checks, cuda, derivatives, portable, reference
+from .arguments import (
+    BlockSparseAttentionArgs,
+    BlockSparseAttentionBackwardArgs,
+    BlockSparseAttentionWithKVCacheArgs,
+)
+from .backends import Operator, check_backend, run_on_backend
 from .sequences import compute_dtype
+
+BLOCK_SPARSE_ATTENTION = Operator(
+    name="block_sparse_attention",
+    reference=reference.block_sparse_attention,
+    portable=portable.block_sparse_attention,
+    cuda=cuda.block_sparse_attention,
+    unsupported=cuda.block_sparse_attention_unsupported,
+)
+BLOCK_SPARSE_ATTENTION_BACKWARD = Operator(
+    name="block_sparse_attention_backward",
+    reference=reference.block_sparse_attention_backward,
+    portable=portable.block_sparse_attention_backward,
+    cuda=cuda.block_sparse_attention_backward,
+    unsupported=cuda.block_sparse_attention_backward_unsupported,
+)
+BLOCK_SPARSE_ATTENTION_WITH_KVCACHE = Operator(
+    name="block_sparse_attention_with_kvcache",
+    reference=reference.block_sparse_attention_with_kvcache,
+    portable=portable.block_sparse_attention_with_kvcache,
+    cuda=cuda.block_sparse_attention_with_kvcache,
+    unsupported=cuda.block_sparse_attention_with_kvcache_unsupported,
+)
 
 
 def block_sparse_attention(
@@ -24,36 +54,64 @@ def block_sparse_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact causal softmax attention of every query to the keys of its blocks, and to nothing else. Differentiable.
 
-    Query heads g * G to (g + 1) * G - 1 share key/value head g and its blocks (G = H_q / H_kv). Query i of a sequence
-    sits at position len_k - len_q + i and never attends to later keys. A row without any key gives 0.
+    The query heads h * q_heads_per_kv to (h + 1) * q_heads_per_kv - 1 share key/value head h and its blocks, where
+    q_heads_per_kv = H_q / H_kv. Query i of a sequence sits at position len_k - len_q + i and never attends to later keys.
+    A row without any key gives 0.
 
     Args:
         query (total_q, H_q, D): Queries of all sequences, one after the other.
-        key (total_k, H_kv, D), value (total_k, H_kv, D_v): Keys and values; same dtype.
+        key (total_k, H_kv, D): Keys; same dtype.
+        value (total_k, H_kv, D_v): Values; same dtype.
         block_indices (total_q, H_kv, topk): int32 ids of the blocks, counted from each sequence's first key, in any
             order, without duplicates, -1 after the last one. Ids past the sequence or the query attend to nothing.
-        cu_seqlens_q, cu_seqlens_k (batch + 1): int32 offsets of the sequences, starting at 0. A sequence may have
+        cu_seqlens_q, cu_seqlens_k (batch + 1,): int32 offsets of the sequences, starting at 0. A sequence may have
             no queries, but never more queries than keys.
-        max_seqlen_q, max_seqlen_k: At least the length of the longest sequence, in tokens. No backend needs them; they
-            are checked against offsets on the CPU, outside of `torch.compile`.
-        block_size: Keys per block.
-        softmax_scale: Factor of the scores; None means 1 / sqrt(D).
-        return_lse: Also return the log-sum-exp of the scaled scores.
-        backend: "auto", "cuda", "torch" or "reference".
+        max_seqlen_q, max_seqlen_k (int or None): At least the length of the longest sequence, in tokens. No backend
+            needs them; they are checked against offsets on the CPU, outside of `torch.compile`.
+        block_size (int): Keys per block.
+        softmax_scale (float or None): Factor of the scores; None means 1 / sqrt(D).
+        return_lse (bool): Also return the log-sum-exp of the scaled scores.
+        backend (str): "auto", "cuda", "torch" or "reference".
 
     Returns:
         out (total_q, H_q, D_v) in the dtype of `query`; with `return_lse` also lse (total_q, H_q), float32 (float64
         for float64 inputs), natural logarithm, -inf for rows without any key, without gradient.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
-        NotImplementedError: the named backend cannot run the call, or has not the derivatives that it is asked for.
+        ValueError, TypeError: An argument's shape, dtype, device or value is not as above.
+        NotImplementedError: The named backend cannot run the call, or lacks the derivatives that the call needs.
     """
+    args = block_sparse_attention_args(
+        query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
+        softmax_scale, return_lse, backend,
+    )  # fmt: skip
+    if derivatives.are_beyond_backward(*args.differentiable):
+        out, lse = derivatives.by_definition(BLOCK_SPARSE_ATTENTION, backend, args)
+    else:
+        out, lse = torch.ops.minimax_m3_msa.block_sparse_attention(*args.values(), backend)
+    return (out, lse) if return_lse else out
+
+
+def block_sparse_attention_args(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    block_size: int,
+    softmax_scale: float | None,
+    return_lse: bool,
+    backend: str,
+) -> BlockSparseAttentionArgs:
+    """Checks the arguments of a call of `block_sparse_attention`."""
     checks.check_at_least("block_size", block_size, 1)
     checks.check_tensor("query", query, ("total_q", "H_q", "D"), checks.FLOATING_DTYPES)
     checks.check_tensor("key", key, ("total_k", "H_kv", query.shape[-1]), (query.dtype,), query.device)
     checks.check_tensor("value", value, (*key.shape[:2], "D_v"), (query.dtype,), query.device)
-    checks.check_head_groups(query, key.shape[1])
+    checks.check_q_heads_per_kv(query, key.shape[1])
     checks.check_tensor(
         "block_indices", block_indices, (query.shape[0], key.shape[1], "topk"), (torch.int32,), query.device
     )
@@ -61,16 +119,10 @@ def block_sparse_attention(
         checks.check_unit_stride(name, tensor)
     checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, query.device)
     checks.check_max_seqlens(max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k)
-    softmax_scale = checks.scale("softmax_scale", softmax_scale, query)
+    scale = checks.scale("softmax_scale", softmax_scale, query)
     checks.check_bool("return_lse", return_lse)
     check_backend(backend)
-
-    where = (block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale)
-    if derivatives.are_beyond_backward(query, key, value):
-        out, lse = derivatives.by_definition("block_sparse_attention", backend, (query, key, value), *where)
-    else:
-        out, lse = torch.ops.minimax_m3_msa.block_sparse_attention(query, key, value, *where, backend)
-    return (out, lse) if return_lse else out
+    return BlockSparseAttentionArgs(query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, scale)
 
 
 @torch.library.custom_op("minimax_m3_msa::block_sparse_attention", mutates_args=())
@@ -85,24 +137,26 @@ def _block_sparse_attention(
     softmax_scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    args = BlockSparseAttentionArgs(
+        query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale
+    )
     checks.check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
     checks.check_block_indices_values(block_indices)
-    return run_on_backend(
-        backend,
-        "block_sparse_attention",
-        query,
-        key,
-        value,
-        block_indices,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        block_size,
-        softmax_scale,
-    )
+    return run_on_backend(backend, BLOCK_SPARSE_ATTENTION, args)
 
 
 @_block_sparse_attention.register_fake
-def _(query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale, backend):
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     out = query.new_empty((*query.shape[:2], value.shape[-1]))
     return out, query.new_empty(query.shape[:2], dtype=compute_dtype(query))
 
@@ -122,32 +176,32 @@ def _block_sparse_attention_backward(
     softmax_scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return run_on_backend(
-        backend,
-        "block_sparse_attention_backward",
-        grad_out,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        block_indices,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        block_size,
-        softmax_scale,
+    forward = BlockSparseAttentionArgs(
+        query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale
     )
+    args = BlockSparseAttentionBackwardArgs(grad_out, out, lse, forward)
+    return run_on_backend(backend, BLOCK_SPARSE_ATTENTION_BACKWARD, args)
 
 
 @_block_sparse_attention_backward.register_fake
 def _(
-    grad_out, query, key, value, out, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale,
-    backend,
-):  # fmt: skip
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    block_size: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale, backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -155,7 +209,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = (block_size, softmax_scale, backend)
 
 
-def _backward(ctx, grad_out, grad_lse):
+def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     query, key, value, out, lse, block_indices, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     grads = torch.ops.minimax_m3_msa.block_sparse_attention_backward(
         grad_out, query, key, value, out, lse, block_indices, cu_seqlens_q, cu_seqlens_k, *ctx.options
@@ -166,21 +220,21 @@ def _backward(ctx, grad_out, grad_lse):
 _block_sparse_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _setup_context_of_backward(ctx, inputs, output) -> None:
+def _setup_context_of_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     grad_out, query, key, value, _, _, block_indices, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
     ctx.save_for_backward(grad_out, query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k)
 
 
-def _backward_of_backward(ctx, *grad_grads):
-    grad_out, query, key, value, *where = ctx.saved_tensors
+def _backward_of_backward(ctx: Any, *grad_grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    grad_out, *tensors = ctx.saved_tensors
     *options, backend = ctx.options
-    derivatives.check_has_definition("block_sparse_attention", backend)
-    grads = derivatives.gradient_of_gradient(
-        lambda *states: reference.block_sparse_attention(*states, *where, *options)[0],
-        grad_out,
-        (query, key, value),
-        grad_grads,
-    )
+    args = BlockSparseAttentionArgs(*tensors, *options)
+    derivatives.check_has_definition(BLOCK_SPARSE_ATTENTION.name, backend)
+
+    def out_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return reference.block_sparse_attention(replace(args, query=query, key=key, value=value))[0]
+
+    grads = derivatives.gradient_of_gradient(out_of, grad_out, args.differentiable, grad_grads)
     return *grads, *[None] * 8
 
 
@@ -207,12 +261,13 @@ def block_sparse_attention_with_kvcache(
 
     Args:
         query (B, T, H_q, D): Queries of the T newest tokens of each row.
-        key_cache (B, S_max, H_kv, D), value_cache (B, S_max, H_kv, D_v), or (pages, page_size, H_kv, ...) with
-            `block_table`: Keys and values; strides other than the last are free.
+        key_cache ((B, S, H_kv, D), or (pages, page_size, H_kv, D) with `block_table`): Keys; strides other than the
+            last are free.
+        value_cache ((B, S, H_kv, D_v), or (pages, page_size, H_kv, D_v) with `block_table`): Values; likewise.
         block_indices (B, T, H_kv, topk): int32 ids as `select_blocks_with_kvcache` returns them.
         cache_seqlens (B,): int32, slots in use in each row, including the new tokens and the left padding.
-        cache_leftpad (B,): int32, slots of padding at the start of each row. Not with `block_table`.
-        block_table (B, pages of a row): int32, the pages of each row, in order.
+        cache_leftpad ((B,) or None): int32, slots of padding at the start of each row. Not with `block_table`.
+        block_table ((B, pages of a row) or None): int32, the pages of each row, in order.
         block_size, softmax_scale, backend: As in `block_sparse_attention`.
 
     Returns:
@@ -221,6 +276,26 @@ def block_sparse_attention_with_kvcache(
     Raises:
         ValueError, TypeError, NotImplementedError: As `block_sparse_attention`.
     """
+    args = block_sparse_attention_with_kvcache_args(
+        query, key_cache, value_cache, block_indices, cache_seqlens, cache_leftpad, block_table, block_size,
+        softmax_scale, backend,
+    )  # fmt: skip
+    return torch.ops.minimax_m3_msa.block_sparse_attention_with_kvcache(*args.values(), backend)
+
+
+def block_sparse_attention_with_kvcache_args(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_indices: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    block_size: int,
+    softmax_scale: float | None,
+    backend: str,
+) -> BlockSparseAttentionWithKVCacheArgs:
+    """Checks the arguments of a call of `block_sparse_attention_with_kvcache`."""
     checks.check_at_least("block_size", block_size, 1)
     checks.check_tensor("query", query, ("B", "T", "H_q", "D"), checks.FLOATING_DTYPES)
     checks.check_unit_stride("query", query)
@@ -231,7 +306,7 @@ def block_sparse_attention_with_kvcache(
         "value_cache": (value_cache, (num_kv_heads, "D_v")),
     }
     checks.check_cache(caches, query, cache_seqlens, cache_leftpad, block_table)
-    checks.check_head_groups(query, num_kv_heads)
+    checks.check_q_heads_per_kv(query, num_kv_heads)
     checks.check_tensor(
         "block_indices", block_indices, (*query.shape[:2], num_kv_heads, "topk"), (torch.int32,), query.device
     )
@@ -243,10 +318,11 @@ def block_sparse_attention_with_kvcache(
             "torch.no_grad() and outside of `torch.func.grad`, `torch.func.jvp` and the like, or use "
             "`block_sparse_attention`"
         )
-    return torch.ops.minimax_m3_msa.block_sparse_attention_with_kvcache(
-        query, key_cache, value_cache, block_indices, cache_seqlens, cache_leftpad, block_table, block_size,
-        checks.scale("softmax_scale", softmax_scale, query), check_backend(backend),
-    )  # fmt: skip
+    scale = checks.scale("softmax_scale", softmax_scale, query)
+    check_backend(backend)
+    return BlockSparseAttentionWithKVCacheArgs(
+        query, key_cache, value_cache, block_indices, cache_seqlens, cache_leftpad, block_table, block_size, scale
+    )
 
 
 @torch.library.custom_op("minimax_m3_msa::block_sparse_attention_with_kvcache", mutates_args=())
@@ -262,26 +338,26 @@ def _block_sparse_attention_with_kvcache(
     softmax_scale: float,
     backend: str,
 ) -> torch.Tensor:
+    args = BlockSparseAttentionWithKVCacheArgs(
+        query, key_cache, value_cache, block_indices, cache_seqlens, cache_leftpad, block_table, block_size,
+        softmax_scale,
+    )  # fmt: skip
     checks.check_cache_values(key_cache, cache_seqlens, cache_leftpad, block_table)
     checks.check_block_indices_values(block_indices)
-    return run_on_backend(
-        backend,
-        "block_sparse_attention_with_kvcache",
-        query,
-        key_cache,
-        value_cache,
-        block_indices,
-        cache_seqlens,
-        cache_leftpad,
-        block_table,
-        block_size,
-        softmax_scale,
-    )
+    return run_on_backend(backend, BLOCK_SPARSE_ATTENTION_WITH_KVCACHE, args)
 
 
 @_block_sparse_attention_with_kvcache.register_fake
 def _(
-    query, key_cache, value_cache, block_indices, cache_seqlens, cache_leftpad, block_table, block_size,
-    softmax_scale, backend,
-):  # fmt: skip
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_indices: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    block_size: int,
+    softmax_scale: float,
+    backend: str,
+) -> torch.Tensor:
     return query.new_empty((*query.shape[:3], value_cache.shape[-1]))

@@ -127,7 +127,7 @@ def check_cu_seqlens(
         )
 
 
-def check_head_groups(query: torch.Tensor, num_kv_heads: int) -> None:
+def check_q_heads_per_kv(query: torch.Tensor, num_kv_heads: int) -> None:
     num_heads = query.shape[-2]
     if num_heads % num_kv_heads != 0:
         raise ValueError(

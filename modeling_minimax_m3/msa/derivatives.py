@@ -1,16 +1,22 @@
 """Derivatives that the operators' own gradients do not give: forward mode, `torch.func`, and those of a gradient.
 
-The backends have one derivative, the gradient by reverse mode. PyTorch would take their results for constants in forward
-mode. So a call that is differentiated in any other way runs `reference`, which is made of differentiable operations, at
-quadratic memory; and so does the derivative of a gradient.
+The backends have one derivative: the gradient by reverse mode. In forward mode, PyTorch would take their results for
+constants. So a call that is differentiated in any other way runs `reference`, which consists of differentiable
+operations, at quadratic memory. The derivative of a gradient runs `reference` as well.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch.autograd import forward_ad
 
-from . import checks, reference
+from . import checks
+from .arguments import BlockSparseAttentionArgs, IndexerKLLossArgs
+from .backends import Operator
+
+Args = TypeVar("Args", BlockSparseAttentionArgs, IndexerKLLossArgs)
+Result = TypeVar("Result")
 
 _DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 
@@ -26,44 +32,36 @@ def are_beyond_backward(*tensors: torch.Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # a graph is guarded on the transforms that it was traced in
 def _transform_differentiates() -> bool:
-    """Whether a transform of `torch.func` that differentiates is at work; `vmap` alone is none."""
+    """Whether a transform of `torch.func` that differentiates is active; `vmap` alone does not."""
     interpreters = torch._C._functorch.get_interpreter_stack()
     return interpreters is not None and any(one.key() in _DIFFERENTIATING for one in interpreters)
 
 
-def by_definition(
-    function: str,
-    backend: str,
-    states: tuple[torch.Tensor, ...],
-    block_indices: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    *options: int | float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Calls `function` of `reference` so that it can be differentiated in every way.
+def by_definition(operator: Operator[Args, Result], backend: str, args: Args) -> Result:
+    """Runs a call on `reference`, so that it can be differentiated in every way.
 
     Raises:
         NotImplementedError: The backend is "cuda", or `torch.func.vmap` runs over the lengths of sequences.
     """
-    check_has_definition(function, backend)
-    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+    check_has_definition(operator.name, backend)
+    for name, cu_seqlens in (("cu_seqlens_q", args.cu_seqlens_q), ("cu_seqlens_k", args.cu_seqlens_k)):
         if _is_batched(cu_seqlens):
             raise NotImplementedError(
-                f"`{name}` must be the same for all examples of `torch.func.vmap` where `{function}` is differentiated "
-                "inside it: sequence lengths are read on the host"
+                f"`{name}` must be the same for all examples of `torch.func.vmap` where `{operator.name}` is "
+                "differentiated inside it: sequence lengths are read on the host"
             )
-    checks.check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, states[0].shape[0], states[1].shape[0])
-    if block_indices is not None and not _is_batched(block_indices):
-        checks.check_block_indices_values(block_indices)
-    with torch.autocast(states[0].device.type, enabled=False):
-        return getattr(reference, function)(*states, block_indices, cu_seqlens_q, cu_seqlens_k, *options)
+    checks.check_cu_seqlens_values(args.cu_seqlens_q, args.cu_seqlens_k, args.query.shape[0], args.key.shape[0])
+    if args.block_indices is not None and not _is_batched(args.block_indices):
+        checks.check_block_indices_values(args.block_indices)
+    with torch.autocast(args.query.device.type, enabled=False):
+        return operator.reference(args)
 
 
-def check_has_definition(function: str, backend: str) -> None:
-    """Raises NotImplementedError where the kernels are asked for by name, which have a gradient and nothing else."""
+def check_has_definition(name: str, backend: str) -> None:
+    """Raises NotImplementedError where the call of the operator `name` names the kernels, which have a gradient only."""
     if backend == "cuda":
         raise NotImplementedError(
-            f"`backend`='cuda' has no derivatives of `{function}` but the gradient by reverse mode, once: "
+            f"`backend`='cuda' has no derivatives of `{name}` but the gradient by reverse mode, once: "
             "`backend`='auto', 'torch' or 'reference' has forward mode, `torch.func` and gradients of gradients"
         )
 
@@ -76,7 +74,7 @@ def gradient_of_gradient(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of `upstream` and `states`, given those of the gradient that `upstream` has with respect to `states`.
 
-    Differentiable itself where gradients are being recorded, so that any order works.
+    The result is differentiable where gradients are being recorded, so that any order works.
     """
     is_recorded = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(upstream.device.type, enabled=False):
@@ -97,7 +95,7 @@ def gradient_of_gradient(
 
 
 def _is_batched(tensor: torch.Tensor) -> bool:
-    """Whether the elements differ between the examples of some `torch.func.vmap` at work."""
+    """Whether the elements differ between the examples of an active `torch.func.vmap`."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):

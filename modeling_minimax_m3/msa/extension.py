@@ -70,6 +70,11 @@ def device_reason(index: int) -> str | None:
     )
 
 
+def takes_hopper_kernels(device: torch.device) -> bool:
+    """Whether calls on `device`, a GPU, may run kernels that only Hopper has."""
+    return mode() != "portable" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 @functools.cache
 def _library_pattern() -> str:
     return kernel_build.library_name(0).replace("-cu0.so", "-cu*.so")

@@ -1,0 +1,69 @@
+"""The rows of caches as packed sequences, for calls with more new tokens per row than the decoding kernels take."""
+
+import torch
+
+# Up to this many new tokens per row the cached forms have kernels of their own; above, rows run as packed sequences.
+MAX_DECODE_TOKENS = 16
+
+
+def rows_as_sequences(
+    caches: tuple[torch.Tensor, ...],
+    num_new: int,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The rows of caches as packed sequences.
+
+    Nothing is read on the host, so that CUDA graphs can capture it. A contiguous cache is not copied: the slots between
+    two rows' tokens become sequences of their own without queries, and queries that are padding become a sequence
+    without keys. A paged cache is gathered into a contiguous one first, which copies it.
+
+    Args:
+        caches (each (B, S, ...), or (pages, page_size, ...) with `block_table`): The caches.
+        num_new (int): New tokens per row.
+        cache_seqlens, cache_leftpad, block_table: As in `arguments.SelectBlocksWithKVCacheArgs`.
+
+    Returns:
+        Each cache as (tokens, ...), cu_seqlens_q and cu_seqlens_k.
+    """
+    if block_table is not None:
+        pages = block_table.long().clamp(0, caches[0].shape[0] - 1)  # unused entries may hold anything
+        caches = tuple(cache[pages].flatten(1, 2) for cache in caches)
+    distance = _common_row_distance(caches)
+    if distance is None:
+        caches = tuple(cache.contiguous() for cache in caches)
+        distance = caches[0].shape[1]
+    batch, slots = caches[0].shape[:2]
+    num_tokens = (batch - 1) * distance + slots
+    tokens = [cache.as_strided((num_tokens, *cache.shape[2:]), cache.stride()[1:]) for cache in caches]
+
+    used = cache_seqlens.clamp(0, slots)
+    leftpad = torch.zeros_like(used) if cache_leftpad is None else torch.minimum(cache_leftpad.clamp(min=0), used)
+    padding = (num_new - (used - leftpad)).clamp(0, num_new)
+    row = torch.arange(batch, dtype=torch.int32, device=used.device)
+    # Per row, where these end: padding queries; left padding; the row's own tokens; its unused slots.
+    all_new = torch.full_like(padding, num_new)
+    ends_q = row[:, None] * num_new + torch.stack((padding, padding, all_new, all_new), dim=1)
+    all_slots = torch.full_like(used, distance)
+    ends_k = row[:, None] * distance + torch.stack((torch.zeros_like(used), leftpad, used, all_slots), dim=1)
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.nn.functional.pad(ends.flatten(), (1, 0)) for ends in (ends_q, ends_k.clamp(max=num_tokens))
+    )
+    return tokens, cu_seqlens_q, cu_seqlens_k
+
+
+def _common_row_distance(caches: tuple[torch.Tensor, ...]) -> int | None:
+    """How many slots lie between the starts of two rows; None unless all caches have the same whole number."""
+    distances = {_row_distance(cache) for cache in caches}
+    return distances.pop() if len(distances) == 1 else None
+
+
+def _row_distance(cache: torch.Tensor) -> int | None:
+    """How many slots lie between the starts of two rows of a cache (B, S, ...); None if that is no whole number."""
+    if cache.shape[0] <= 1:
+        return cache.shape[1]
+    row, slot = cache.stride()[:2]
+    if slot <= 0 or row % slot or row // slot < cache.shape[1]:
+        return None
+    return row // slot
