@@ -2,7 +2,7 @@
 
 from .attention import block_sparse_attention, block_sparse_attention_with_kvcache
 from .backends import Explanation, available_backends
-from .explain import explain
+from .explanation import explain
 from .indexer_loss import indexer_kl_loss
 from .selection import select_blocks, select_blocks_with_kvcache
 from .structured import StructuredPattern, structured_blocks, structured_blocks_of

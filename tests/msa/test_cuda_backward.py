@@ -42,12 +42,20 @@ class Case:
     """Random inputs on the GPU: queries, keys and values, their lengths, block lists, and a gradient of the output."""
 
     def __init__(
-        self, lengths, dtype=torch.bfloat16, head_dim=128, block_size=128, topk=6, group=4, num_kv_heads=2, seed=0
+        self,
+        lengths,
+        dtype=torch.bfloat16,
+        head_dim=128,
+        block_size=128,
+        topk=6,
+        q_heads_per_kv=4,
+        num_kv_heads=2,
+        seed=0,
     ):
         keys, queries = LENGTHS[lengths] if isinstance(lengths, str) else lengths
         queries = keys if queries is None else queries
         self.generator = torch.Generator("cuda").manual_seed(seed)
-        self.query = self.normal(sum(queries), num_kv_heads * group, head_dim).to(dtype)
+        self.query = self.normal(sum(queries), num_kv_heads * q_heads_per_kv, head_dim).to(dtype)
         self.key, self.value = (self.normal(sum(keys), num_kv_heads, head_dim).to(dtype) for _ in range(2))
         self.grad_out = self.normal(*self.query.shape).to(dtype)
         self.options = {"cu_seqlens_q": offsets(queries), "cu_seqlens_k": offsets(keys), "block_size": block_size}
@@ -130,13 +138,19 @@ def test_gradients(once, head_dim, block_size, dtype, lengths):
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_the_released_shape(kernels, once, dtype, lengths):
-    assert_gradients(Case(lengths, dtype, topk=16, group=16), once)
+    assert_gradients(Case(lengths, dtype, topk=16, q_heads_per_kv=16), once)
 
 
 @pytest.mark.parametrize("topk", [1, 7, 16, 33, 64])
-@pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
-def test_groups_and_widths(once, group, topk):
-    case = Case(([700, 300], [500, 300]), block_size=64, topk=topk, group=group, head_dim=64 if topk == 7 else 128)
+@pytest.mark.parametrize("q_heads_per_kv", [1, 2, 4, 8, 16])
+def test_heads_and_widths(once, q_heads_per_kv, topk):
+    case = Case(
+        ([700, 300], [500, 300]),
+        block_size=64,
+        topk=topk,
+        q_heads_per_kv=q_heads_per_kv,
+        head_dim=64 if topk == 7 else 128,
+    )
     assert_gradients(case, once, softmax_scale=0.1)
 
 
@@ -147,17 +161,20 @@ def test_groups_and_widths(once, group, topk):
     ids=["one", "ragged", "chunked"],
 )
 def test_many_queries(kernels, once, lengths, dtype):
-    assert_gradients(Case(lengths, dtype, topk=16, group=16), once)
+    assert_gradients(Case(lengths, dtype, topk=16, q_heads_per_kv=16), once)
 
 
 @pytest.mark.parametrize("topk", [1, 2, 33, 64])
 def test_widths_of_the_released_shape(kernels, once, topk):
-    assert_gradients(Case(([1200, 300], [700, 300]), topk=topk, group=16), once, softmax_scale=0.1)
+    assert_gradients(Case(([1200, 300], [700, 300]), topk=topk, q_heads_per_kv=16), once, softmax_scale=0.1)
 
 
 @pytest.mark.parametrize(
     "lengths, options",
-    [([2000, 40], {"topk": 16, "group": 16}), ([40, 6000], {"topk": 2, "group": 16, "num_kv_heads": 1})],
+    [
+        ([2000, 40], {"topk": 16, "q_heads_per_kv": 16}),
+        ([40, 6000], {"topk": 2, "q_heads_per_kv": 16, "num_kv_heads": 1}),
+    ],
 )
 def test_a_block_that_everybody_chose(kernels, once, lengths, options):
     """One list over all queries, which many thread blocks share, beside short ones."""
@@ -169,17 +186,17 @@ def test_a_block_that_everybody_chose(kernels, once, lengths, options):
 
 def test_more_queries_than_the_workspace_takes_at_once(once):
     """64 blocks of 64 heads: a megabyte of partial gradients for each token."""
-    assert_gradients(Case(([1300, 1300], None), block_size=64, topk=64, group=16, num_kv_heads=4), once)
+    assert_gradients(Case(([1300, 1300], None), block_size=64, topk=64, q_heads_per_kv=16, num_kv_heads=4), once)
 
 
 def test_more_queries_of_the_released_shape_than_the_workspace_takes_at_once(kernels, once):
     """64 blocks of 16 heads; against the `torch` backend in float64, whose memory is linear."""
-    assert_gradients(Case(([9100, 700], None), topk=64, group=16, num_kv_heads=1), once, backend="torch")
+    assert_gradients(Case(([9100, 700], None), topk=64, q_heads_per_kv=16, num_kv_heads=1), once, backend="torch")
 
 
 def test_keys_outside_the_sequences_may_be_nan(kernels, once):
     """What fills up the last block of a sequence lies in the next one, which nobody asks about."""
-    case = Case(([130, 60, 200, 100], [130, 0, 200, 0]), group=16)
+    case = Case(([130, 60, 200, 100], [130, 0, 200, 0]), q_heads_per_kv=16)
     for tensor in (case.key, case.value):
         tensor[130:190] = tensor[390:] = math.nan
     actual = case.gradients()
@@ -189,7 +206,7 @@ def test_keys_outside_the_sequences_may_be_nan(kernels, once):
 
 
 def test_large_scores(kernels, once):
-    case = Case("ragged", group=16)
+    case = Case("ragged", q_heads_per_kv=16)
     case.query *= 30
     # The probabilities are nearly zero or one, so that little of the gradients is left but rounding.
     for got, exact in zip(case.gradients(), once(lambda: case.gradients("reference")), strict=True):
@@ -198,7 +215,7 @@ def test_large_scores(kernels, once):
 
 
 def test_strides(kernels):
-    case = Case("ragged", group=16)
+    case = Case("ragged", q_heads_per_kv=16)
     plain = case.gradients()
 
     def spread(tensor):
@@ -221,12 +238,12 @@ def test_strides(kernels):
 @pytest.mark.parametrize("lengths", ["ragged", ([2100, 40], None)], ids=["few queries", "many queries"])
 def test_wrong_ids_and_lengths_stay_inside(kernels, lengths):
     """Values are not checked on a GPU; wrong ones may give any result but no illegal access, and no endless wait."""
-    case = Case(lengths, group=16, topk=8)
+    case = Case(lengths, q_heads_per_kv=16, topk=8)
     case.block_indices = torch.randint(-(2**31), 2**31 - 1, case.block_indices.shape, device="cuda").to(torch.int32)
     case.gradients()
     case.block_indices = torch.zeros_like(case.block_indices)
     case.gradients()
-    case = Case(lengths, group=16, topk=8)
+    case = Case(lengths, q_heads_per_kv=16, topk=8)
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
         case.options[name] = case.options[name] * 3
     case.gradients()
@@ -243,8 +260,8 @@ def test_nothing_to_do():
 
 def plain_attention(query, key, value, attended):
     """The same maths of one sequence in PyTorch, in the dtype of its inputs: matmuls, and a softmax in float32."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(group, 1).transpose(0, 1) for tensor in (key, value))
+    q_heads_per_kv = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(q_heads_per_kv, 1).transpose(0, 1) for tensor in (key, value))
     scores = query.transpose(0, 1) @ key.transpose(1, 2) * query.shape[-1] ** -0.5
     scores = scores.masked_fill(~attended, -math.inf)
     return (scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value).transpose(0, 1)
@@ -253,7 +270,7 @@ def plain_attention(query, key, value, attended):
 @pytest.mark.parametrize("shift", [0.0, 3.0], ids=["centred keys", "keys with a mean"])
 def test_no_worse_than_twice_the_error_of_pytorch(kernels, once, shift, record_property):
     """Partial gradients of queries are rounded; where keys have a mean, much of them cancels in the sum."""
-    case = Case(([2000], None), topk=16, group=16)
+    case = Case(([2000], None), topk=16, q_heads_per_kv=16)
     case.key += shift
     length, heads, block_size = len(case.query), case.key.shape[1], case.options["block_size"]
     case.block_indices[..., 0] = torch.arange(length, device="cuda")[:, None] // block_size  # no empty rows
@@ -336,7 +353,7 @@ def test_checkpoint(use_reentrant):
 
 
 def test_forward_and_backward_are_captured(kernels):
-    case = Case(([2500, 300], None), group=16, topk=16)
+    case = Case(([2500, 300], None), q_heads_per_kv=16, topk=16)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from modeling_minimax_m3.msa import (
-    backends,
     block_sparse_attention,
     block_sparse_attention_with_kvcache,
+    explain,
     select_blocks,
     select_blocks_with_kvcache,
 )
@@ -25,13 +25,13 @@ RAGGED = ([129, 1, 640, 127, 1000], None)
 
 def calls(gpu, head_dim=128, block_size=128, dtype=torch.bfloat16):
     """Every operator's arguments, by its name among `torch.ops.minimax_m3_msa`."""
-    case = gpu.packed(([300, 129], None), dtype, head_dim, group=16)
+    case = gpu.packed(([300, 129], None), dtype, head_dim, q_heads_per_kv=16)
     lengths = tuple(case.lengths.values())
     found = {
         "select_blocks": (case.index_query, case.index_key, *lengths, block_size, 2, 1, 0, "cuda"),
         "block_sparse_attention": (*case.qkv, case.random_blocks(2, block_size), *lengths, block_size, 0.1, "cuda"),
     }
-    cached = gpu.cached([300, 40], 2, head_dim=head_dim, block_size=block_size, dtype=dtype, group=16)
+    cached = gpu.cached([300, 40], 2, head_dim=head_dim, block_size=block_size, dtype=dtype, q_heads_per_kv=16)
     where = cached.paged["where"]
     rows = (where["cache_seqlens"], None, where["block_table"])
     found["select_blocks_with_kvcache"] = (*cached.selection("paged")[0], *rows, block_size, 2, 1, 0, "cuda")
@@ -119,9 +119,18 @@ def test_tensors_on_another_than_the_current_device(gpu, name):
 
 
 def test_auto_takes_the_extension(gpu):
-    for name, args in calls(gpu).items():
-        assert backends.resolve_backend("auto", name, args[:-1]) == "cuda"
-    case = gpu.packed(RAGGED)
+    case, cached = gpu.packed(RAGGED), gpu.cached([300, 40], 2)
+    selection, options = cached.selection("paged")
+    attention, attention_options = cached.attention("paged")
+    block_indices = case.random_blocks(2, 128)
+    found = (
+        explain(select_blocks, case.index_query, case.index_key, **case.lengths),
+        explain(block_sparse_attention, *case.qkv, block_indices, **case.lengths),
+        explain(select_blocks_with_kvcache, *selection, **options),
+        explain(block_sparse_attention_with_kvcache, *attention, **attention_options),
+    )
+    assert {explanation.backend for explanation in found} == {"cuda"}
+    assert [explanation.kernel.partition(", ")[2] for explanation in found] == ["packed", "packed", "decode", "decode"]
     args = (case.index_query.float(), case.index_key.float())
     expected = select_blocks(*args, **case.lengths, backend="torch")
     assert torch.equal(select_blocks(*args, **case.lengths), expected), "float32 runs elsewhere"

@@ -4,11 +4,13 @@ No GPU is needed: tensors say that they are on one, and the binary is a stand-in
 """
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 from modeling_minimax_m3.msa import (
+    attention,
     available_backends,
     backends,
     cuda,
@@ -17,46 +19,70 @@ from modeling_minimax_m3.msa import (
     select_blocks,
     structured,
 )
+from modeling_minimax_m3.msa.arguments import (
+    AttentionLseArgs,
+    BlockSparseAttentionArgs,
+    BlockSparseAttentionBackwardArgs,
+    BlockSparseAttentionWithKVCacheArgs,
+    SelectBlocksArgs,
+    SelectBlocksWithKVCacheArgs,
+)
+from modeling_minimax_m3.msa.selection import SELECT_BLOCKS, SELECT_BLOCKS_WITH_KVCACHE
 
+from .pretended_gpu import on_device
 
-class OnDevice(torch.Tensor):
-    """A CPU tensor that says it is on the first GPU."""
-
-    device = property(lambda self: torch.device("cuda", 0))
-
-
-def on_device(*shape, dtype=torch.bfloat16):
-    return torch.zeros(shape, dtype=dtype).as_subclass(OnDevice)
+OFFSETS = {"cu_seqlens_q": None, "cu_seqlens_k": None}
 
 
 def select_args(head_dim=128, block_size=128, topk=16, dtype=torch.bfloat16, **changed):
     tensors = {
         "index_query": on_device(8, 4, head_dim, dtype=dtype),
         "index_key": on_device(8, head_dim, dtype=dtype),
-    } | changed
-    return (*tensors.values(), None, None, block_size, topk, 1, 0)
+    }
+    options = {"block_size": block_size, "topk": topk, "local_blocks": 1, "init_blocks": 0}
+    return SelectBlocksArgs(**tensors | OFFSETS | options | changed)
 
 
-def attention_args(head_dim=128, value_dim=None, block_size=128, topk=16, group=16, dtype=torch.bfloat16, **changed):
+def attention_args(
+    head_dim=128, value_dim=None, block_size=128, topk=16, q_heads_per_kv=16, dtype=torch.bfloat16, **changed
+):
     tensors = {
-        "query": on_device(8, 2 * group, head_dim, dtype=dtype),
+        "query": on_device(8, 2 * q_heads_per_kv, head_dim, dtype=dtype),
         "key": on_device(8, 2, head_dim, dtype=dtype),
         "value": on_device(8, 2, value_dim or head_dim, dtype=dtype),
         "block_indices": on_device(8, 2, topk, dtype=torch.int32),
-    } | changed
-    return (*tensors.values(), None, None, block_size, 0.1)
+    }
+    options = {"block_size": block_size, "softmax_scale": 0.1}
+    return BlockSparseAttentionArgs(**tensors | OFFSETS | options | changed)
 
 
-def cached_attention_args(head_dim=128, group=16):
-    query = on_device(3, 1, 2 * group, head_dim)
+def cached_attention_args(head_dim=128, q_heads_per_kv=16):
     cache = on_device(3, 40, 2, head_dim)
-    return (query, cache, cache, on_device(3, 1, 2, 16, dtype=torch.int32), None, None, None, 128, 0.1)
+    return BlockSparseAttentionWithKVCacheArgs(
+        query=on_device(3, 1, 2 * q_heads_per_kv, head_dim),
+        key_cache=cache,
+        value_cache=cache,
+        block_indices=on_device(3, 1, 2, 16, dtype=torch.int32),
+        cache_seqlens=None,
+        cache_leftpad=None,
+        block_table=None,
+        block_size=128,
+        softmax_scale=0.1,
+    )
 
 
 def cached_select_args(head_dim=128, topk=16, num_new=1, slots=40, paged=False):
-    block_table = on_device(3, 2, dtype=torch.int32) if paged else None
-    query, cache = on_device(3, num_new, 4, head_dim), on_device(3, slots, head_dim)
-    return (query, cache, None, None, block_table, 128, topk, 1, 0)
+    return SelectBlocksWithKVCacheArgs(
+        index_query=on_device(3, num_new, 4, head_dim),
+        index_key_cache=on_device(3, slots, head_dim),
+        cache_seqlens=None,
+        cache_leftpad=None,
+        block_table=on_device(3, 2, dtype=torch.int32) if paged else None,
+        block_size=128,
+        topk=topk,
+        local_blocks=1,
+        init_blocks=0,
+    )
 
 
 @pytest.fixture
@@ -74,7 +100,7 @@ def binary(monkeypatch, any_device):
 
 @pytest.fixture
 def no_binary(monkeypatch, any_device):
-    monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(extension, "load", lambda build: "the extension is not compiled")
 
 
@@ -84,46 +110,50 @@ def no_binary(monkeypatch, any_device):
 def test_what_is_supported(any_device, head_dim, block_size, dtype):
     options = {"head_dim": head_dim, "block_size": block_size, "dtype": dtype}
     for topk in (1, 64):
-        assert cuda.unsupported("select_blocks", select_args(topk=topk, **options)) is None
-        for group in (1, 2, 4, 8, 16):
-            args = attention_args(topk=topk, group=group, **options)
-            assert cuda.unsupported("block_sparse_attention", args) is None
+        assert SELECT_BLOCKS.unsupported(select_args(topk=topk, **options)) is None
+        for q_heads_per_kv in (1, 2, 4, 8, 16):
+            args = attention_args(topk=topk, q_heads_per_kv=q_heads_per_kv, **options)
+            assert attention.BLOCK_SPARSE_ATTENTION.unsupported(args) is None
 
 
 def test_what_is_supported_with_a_cache(any_device):
-    assert cuda.unsupported("select_blocks_with_kvcache", cached_select_args()) is None
-    assert cuda.unsupported("block_sparse_attention_with_kvcache", cached_attention_args()) is None
-    assert cuda.unsupported("select_blocks_with_kvcache", cached_select_args(slots=48, paged=True)) is None
+    assert SELECT_BLOCKS_WITH_KVCACHE.unsupported(cached_select_args()) is None
+    assert attention.BLOCK_SPARSE_ATTENTION_WITH_KVCACHE.unsupported(cached_attention_args()) is None
+    assert SELECT_BLOCKS_WITH_KVCACHE.unsupported(cached_select_args(slots=48, paged=True)) is None
     gathered = cached_select_args(slots=24, paged=True, num_new=17)
-    assert cuda.unsupported("select_blocks_with_kvcache", gathered) is None
+    assert SELECT_BLOCKS_WITH_KVCACHE.unsupported(gathered) is None
 
 
 def test_strided_inputs_are_supported(any_device):
     query = on_device(16, 40, 256)[::2, 4:36, :128]
-    assert cuda.unsupported("block_sparse_attention", attention_args(query=query)) is None
+    assert attention.BLOCK_SPARSE_ATTENTION.unsupported(attention_args(query=query)) is None
 
 
 UNSUPPORTED = {
-    "float32": ("select_blocks", select_args(dtype=torch.float32), "float32"),
-    "head_dim": ("select_blocks", select_args(head_dim=96), "96 for `index_query`"),
-    "block_size": ("select_blocks", select_args(block_size=32), "`block_size`.*32"),
-    "index heads": ("select_blocks", select_args(index_query=on_device(8, 65, 128)), "64 index heads.*65"),
-    "topk": ("select_blocks", select_args(topk=65), "64 blocks.*65"),
+    "float32": (SELECT_BLOCKS, select_args(dtype=torch.float32), "float32"),
+    "head_dim": (SELECT_BLOCKS, select_args(head_dim=96), "96 for `index_query`"),
+    "block_size": (SELECT_BLOCKS, select_args(block_size=32), "`block_size`.*32"),
+    "index heads": (SELECT_BLOCKS, select_args(index_query=on_device(8, 65, 128)), "64 index heads.*65"),
+    "topk": (SELECT_BLOCKS, select_args(topk=65), "64 blocks.*65"),
     "unaligned stride": (
-        "select_blocks",
+        SELECT_BLOCKS,
         select_args(index_key=on_device(8, 132)[:, :128]),
         "`index_key`.*multiples of 8 elements",
     ),
-    "unaligned start": ("select_blocks", select_args(index_key=on_device(8, 256)[:, 1:129]), "`index_key`.*16 bytes"),
-    "float64 attention": ("block_sparse_attention", attention_args(dtype=torch.float64), "float64"),
-    "value's head_dim": ("block_sparse_attention", attention_args(value_dim=64), "64 for `value`"),
-    "group": ("block_sparse_attention", attention_args(group=3), r"\(1, 2, 4, 8, 16\).* 3$"),
-    "topk of attention": ("block_sparse_attention", attention_args(topk=65), "64 blocks.*65"),
-    "group with a cache": ("block_sparse_attention_with_kvcache", cached_attention_args(group=32), "32$"),
-    "topk with a cache": ("select_blocks_with_kvcache", cached_select_args(topk=65), "64 blocks.*65"),
-    "page size": ("select_blocks_with_kvcache", cached_select_args(slots=24, paged=True), "page size.*16.*24"),
+    "unaligned start": (SELECT_BLOCKS, select_args(index_key=on_device(8, 256)[:, 1:129]), "`index_key`.*16 bytes"),
+    "float64 attention": (attention.BLOCK_SPARSE_ATTENTION, attention_args(dtype=torch.float64), "float64"),
+    "value's head_dim": (attention.BLOCK_SPARSE_ATTENTION, attention_args(value_dim=64), "64 for `value`"),
+    "q_heads_per_kv": (attention.BLOCK_SPARSE_ATTENTION, attention_args(q_heads_per_kv=3), r"\(1, 2, 4, 8, 16\).* 3$"),
+    "topk of attention": (attention.BLOCK_SPARSE_ATTENTION, attention_args(topk=65), "64 blocks.*65"),
+    "q_heads_per_kv with a cache": (
+        attention.BLOCK_SPARSE_ATTENTION_WITH_KVCACHE,
+        cached_attention_args(q_heads_per_kv=32),
+        "32$",
+    ),
+    "topk with a cache": (SELECT_BLOCKS_WITH_KVCACHE, cached_select_args(topk=65), "64 blocks.*65"),
+    "page size": (SELECT_BLOCKS_WITH_KVCACHE, cached_select_args(slots=24, paged=True), "page size.*16.*24"),
     "CPU": (
-        "select_blocks",
+        SELECT_BLOCKS,
         select_args(index_query=torch.zeros(8, 4, 128, dtype=torch.bfloat16)),
         "CUDA device.*cpu",
     ),
@@ -132,12 +162,12 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("case", UNSUPPORTED)
 def test_what_is_not_supported(binary, case):
-    function, args, reason = UNSUPPORTED[case]
-    assert backends.resolve_backend("auto", function, args) == "torch"
-    with pytest.raises(NotImplementedError, match=rf"(?s)`backend`='cuda' cannot run.*`{function}`"):
-        backends.resolve_backend("cuda", function, args)
+    operator, args, reason = UNSUPPORTED[case]
+    assert backends.resolve_backend("auto", operator, args) == "torch"
+    with pytest.raises(NotImplementedError, match=rf"(?s)`backend`='cuda' cannot run.*`{operator.name}`"):
+        backends.resolve_backend("cuda", operator, args)
     with pytest.raises(NotImplementedError, match=reason.replace("$", r"\. Available here")):
-        backends.resolve_backend("cuda", function, args)
+        backends.resolve_backend("cuda", operator, args)
     assert not binary, "the binary was asked for although the call is not supported"
 
 
@@ -145,69 +175,69 @@ def test_an_old_device_is_not_supported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     extension.device_reason.cache_clear()
     try:
-        assert "7.5" in cuda.unsupported("select_blocks", select_args())
+        assert "7.5" in SELECT_BLOCKS.unsupported(select_args())
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-        assert "7.5" in cuda.unsupported("select_blocks", select_args()), "asked once per device"
+        assert "7.5" in SELECT_BLOCKS.unsupported(select_args()), "asked once per device"
         extension.device_reason.cache_clear()
-        assert cuda.unsupported("select_blocks", select_args()) is None
+        assert SELECT_BLOCKS.unsupported(select_args()) is None
     finally:
         extension.device_reason.cache_clear()
 
 
 def test_auto_takes_the_extension_but_builds_nothing(binary):
-    assert backends.resolve_backend("auto", "select_blocks", select_args()) == "cuda"
+    assert backends.resolve_backend("auto", SELECT_BLOCKS, select_args()) == "cuda"
     assert binary == [False]
 
 
 def test_a_named_extension_is_built(binary):
-    assert backends.resolve_backend("cuda", "select_blocks", select_args()) == "cuda"
+    assert backends.resolve_backend("cuda", SELECT_BLOCKS, select_args()) == "cuda"
     assert binary == [True]
 
 
 def test_the_other_backends_are_taken_by_name(binary):
     for name in ("torch", "reference"):
-        assert backends.resolve_backend(name, "select_blocks", select_args()) == name
+        assert backends.resolve_backend(name, SELECT_BLOCKS, select_args()) == name
     assert not binary
 
 
-def backward_args(grad_out, *forward_args):
-    """`forward_args` as `attention_args` gives them."""
-    query, key, value, *rest = forward_args
-    return (grad_out, query, key, value, query, on_device(*query.shape[:2], dtype=torch.float32), *rest)
-
-
 def test_the_gradient_is_supported_where_the_attention_is(binary):
-    function = "block_sparse_attention_backward"
-    # A gradient of any layout: it is copied where the kernels could not read it.
-    grad_out = on_device(32, 128, 8).permute(2, 0, 1)
-    assert backends.resolve_backend("auto", function, backward_args(grad_out, *attention_args())) == "cuda"
+    operator = attention.BLOCK_SPARSE_ATTENTION_BACKWARD
+
+    def backward_args(**changed):
+        forward = attention_args(**changed)
+        # A gradient of any layout: it is copied where the kernels could not read it.
+        grad_out = on_device(32, 128, 8).permute(2, 0, 1)
+        lse = on_device(*forward.query.shape[:2], dtype=torch.float32)
+        return BlockSparseAttentionBackwardArgs(grad_out, forward.query, lse, forward)
+
+    assert backends.resolve_backend("auto", operator, backward_args()) == "cuda"
     for changed, reason in (
-        ({"group": 3}, "1, 2, 4, 8, 16"),
+        ({"q_heads_per_kv": 3}, "1, 2, 4, 8, 16"),
         ({"query": on_device(8, 32, 132)[..., :128]}, "`query`"),
     ):
-        args = backward_args(grad_out, *attention_args(**changed))
-        assert backends.resolve_backend("auto", function, args) == "torch"
-        assert reason in cuda.unsupported(function, args)
+        args = backward_args(**changed)
+        assert backends.resolve_backend("auto", operator, args) == "torch"
+        assert reason in operator.unsupported(args)
 
 
 def test_without_a_binary_auto_says_so_once(no_binary):
     with pytest.warns(UserWarning, match="`torch` backend: the extension is not compiled"):
-        assert backends.resolve_backend("auto", "select_blocks", select_args()) == "torch"
+        assert backends.resolve_backend("auto", SELECT_BLOCKS, select_args()) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.resolve_backend("auto", "select_blocks", select_args()) == "torch"
+        assert backends.resolve_backend("auto", SELECT_BLOCKS, select_args()) == "torch"
 
 
 def test_a_switched_off_extension_is_passed_by_silently(no_binary, monkeypatch):
     monkeypatch.setenv("MINIMAX_M3_MSA_CUDA", "off")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.resolve_backend("auto", "select_blocks", select_args()) == "torch"
+        assert backends.resolve_backend("auto", SELECT_BLOCKS, select_args()) == "torch"
 
 
 def test_without_a_binary_a_named_extension_raises(no_binary):
     with pytest.raises(NotImplementedError, match="the extension is not compiled.*Available here: torch, reference"):
-        backends.resolve_backend("cuda", "select_blocks", select_args())
+        backends.resolve_backend("cuda", SELECT_BLOCKS, select_args())
 
 
 def test_available_backends_lists_the_extension_where_it_can_run(monkeypatch):
@@ -240,14 +270,13 @@ def test_the_choice_is_not_part_of_a_traced_graph(inputs, monkeypatch, backend):
 
 
 class Allocator:
-    """Stands in for the extension's `function`: its calls raise `errors`, one after the other, then return "out"."""
+    """Stands in for the extension: its calls raise `errors`, one after the other, then return "out"."""
 
-    def __init__(self, monkeypatch, function, *errors, ooms=0):
+    def __init__(self, monkeypatch, *errors, ooms=0):
         self.errors, self.ooms, self.calls = list(errors), ooms, 0
-        monkeypatch.setattr(cuda, function, self.call)
         monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_ooms": self.ooms} if self.ooms else {})
 
-    def call(self, *args):
+    def call(self, args):
         self.calls += 1
         if not self.errors:
             return "out"
@@ -256,36 +285,41 @@ class Allocator:
         raise RuntimeError(message)
 
 
+def run_on_kernels(allocator, operator, args):
+    return backends.run_on_backend("cuda", replace(operator, cuda=allocator.call), args)
+
+
 STABLE_ABI = 'torch_call_dispatcher( "aten::new_empty", "", stack.data(), TORCH_ABI_VERSION) API call failed'
 
 
 @pytest.mark.parametrize("earlier", [0, 3], ids=["first", "after others"])
-def test_memory_that_ends_in_the_extension_is_told_as_such(binary, monkeypatch, earlier):
-    Allocator(monkeypatch, "select_blocks", (STABLE_ABI, True), (STABLE_ABI, True), ooms=earlier)
+def test_memory_that_ends_in_the_extension_raises_out_of_memory(binary, monkeypatch, earlier):
+    allocator = Allocator(monkeypatch, (STABLE_ABI, True), (STABLE_ABI, True), ooms=earlier)
     with pytest.raises(torch.OutOfMemoryError, match="out of memory in `select_blocks`") as raised:
-        backends.run_on_backend("cuda", "select_blocks", *select_args())
+        run_on_kernels(allocator, SELECT_BLOCKS, select_args())
     assert STABLE_ABI in str(raised.value.__cause__)
 
 
 @pytest.mark.parametrize("earlier", [0, 3], ids=["first", "after others"])
 def test_other_errors_of_the_extension_stay_as_they_are(binary, monkeypatch, earlier):
-    Allocator(monkeypatch, "select_blocks", (STABLE_ABI, False), (STABLE_ABI, False), ooms=earlier)
+    allocator = Allocator(monkeypatch, (STABLE_ABI, False), (STABLE_ABI, False), ooms=earlier)
     with pytest.raises(RuntimeError) as raised:
-        backends.run_on_backend("cuda", "select_blocks", *select_args())
+        run_on_kernels(allocator, SELECT_BLOCKS, select_args())
     assert type(raised.value) is RuntimeError and str(raised.value) == STABLE_ABI
 
 
 def test_memory_that_was_free_a_moment_later_suffices(binary, monkeypatch):
-    allocator = Allocator(monkeypatch, "select_blocks", (STABLE_ABI, True))
-    assert backends.run_on_backend("cuda", "select_blocks", *select_args()) == "out" and allocator.calls == 2
+    allocator = Allocator(monkeypatch, (STABLE_ABI, True))
+    assert run_on_kernels(allocator, SELECT_BLOCKS, select_args()) == "out" and allocator.calls == 2
 
 
-def test_structured_lists_run_out_of_memory_too(any_device, monkeypatch):
+def test_structured_lists_run_out_of_memory_too(binary, monkeypatch):
     pattern = structured.StructuredPattern(local_blocks=1, anchor_blocks=1, anchor_stride=1, random_blocks=1, seed=0)
-    Allocator(monkeypatch, "structured_blocks_of", (STABLE_ABI, True), (STABLE_ABI, True))
-    monkeypatch.setattr(structured, "resolve_backend", lambda *_: "cuda")
+    allocator = Allocator(monkeypatch, (STABLE_ABI, True), (STABLE_ABI, True))
+    own_block = on_device(3, dtype=torch.int64)
+    args = structured.structured_blocks_of_args(own_block, 2, 0, pattern, None, "cuda")
     with pytest.raises(torch.OutOfMemoryError, match="`structured_blocks_of`"):
-        structured.structured_blocks_of(torch.zeros(3, dtype=torch.int64), 2, 0, pattern)
+        run_on_kernels(allocator, structured.STRUCTURED_BLOCKS_OF, args)
 
 
 # --- many new tokens per row run as packed sequences --------------------------------------------------------------
@@ -296,15 +330,15 @@ def packed_reference(monkeypatch):
     """Packed kernels replaced by the definition; whatever they were called with is in the list."""
     calls = []
 
-    def stand_in(name):
-        def call(*args):
+    def stand_in(module, name):
+        def call(args):
             calls.append((name, args))
-            return getattr(reference, name)(*args)
+            return getattr(reference, name)(args)
 
-        monkeypatch.setattr(cuda, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    stand_in("select_blocks")
-    stand_in("block_sparse_attention")
+    stand_in(cuda.selection, "select_blocks")
+    stand_in(cuda.attention, "block_sparse_attention")
     return calls
 
 
@@ -317,16 +351,15 @@ LONG_CHUNKS = {
 
 
 def assert_same_as_reference(inputs, case, form):
-    where = getattr(case, form)["where"]
-    rows = (where["cache_seqlens"], where.get("cache_leftpad"), where.get("block_table"))
+    where = {"cache_leftpad": None, "block_table": None, **getattr(case, form)["where"]}
     index_query, index_key_cache = case.selection(form)[0]
-    options = tuple(case.options[name] for name in ("block_size", "topk", "local_blocks", "init_blocks"))
-    selected = cuda.select_blocks_with_kvcache(index_query, index_key_cache, *rows, *options)
-    assert torch.equal(selected, reference.select_blocks_with_kvcache(index_query, index_key_cache, *rows, *options))
-    tensors = case.attention(form)[0]
-    out = cuda.block_sparse_attention_with_kvcache(*tensors, *rows, case.block_size, 0.25)
-    expected = reference.block_sparse_attention_with_kvcache(*tensors, *rows, case.block_size, 0.25)
-    assert inputs.relative_error(out, expected) < 1e-6
+    args = SelectBlocksWithKVCacheArgs(index_query, index_key_cache, **where, **case.options)
+    assert torch.equal(cuda.select_blocks_with_kvcache(args), reference.select_blocks_with_kvcache(args))
+    args = BlockSparseAttentionWithKVCacheArgs(
+        *case.attention(form)[0], **where, block_size=case.block_size, softmax_scale=0.25
+    )
+    expected = reference.block_sparse_attention_with_kvcache(args)
+    assert inputs.relative_error(cuda.block_sparse_attention_with_kvcache(args), expected) < 1e-6
 
 
 @pytest.mark.parametrize("form", ["contiguous", "paged"])
@@ -348,9 +381,9 @@ def test_a_contiguous_cache_is_not_copied(inputs, packed_reference):
         cache[name] = roomy[:2, : cache[name].shape[1]]  # rows lie 64 slots apart, more than the slots in view
     assert_same_as_reference(inputs, case, "contiguous")
     (_, select), (_, attend) = packed_reference
-    assert select[1].data_ptr() == cache["index_key"].data_ptr()
-    assert attend[1].data_ptr() == cache["key"].data_ptr()
-    assert attend[2].data_ptr() == cache["value"].data_ptr()
+    assert select.index_key.data_ptr() == cache["index_key"].data_ptr()
+    assert attend.key.data_ptr() == cache["key"].data_ptr()
+    assert attend.value.data_ptr() == cache["value"].data_ptr()
 
 
 def test_caches_of_different_strides_are_handled(inputs, packed_reference):
@@ -364,21 +397,26 @@ def test_caches_of_different_strides_are_handled(inputs, packed_reference):
 
 @pytest.mark.parametrize("most", [1, 2, 64])
 def test_log_sum_over_all_keys_takes_as_many_calls_as_the_blocks_need(monkeypatch, most):
-    """The kernels take so many blocks a query; sequences are longer, empty, and without keys for their first queries."""
-    calls = []
+    """The kernels take a bounded number of blocks per query, and sequences are longer than that.
 
-    def attention(query, key, value, block_indices, *rest):
-        calls.append(block_indices.shape[-1])
-        return reference.block_sparse_attention(query, key, value, block_indices, *rest)
+    One sequence is empty, and one has no keys for its first queries.
+    """
+    widths = []
 
-    monkeypatch.setattr(cuda, "block_sparse_attention", attention)
-    monkeypatch.setattr(cuda, "MAX_TOPK", most)
+    def attention(args):
+        widths.append(args.block_indices.shape[-1])
+        return reference.block_sparse_attention(args)
+
+    monkeypatch.setattr(cuda.indexer_loss, "block_sparse_attention", attention)
+    monkeypatch.setattr(cuda.support, "MAX_TOPK", most)
     generator = torch.Generator().manual_seed(0)
-    lengths = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 9, 9, 15], [0, 9, 13, 17])]
+    cu_seqlens_q, cu_seqlens_k = (torch.tensor(ends, dtype=torch.int32) for ends in ([0, 9, 9, 15], [0, 9, 13, 17]))
     query, key = (torch.randn(n, heads, 8, generator=generator).double() for n, heads in ((15, 4), (17, 2)))
-    lse = cuda.attention_lse(query, key, None, *lengths, 4, 0.3)
-    assert calls == [width for width in (most,) * (5 // most) + (5 % most,) if width]
-    expected = reference.attention_lse(query, key, None, *lengths, 4, 0.3)
+    args = AttentionLseArgs(query, key, None, cu_seqlens_q, cu_seqlens_k, block_size=4, softmax_scale=0.3)
+    lse = cuda.attention_lse(args)
+    assert widths == [width for width in (most,) * (5 // most) + (5 % most,) if width]
+    expected = reference.attention_lse(args)
     assert torch.isneginf(expected).any()
     torch.testing.assert_close(lse, expected)
-    assert cuda.attention_lse(query, key[:0], None, lengths[0], torch.zeros_like(lengths[1]), 4, 0.3).isneginf().all()
+    no_keys = replace(args, key=key[:0], cu_seqlens_k=torch.zeros_like(cu_seqlens_k))
+    assert cuda.attention_lse(no_keys).isneginf().all()

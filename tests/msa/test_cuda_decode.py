@@ -6,7 +6,7 @@ Queries and keys are small integers, so that scores are exact in every arithmeti
 import pytest
 import torch
 
-from modeling_minimax_m3.msa import reference, select_blocks_with_kvcache
+from modeling_minimax_m3.msa import select_blocks_with_kvcache
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +45,7 @@ def test_selection(name, local_blocks, init_blocks):
     selected = select_blocks_with_kvcache(
         index_query, index_key_cache, cache_seqlens=cache_seqlens, backend="cuda", **options
     )
-    expected = reference.select_blocks_with_kvcache(
-        index_query.double(), index_key_cache.double(), cache_seqlens, None, None, *options.values()
+    expected = select_blocks_with_kvcache(
+        index_query.double(), index_key_cache.double(), cache_seqlens=cache_seqlens, backend="reference", **options
     )
     assert torch.equal(selected.sort(-1).values, expected.sort(-1).values)

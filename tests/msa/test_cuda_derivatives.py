@@ -14,7 +14,7 @@ pytestmark = [
 
 @pytest.fixture
 def case(gpu):
-    return gpu.packed(([300, 200], None), group=4)
+    return gpu.packed(([300, 200], None), q_heads_per_kv=4)
 
 
 def functions(case, backend):

@@ -9,8 +9,6 @@ import math
 import pytest
 import torch
 
-from modeling_minimax_m3.msa import portable
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -20,8 +18,8 @@ pytestmark = [
 OPS = torch.ops.minimax_m3_msa
 # The released shape, which has kernels of its own on Hopper, and one that differs from it in everything.
 SHAPES = {
-    "released": {"dtype": torch.bfloat16, "head_dim": 128, "block_size": 128, "group": 16},
-    "other": {"dtype": torch.float16, "head_dim": 64, "block_size": 64, "group": 4},
+    "released": {"dtype": torch.bfloat16, "head_dim": 128, "block_size": 128, "q_heads_per_kv": 16},
+    "other": {"dtype": torch.float16, "head_dim": 64, "block_size": 64, "q_heads_per_kv": 4},
 }
 # (queries, keys) of each sequence
 LENGTHS = [(130, 130), (0, 0), (1, 1), (37, 300), (0, 70), (9, 9)]
@@ -34,7 +32,7 @@ def offsets(lengths):
 class Inputs:
     """Random inputs of the packed operators; some rows choose nothing, some what they cannot see."""
 
-    def __init__(self, dtype, head_dim, block_size, group, lengths=None, num_kv_heads=2, topk=5):
+    def __init__(self, dtype, head_dim, block_size, q_heads_per_kv, lengths=None, num_kv_heads=2, topk=5):
         queries, keys = zip(*(LENGTHS if lengths is None else lengths))
         generator = torch.Generator().manual_seed(0)
 
@@ -43,7 +41,7 @@ class Inputs:
 
         self.block_size, self.scale = block_size, head_dim**-0.5
         self.index_query, self.index_key = normal(sum(queries), num_kv_heads, head_dim), normal(sum(keys), head_dim)
-        self.query = normal(sum(queries), num_kv_heads * group, head_dim)
+        self.query = normal(sum(queries), num_kv_heads * q_heads_per_kv, head_dim)
         self.key, self.value = (normal(sum(keys), num_kv_heads, head_dim) for _ in range(2))
         self.lengths = (offsets(queries), offsets(keys))
         width = -(-max(keys) // block_size) + 1
@@ -106,7 +104,7 @@ def test_indexer_loss(kernels, shape, form):
     block_indices, *where = case.where
     block_indices = block_indices if form == "sparse" else None
     states = (case.index_query, case.index_key, case.query, case.key)
-    lse = portable.attention_lse(case.query, case.key, block_indices, *where)
+    lse = OPS.attention_lse(case.query, case.key, block_indices, *where, "torch")
     options = (block_indices, *where, case.scale)
     saved_tokens = len(case.query) // 2 if form == "sparse" else 0
     assert_repeats(lambda: OPS.indexer_kl_loss(*states, lse, *options, saved_tokens, "cuda")[:2])
@@ -149,7 +147,10 @@ def test_decode(shape, rows, form):
         order = torch.randperm(batch * slots // page, generator=generator).to("cuda")
         caches = [cache.unflatten(1, (-1, page)).flatten(0, 1)[order.argsort()] for cache in caches]
         where = (used, None, order.view(batch, -1).to(torch.int32))
-    query, index_query = normal(batch, num_new, 2 * options["group"], head_dim), normal(batch, num_new, 2, head_dim)
+    query, index_query = (
+        normal(batch, num_new, 2 * options["q_heads_per_kv"], head_dim),
+        normal(batch, num_new, 2, head_dim),
+    )
     ids = torch.stack([torch.randperm(5, generator=generator)[:4] for _ in range(batch * num_new * 2)])
     ids = ids.view(batch, num_new, 2, 4).to("cuda", torch.int32)
     assert_repeats(lambda: OPS.select_blocks_with_kvcache(index_query, caches[0], *where, block_size, 2, 1, 0, "cuda"))

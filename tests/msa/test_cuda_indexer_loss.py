@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from modeling_minimax_m3.msa import cuda, indexer_kl_loss
+from modeling_minimax_m3.msa import indexer_kl_loss
+from modeling_minimax_m3.msa.cuda import indexer_loss as kernels_of_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,12 +46,14 @@ def offsets(lengths):
 class Case:
     """Random inputs between NaN: rows, heads and channels that belong to no argument must not be read."""
 
-    def __init__(self, lengths="ragged", dtype=torch.bfloat16, head_dim=128, index_dim=128, group=16, num_kv_heads=2):
+    def __init__(
+        self, lengths="ragged", dtype=torch.bfloat16, head_dim=128, index_dim=128, q_heads_per_kv=16, num_kv_heads=2
+    ):
         keys, queries = LENGTHS[lengths] if isinstance(lengths, str) else lengths
-        self.generator = torch.Generator("cuda").manual_seed(sum(keys) + group)
+        self.generator = torch.Generator("cuda").manual_seed(sum(keys) + q_heads_per_kv)
         self.index_query = self.normal(sum(queries), num_kv_heads, index_dim, dtype=dtype)
         self.index_key = self.normal(sum(keys), 1, index_dim, dtype=dtype)[:, 0]
-        self.query = self.normal(sum(queries), num_kv_heads * group, head_dim, dtype=dtype)
+        self.query = self.normal(sum(queries), num_kv_heads * q_heads_per_kv, head_dim, dtype=dtype)
         self.key = self.normal(sum(keys), num_kv_heads, head_dim, dtype=dtype)
         self.grad_kl = torch.randn(self.index_query.shape[:2], generator=self.generator, device="cuda")
         self.lengths = {"cu_seqlens_q": offsets(queries), "cu_seqlens_k": offsets(keys)}
@@ -97,7 +100,7 @@ def check(case, block_indices, block_size, once):
     compare(case, block_indices, block_size, *expected)
     if block_indices is not None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda, "MAX_SAVED_BYTES", 0)
+            patch.setattr(kernels_of_loss, "MAX_SAVED_BYTES", 0)
             compare(case, block_indices, block_size, *expected)
 
 
@@ -119,9 +122,9 @@ def compare(case, block_indices, block_size, expected_kl, *expected_grads):
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group", [16, 4])
-def test_lengths(kernels, once, group, dtype, lengths):
-    case = Case(lengths, dtype, group=group)
+@pytest.mark.parametrize("q_heads_per_kv", [16, 4])
+def test_lengths(kernels, once, q_heads_per_kv, dtype, lengths):
+    case = Case(lengths, dtype, q_heads_per_kv=q_heads_per_kv)
     check(case, case.random_blocks(6, 128), 128, once)
 
 
@@ -129,21 +132,23 @@ def test_lengths(kernels, once, group, dtype, lengths):
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("head_dim, index_dim", [(128, 128), (64, 64), (128, 64), (64, 128)])
 def test_geometries(once, head_dim, index_dim, block_size, dtype):
-    case = Case("ragged", dtype, head_dim, index_dim, group=8)
+    case = Case("ragged", dtype, head_dim, index_dim, q_heads_per_kv=8)
     check(case, case.random_blocks(6, block_size), block_size, once)
 
 
 @pytest.mark.parametrize("topk", [1, 7, 33, 64])
-@pytest.mark.parametrize("group, block_size", [(1, 64), (2, 64), (4, 128), (8, 64), (16, 64), (1, 128), (16, 128)])
-def test_groups_and_widths(kernels, once, group, block_size, topk):
-    case = Case(([700, 300], [500, 300]), group=group)
+@pytest.mark.parametrize(
+    "q_heads_per_kv, block_size", [(1, 64), (2, 64), (4, 128), (8, 64), (16, 64), (1, 128), (16, 128)]
+)
+def test_heads_and_widths(kernels, once, q_heads_per_kv, block_size, topk):
+    case = Case(([700, 300], [500, 300]), q_heads_per_kv=q_heads_per_kv)
     check(case, case.random_blocks(topk, block_size), block_size, once)
 
 
-@pytest.mark.parametrize("group", [1, 16])
-def test_all_keys(kernels, once, group):
+@pytest.mark.parametrize("q_heads_per_kv", [1, 16])
+def test_all_keys(kernels, once, q_heads_per_kv):
     """The dense warm-up form."""
-    check(Case("chunked", group=group, num_kv_heads=1), None, 128, once)
+    check(Case("chunked", q_heads_per_kv=q_heads_per_kv, num_kv_heads=1), None, 128, once)
 
 
 def test_one_block_that_all_choose(kernels, once):
@@ -160,7 +165,7 @@ def test_one_block_that_all_choose(kernels, once):
 def test_more_queries_than_a_workspace_holds(kernels, once, topk, dims, block_size):
     """Several parts; against the `torch` backend, whose memory is linear."""
     lengths = [24000] if topk else [12000]
-    case = Case((lengths, lengths), group=1, num_kv_heads=4, head_dim=dims, index_dim=dims)
+    case = Case((lengths, lengths), q_heads_per_kv=1, num_kv_heads=4, head_dim=dims, index_dim=dims)
     block_indices = topk and case.random_blocks(topk, block_size)
     kl, *grads = case.run(block_indices, block_size)
     expected_kl, *expected_grads = once(lambda: case.run(block_indices, block_size, "torch", torch.float32))
@@ -190,13 +195,13 @@ def test_size_of_the_upstream_gradient(kernels, dtype, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim, index_dim, group", [(128, 128, 16), (128, 64, 2), (64, 128, 8)])
-def test_probabilities_of_some_tokens(kernels, once, monkeypatch, head_dim, index_dim, group, dtype):
+@pytest.mark.parametrize("head_dim, index_dim, q_heads_per_kv", [(128, 128, 16), (128, 64, 2), (64, 128, 8)])
+def test_probabilities_of_some_tokens(kernels, once, monkeypatch, head_dim, index_dim, q_heads_per_kv, dtype):
     """The gradient has those of the others to compute."""
-    case = Case("ragged", dtype, head_dim, index_dim, group)
+    case = Case("ragged", dtype, head_dim, index_dim, q_heads_per_kv)
     block_indices = case.random_blocks(6, 128)
-    monkeypatch.setattr(cuda, "MAX_SAVED_BYTES", 700 * 2 * 6 * 128 * 2 + 1)
-    assert cuda.saved_tokens(block_indices, 128) == 700 < len(case.query)
+    monkeypatch.setattr(kernels_of_loss, "MAX_SAVED_BYTES", 700 * 2 * 6 * 128 * 2 + 1)
+    assert kernels_of_loss.saved_tokens(block_indices, 128) == 700 < len(case.query)
     compare(case, block_indices, 128, *once(lambda: case.run(block_indices, 128, "reference", torch.float64)))
 
 
@@ -208,7 +213,7 @@ def test_what_is_kept(kernels):
     scores = torch.einsum("thgd,khd->thgk", case.query[:200].unflatten(1, (2, 16)).double(), case.key[:128].double())
     probs = (0.09 * scores - args[4][:200].unflatten(1, (2, 16)).unsqueeze(-1).double()).exp().mean(2)
     visible = (torch.arange(128) <= torch.arange(200)[:, None]).cuda()[:, None].expand(-1, 2, -1)
-    found = kept[:, :, 0].double() / cuda.SAVED_SCALE
+    found = kept[:, :, 0].double() / kernels_of_loss.SAVED_SCALE
     torch.testing.assert_close(found[visible], probs[visible], rtol=2e-3, atol=2e-9)
 
 
@@ -216,17 +221,17 @@ def test_what_is_kept(kernels):
 def kept(request, monkeypatch):
     """Of how many tokens the value keeps probabilities for the gradient, as long as a token has 2 x 6 blocks of 128."""
     if request.param is not None:
-        monkeypatch.setattr(cuda, "MAX_SAVED_BYTES", request.param * 2 * 6 * 128 * 2)
+        monkeypatch.setattr(kernels_of_loss, "MAX_SAVED_BYTES", request.param * 2 * 6 * 128 * 2)
     return request.param
 
 
-@pytest.mark.parametrize("group", [16, 1])
-def test_an_indexer_that_agrees(kernels, kept, group):
+@pytest.mark.parametrize("q_heads_per_kv", [16, 1])
+def test_an_indexer_that_agrees(kernels, kept, q_heads_per_kv):
     """r = p: what remains of the gradient is the rounding of what is kept, next to that of r."""
-    case = Case("ragged", torch.float16, group=group)
+    case = Case("ragged", torch.float16, q_heads_per_kv=q_heads_per_kv)
     case.index_key = case.key[:, 0]
     case.key = case.index_key[:, None].expand(-1, 2, -1)
-    case.query = case.index_query.repeat_interleave(group, dim=1)
+    case.query = case.index_query.repeat_interleave(q_heads_per_kv, dim=1)
     block_indices = case.random_blocks(6, 128)
     grads = case.run(block_indices, 128)[1:]
     case.query = case.query.flip(-1)

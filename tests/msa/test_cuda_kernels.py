@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from modeling_minimax_m3.msa import block_sparse_attention, reference, select_blocks
+from modeling_minimax_m3.msa import block_sparse_attention, select_blocks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,9 +39,11 @@ LENGTHS = {
 
 
 def exact_attention(case, block_indices, block_size, scale):
-    return reference.block_sparse_attention(
-        *(tensor.double() for tensor in case.qkv), block_indices, *case.lengths.values(), block_size, scale
-    )
+    states = (tensor.double() for tensor in case.qkv)
+    return block_sparse_attention(
+        *states, block_indices, **case.lengths, block_size=block_size, softmax_scale=scale, return_lse=True,
+        backend="reference",
+    )  # fmt: skip
 
 
 def assert_attention(gpu, out, lse, case, block_indices, block_size, once, scale=None):
@@ -79,7 +81,7 @@ def test_selection(kernels, gpu, once, head_dim, block_size, dtype, lengths):
 )
 @pytest.mark.parametrize("num_heads", [1, 3, 4, 8])
 def test_selection_options(kernels, gpu, once, num_heads, topk, local_blocks, init_blocks):
-    case = gpu.packed(([2900, 400], None), num_kv_heads=num_heads, group=1)
+    case = gpu.packed(([2900, 400], None), num_kv_heads=num_heads, q_heads_per_kv=1)
     options = {"topk": topk, "local_blocks": local_blocks, "init_blocks": init_blocks}
     selected = select_blocks(
         case.index_query, case.index_key, **case.lengths, **options, block_size=64, backend="cuda"
@@ -113,7 +115,7 @@ def test_attention(gpu, once, head_dim, block_size, dtype, lengths):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_of_the_released_shape(kernels, gpu, once, dtype, lengths):
     """The one shape of heads and blocks that has Hopper kernels."""
-    case = gpu.packed(LENGTHS[lengths], dtype, group=16)
+    case = gpu.packed(LENGTHS[lengths], dtype, q_heads_per_kv=16)
     block_indices = case.random_blocks(16, 128)
     gpu.poison(case.query, torch.empty(case.query.shape[:2], device="cuda"))
     out, lse = block_sparse_attention(*case.qkv, block_indices, **case.lengths, return_lse=True, backend="cuda")
@@ -121,9 +123,9 @@ def test_attention_of_the_released_shape(kernels, gpu, once, dtype, lengths):
 
 
 @pytest.mark.parametrize("topk", [1, 2, 7, 16, 33, 64])
-@pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
-def test_attention_groups_and_widths(gpu, once, group, topk):
-    case = gpu.packed(([700, 300], [500, 300]), group=group, seed=group)
+@pytest.mark.parametrize("q_heads_per_kv", [1, 2, 4, 8, 16])
+def test_attention_heads_and_widths(gpu, once, q_heads_per_kv, topk):
+    case = gpu.packed(([700, 300], [500, 300]), q_heads_per_kv=q_heads_per_kv, seed=q_heads_per_kv)
     block_indices = case.random_blocks(topk, 64)
     out, lse = block_sparse_attention(
         *case.qkv, block_indices, **case.lengths, block_size=64, softmax_scale=0.3, return_lse=True, backend="cuda"
@@ -139,7 +141,7 @@ def test_attention_groups_and_widths(gpu, once, group, topk):
 )
 def test_attention_of_many_queries(kernels, gpu, once, lengths, dtype):
     """Enough queries of the released geometry for kernels that go from key blocks to their queries."""
-    case = gpu.packed(lengths, dtype, group=16)
+    case = gpu.packed(lengths, dtype, q_heads_per_kv=16)
     block_indices = case.random_blocks(16, 128)
     gpu.poison(case.query, torch.empty(case.query.shape[:2], device="cuda"))
     out, lse = block_sparse_attention(*case.qkv, block_indices, **case.lengths, return_lse=True, backend="cuda")
@@ -151,7 +153,7 @@ def test_attention_of_many_queries(kernels, gpu, once, lengths, dtype):
 
 
 def test_attention_of_many_queries_is_captured(kernels, gpu):
-    case = gpu.packed(([2500, 300], None), group=16)
+    case = gpu.packed(([2500, 300], None), q_heads_per_kv=16)
     block_indices = case.random_blocks(16, 128)
     call = {**case.lengths, "backend": "cuda"}
     block_sparse_attention(*case.qkv, block_indices, **call)
@@ -166,7 +168,7 @@ def test_attention_of_many_queries_is_captured(kernels, gpu):
 
 def test_clustered_selection(kernels, gpu, once):
     """Neighbouring tokens that share most of their blocks."""
-    case = gpu.packed(([3000], None), group=16)
+    case = gpu.packed(([3000], None), q_heads_per_kv=16)
     shared = case.random_blocks(16, 128)[:1]
     block_indices = shared.repeat(3000, 1, 1)
     block_indices[::7] = case.random_blocks(16, 128)[::7]
@@ -176,20 +178,18 @@ def test_clustered_selection(kernels, gpu, once):
 
 def test_large_scores(kernels, gpu, inputs):
     """Logits in the hundreds, where a softmax without its maximum would overflow."""
-    case = gpu.packed(LENGTHS["ragged"], group=16)
+    case = gpu.packed(LENGTHS["ragged"], q_heads_per_kv=16)
     case.query *= 30
     block_indices = case.random_blocks(6, 128)
     out, lse = block_sparse_attention(*case.qkv, block_indices, **case.lengths, return_lse=True, backend="cuda")
-    expected, expected_lse = reference.block_sparse_attention(
-        *(tensor.double() for tensor in case.qkv), block_indices, *case.lengths.values(), 128, 128**-0.5
-    )
+    expected, expected_lse = exact_attention(case, block_indices, 128, 128**-0.5)
     assert inputs.relative_error(out, expected) < 1e-2
     attends = expected_lse > -math.inf
     assert inputs.relative_error(lse[attends], expected_lse[attends]) < 1e-4
 
 
 def test_strides(kernels, gpu):
-    case = gpu.packed(LENGTHS["ragged"], group=16)
+    case = gpu.packed(LENGTHS["ragged"], q_heads_per_kv=16)
     selected = select_blocks(case.index_query, case.index_key, **case.lengths, topk=4, backend="cuda")
     out, lse = block_sparse_attention(*case.qkv, selected, **case.lengths, return_lse=True, backend="cuda")
     roomy = [gpu.strided(tensor) for tensor in (case.index_query, case.index_key, *case.qkv)]
@@ -207,7 +207,7 @@ def test_strides(kernels, gpu):
 @pytest.mark.parametrize("lengths", [LENGTHS["ragged"], ([2100, 40], None)], ids=["few queries", "many queries"])
 def test_wrong_ids_and_lengths_stay_inside(kernels, gpu, lengths):
     """Values are not checked on a GPU; wrong ones may give any result but no illegal access."""
-    case = gpu.packed(lengths, group=16)
+    case = gpu.packed(lengths, q_heads_per_kv=16)
     wild = torch.randint(-(2**31), 2**31 - 1, (len(case.query), 2, 8), dtype=torch.int32, device="cuda")
     block_sparse_attention(*case.qkv, wild, **case.lengths, backend="cuda")
     too_long = {name: value * 3 for name, value in case.lengths.items()}

@@ -11,7 +11,6 @@ import torch
 
 from modeling_minimax_m3.msa import (
     block_sparse_attention_with_kvcache,
-    reference,
     select_blocks_with_kvcache,
 )
 
@@ -42,7 +41,7 @@ CHUNKS = {
     "short": {"lengths": [17, 300, 1025], "num_new": 17, "leftpad": [3, 0, 12]},
     "rows shorter than the chunk": {"lengths": [100, 0, 1025], "num_new": 200},
     # As `test_attention_of_many_queries`, between slots that hold NaN.
-    "many queries": {"lengths": [1900, 1111], "num_new": 1100, "leftpad": [3, 70], "group": 16, "topk": 16},
+    "many queries": {"lengths": [1900, 1111], "num_new": 1100, "leftpad": [3, 70], "q_heads_per_kv": 16, "topk": 16},
 }
 
 
@@ -85,13 +84,13 @@ def run_cached(gpu, case, form, once):
     tensors, attention_options = case.attention(form)
     gpu.poison(tensors[0])
     out = block_sparse_attention_with_kvcache(*tensors, **attention_options, backend="cuda")
-    where = attention_options
+    query, key_cache, value_cache, block_indices = tensors
+    exact_states = (tensor.double() for tensor in (query, key_cache, value_cache))
     expected = once(
-        lambda: reference.block_sparse_attention_with_kvcache(
-            *(tensor.double() for tensor in tensors[:3]), tensors[3], where["cache_seqlens"],
-            where.get("cache_leftpad"), where.get("block_table"), where["block_size"], tensors[0].shape[-1] ** -0.5,
+        lambda: block_sparse_attention_with_kvcache(
+            *exact_states, block_indices, **attention_options, backend="reference"
         )
-    )  # fmt: skip
+    )
     assert out.shape == tensors[0].shape
     gpu.assert_rows(out, expected, OUTPUT_TOLERANCE[out.dtype])
     assert not out[(expected == 0).all(-1)].any(), "rows without a key are 0"
@@ -118,9 +117,9 @@ def test_cache_geometries(gpu, once, head_dim, block_size, dtype, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("group, topk", [(1, 1), (2, 64), (8, 16), (16, 16), (16, 64)])
-def test_cache_groups_and_widths(gpu, once, group, topk, form):
-    run_cached(gpu, gpu.cached([1500, 40], 2, block_size=64, group=group, topk=topk), form, once)
+@pytest.mark.parametrize("q_heads_per_kv, topk", [(1, 1), (2, 64), (8, 16), (16, 16), (16, 64)])
+def test_cache_heads_and_widths(gpu, once, q_heads_per_kv, topk, form):
+    run_cached(gpu, gpu.cached([1500, 40], 2, block_size=64, q_heads_per_kv=q_heads_per_kv, topk=topk), form, once)
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 256])

@@ -27,7 +27,7 @@ CALLS = ("selection", "forward", "backward", "indexer loss", "decoding", "struct
 LENGTH = 2304  # enough queries for both orders of the forward
 
 
-def prepare(name, dtype, head_dim, block_size, group, topk):
+def prepare(name, dtype, head_dim, block_size, q_heads_per_kv, topk):
     """A function that calls the operators of `name`, and as little else as can be."""
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -38,7 +38,7 @@ def prepare(name, dtype, head_dim, block_size, group, topk):
     options = {"block_size": block_size, "backend": "cuda"}
     packed = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, **options}
     index_query, index_key = normal(LENGTH, 2, head_dim).requires_grad_(), normal(LENGTH, head_dim).requires_grad_()
-    states = [normal(LENGTH, heads, head_dim).requires_grad_() for heads in (2 * group, 2, 2)]
+    states = [normal(LENGTH, heads, head_dim).requires_grad_() for heads in (2 * q_heads_per_kv, 2, 2)]
     position = torch.arange(LENGTH, device="cuda")[:, None, None]
     ids = torch.rand((LENGTH, 2, LENGTH // block_size), generator=generator, device="cuda").argsort(-1)
     ids = torch.nn.functional.pad(ids[..., :topk], (0, max(0, topk - ids.shape[-1])), value=-1)
@@ -106,7 +106,7 @@ def test_kernels_are_those_asked_for(kernels, tmp_path, name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_portable_kernels_fit_every_gpu(monkeypatch, tmp_path, name, dtype, head_dim, block_size):
-    """With the most query heads of a group and the longest lists."""
+    """With the most query heads per key/value head and the longest lists."""
     monkeypatch.setenv("MINIMAX_M3_MSA_CUDA", "portable")
     names = launched(prepare(name, dtype, head_dim, block_size, 16, 64), tmp_path)
     assert names

@@ -23,7 +23,14 @@ class Case:
 
     def __init__(self, inputs, backend="auto"):
         self.case = case = inputs.make_varlen(
-            [6, 5, 4], [6, 3, 0], block_size=2, head_dim=2, index_dim=2, group=2, num_kv_heads=2, dtype=torch.float64
+            [6, 5, 4],
+            [6, 3, 0],
+            block_size=2,
+            head_dim=2,
+            index_dim=2,
+            q_heads_per_kv=2,
+            num_kv_heads=2,
+            dtype=torch.float64,
         )
         self.blocks = case.random_blocks()
         assert (self.blocks[..., 0] < 0).any(), "no empty row"

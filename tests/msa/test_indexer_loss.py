@@ -14,8 +14,11 @@ from modeling_minimax_m3.msa import (
     extension,
     indexer_kl_loss,
     indexer_loss,
-    portable,
 )
+from modeling_minimax_m3.msa.arguments import AttentionLseArgs, IndexerKLLossArgs, IndexerKLLossBackwardArgs
+from modeling_minimax_m3.msa.portable import tiles
+
+from .pretended_gpu import on_device
 
 OPS = torch.ops.minimax_m3_msa
 BACKENDS = ("reference", "torch")
@@ -35,7 +38,7 @@ def by_rows(case, block_indices, block_size, softmax_scale=None, index_scale=Non
     softmax_scale = case.query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     index_scale = case.index_query.shape[-1] ** -0.5 if index_scale is None else index_scale
     num_heads = case.index_query.shape[1]
-    group = case.query.shape[1] // num_heads
+    q_heads_per_kv = case.query.shape[1] // num_heads
     rows = []
     for sequence in range(len(case.cu_seqlens_q) - 1):
         first_q, end_q = case.cu_seqlens_q[sequence : sequence + 2].tolist()
@@ -52,9 +55,9 @@ def by_rows(case, block_indices, block_size, softmax_scale=None, index_scale=Non
                     continue
                 keys = torch.tensor(seen) + first_k
                 teacher = 0.0
-                for member in range(head * group, (head + 1) * group):
+                for member in range(head * q_heads_per_kv, (head + 1) * q_heads_per_kv):
                     logits = case.key[keys, head].double() @ case.query[i, member].double() * softmax_scale
-                    teacher = teacher + logits.softmax(0).detach() / group
+                    teacher = teacher + logits.softmax(0).detach() / q_heads_per_kv
                 logits = case.index_key[keys].double() @ case.index_query[i, head].double() * index_scale
                 rows.append((teacher * (teacher.log() - logits.log_softmax(0))).sum())
     return torch.stack(rows).view(-1, num_heads) if rows else torch.zeros(0, num_heads, dtype=torch.float64)
@@ -75,7 +78,7 @@ def with_grad(case):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_value_and_gradients_are_those_of_the_rows(inputs, backend, layout, keys):
-    case = inputs.make_varlen(*LAYOUTS[layout], group=3, index_dim=8, dtype=torch.float64)
+    case = inputs.make_varlen(*LAYOUTS[layout], q_heads_per_kv=3, index_dim=8, dtype=torch.float64)
     block_indices = case.random_blocks() if keys == "blocks" else None
     leaves = with_grad(case)
     expected = by_rows(case, block_indices, case.block_size)
@@ -145,7 +148,7 @@ def test_all_keys_are_all_blocks(inputs, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_indexer_that_repeats_the_attention_has_no_divergence(inputs, backend):
-    case = inputs.make_varlen([60], num_kv_heads=1, group=1, dtype=torch.float64)
+    case = inputs.make_varlen([60], num_kv_heads=1, q_heads_per_kv=1, dtype=torch.float64)
     leaves = [case.query.clone().requires_grad_(), case.key[:, 0].clone().requires_grad_()]
     for block_indices in (case.random_blocks(), None):
         kl = indexer_kl_loss(
@@ -192,8 +195,8 @@ def test_tiles_of_every_size_agree(inputs, monkeypatch):
         kl = call(case, block_indices, backend="torch")
         grads = torch.autograd.grad(kl.sum(), leaves)
         with monkeypatch.context() as patch:
-            patch.setattr(portable, "_ATTENTION_TILE", 2**9)
-            patch.setattr(portable, "_DENSE_KEYS", 24)
+            patch.setattr(tiles, "ATTENTION_TILE", 2**9)
+            patch.setattr(tiles, "DENSE_KEYS", 24)
             tiled = call(case, block_indices, backend="torch")
             tiled_grads = torch.autograd.grad(tiled.sum(), leaves)
         torch.testing.assert_close(tiled, kl)
@@ -228,7 +231,7 @@ def test_strided_inputs(inputs, backend):
 @pytest.mark.parametrize("keys", ["blocks", "all"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(inputs, backend, keys):
-    case = inputs.make_varlen([20, 9, 4], [20, 5, 0], block_size=4, group=3)
+    case = inputs.make_varlen([20, 9, 4], [20, 5, 0], block_size=4, q_heads_per_kv=3)
     block_indices = case.random_blocks() if keys == "blocks" else None
     where = (block_indices, *case.lengths.values(), 4)
     lse_args = (case.query, case.key, *where, 0.25, backend)
@@ -246,7 +249,7 @@ def test_opcheck(inputs, backend, keys):
 def test_whole_graph_with_gradients(inputs, keys, monkeypatch):
     if "room" in keys:
         monkeypatch.setattr(indexer_loss, "_is_for_extension", lambda *args: True)
-        monkeypatch.setattr(cuda, "MAX_SAVED_BYTES", 2 * 2 * 3 * 8 * 100)  # 100 tokens, of 2 x 3 blocks of 8
+        monkeypatch.setattr(cuda.indexer_loss, "MAX_SAVED_BYTES", 2 * 2 * 3 * 8 * 100)  # 100 tokens, of 2 x 3 blocks of 8
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
 
@@ -311,64 +314,75 @@ def test_errors_name_the_argument(inputs, change, error, message):
 # --- which backend runs ------------------------------------------------------------------------------------------
 
 
-class OnDevice(torch.Tensor):
-    """A CPU tensor that says it is on the first GPU."""
-
-    device = property(lambda self: torch.device("cuda", 0))
-
-
-def on_device(*shape, dtype=torch.bfloat16):
-    return torch.zeros(shape, dtype=dtype).as_subclass(OnDevice)
-
-
-def device_calls(group=16, topk=16, blocks=True, index_dim=128):
-    """Arguments of the three functions for tensors that the kernels take, but for what is changed."""
-    states = (on_device(8, 2, index_dim), on_device(8, index_dim), on_device(8, 2 * group, 128), on_device(8, 2, 128))
-    lse, index_lse = on_device(8, 2 * group, dtype=torch.float32), on_device(8, 2, dtype=torch.float32)
-    block_indices = on_device(8, 2, topk, dtype=torch.int32) if blocks else None
-    where = (block_indices, None, None, 128)
-    return {
-        "attention_lse": (*states[2:], *where, 0.1),
-        "indexer_kl_loss": (*states, lse, *where, 0.1, 0.1),
-        "indexer_kl_loss_backward": (index_lse, *states, lse, index_lse, *where, 0.1, 0.1),
+def loss_args(q_heads_per_kv=16, topk=16, blocks=True, index_dim=128):
+    """Arguments that the kernels take, but for what is changed."""
+    tensors = {
+        "index_query": on_device(8, 2, index_dim),
+        "index_key": on_device(8, index_dim),
+        "query": on_device(8, 2 * q_heads_per_kv, 128),
+        "key": on_device(8, 2, 128),
+        "lse": on_device(8, 2 * q_heads_per_kv, dtype=torch.float32),
+        "block_indices": on_device(8, 2, topk, dtype=torch.int32) if blocks else None,
     }
+    options = {"block_size": 128, "softmax_scale": 0.1, "index_scale": 0.1}
+    return IndexerKLLossArgs(**tensors, cu_seqlens_q=None, cu_seqlens_k=None, **options)
 
 
-@pytest.mark.parametrize("function", ["attention_lse", "indexer_kl_loss", "indexer_kl_loss_backward"])
-def test_what_the_kernels_support(monkeypatch, function):
+def lse_args(**changed):
+    loss = loss_args(**changed)
+    return AttentionLseArgs(loss.query, loss.key, loss.block_indices, None, None, loss.block_size, 0.1)
+
+
+def backward_args(**changed):
+    index_lse = on_device(8, 2, dtype=torch.float32)
+    return IndexerKLLossBackwardArgs(index_lse, index_lse, loss_args(**changed))
+
+
+LOSS_OPERATORS = {
+    "attention_lse": (indexer_loss.ATTENTION_LSE, lse_args),
+    "indexer_kl_loss": (indexer_loss.INDEXER_KL_LOSS, loss_args),
+    "indexer_kl_loss_backward": (indexer_loss.INDEXER_KL_LOSS_BACKWARD, backward_args),
+}
+
+
+@pytest.mark.parametrize("name", LOSS_OPERATORS)
+def test_what_the_kernels_support(monkeypatch, name):
     monkeypatch.setattr(extension, "device_reason", lambda index: None)
-    assert cuda.unsupported(function, device_calls()[function]) is None
-    assert cuda.unsupported(function, device_calls(blocks=False)[function]) is None
-    assert "64 blocks" in cuda.unsupported(function, device_calls(topk=65)[function])
-    assert cuda.unsupported(function, device_calls(group=3)[function]).endswith("they are 3")
-    if function != "attention_lse":
-        assert cuda.unsupported(function, device_calls(index_dim=64)[function]) is None
-        assert "96 for `index_query`" in cuda.unsupported(function, device_calls(index_dim=96)[function])
+    operator, args = LOSS_OPERATORS[name]
+    assert operator.unsupported(args()) is None
+    assert operator.unsupported(args(blocks=False)) is None
+    assert "64 blocks" in operator.unsupported(args(topk=65))
+    assert operator.unsupported(args(q_heads_per_kv=3)).endswith("they are 3")
+    if name != "attention_lse":
+        assert operator.unsupported(args(index_dim=64)) is None
+        assert "96 for `index_query`" in operator.unsupported(args(index_dim=96))
 
 
-@pytest.mark.parametrize("function", ["indexer_kl_loss", "indexer_kl_loss_backward"])
-def test_a_binary_without_the_kernel_is_passed_by(monkeypatch, function):
+@pytest.mark.parametrize("name", ["indexer_kl_loss", "indexer_kl_loss_backward"])
+def test_a_binary_without_the_kernel_is_not_taken(monkeypatch, name):
     class Binary:
         select_blocks = None
 
     monkeypatch.setattr(extension, "device_reason", lambda index: None)
     monkeypatch.setattr(extension, "load", lambda build: None)
-    monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(torch.ops, "minimax_m3_msa_cuda", Binary)
-    args = device_calls()[function]
+    operator, args = LOSS_OPERATORS[name][0], LOSS_OPERATORS[name][1]()
     with pytest.warns(UserWarning, match="no kernel"):
-        assert backends.resolve_backend("auto", function, args) == "torch"
+        assert backends.resolve_backend("auto", operator, args) == "torch"
     with pytest.raises(NotImplementedError, match="no kernel"):
-        backends.resolve_backend("cuda", function, args)
+        backends.resolve_backend("cuda", operator, args)
     with torch.library._scoped_library("minimax_m3_test_of_old_binaries", "DEF") as library:
         library.define("old(Tensor query) -> Tensor")
         library.define("now(Tensor query, Tensor(a!) saved_probs) -> Tensor")
+        library.define("spelled_out(Tensor query, Tensor(a!) saved_probabilities) -> Tensor")
         operators = torch.ops.minimax_m3_test_of_old_binaries
-        monkeypatch.setattr(Binary, function, operators.old, raising=False)
+        monkeypatch.setattr(Binary, name, operators.old, raising=False)
         with pytest.raises(NotImplementedError, match="too old"):
-            backends.resolve_backend("cuda", function, args)
-        monkeypatch.setattr(Binary, function, operators.now)
-        assert backends.resolve_backend("auto", function, args) == "cuda"
+            backends.resolve_backend("cuda", operator, args)
+        for known in (operators.now, operators.spelled_out):
+            monkeypatch.setattr(Binary, name, known)
+            assert backends.resolve_backend("auto", operator, args) == "cuda"
 
 
 def test_what_is_kept_for_the_gradient_is_bounded():

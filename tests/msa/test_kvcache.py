@@ -10,6 +10,7 @@ from modeling_minimax_m3.msa import (
     select_blocks,
     select_blocks_with_kvcache,
 )
+from modeling_minimax_m3.msa.arguments import BlockSparseAttentionWithKVCacheArgs, SelectBlocksWithKVCacheArgs
 
 BACKENDS = ("reference", "torch")
 FORMS = ("contiguous", "paged")
@@ -58,7 +59,7 @@ def test_attends_to_the_listed_blocks(brute, inputs, backend, form, options, num
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_dtypes(brute, inputs, backend, form, num_new, dtype):
-    case = inputs.make_cached([61, 120], num_new, head_dim=64, index_dim=32, group=4, dtype=dtype)
+    case = inputs.make_cached([61, 120], num_new, head_dim=64, index_dim=32, q_heads_per_kv=4, dtype=dtype)
     args, kwargs = case.selection(form)
     selected = select_blocks_with_kvcache(*args, **kwargs, backend=backend)
     brute.check_selection_with_kvcache(selected, *args, **kwargs)
@@ -303,13 +304,13 @@ def test_decoding_reads_no_value_on_the_host(inputs, form):
     # tensors without values: whatever asks for one raises, and so would a CUDA graph capture
     case = inputs.make_cached([61, 33], 1, leftpad=[4, 0])
     where = {name: tensor.to("meta") for name, tensor in getattr(case, form)["where"].items()}
-    rows = (where["cache_seqlens"], where.get("cache_leftpad"), where.get("block_table"))
-    (index_query, index_key), options = case.selection(form)
-    order = ("block_size", "topk", "local_blocks", "init_blocks")
-    selected = portable.select_blocks_with_kvcache(
-        index_query.to("meta"), index_key.to("meta"), *rows, *(options[name] for name in order)
-    )
+    where = {"cache_leftpad": None, "block_table": None, **where}
+    index_query, index_key = (tensor.to("meta") for tensor in case.selection(form)[0])
+    args = SelectBlocksWithKVCacheArgs(index_query, index_key, **where, **case.options)
+    selected = portable.select_blocks_with_kvcache(args)
     assert selected.shape == (2, 1, 2, 3)
-    qkv = (tensor.to("meta") for tensor in case.attention(form)[0][:3])
-    out = portable.block_sparse_attention_with_kvcache(*qkv, selected, *rows, case.block_size, 0.25)
-    assert out.shape == (2, 1, 4, 16)
+    query, key, value = (tensor.to("meta") for tensor in case.attention(form)[0][:3])
+    args = BlockSparseAttentionWithKVCacheArgs(
+        query, key, value, selected, **where, block_size=case.block_size, softmax_scale=0.25
+    )
+    assert portable.block_sparse_attention_with_kvcache(args).shape == (2, 1, 4, 16)

@@ -36,7 +36,7 @@ def options(draw):
 def geometry(draw):
     return {
         "num_kv_heads": draw(st.integers(1, 3)),
-        "group": draw(st.sampled_from([1, 2, 4])),
+        "q_heads_per_kv": draw(st.sampled_from([1, 2, 4])),
         "head_dim": draw(st.sampled_from([4, 16])),
         "index_dim": draw(st.sampled_from([3, 8])),
         "seed": draw(st.integers(0, 2**20)),

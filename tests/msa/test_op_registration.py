@@ -20,7 +20,7 @@ BACKENDS = ("reference", "torch")
 
 def op_calls(inputs, backend, requires_grad=False, dtype=torch.float32):
     """Arguments for every op, as {name: list of positional arguments}."""
-    case = inputs.make_varlen([20, 9, 4], [20, 5, 0], block_size=4, group=3, dtype=dtype)
+    case = inputs.make_varlen([20, 9, 4], [20, 5, 0], block_size=4, q_heads_per_kv=3, dtype=dtype)
     block_indices = case.random_blocks()
     selection_options = (4, 3, 1, 0, backend)
     attention_options = (4, 0.25, backend)

@@ -58,11 +58,11 @@ def test_attends_to_the_listed_blocks(brute, inputs, backend, lengths, block_siz
     torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("q_heads_per_kv", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("num_kv_heads", [1, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_query_heads_share_key_value_heads(brute, inputs, backend, num_kv_heads, group):
-    case = inputs.make_varlen([37, 20], num_kv_heads=num_kv_heads, group=group, block_size=8)
+def test_query_heads_share_key_value_heads(brute, inputs, backend, num_kv_heads, q_heads_per_kv):
+    case = inputs.make_varlen([37, 20], num_kv_heads=num_kv_heads, q_heads_per_kv=q_heads_per_kv, block_size=8)
     block_indices = case.random_blocks()
     expected, _ = brute.attend(*case.qkv, block_indices, **case.lengths, block_size=8)
     assert inputs.relative_error(attend(case, block_indices, backend), expected) < 1e-5
@@ -85,7 +85,7 @@ def test_error_budget_of_the_output(brute, inputs, backend, head_dim, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_block_selected_is_dense_causal_attention(inputs, backend):
-    case = inputs.make_varlen([100], group=4, block_size=16)
+    case = inputs.make_varlen([100], q_heads_per_kv=4, block_size=16)
     out = attend(case, every_block(case, 7), backend)
     query, key, value = (tensor.transpose(0, 1)[None] for tensor in case.qkv)
     dense = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -250,8 +250,8 @@ def test_result_does_not_depend_on_the_tile_size(brute, inputs, monkeypatch, til
     block_indices = case.random_blocks()
     expected, _ = brute.attend(*case.qkv, block_indices, **case.lengths, block_size=8)
     expected_grads = gradients(case, block_indices, "reference", torch.ones_like(case.query), torch.float64)
-    monkeypatch.setattr(portable, "_ATTENTION_TILE", tile)
-    monkeypatch.setattr(portable, "_SELECTION_TILE", tile)
+    monkeypatch.setattr(portable.tiles, "ATTENTION_TILE", tile)
+    monkeypatch.setattr(portable.selection, "SELECTION_TILE", tile)
     assert inputs.relative_error(attend(case, block_indices), expected) < 1e-5
     grads = gradients(case, block_indices, "torch", torch.ones_like(case.query))
     for grad, expected_grad in zip(grads, expected_grads):
@@ -278,7 +278,9 @@ def test_gradients_match_finite_differences(inputs, backend, lengths):
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_error_budget_of_the_gradients(inputs, backend, head_dim, dtype):
-    case = inputs.make_varlen([300, 129], [300, 20], head_dim=head_dim, group=4, block_size=64, topk=3, dtype=dtype)
+    case = inputs.make_varlen(
+        [300, 129], [300, 20], head_dim=head_dim, q_heads_per_kv=4, block_size=64, topk=3, dtype=dtype
+    )
     block_indices = select_blocks(case.index_query, case.index_key, **case.lengths, **case.options)
     grad_out = case.randn_like(case.query)
     expected = gradients(case, block_indices, "reference", grad_out, torch.float64)
@@ -288,11 +290,11 @@ def test_error_budget_of_the_gradients(inputs, backend, head_dim, dtype):
         assert error < GRADIENT_BUDGET[dtype], f"gradient of {name}: {error}"
 
 
-@pytest.mark.parametrize("group", [1, 2, 8, 16])
+@pytest.mark.parametrize("q_heads_per_kv", [1, 2, 8, 16])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_torch_gradients_match_the_reference(inputs, lengths, group):
+def test_torch_gradients_match_the_reference(inputs, lengths, q_heads_per_kv):
     lengths_q, lengths_k = LENGTHS[lengths]
-    case = inputs.make_varlen(lengths_k, lengths_q, group=group, block_size=16, topk=4)
+    case = inputs.make_varlen(lengths_k, lengths_q, q_heads_per_kv=q_heads_per_kv, block_size=16, topk=4)
     block_indices = case.random_blocks()
     grad_out = case.randn_like(case.query)
     expected = gradients(case, block_indices, "reference", grad_out, torch.float64)
@@ -314,7 +316,7 @@ def test_only_wanted_gradients(inputs, backend):
 
 def test_repeats_bit_for_bit(inputs):
     torch.set_num_threads(2)  # the order of sums must not depend on which thread is first
-    case = inputs.make_varlen([700, 90], group=4, head_dim=64, block_size=64, topk=5)
+    case = inputs.make_varlen([700, 90], q_heads_per_kv=4, head_dim=64, block_size=64, topk=5)
     block_indices = case.random_blocks()
     grad_out = case.randn_like(case.query)
     first_out, first_grads = attend(case, block_indices), gradients(case, block_indices, "torch", grad_out)

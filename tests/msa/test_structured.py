@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from modeling_minimax_m3 import msa
-from modeling_minimax_m3.msa import cuda, extension, reference
+from modeling_minimax_m3.msa import extension, reference
+from modeling_minimax_m3.msa.arguments import StructuredBlocksArgs
+from modeling_minimax_m3.msa.structured import STRUCTURED_BLOCKS_OF
+
+from .pretended_gpu import on_device
 
 DEFAULT = {"local_blocks": 2, "anchor_blocks": 6, "anchor_stride": 8, "random_blocks": 8, "seed": 0}
 
@@ -40,7 +44,7 @@ def test_equals_the_definition(seed):
     positions = [range(k - q, k) for q, k in zip(lengths_q, lengths_k)]
     own_block = torch.tensor([t // options["block_size"] for p in positions for t in p])
     heads, layer_idx = options["num_kv_heads"], options["layer_idx"]
-    expected = reference.structured_blocks_of(own_block, heads, layer_idx, *pattern.values())
+    expected = reference.structured_blocks_of(StructuredBlocksArgs(own_block, heads, layer_idx, **pattern))
 
     cu_seqlens = {"cu_seqlens_q": offsets(lengths_q), "cu_seqlens_k": offsets(lengths_k)}
     for backend in ("auto", "torch", "reference"):
@@ -190,16 +194,12 @@ def test_operator_is_registered_whole():
 
 
 def test_what_the_kernel_supports(monkeypatch):
-    class OnDevice(torch.Tensor):
-        """A CPU tensor that says it is on the first GPU."""
-
-        device = property(lambda self: torch.device("cuda", 0))
-
     monkeypatch.setattr(extension, "device_reason", lambda index: None)
 
     def reason(heads=4, random_blocks=8):
-        args = (torch.arange(3).as_subclass(OnDevice), heads, 0, 2, 6, 8, random_blocks, 0)
-        return cuda.unsupported("structured_blocks_of", args)
+        pattern = DEFAULT | {"random_blocks": random_blocks}
+        args = StructuredBlocksArgs(on_device(3, dtype=torch.int64), heads, 0, **pattern)
+        return STRUCTURED_BLOCKS_OF.unsupported(args)
 
     assert reason() is None
     assert reason(random_blocks=56) is None

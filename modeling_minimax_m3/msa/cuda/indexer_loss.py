@@ -28,22 +28,7 @@ def attention_lse(args: AttentionLseArgs) -> torch.Tensor:
         # No sequence has more blocks than all keys together. A list may name blocks that a query does not have.
         blocks = torch.arange(-(-len(args.key) // args.block_size), dtype=torch.int32, device=args.query.device)
         lists = [ids.expand(len(args.query), args.key.shape[1], -1) for ids in blocks.split(support.MAX_TOPK)]
-    parts = (
-        block_sparse_attention(
-            BlockSparseAttentionArgs(
-                args.query,
-                args.key,
-                args.key,
-                ids,
-                args.cu_seqlens_q,
-                args.cu_seqlens_k,
-                args.block_size,
-                args.softmax_scale,
-            )  # fmt: skip
-        )[1]
-        for ids in lists
-    )
-    return functools.reduce(torch.logaddexp, parts)
+    return functools.reduce(torch.logaddexp, (_lse_of_blocks(args, ids) for ids in lists))
 
 
 def attention_lse_unsupported(args: AttentionLseArgs) -> str | None:
@@ -98,6 +83,14 @@ def indexer_kl_loss_backward_unsupported(args: IndexerKLLossBackwardArgs) -> str
 
 def indexer_kl_loss_backward_missing() -> str | None:
     return _missing("indexer_kl_loss_backward")
+
+
+def _lse_of_blocks(args: AttentionLseArgs, block_indices: torch.Tensor) -> torch.Tensor:
+    attention = BlockSparseAttentionArgs(
+        args.query, args.key, args.key, block_indices, args.cu_seqlens_q, args.cu_seqlens_k, args.block_size,
+        args.softmax_scale,
+    )  # fmt: skip
+    return block_sparse_attention(attention)[1]
 
 
 def _sizes_unsupported(args: AttentionLseArgs | IndexerKLLossArgs, states: dict[str, torch.Tensor]) -> str | None:
