@@ -12,7 +12,10 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Arguments:
-    """The arguments of one call, checked: sequence offsets and cache lengths are int32, the device is the same for all."""
+    """The arguments of one call, which the public function has checked.
+
+    Sequence offsets, cache lengths and block ids are int32. All tensors are on one device.
+    """
 
     def values(self) -> tuple[Any, ...]:
         """The arguments in the order of the fields."""
@@ -147,7 +150,9 @@ class BlockSparseAttentionArgs(Arguments):
 
 @dataclass(frozen=True, eq=False)
 class BlockSparseAttentionBackwardArgs(Arguments):
-    """The gradient of `block_sparse_attention`; its schema in `torch.library` lists the forward's arguments one by one.
+    """The gradient of `block_sparse_attention`.
+
+    Its schema in `torch.library` lists the forward's arguments one by one.
 
     Attributes:
         grad_out (total_q, H_q, D_v): Upstream gradient, of any layout.
@@ -244,7 +249,9 @@ class AttentionLseArgs(Arguments):
 
 @dataclass(frozen=True, eq=False)
 class IndexerKLLossArgs(Arguments):
-    """`indexer_kl_loss`; its schema in `torch.library` has the number of saved tokens in the place of `saved_probs`.
+    """`indexer_kl_loss`.
+
+    Its schema in `torch.library` has the number of saved tokens in the place of `saved_probs`.
 
     Attributes:
         index_query (total_q, H_idx, D_idx): Queries of the indexer.
@@ -289,7 +296,9 @@ class IndexerKLLossArgs(Arguments):
 
 @dataclass(frozen=True, eq=False)
 class IndexerKLLossBackwardArgs(Arguments):
-    """The gradient of `indexer_kl_loss`; its schema in `torch.library` lists the forward's arguments one by one.
+    """The gradient of `indexer_kl_loss`.
+
+    Its schema in `torch.library` lists the forward's arguments one by one.
 
     Attributes:
         grad_kl (total_q, H_idx): Upstream gradient.
@@ -316,7 +325,7 @@ class StructuredBlocksArgs(Arguments):
         layer_idx (int): Index of the layer, which the random blocks depend on.
         local_blocks, anchor_blocks, anchor_stride, random_blocks (int): As in `StructuredPattern`.
         seed (int): The 64 bits of the seed as a signed integer, which `torch.library` needs.
-        num_blocks (int or None): A number that all of `own_block` are below, if known. Only the `torch` backend uses it.
+        num_blocks (int or None): A number that all of `own_block` are below, if known; for the `torch` backend.
     """
 
     own_block: torch.Tensor

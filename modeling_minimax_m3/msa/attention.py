@@ -55,8 +55,8 @@ def block_sparse_attention(
     """Exact causal softmax attention of every query to the keys of its blocks, and to nothing else. Differentiable.
 
     The query heads h * q_heads_per_kv to (h + 1) * q_heads_per_kv - 1 share key/value head h and its blocks, where
-    q_heads_per_kv = H_q / H_kv. Query i of a sequence sits at position len_k - len_q + i and never attends to later keys.
-    A row without any key gives 0.
+    q_heads_per_kv = H_q / H_kv. Query i of a sequence sits at position len_k - len_q + i and never attends to later
+    keys. A row without any key gives 0.
 
     Args:
         query (total_q, H_q, D): Queries of all sequences, one after the other.

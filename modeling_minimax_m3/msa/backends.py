@@ -5,8 +5,8 @@ PyTorch at linear memory on any device. `cuda` is the compiled extension. `auto`
 call, and for `torch` otherwise. A backend that a call names either runs it or raises an error that says why it cannot.
 
 An operator in `torch.library` has the caller's name of the backend as an argument. The choice is made when the call
-runs, from its tensors' device, dtypes, shapes, strides and addresses, so that a graph traced by `torch.compile` holds no
-choice.
+runs, from its tensors' device, dtypes, shapes, strides and addresses, so that a graph traced by `torch.compile` holds
+no choice.
 """
 
 import warnings
@@ -56,8 +56,8 @@ class Explanation:
     Attributes:
         backend (str): "cuda", "torch" or "reference".
         kernel (str): The kernels' family and the form of the call, for example "sm90, packed". The families are "sm90"
-            (Hopper's kernels, and sm80's for sizes that those do not take), "sm80", "PyTorch" and "definition". The forms
-            are "packed", "decode" and "by position".
+            (Hopper's kernels, and sm80's for sizes that those do not take), "sm80", "PyTorch" and "definition". The
+            forms are "packed", "decode" and "by position".
         reason (str): Why this backend runs the call.
     """
 

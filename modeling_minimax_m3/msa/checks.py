@@ -1,8 +1,8 @@
-"""Checks of the operators' arguments: shapes, dtypes and devices always, values where reading them costs no sync.
+"""Checks of the operators' arguments: shapes, dtypes and devices always, values where reading them is free.
 
 Shape checks use no tensor value, so they also run (once) while `torch.compile` traces. Value checks run inside the
-operators, on CPU tensors, and on CUDA tensors when the environment variable `MINIMAX_M3_MSA_CHECK=1` asks for the
-synchronisation that they cost.
+operators: always on CPU tensors, and with `MINIMAX_M3_MSA_CHECK=1` also on CUDA tensors, where they wait for the
+device.
 """
 
 import os
@@ -15,11 +15,11 @@ from .sequences import compute_dtype
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-# Axes of tensors that must not be empty; those of tokens, rows, slots and lists may be.
+# Axes of tensors that must not be empty. The axes of tokens, rows, slots and lists may be.
 _HEADS_AND_CHANNELS = frozenset(("H_idx", "H_kv", "H_q", "D", "D_idx", "D_v"))
 
 _MAX_INT32 = 2**31 - 1
-# Of lists of blocks that an operator writes: a slip of the pen must not ask for more memory than there is.
+# The longest list that a selection writes, so that a mistyped `topk` does not take more memory than there is.
 MAX_TOPK = 2**16
 
 
@@ -28,6 +28,7 @@ def _describe(tensor: torch.Tensor) -> str:
 
 
 def check_dense(name: str, tensor: torch.Tensor) -> None:
+    """Raises unless `tensor` is a tensor with strides."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -42,7 +43,15 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
 ) -> None:
-    """Raises unless `tensor` has the given axes (an int is a required size, a str only a name), dtype and device."""
+    """Raises unless `tensor` has the given axes, dtype and device.
+
+    Args:
+        name (str): Name in messages.
+        tensor (tensor): What to check.
+        shape (tuple of int or str): The axes; an int is a required size, a str only a name.
+        dtypes (tuple of dtype): The dtypes that are allowed.
+        device (device or None): That of the queries; None for any device.
+    """
     check_dense(name, tensor)
     sizes = tensor.shape
     is_right, is_empty = len(sizes) == len(shape), False
@@ -63,6 +72,7 @@ def check_tensor(
 
 
 def check_unit_stride(name: str, tensor: torch.Tensor) -> None:
+    """Raises unless the elements of the last dimension lie next to each other."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
             f"`{name}` must be contiguous in its last dimension, got strides {tuple(tensor.stride())}; "
@@ -71,6 +81,7 @@ def check_unit_stride(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_int(name: str, value: int) -> None:
+    """Raises unless `value` is an int, symbolic ones of `torch.compile` included."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"`{name}` must be an int, got {_short(value)} of type {type(value).__name__}")
 
@@ -85,24 +96,26 @@ def check_at_least(name: str, value: int, minimum: int, maximum: int = _MAX_INT3
 
 
 def check_bool(name: str, value: bool) -> None:
+    """Raises unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {_short(value)}")
 
 
 def scale(name: str, value: float | None, states: torch.Tensor) -> float:
-    """The factor of the scores of `states` (..., D): `value` once checked, or 1 / sqrt(D) for None."""
+    """The factor of the scores of `states` (..., D): `value` after a check, or 1 / sqrt(D) for None."""
     if value is None:
         return states.shape[-1] ** -0.5
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number, got {_short(value)} of type {type(value).__name__}")
     dtype = compute_dtype(states)
     largest = torch.finfo(dtype).max
-    if not -largest <= value <= largest:  # also NaN, and ints that are no float
+    if not -largest <= value <= largest:  # also catches NaN, and ints that no float holds
         raise ValueError(f"`{name}` must be finite in {str(dtype).removeprefix('torch.')}, got {_short(value)}")
     return float(value)
 
 
 def check_selection_options(block_size: int, topk: int, local_blocks: int, init_blocks: int) -> None:
+    """Raises unless the options of a selection are in range and the forced blocks fit into a list."""
     check_at_least("block_size", block_size, 1)
     check_at_least("topk", topk, 1, MAX_TOPK)
     check_at_least("local_blocks", local_blocks, 0)
@@ -117,7 +130,7 @@ def check_selection_options(block_size: int, topk: int, local_blocks: int, init_
 def check_cu_seqlens(
     cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, device: torch.device | None = None
 ) -> None:
-    """`device` is that of the queries; without it, both must be on the same one."""
+    """Raises unless both are int32 offsets of the same batch, on `device`, or on one device where that is None."""
     check_tensor("cu_seqlens_q", cu_seqlens_q, ("batch + 1",), (torch.int32,), device)
     check_tensor("cu_seqlens_k", cu_seqlens_k, ("batch + 1",), (torch.int32,), cu_seqlens_q.device)
     if cu_seqlens_q.shape[0] < 1 or cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -128,6 +141,7 @@ def check_cu_seqlens(
 
 
 def check_q_heads_per_kv(query: torch.Tensor, num_kv_heads: int) -> None:
+    """Raises unless the query heads of `query` (..., H_q, D) share the key/value heads evenly."""
     num_heads = query.shape[-2]
     if num_heads % num_kv_heads != 0:
         raise ValueError(
@@ -143,13 +157,17 @@ def check_cache(
     cache_leftpad: torch.Tensor | None,
     block_table: torch.Tensor | None,
 ) -> None:
-    """Checks caches, given as name -> (tensor, trailing axes), and the tensors that say where their rows are.
+    """Raises unless caches, and the tensors that say where their rows are, fit the queries.
 
-    Contiguous caches start with the axes (B, S_max), paged ones with (pages, page_size).
+    Args:
+        names_and_caches (dict): The caches, as name to (tensor, axes after the first two). A contiguous cache starts
+            with the axes (B, S), a paged one with (pages, page_size).
+        query (B, T, ...): Queries.
+        cache_seqlens, cache_leftpad, block_table: As in `arguments.SelectBlocksWithKVCacheArgs`.
     """
     batch, device = query.shape[0], query.device
     leading = (batch, "S_max") if block_table is None else ("pages", "page_size")
-    first_two = None
+    first_two: torch.Size | None = None
     for name, (cache, trailing) in names_and_caches.items():
         check_tensor(name, cache, (*leading, *trailing), (query.dtype,), device)
         check_unit_stride(name, cache)
@@ -159,7 +177,7 @@ def check_cache(
     check_tensor("cache_seqlens", cache_seqlens, (batch,), (torch.int32,), device)
     if block_table is not None:
         check_tensor("block_table", block_table, (batch, "pages of a row"), (torch.int32,), device)
-        if first_two[1] < 1:
+        if cache.shape[1] < 1:
             raise ValueError(f"`{name}` must have a page_size of at least 1, got {_describe(cache)}")
         if cache_leftpad is not None:
             raise ValueError(
@@ -171,11 +189,12 @@ def check_cache(
 
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
+    """Whether the operators read values of `tensor` to check them."""
     return tensor.device.type == "cpu" or os.environ.get("MINIMAX_M3_MSA_CHECK") == "1"
 
 
 def are_readable(tensor: torch.Tensor) -> bool:
-    """Whether values are checked outside of the operators, where a tensor that is traced has none."""
+    """Whether values of `tensor` can be checked outside of the operators: a tensor that is traced has none."""
     if torch.compiler.is_compiling() or is_fake(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return values_are_checked(tensor)
@@ -184,7 +203,7 @@ def are_readable(tensor: torch.Tensor) -> bool:
 def check_max_seqlens(
     max_seqlen_q: int | None, max_seqlen_k: int | None, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
 ) -> None:
-    """Raises unless each hint is None or an int that no sequence is longer than."""
+    """Raises unless each hint is None, or an int that is at least the length of the longest sequence."""
     hints = (
         ("max_seqlen_q", max_seqlen_q, "cu_seqlens_q", cu_seqlens_q),
         ("max_seqlen_k", max_seqlen_k, "cu_seqlens_k", cu_seqlens_k),
@@ -194,7 +213,7 @@ def check_max_seqlens(
             continue
         check_int(name, hint)
         if torch.compiler.is_compiling():
-            continue  # a graph may compute the hint, and must not be made to branch on it
+            continue  # a graph may compute the hint, and a check would make it branch on that
         check_at_least(name, hint, 0)
         if len(cu_seqlens) > 1 and are_readable(cu_seqlens):
             longest = int(cu_seqlens.diff().max())
@@ -236,6 +255,7 @@ def check_cache_values(
     cache_leftpad: torch.Tensor | None,
     block_table: torch.Tensor | None,
 ) -> None:
+    """Raises unless the tensors that say where the rows of a cache are name slots that exist."""
     if not values_are_checked(cache_seqlens) or len(cache_seqlens) == 0:
         return
     capacity = cache.shape[1] if block_table is None else cache.shape[1] * block_table.shape[1]
@@ -289,5 +309,5 @@ def _short(value: object, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def _abbreviate(values: list, limit: int = 12) -> str:
+def _abbreviate(values: list[int], limit: int = 12) -> str:
     return str(values) if len(values) <= limit else f"[{', '.join(map(str, values[:limit]))}, ...]"

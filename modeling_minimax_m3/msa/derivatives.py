@@ -58,7 +58,11 @@ def by_definition(operator: Operator[Args, Result], backend: str, args: Args) ->
 
 
 def check_has_definition(name: str, backend: str) -> None:
-    """Raises NotImplementedError where the call of the operator `name` names the kernels, which have a gradient only."""
+    """Refuses derivatives beyond the gradient where a call of the operator `name` names the kernels.
+
+    Raises:
+        NotImplementedError: The backend is "cuda", which has the gradient only.
+    """
     if backend == "cuda":
         raise NotImplementedError(
             f"`backend`='cuda' has no derivatives of `{name}` but the gradient by reverse mode, once: "

@@ -46,8 +46,8 @@ _FUNCTIONS = (
 def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanation:
     """What would run a call of an operator, and why. Runs and builds nothing.
 
-    A gradient runs on the backend of its value. Calls that `torch.compile` compiles run on the backend that an eager call
-    with the same tensors runs on.
+    A gradient runs on the backend of its value. Calls that `torch.compile` compiles run on the backend that an eager
+    call with the same tensors runs on.
 
     Args:
         function (callable or str): A function of `msa.__all__` that takes `backend`, or its name.
@@ -60,19 +60,29 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         ValueError, TypeError: `function` is no such function, or the call would raise the same error.
         NotImplementedError: The call names a backend that cannot run it, or that would have to be built first.
     """
-    found = _find(function)
-    name, signature = found.public.__name__, inspect.signature(found.public)
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise TypeError(f"`{name}`: {error}") from None
-    bound.apply_defaults()
-    arguments, backend = found.arguments(**bound.arguments), bound.arguments["backend"]
+    operator, arguments, backend = checked_call(function, *args, **kwargs)
     if arguments.differentiable and derivatives.are_beyond_backward(*arguments.differentiable):
-        derivatives.check_has_definition(name, backend)
+        derivatives.check_has_definition(operator.name, backend)
         reason = "forward mode and `torch.func` differentiate the definition"
         return Explanation("reference", "definition", reason)
-    return explain_choice(backend, found.operator, arguments)
+    return explain_choice(backend, operator, arguments)
+
+
+def checked_call(
+    function: Callable[..., Any] | str, *args: Any, **kwargs: Any
+) -> tuple[Operator[Any, Any], Arguments, str]:
+    """The operator that a call of `function` runs, the arguments that it gets, and the backend that the call names.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: As the call, or `function` is none that `explain` knows.
+    """
+    found = _find(function)
+    try:
+        bound = inspect.signature(found.public).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"`{found.public.__name__}`: {error}") from None
+    bound.apply_defaults()
+    return found.operator, found.arguments(**bound.arguments), bound.arguments["backend"]
 
 
 def _find(function: Callable[..., Any] | str) -> _Function:

@@ -1,8 +1,8 @@
-"""Finds, builds and loads the extension's binary, and says why where it cannot. Never at import time.
+"""Finds, builds and loads the extension's binary, and says why where it cannot. Importing this does none of it.
 
-Looked for in this folder (an installed wheel, or `scripts/build_kernels.py`), then in the user's cache. Building takes
-minutes, so only a call that names the `cuda` backend starts it, once per machine: other processes wait and take the
-result.
+The binary is looked for in this folder, where a wheel and `scripts/build_kernels.py` put it, then in the user's cache.
+Building takes minutes, so that only a call that names the `cuda` backend starts it. One process per machine builds,
+and the others wait for its result.
 
 Environment variables:
     MINIMAX_M3_MSA_CUDA: "auto" (the default), "off" (never use the extension), or "portable" (use no kernel that needs
@@ -28,11 +28,15 @@ OLDEST_CAPABILITY = (8, 0)
 
 _FOLDER = Path(__file__).resolve().parent
 _lock = threading.Lock()
-_outcome: str | None = None  # of the attempt to load: "" for loaded, else why not; None before it
+_outcome: str | None = None  # of the attempt to load: "" where the binary is loaded, else why not; None before it
 
 
 def mode() -> str:
-    """The value of MINIMAX_M3_MSA_CUDA. Raises ValueError where it is none of `MODES`."""
+    """The value of MINIMAX_M3_MSA_CUDA.
+
+    Raises:
+        ValueError: It is none of `MODES`.
+    """
     value = os.environ.get("MINIMAX_M3_MSA_CUDA", "auto")
     if value not in MODES:
         raise ValueError(
@@ -42,6 +46,7 @@ def mode() -> str:
 
 
 def cache_folder() -> Path:
+    """Where binaries that are built on first use go."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimax_m3_msa"
 
 
@@ -77,6 +82,7 @@ def takes_hopper_kernels(device: torch.device) -> bool:
 
 @functools.cache
 def _library_pattern() -> str:
+    """The name of a binary of these sources, for any version of CUDA."""
     return kernel_build.library_name(0).replace("-cu0.so", "-cu*.so")
 
 
@@ -113,10 +119,13 @@ def unavailable() -> str | None:
 
 
 def load(build: bool) -> str | None:
-    """Loads the binary unless it is loaded; returns why it could not be, or None.
+    """Loads the binary unless it is loaded.
 
     Args:
-        build: Build it first where there is none. A failure is remembered, so the next call does not build again.
+        build (bool): Build it first where there is none. After a failure, later calls do not build again.
+
+    Returns:
+        Why the binary is not loaded, or None where it is.
     """
     global _outcome
     if mode() == "off":
@@ -130,7 +139,7 @@ def load(build: bool) -> str | None:
                 path, reason = _build(reason)
             if path is not None:
                 reason = _load(path)
-            # What was only looked for may be built later in this process.
+            # A binary that is missing now may be built later in this process.
             if path is not None or build:
                 _outcome = reason
             return reason or None
@@ -138,6 +147,7 @@ def load(build: bool) -> str | None:
 
 
 def _load(path: Path) -> str:
+    """Why the binary cannot be loaded, or "" where it is."""
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
@@ -146,7 +156,14 @@ def _load(path: Path) -> str:
 
 
 def _build(reason: str) -> tuple[Path | None, str]:
-    """Builds into the user's cache under a file lock: the binary, or None and why not; `reason` says why it is asked."""
+    """Builds into the user's cache, one process at a time.
+
+    Args:
+        reason (str): Why there is no binary.
+
+    Returns:
+        The binary and "", or None and why there is still none.
+    """
     nvcc = kernel_build.find_nvcc()
     if nvcc is None:
         return None, f"{reason}, and there is no nvcc to build it with"

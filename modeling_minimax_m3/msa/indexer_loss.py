@@ -73,10 +73,10 @@ def indexer_kl_loss(
         index_key (total_k, D_idx): The indexer's keys; same dtype.
         query (total_q, H_q, D): The main attention's queries, in the dtype of `index_query`.
         key (total_k, H_kv, D): The main attention's keys, in the dtype of `index_query`.
-        block_indices ((total_q, H_kv, topk) or None): int32, as for `block_sparse_attention`; None for all keys s <= t.
+        block_indices ((total_q, H_kv, topk) or None): int32, as in `block_sparse_attention`; None: all keys s <= t.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size: As in `block_sparse_attention`.
-        lse ((total_q, H_q) or None): The log-sum-exp that `block_sparse_attention` returns for the same keys and scale,
-            float32 (float64 for float64 inputs). None: computed, which costs another pass over the keys.
+        lse ((total_q, H_q) or None): The log-sum-exp that `block_sparse_attention` returns for the same keys and
+            scale, float32 (float64 for float64 inputs). None: computed, which costs another pass over the keys.
         softmax_scale, index_scale (float or None): Factors of the scores; None means 1 / sqrt(D) and 1 / sqrt(D_idx).
         backend (str): "auto", "cuda", "torch" or "reference".
 

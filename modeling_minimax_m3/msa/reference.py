@@ -291,8 +291,8 @@ def structured_block_list(
         listed |= set(range(0, block + 1, stride))
 
     # Floyd's sampling fills the remaining places from the n blocks that are not listed, in id order. Draw d takes a
-    # number below n - places + d + 1. If an earlier draw took that number, draw d takes n - places + d instead. A 32-bit
-    # word w becomes a number below m as the upper half of w * m.
+    # number below n - places + d + 1. If an earlier draw took that number, draw d takes n - places + d instead. A
+    # 32-bit word w becomes a number below m as the upper half of w * m.
     unlisted = [other for other in range(block + 1) if other not in listed]
     places = width - len(listed)
     drawn: set[int] = set()

@@ -1,12 +1,12 @@
 """`structured_blocks`: key blocks chosen by position alone, at constant cost per token and with nothing learned.
 
 A query's list depends on its own block b, the layer and the key/value head, so every backend, every split of the work
-and every kind of cache lists the same blocks. It has W = local + anchor + random places. Where b + 1 <= W it holds every
-visible block. Otherwise:
+and every kind of cache lists the same blocks. It has W = local + anchor + random places. Where b + 1 <= W it holds
+every visible block. Otherwise:
 
 - local: b, b - 1, ..., as many as `local_blocks`;
-- anchors: the multiples of a stride in [0, b]; the stride is `anchor_stride` times the smallest power of two that leaves
-  at most `anchor_blocks` of them;
+- anchors: the multiples of a stride in [0, b]; the stride is `anchor_stride` times the smallest power of two that
+  leaves at most `anchor_blocks` of them;
 - random: all remaining places, drawn without replacement from the blocks that are not listed yet.
 
 `reference.structured_block_list` is the definition, with the random numbers written out.
@@ -82,12 +82,13 @@ def structured_blocks_of(
     """The lists of queries in the given blocks.
 
     Args:
-        own_block (...): Integer, the block of each query in its own sequence; negative for padding, which lists nothing.
+        own_block (...): Integer, the block of each query in its own sequence; negative for padding, whose list is
+            empty.
         num_kv_heads (int): H_kv.
         layer_idx (int): Index of the layer, which the random blocks depend on.
         pattern (StructuredPattern): What to list.
-        num_blocks (int or None): A number that all of `own_block` are below, if known. Where there are more queries than
-            that, the `torch` backend computes the lists once per block.
+        num_blocks (int or None): A number that all of `own_block` are below, if known. Where there are more queries
+            than that, the `torch` backend computes the lists once per block.
         backend (str): "auto", "cuda", "torch" or "reference"; they list the same blocks.
 
     Returns:

@@ -4,6 +4,14 @@ import dataclasses
 
 import torch
 
+from modeling_minimax_m3.msa.explanation import checked_call
+
+
+def op_arguments(function, *args, **kwargs):
+    """What a call of a public function passes to its operator among `torch.ops.minimax_m3_msa`."""
+    _, arguments, backend = checked_call(function, *args, **kwargs)
+    return (*arguments.values(), backend)
+
 
 def offsets(lengths):
     return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)

@@ -49,6 +49,7 @@ def inputs() -> SimpleNamespace:
         make_cached=cases.make_cached,
         make_varlen=cases.make_varlen,
         offsets=cases.offsets,
+        op_arguments=cases.op_arguments,
         random_block_indices=cases.random_block_indices,
         relative_error=comparison.relative_error,
     )

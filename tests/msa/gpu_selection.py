@@ -9,7 +9,12 @@ from .loops import varlen_sequences
 
 
 def exact_block_scores(case, block_size):
-    """For each sequence its queries, exact scores of its blocks (Lq, H, N), -inf in the future, and their tolerance."""
+    """Exact block scores of each sequence that has queries, and how far a kernel's scores may lie from them.
+
+    Returns:
+        A list of (slice of the queries, own blocks (len_q, 1, 1), scores (len_q, H_idx, N), -inf in the future,
+        tolerance (len_q, H_idx, 1)).
+    """
     found = []
     for queries, keys in varlen_sequences(*case.lengths.values()):
         if queries.start == queries.stop:
@@ -29,7 +34,7 @@ def exact_block_scores(case, block_size):
 def assert_selection(selected, case, exact, topk, local_blocks, init_blocks):
     """Every chosen block scores at least the kth best and every omitted one at most that, up to rounding.
 
-    `exact` is what `exact_block_scores` gives.
+    `exact` is the result of `exact_block_scores`.
     """
     assert selected.shape == (*case.index_query.shape[:2], topk)
     assert selected.dtype == torch.int32

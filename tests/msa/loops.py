@@ -43,7 +43,7 @@ def select_row(query, keys, position, *, block_size, topk, local_blocks, init_bl
 
 
 def check_selected_row(ids, query, keys, position, *, block_size, topk, local_blocks, init_blocks, where):
-    """Asserts that `ids`, a row as the operator returned it, is a right selection up to rounding of the scores."""
+    """Asserts that `ids`, a row as the operator returned it, is a correct selection up to rounding of the scores."""
     chosen = [block for block in ids if block != -1]
     assert ids == chosen + [-1] * (topk - len(chosen)), f"{where}: not left-packed: {ids}"
     if position < 0:

@@ -1,4 +1,4 @@
-"""Every argument of every operator, replaced by what a caller may pass by mistake: the call works, or names an argument.
+"""Every argument of every operator, replaced by a likely mistake: the call works, or its error names an argument.
 
 A call that works on the `torch` backend gives what the definition gives.
 """

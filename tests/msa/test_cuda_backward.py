@@ -1,7 +1,8 @@
 """Gradients of the compiled attention on a GPU, against the definition in float64 on the same inputs.
 
-Tests that take `kernels` run on those of Hopper, which there are for 16 query heads of 128 channels per key/value head and
-blocks of 128, and on those that every GPU from sm_80 on can run; what they compare with is computed once for both.
+Tests that take `kernels` run twice: on Hopper's kernels, which exist for 16 query heads of 128 channels per key/value
+head and blocks of 128 keys, and on the portable kernels, which every GPU from sm_80 on can run. What they compare with
+is computed once for both.
 """
 
 import math
@@ -195,7 +196,7 @@ def test_more_queries_of_the_released_shape_than_the_workspace_takes_at_once(ker
 
 
 def test_keys_outside_the_sequences_may_be_nan(kernels, once):
-    """What fills up the last block of a sequence lies in the next one, which nobody asks about."""
+    """The last block of a sequence reaches into the next sequence, whose gradients are not compared."""
     case = Case(([130, 60, 200, 100], [130, 0, 200, 0]), q_heads_per_kv=16)
     for tensor in (case.key, case.value):
         tensor[130:190] = tensor[390:] = math.nan

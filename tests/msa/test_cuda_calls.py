@@ -1,4 +1,4 @@
-"""How the operators are called on a GPU: opcheck, streams, devices, CUDA graphs, torch.compile, and the same bits again."""
+"""Calls of the operators on a GPU: opcheck, streams, devices, CUDA graphs, torch.compile, results that repeat."""
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from modeling_minimax_m3.msa import (
     select_blocks,
     select_blocks_with_kvcache,
 )
+
+from .cases import op_arguments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,17 +28,19 @@ RAGGED = ([129, 1, 640, 127, 1000], None)
 def calls(gpu, head_dim=128, block_size=128, dtype=torch.bfloat16):
     """Every operator's arguments, by its name among `torch.ops.minimax_m3_msa`."""
     case = gpu.packed(([300, 129], None), dtype, head_dim, q_heads_per_kv=16)
-    lengths = tuple(case.lengths.values())
-    found = {
-        "select_blocks": (case.index_query, case.index_key, *lengths, block_size, 2, 1, 0, "cuda"),
-        "block_sparse_attention": (*case.qkv, case.random_blocks(2, block_size), *lengths, block_size, 0.1, "cuda"),
-    }
+    options = {**case.lengths, "block_size": block_size, "backend": "cuda"}
+    block_indices = case.random_blocks(2, block_size)
+    found = [
+        (select_blocks, (case.index_query, case.index_key), {**options, "topk": 2}),
+        (block_sparse_attention, (*case.qkv, block_indices), {**options, "softmax_scale": 0.1}),
+    ]
     cached = gpu.cached([300, 40], 2, head_dim=head_dim, block_size=block_size, dtype=dtype, q_heads_per_kv=16)
-    where = cached.paged["where"]
-    rows = (where["cache_seqlens"], None, where["block_table"])
-    found["select_blocks_with_kvcache"] = (*cached.selection("paged")[0], *rows, block_size, 2, 1, 0, "cuda")
-    found["block_sparse_attention_with_kvcache"] = (*cached.attention("paged")[0], *rows, block_size, 0.1, "cuda")
-    return found
+    (index_states, selection), (states, attention) = cached.selection("paged"), cached.attention("paged")
+    found += [
+        (select_blocks_with_kvcache, index_states, {**selection, "topk": 2, "backend": "cuda"}),
+        (block_sparse_attention_with_kvcache, states, {**attention, "softmax_scale": 0.1, "backend": "cuda"}),
+    ]
+    return {function.__name__: op_arguments(function, *tensors, **options) for function, tensors, options in found}
 
 
 def outputs(name, args):

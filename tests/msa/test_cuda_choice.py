@@ -1,4 +1,4 @@
-"""Which backend runs a call: what the extension supports, what `auto` takes, what a named backend says when it cannot.
+"""Which backend runs a call: what the extension supports, what `auto` takes, and which error a named backend raises.
 
 No GPU is needed: tensors say that they are on one, and the binary is a stand-in.
 """
@@ -168,7 +168,7 @@ def test_what_is_not_supported(binary, case):
         backends.resolve_backend("cuda", operator, args)
     with pytest.raises(NotImplementedError, match=reason.replace("$", r"\. Available here")):
         backends.resolve_backend("cuda", operator, args)
-    assert not binary, "the binary was asked for although the call is not supported"
+    assert not binary, "the call loaded the binary although the kernels do not support it"
 
 
 def test_an_old_device_is_not_supported(monkeypatch):
@@ -177,7 +177,7 @@ def test_an_old_device_is_not_supported(monkeypatch):
     try:
         assert "7.5" in SELECT_BLOCKS.unsupported(select_args())
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-        assert "7.5" in SELECT_BLOCKS.unsupported(select_args()), "asked once per device"
+        assert "7.5" in SELECT_BLOCKS.unsupported(select_args()), "the device is looked at once"
         extension.device_reason.cache_clear()
         assert SELECT_BLOCKS.unsupported(select_args()) is None
     finally:
@@ -228,7 +228,7 @@ def test_without_a_binary_auto_says_so_once(no_binary):
         assert backends.resolve_backend("auto", SELECT_BLOCKS, select_args()) == "torch"
 
 
-def test_a_switched_off_extension_is_passed_by_silently(no_binary, monkeypatch):
+def test_where_the_extension_is_switched_off_auto_does_not_warn(no_binary, monkeypatch):
     monkeypatch.setenv("MINIMAX_M3_MSA_CUDA", "off")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -327,7 +327,7 @@ def test_structured_lists_run_out_of_memory_too(binary, monkeypatch):
 
 @pytest.fixture
 def packed_reference(monkeypatch):
-    """Packed kernels replaced by the definition; whatever they were called with is in the list."""
+    """Replaces the kernels of packed sequences by the definition; the value lists their calls."""
     calls = []
 
     def stand_in(module, name):

@@ -26,7 +26,7 @@ CASES = {
 
 
 def integers(generator, values, *shape):
-    """`values` different ones, none of them 0 where there is only one."""
+    """Random integers of `values` different values; where there is only one, it is 1."""
     low = 1 if values == 1 else -(values // 2)
     return torch.randint(low, low + values, shape, generator=generator, device="cuda").to(torch.bfloat16)
 

@@ -1,13 +1,15 @@
 """Every kernel at the smallest sizes that have several tiles, ragged ends, empty sequences and rows without keys.
 
-`make sanitize-kernels` runs these tests; KERNEL=backward, for one, takes those whose name has the word. There is no
-reference here, which would take most of the time: what is right is tested elsewhere.
+`make sanitize-kernels` runs these tests; KERNEL=backward runs only those with that word in their name. They compare
+with no reference, which would take most of the time: other tests check that results are right.
 """
 
 import math
 
 import pytest
 import torch
+
+from modeling_minimax_m3.msa import select_blocks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +32,7 @@ def offsets(lengths):
 
 
 class Inputs:
-    """Random inputs of the packed operators; some rows choose nothing, some what they cannot see."""
+    """Random inputs of the packed operators; some rows list no block, some list blocks in their future."""
 
     def __init__(self, dtype, head_dim, block_size, q_heads_per_kv, lengths=None, num_kv_heads=2, topk=5):
         queries, keys = zip(*(LENGTHS if lengths is None else lengths))
@@ -58,7 +60,7 @@ class Inputs:
 
 
 def assert_repeats(call):
-    """Runs it twice; the outputs hold numbers, and the same ones."""
+    """Runs a call twice; the outputs hold no NaN, and are equal."""
     first, again = call(), call()
     first, again = ((found,) if isinstance(found, torch.Tensor) else found for found in (first, again))
     for output, other in zip(first, again, strict=True):
@@ -70,8 +72,10 @@ def assert_repeats(call):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_selection(kernels, shape):
     case = Inputs(**SHAPES[shape])
-    args = (case.index_query, case.index_key, *case.lengths, case.block_size, 3, 1, 1, "cuda")
-    assert_repeats(lambda: OPS.select_blocks(*args))
+    options = {"block_size": case.block_size, "topk": 3, "init_blocks": 1, "backend": "cuda"}
+    cu_seqlens_q, cu_seqlens_k = case.lengths
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    assert_repeats(lambda: select_blocks(case.index_query, case.index_key, **lengths, **options))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -81,7 +85,7 @@ def test_forward(kernels, shape):
 
 @pytest.mark.parametrize("selection", ["scattered", "half shared"])
 def test_forward_of_many_queries(kernels, selection):
-    """The fewest queries that may go from key blocks to their queries; where lists are shared, some go the other way."""
+    """The fewest queries that may run KV-major; where lists are shared, some of them run query-major."""
     case = Inputs(**SHAPES["released"], lengths=[(2020, 2020), (0, 3), (40, 170)], num_kv_heads=1, topk=4)
     if selection == "half shared":
         rows = torch.arange(len(case.query), device="cuda")

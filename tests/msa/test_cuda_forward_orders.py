@@ -1,7 +1,7 @@
 """The loop orders of the attention forward and the choice between them, against the definition in float64.
 
-A tile of eight neighbouring queries goes query-major where they share enough blocks, else KV-major; short inputs go
-query-major whole. All but those of other shapes run on Hopper's and on the portable kernels.
+A tile of eight neighbouring queries runs query-major where they share enough blocks, else KV-major. Short inputs run
+query-major as a whole. Tests of the released shape run on Hopper's kernels and on the portable ones.
 """
 
 import math
@@ -35,7 +35,7 @@ def offsets(lengths):
 
 
 class Case:
-    """Random inputs; what lies past the last key is NaN, and so are keys and values of no sequence."""
+    """Random inputs; the memory after the last key and the last value holds NaN."""
 
     def __init__(self, lengths, dtype, head_dim=128, block_size=BLOCK, seed=0):
         queries, keys = zip(*LENGTHS[lengths])
@@ -54,7 +54,7 @@ class Case:
         return torch.randn(shape, generator=self.generator, device="cuda")
 
     def lists(self, selection, topk=16):
-        """Up to `topk` ids a query, unsorted, some invisible; neighbours share them, or do not, or some of them do."""
+        """Up to `topk` ids per query, unsorted, some in the future; shared by all neighbours, by none, or by some."""
         tokens = len(self.query)
         order = torch.rand((tokens, KV_HEADS, self.num_blocks + 1), generator=self.generator, device="cuda").argsort(
             -1
@@ -199,13 +199,13 @@ def test_both_orders_are_taken(kernels):
         times = {event.key: event.self_device_time_total for event in found.key_averages()}
         query_major = sum(time for kernel, time in times.items() if "attention_forward" in kernel)
         shares[name] = query_major / sum(times.values())
-    # Of scattered lists too: the first tokens see so few blocks that they share them. Where other processes use the GPU,
-    # launches that do nothing seem to take longer; so no more is asked than which order does most of the work.
+    # Of scattered lists too: the first tokens see so few blocks that they share them. Where other processes use the
+    # GPU, launches that do nothing seem to take longer; so the check is only which order does most of the work.
     assert shares["shared"] > 0.5 > shares["scattered"], shares
 
 
 def test_lists_of_some_parts_at_a_time(kernels, needs_memory):
-    """Many heads over many small blocks: the lists of all parts of the queries are more than exist at a time."""
+    """Many heads over many small blocks: the inverse lists are made for one part of the queries at a time."""
     needs_memory(16)
     tokens, total, heads, width = 10_240, 500_000, 64, 64
     generator = torch.Generator("cuda").manual_seed(0)

@@ -1,7 +1,7 @@
-"""The kernels of `indexer_kl_loss` on a GPU, value and gradients, against the definition in float64 on the same inputs.
+"""The kernels of `indexer_kl_loss` on a GPU, value and gradients, against the definition in float64.
 
-Tests that take `kernels` run on those of Hopper, which there are for blocks of 128 and 128 channels, and on those that every
-GPU from sm_80 on can run; what they compare with is computed once for both.
+Tests that take `kernels` run twice: on Hopper's kernels, which exist for blocks of 128 keys and for 128 channels, and
+on the portable kernels, which every GPU from sm_80 on can run. What they compare with is computed once for both.
 """
 
 import math
@@ -95,7 +95,7 @@ def poison():
 
 
 def check(case, block_indices, block_size, once):
-    """With the probabilities that the value keeps for the gradient, and without, which computes them itself."""
+    """Compares with the exact results, once with saved probabilities and once without any."""
     expected = once(lambda: case.run(block_indices, block_size, "reference", torch.float64))
     compare(case, block_indices, block_size, *expected)
     if block_indices is not None:
@@ -163,7 +163,7 @@ def test_one_block_that_all_choose(kernels, once):
 @pytest.mark.parametrize("dims, block_size", [(64, 64), (128, 128)])
 @pytest.mark.parametrize("topk", [64, None], ids=["sparse", "dense"])
 def test_more_queries_than_a_workspace_holds(kernels, once, topk, dims, block_size):
-    """Several parts; against the `torch` backend, whose memory is linear."""
+    """Several parts; compared with the `torch` backend, whose memory is linear."""
     lengths = [24000] if topk else [12000]
     case = Case((lengths, lengths), q_heads_per_kv=1, num_kv_heads=4, head_dim=dims, index_dim=dims)
     block_indices = topk and case.random_blocks(topk, block_size)
@@ -197,7 +197,7 @@ def test_size_of_the_upstream_gradient(kernels, dtype, size):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim, index_dim, q_heads_per_kv", [(128, 128, 16), (128, 64, 2), (64, 128, 8)])
 def test_probabilities_of_some_tokens(kernels, once, monkeypatch, head_dim, index_dim, q_heads_per_kv, dtype):
-    """The gradient has those of the others to compute."""
+    """The value saves those of 700 tokens, and the gradient computes the others."""
     case = Case("ragged", dtype, head_dim, index_dim, q_heads_per_kv)
     block_indices = case.random_blocks(6, 128)
     monkeypatch.setattr(kernels_of_loss, "MAX_SAVED_BYTES", 700 * 2 * 6 * 128 * 2 + 1)
@@ -218,16 +218,16 @@ def test_what_is_kept(kernels):
 
 
 @pytest.fixture(params=[None, 700, 0], ids=["all", "some", "none"])
-def kept(request, monkeypatch):
-    """Of how many tokens the value keeps probabilities for the gradient, as long as a token has 2 x 6 blocks of 128."""
+def some_saved(request, monkeypatch):
+    """Bounds the tokens whose probabilities the value saves, for 2 x 6 blocks of 128 keys per token."""
     if request.param is not None:
         monkeypatch.setattr(kernels_of_loss, "MAX_SAVED_BYTES", request.param * 2 * 6 * 128 * 2)
     return request.param
 
 
 @pytest.mark.parametrize("q_heads_per_kv", [16, 1])
-def test_an_indexer_that_agrees(kernels, kept, q_heads_per_kv):
-    """r = p: what remains of the gradient is the rounding of what is kept, next to that of r."""
+def test_an_indexer_that_agrees(kernels, some_saved, q_heads_per_kv):
+    """With r = p the gradient is nothing but rounding: that of the saved probabilities, and that of r."""
     case = Case("ragged", torch.float16, q_heads_per_kv=q_heads_per_kv)
     case.index_key = case.key[:, 0]
     case.key = case.index_key[:, None].expand(-1, 2, -1)
@@ -239,7 +239,7 @@ def test_an_indexer_that_agrees(kernels, kept, q_heads_per_kv):
         assert grad.norm() < 1e-3 * of_another.norm()
 
 
-def test_results_repeat(kernels, kept):
+def test_results_repeat(kernels, some_saved):
     case = Case(([1500, 700], [1500, 700]))
     block_indices = case.random_blocks(16, 128)
     first = case.run(block_indices, 128)
@@ -272,7 +272,7 @@ def gradient_arguments(case, args, index_lse, saved):
 @pytest.mark.parametrize("saved_tokens", [0, 300])
 def test_operators(saved_tokens):
     case = Case("ragged")
-    # All slots are used: what is kept of others may be anything.
+    # All slots are used, because the saved probabilities of unused slots may be anything.
     args = arguments(case, torch.zeros((len(case.query), 2, 1), dtype=torch.int32, device="cuda"), saved_tokens)
     torch.library.opcheck(OPS.indexer_kl_loss.default, args)
     leaves = [x.detach().requires_grad_() for x in args[:2]]

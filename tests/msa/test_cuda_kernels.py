@@ -1,7 +1,7 @@
 """The kernels over packed sequences on a GPU, against the definition in float64 on the same inputs.
 
-Tests that take `kernels` run on those of Hopper and on those that every GPU from sm_80 on can run; what they compare
-with is computed once for both.
+Tests that take `kernels` run twice: on Hopper's kernels, and on the portable kernels, which every GPU from sm_80 on
+can run. What they compare with is computed once for both.
 """
 
 import math
@@ -140,7 +140,7 @@ def test_attention_heads_and_widths(gpu, once, q_heads_per_kv, topk):
     ids=["one", "ragged", "chunked"],
 )
 def test_attention_of_many_queries(kernels, gpu, once, lengths, dtype):
-    """Enough queries of the released geometry for kernels that go from key blocks to their queries."""
+    """Enough queries of the released geometry for the KV-major kernels."""
     case = gpu.packed(lengths, dtype, q_heads_per_kv=16)
     block_indices = case.random_blocks(16, 128)
     gpu.poison(case.query, torch.empty(case.query.shape[:2], device="cuda"))

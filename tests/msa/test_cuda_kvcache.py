@@ -1,7 +1,7 @@
 """The cached forms on a GPU, against the definition in float64 on the same inputs: decoding, and longer chunks.
 
-Chunks of more new tokens than the decoding kernels take run as packed sequences, and so, where they take `kernels`, on
-Hopper's kernels and on the portable ones; what they compare with is computed once for both.
+Chunks of more new tokens than the decoding kernels take run as packed sequences. Tests of them that take `kernels` run
+twice, on Hopper's kernels and on the portable ones. What they compare with is computed once for both.
 """
 
 from types import SimpleNamespace
@@ -67,7 +67,7 @@ def run_cached(gpu, case, form, once):
     (index_query, index_key_cache), options = case.selection(form)
     rows = CachedRows(case, gpu.offsets)
     exact = once(lambda: gpu.block_scores(rows, options["block_size"]))
-    # The query's own block need not be taken in the second call, and slots of no token would score high or low, not NaN.
+    # The second call may leave out the query's own block. A slot of no token would score high or low, not NaN.
     loud = torch.where(index_key_cache.isnan(), 100 * torch.randn_like(index_key_cache), index_key_cache)
     for cache, changed in (
         (index_key_cache, {}),

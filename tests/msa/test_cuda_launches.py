@@ -1,4 +1,4 @@
-"""Which kernels a call launches, by the profiler: those that it should, and with no more shared memory than there is."""
+"""Which kernels a call launches, by the profiler: the right ones, with no more shared memory than every GPU has."""
 
 import json
 
@@ -54,7 +54,7 @@ def prepare(name, dtype, head_dim, block_size, q_heads_per_kv, topk):
         lse = block_sparse_attention(*states, ids, return_lse=True, **packed)[1]
 
         def loss():
-            # The gradient over all keys computes the probabilities once more, that over blocks has them from the value.
+            # Over all keys the gradient computes the probabilities once more; over blocks it reads saved ones.
             over_blocks = indexer_kl_loss(index_query, index_key, *states[:2], ids, lse=lse, **packed)
             over_all = indexer_kl_loss(index_query, index_key, *states[:2], None, lse=lse, **packed)
             return torch.autograd.grad(over_blocks.sum() + over_all.sum(), (index_query, index_key))
@@ -93,8 +93,8 @@ def launched(call, tmp_path):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_kernels_are_those_asked_for(kernels, tmp_path, name):
-    """Else tests of the portable kernels would test Hopper's, or the other way round."""
+def test_kernels_are_those_of_the_parameter(kernels, tmp_path, name):
+    """Otherwise tests of the portable kernels would test Hopper's, or the other way round."""
     names = launched(prepare(name, torch.bfloat16, 128, 128, 16, 16), tmp_path)
     assert names
     of_hopper = [kernel for kernel in names if "sm90" in kernel]

@@ -1,4 +1,4 @@
-"""Finding, building and loading the extension's binary: what is taken, what is said, what happens only once."""
+"""Finding, building and loading the extension's binary: the choice, the reasons, and what happens only once."""
 
 import os
 import subprocess
@@ -83,7 +83,7 @@ def test_a_binary_of_other_sources_is_not_taken(machine, loaded):
     assert not loaded
 
 
-def test_without_a_binary_nothing_is_built_unless_asked(machine, loaded, built):
+def test_without_a_binary_only_build_true_builds(machine, loaded, built):
     for _ in range(2):
         assert "not compiled" in extension.load(build=False)
     assert "not compiled" in extension.unavailable()
@@ -165,7 +165,7 @@ def test_a_named_binary_is_taken(machine, loaded, monkeypatch):
     assert loaded == [named]
 
 
-def test_an_old_driver_is_told(machine, loaded, built, monkeypatch):
+def test_an_old_driver_is_the_reason(machine, loaded, built, monkeypatch):
     monkeypatch.setattr(extension, "driver_version", lambda: (12, 4))
     place(machine / "package", cuda_major=13)
     assert "the driver runs CUDA 12.4, the compiled extension needs CUDA 13" in extension.load(build=False)

@@ -1,4 +1,4 @@
-"""NaN and inf in what the compiled kernels are given: the lists of the definition, and NaN in what attends to it.
+"""NaN and inf in the inputs of the compiled kernels: the lists of the definition, and NaN in all that attends to it.
 
 Queries and keys are small integers, so that every other score is exact in every arithmetic.
 """
@@ -121,7 +121,7 @@ def test_nan_is_seen_by_all_that_attend_to_it(kernels, gpu, name, q_heads_per_kv
     rows = slice(100, 101) if name == "query" else slice(100, length)
     assert out[rows].isnan().any(-1).all()
     assert grads[0][rows].isnan().any(-1).all()
-    # A tile of 128 rows has queries of both sequences where a head of keys has one head of queries, and 0 * NaN is NaN.
+    # With one query head per key/value head, a tile of 128 rows has queries of both sequences; and 0 * NaN is NaN.
     if (name, q_heads_per_kv) != ("value", 1):
         assert not out[length:].isnan().any()
         assert not any(grad[length:].isnan().any() for grad in grads)

@@ -171,8 +171,8 @@ def test_lengths_of_each_example_are_refused(inputs):
         torch.func.vmap(of_one)(calls.qkv[0].expand(3, -1, -1, -1), ends)
 
 
-def test_gradients_that_are_not_asked_for(inputs):
-    """A penalty on the gradient of one input only, as its users write it."""
+def test_gradients_of_some_inputs_only(inputs):
+    """A penalty on the gradient of one input only, as in training with a gradient penalty."""
     calls = Case(inputs)
     query, key, value = (state.clone().requires_grad_() for state in calls.qkv)
     out = calls.attend(query, key.detach(), value)
@@ -235,7 +235,7 @@ def test_the_selection_has_no_tangent(inputs):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_kernels_that_are_asked_for_by_name_say_what_they_lack(inputs, name):
+def test_the_cuda_backend_by_name_refuses_other_derivatives(inputs, name):
     function, states = Case(inputs, "cuda").functions()[name]
     with pytest.raises(NotImplementedError, match=r"`backend`='cuda'.*(reverse mode|cannot run)"):
         torch.func.jvp(function, states, states)

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_minimax_m3 import msa
 from modeling_minimax_m3.msa import backends, call_log, extension
+from modeling_minimax_m3.msa.arguments import SelectBlocksArgs
+from modeling_minimax_m3.msa.selection import SELECT_BLOCKS
 
 from .pretended_gpu import on_device
 
@@ -213,10 +215,8 @@ def test_gradients_are_logged_too(inputs, log):
 def test_a_fallback_is_logged_with_its_reason(hopper, monkeypatch, log):
     monkeypatch.setattr(extension, "load", lambda build: "the extension is not compiled")
     monkeypatch.setattr(backends, "_warned", {"the extension is not compiled"})
-    args = msa.selection.select_blocks_args(
-        on_device(8, 4, 128), on_device(8, 128), *[on_device(2, dtype=torch.int32)] * 2, None, None, 128, 16, 1, 0, "auto"
-    )  # fmt: skip
-    assert backends.resolve_backend("auto", msa.selection.SELECT_BLOCKS, args) == "torch"
+    args = SelectBlocksArgs(on_device(8, 4, 128), on_device(8, 128), None, None, 128, 16, 1, 0)
+    assert backends.resolve_backend("auto", SELECT_BLOCKS, args) == "torch"
     assert log() == [
         "select_blocks (bfloat16, cuda:0) runs on `torch` (PyTorch, packed): the extension is not compiled"
     ]

@@ -249,7 +249,8 @@ def test_opcheck(inputs, backend, keys):
 def test_whole_graph_with_gradients(inputs, keys, monkeypatch):
     if "room" in keys:
         monkeypatch.setattr(indexer_loss, "_is_for_extension", lambda *args: True)
-        monkeypatch.setattr(cuda.indexer_loss, "MAX_SAVED_BYTES", 2 * 2 * 3 * 8 * 100)  # 100 tokens, of 2 x 3 blocks of 8
+        # 100 tokens, of 2 x 3 blocks of 8
+        monkeypatch.setattr(cuda.indexer_loss, "MAX_SAVED_BYTES", 2 * 2 * 3 * 8 * 100)
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
 
@@ -385,16 +386,16 @@ def test_a_binary_without_the_kernel_is_not_taken(monkeypatch, name):
             assert backends.resolve_backend("auto", operator, args) == "cuda"
 
 
-def test_what_is_kept_for_the_gradient_is_bounded():
-    """16 KB a token of the released model, 1 GiB in all."""
-    kept = {tokens: cuda.saved_tokens(torch.empty((tokens, 4, 16), device="meta"), 128) for tokens in (0, 700, 2**17)}
-    assert kept == {0: 0, 700: 700, 2**17: 2**16}
+def test_what_is_saved_for_the_gradient_is_bounded():
+    """16 KB per token of the released model, and 1 GiB in all."""
+    saved = {tokens: cuda.saved_tokens(torch.empty((tokens, 4, 16), device="meta"), 128) for tokens in (0, 700, 2**17)}
+    assert saved == {0: 0, 700: 700, 2**17: 2**16}
     assert cuda.saved_tokens(torch.empty((700, 4, 0), device="meta"), 128) == 700
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_other_backends_leave_nothing_that_looks_kept(inputs, backend):
-    """A graph may have been traced for the extension."""
+def test_other_backends_fill_the_saved_probabilities_with_nan(inputs, backend):
+    """A graph that was traced for the extension makes room for them."""
     case = inputs.make_varlen([20], block_size=4)
     states = (case.index_query, case.index_key, case.query, case.key)
     where = (case.random_blocks(), *case.lengths.values(), 4)
@@ -406,7 +407,7 @@ def test_other_backends_leave_nothing_that_looks_kept(inputs, backend):
 
 @pytest.mark.parametrize("backend", ["auto", "cuda"])
 def test_fake_tensors_build_and_load_nothing(monkeypatch, backend):
-    """And are not asked where they lie."""
+    """Nor does anything read their addresses, which they do not have."""
     monkeypatch.setattr(extension, "load", lambda build: pytest.fail("built") if build else "not there")
     with torch._subclasses.FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("error")

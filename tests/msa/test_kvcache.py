@@ -301,7 +301,7 @@ def test_a_wanted_gradient_is_refused(inputs, backend):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_decoding_reads_no_value_on_the_host(inputs, form):
-    # tensors without values: whatever asks for one raises, and so would a CUDA graph capture
+    # meta tensors have no values: reading one raises, and so would a CUDA graph capture
     case = inputs.make_cached([61, 33], 1, leftpad=[4, 0])
     where = {name: tensor.to("meta") for name, tensor in getattr(case, form)["where"].items()}
     where = {"cache_leftpad": None, "block_table": None, **where}

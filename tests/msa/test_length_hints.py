@@ -1,4 +1,4 @@
-"""`max_seqlen_q` and `max_seqlen_k`: what they may be, and that a wrong one does not pass unnoticed."""
+"""`max_seqlen_q` and `max_seqlen_k`: which values they may have, and that wrong ones raise."""
 
 import pytest
 import torch

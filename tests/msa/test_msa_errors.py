@@ -1,4 +1,4 @@
-"""What the operators refuse: the error's type, and that it names the argument, what came and what was expected."""
+"""Arguments that the operators refuse: the error has the right type and names argument, value and expectation."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""NaN and inf in what the operators are given: the same on every backend, and to be seen in what they return."""
+"""NaN and inf in the operators' inputs: results are the same on every backend, and show the NaN."""
 
 import math
 
@@ -47,7 +47,7 @@ def left_packed(ids):
 
 
 def spoil(case, what):
-    """Puts what is not finite among index queries and keys of 20 and 9 tokens."""
+    """Puts NaN or inf among index queries and keys of 20 and 9 tokens."""
     query, key = case.index_query, case.index_key
     if what == "NaN in a key":
         key[6, 1] = NAN

@@ -22,39 +22,30 @@ def op_calls(inputs, backend, requires_grad=False, dtype=torch.float32):
     """Arguments for every op, as {name: list of positional arguments}."""
     case = inputs.make_varlen([20, 9, 4], [20, 5, 0], block_size=4, q_heads_per_kv=3, dtype=dtype)
     block_indices = case.random_blocks()
-    selection_options = (4, 3, 1, 0, backend)
-    attention_options = (4, 0.25, backend)
-    out, lse = OPS.block_sparse_attention(*case.qkv, block_indices, *case.lengths.values(), *attention_options)
+    selection = inputs.op_arguments(
+        select_blocks, case.index_query, case.index_key, **case.lengths, **case.options, backend=backend
+    )
+    leaves = (tensor.clone().requires_grad_(requires_grad) for tensor in case.qkv)
+    attention = inputs.op_arguments(
+        block_sparse_attention, *leaves, block_indices, **case.lengths, block_size=4, backend=backend
+    )
+    states, where = [tensor.detach() for tensor in attention[:3]], attention[3:]
+    out, lse = OPS.block_sparse_attention(*states, *where)
     calls = {
-        "select_blocks": [(case.index_query, case.index_key, *case.lengths.values(), *selection_options)],
-        "block_sparse_attention": [
-            (
-                *(tensor.clone().requires_grad_(requires_grad) for tensor in case.qkv),
-                block_indices,
-                *case.lengths.values(),
-                *attention_options,
-            )
-        ],
-        "block_sparse_attention_backward": [
-            (
-                torch.ones_like(out),
-                *case.qkv,
-                out,
-                lse,
-                block_indices,
-                *case.lengths.values(),
-                *attention_options,
-            )
-        ],
+        "select_blocks": [selection],
+        "block_sparse_attention": [attention],
+        "block_sparse_attention_backward": [(torch.ones_like(out), *states, out, lse, *where)],
         "select_blocks_with_kvcache": [],
         "block_sparse_attention_with_kvcache": [],
     }
     cached = inputs.make_cached([20, 9], 2, leftpad=[0, 3], block_size=4, dtype=dtype)
     for form in ("contiguous", "paged"):
-        where = getattr(cached, form)["where"]
-        rows = (where["cache_seqlens"], where.get("cache_leftpad"), where.get("block_table"))
-        calls["select_blocks_with_kvcache"].append((*cached.selection(form)[0], *rows, *selection_options))
-        calls["block_sparse_attention_with_kvcache"].append((*cached.attention(form)[0], *rows, *attention_options))
+        for function, (tensors, options) in (
+            (select_blocks_with_kvcache, cached.selection(form)),
+            (block_sparse_attention_with_kvcache, cached.attention(form)),
+        ):
+            args = inputs.op_arguments(function, *tensors, **options, backend=backend)
+            calls[function.__name__].append(args)
     return calls
 
 

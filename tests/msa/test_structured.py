@@ -79,7 +79,7 @@ def test_pattern_of_every_block():
                 assert set(range(0, block + 1, stride)) <= set(listed)
 
 
-def test_lists_do_not_depend_on_how_they_are_asked_for():
+def test_lists_do_not_depend_on_the_form_of_the_call():
     pattern = msa.StructuredPattern(**DEFAULT)
     own = torch.tensor([[7, 250, -1], [0, 99, 250]])
     whole = msa.structured_blocks_of(torch.arange(251), 3, 4, pattern)

@@ -15,9 +15,9 @@ def rows_as_sequences(
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """The rows of caches as packed sequences.
 
-    Nothing is read on the host, so that CUDA graphs can capture it. A contiguous cache is not copied: the slots between
-    two rows' tokens become sequences of their own without queries, and queries that are padding become a sequence
-    without keys. A paged cache is gathered into a contiguous one first, which copies it.
+    Nothing is read on the host, so that CUDA graphs can capture it. A contiguous cache is not copied: the slots
+    between two rows' tokens become sequences of their own without queries, and queries that are padding become a
+    sequence without keys. A paged cache is gathered into a contiguous one first, which copies it.
 
     Args:
         caches (each (B, S, ...), or (pages, page_size, ...) with `block_table`): The caches.

@@ -19,8 +19,8 @@ SAVED_SCALE = 2**15
 def attention_lse(args: AttentionLseArgs) -> torch.Tensor:
     """As `reference.attention_lse`, by a whole attention whose output nobody uses.
 
-    Over all keys this takes one attention per `MAX_TOPK` blocks. It counts the blocks as if all keys were one sequence,
-    because lengths are not read.
+    Over all keys this takes one attention per `MAX_TOPK` blocks. It counts the blocks as if all keys were one
+    sequence, because lengths are not read.
     """
     if args.block_indices is not None:
         lists = [args.block_indices]
@@ -40,8 +40,8 @@ def saved_tokens(block_indices: torch.Tensor, block_size: int) -> int:
     """The number of query tokens, from the first, whose mean probabilities the loss saves for its gradient.
 
     The probabilities are those of the main attention, times `SAVED_SCALE`, in float16. `saved_probs` holds them as
-    (saved tokens, H_kv, topk, block_size), in the slots of `block_indices`; its values for keys that a query does not see
-    are unspecified. The gradient computes those of the other tokens once more.
+    (saved tokens, H_kv, topk, block_size), in the slots of `block_indices`; its values for keys that a query does not
+    see are unspecified. The gradient computes those of the other tokens once more.
     """
     total_q, num_heads, topk = block_indices.shape
     return min(total_q, MAX_SAVED_BYTES // (2 * num_heads * max(topk, 1) * block_size))
@@ -99,11 +99,14 @@ def _sizes_unsupported(args: AttentionLseArgs | IndexerKLLossArgs, states: dict[
 
 
 def _missing(name: str) -> str | None:
-    """Why the loaded binary cannot run an operator: one named by MINIMAX_M3_MSA_LIBRARY may be older than its kernel."""
+    """Why the loaded binary cannot run an operator; None where it can.
+
+    A binary that MINIMAX_M3_MSA_LIBRARY names may be older than the operator's kernel.
+    """
     operator = getattr(torch.ops.minimax_m3_msa_cuda, name, None)
     if operator is None:
         return "the compiled extension has no kernel for it"
-    # `saved_probs`; some binaries spell it out.
+    # Some binaries spell `saved_probs` out.
     if not any(argument.name.startswith("saved_prob") for argument in operator.default._schema.arguments):
         return "the compiled extension is too old for it"
     return None

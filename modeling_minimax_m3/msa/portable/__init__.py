@@ -3,8 +3,8 @@
 Each function computes what the function of the same name in `reference` defines. Scores, softmax and sums are float32
 for half precision inputs, and float64 for float64 inputs. README.md has the legend of dimensions.
 
-Decoding (at most `MAX_DECODE_TOKENS` new tokens per row) reads no value on the host, so that CUDA graphs can capture it.
-The other functions read the sequence lengths on the host.
+Decoding (at most `MAX_DECODE_TOKENS` new tokens per row) reads no value on the host, so that CUDA graphs can capture
+it. The other functions read the sequence lengths on the host.
 """
 
 from .attention import (

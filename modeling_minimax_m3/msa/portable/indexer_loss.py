@@ -71,7 +71,12 @@ def indexer_kl_loss_backward(args: IndexerKLLossBackwardArgs) -> tuple[torch.Ten
 
 
 def _index_tiles(args: IndexerKLLossArgs) -> Iterator[tuple[Tile, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Tiles with the main attention's mean probabilities (n, keys), scaled index queries (n, D_idx), and index keys."""
+    """Tiles, each with what the loss compares in it.
+
+    Yields:
+        The tile, the main attention's mean probabilities (n, keys), scaled index queries (n, D_idx), and index keys
+        (keys, D_idx).
+    """
     key, q_heads_per_kv = args.key, args.q_heads_per_kv
     dtype = compute_dtype(args.query)
     num_kv_heads, head_dim = key.shape[1:]

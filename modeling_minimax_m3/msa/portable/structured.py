@@ -9,7 +9,10 @@ _WORD = 0xFFFFFFFF
 
 
 def structured_blocks_of(args: StructuredBlocksArgs) -> torch.Tensor:
-    """As `reference.structured_blocks_of`; computes a list once per block where that is less work than once per query."""
+    """As `reference.structured_blocks_of`.
+
+    A list is computed once per block where that is less work than once per query.
+    """
     own_block, num_blocks = args.own_block, args.num_blocks
     if num_blocks is None and own_block.device.type == "cpu" and own_block.numel() > 0:
         num_blocks = int(own_block.max()) + 1

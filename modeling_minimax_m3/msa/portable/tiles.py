@@ -116,7 +116,7 @@ def listed_tiles(
 def causal_tiles(
     cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, num_kv_heads: int, q_heads_per_kv: int
 ) -> Iterator[Tile]:
-    """Tiles of queries that attend to every key before and at their own position; each has at most `DENSE_KEYS` keys."""
+    """Tiles of queries that attend to all keys s <= t; each tile has at most `DENSE_KEYS` keys."""
     device = cu_seqlens_q.device
     elements = ATTENTION_TILE if device.type == "cpu" else DEVICE_TILE
     tile = max(1, elements // (q_heads_per_kv * DENSE_KEYS))
