@@ -23,8 +23,9 @@ class Arguments:
 
     @property
     def queries(self) -> torch.Tensor:
-        """The tensor whose device and dtype decide which backend runs."""
-        raise NotImplementedError
+        """The first tensor of the call, or of the forward's call: its device and dtype decide which backend runs."""
+        first = self.values()[0]
+        return first.queries if isinstance(first, Arguments) else first
 
     @property
     def differentiable(self) -> tuple[torch.Tensor, ...]:
@@ -63,10 +64,6 @@ class SelectBlocksArgs(Arguments):
     local_blocks: int
     init_blocks: int
 
-    @property
-    def queries(self) -> torch.Tensor:
-        return self.index_query
-
 
 @dataclass(frozen=True, eq=False)
 class SelectBlocksWithKVCacheArgs(Arguments):
@@ -91,11 +88,8 @@ class SelectBlocksWithKVCacheArgs(Arguments):
     local_blocks: int
     init_blocks: int
 
-    @property
-    def queries(self) -> torch.Tensor:
-        return self.index_query
-
     def form(self, most_decode_tokens: int) -> str:
+        """Returns "decode" for few new tokens per row, else "packed": the rows become packed sequences."""
         return "decode" if self.index_query.shape[1] <= most_decode_tokens else "packed"
 
     def packed(
@@ -136,15 +130,13 @@ class BlockSparseAttentionArgs(Arguments):
     softmax_scale: float
 
     @property
-    def queries(self) -> torch.Tensor:
-        return self.query
-
-    @property
     def differentiable(self) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values."""
         return self.query, self.key, self.value
 
     @property
     def q_heads_per_kv(self) -> int:
+        """Query heads that share a key/value head."""
         return self.query.shape[1] // self.key.shape[1]
 
 
@@ -155,20 +147,16 @@ class BlockSparseAttentionBackwardArgs(Arguments):
     Its schema in `torch.library` lists the forward's arguments one by one.
 
     Attributes:
+        forward (BlockSparseAttentionArgs): What the forward was called with.
         grad_out (total_q, H_q, D_v): Upstream gradient, of any layout.
         out (total_q, H_q, D_v): The forward's output.
         lse (total_q, H_q): The forward's log-sum-exp.
-        forward (BlockSparseAttentionArgs): What the forward was called with.
     """
 
+    forward: BlockSparseAttentionArgs
     grad_out: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
-    forward: BlockSparseAttentionArgs
-
-    @property
-    def queries(self) -> torch.Tensor:
-        return self.forward.query
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,14 +184,12 @@ class BlockSparseAttentionWithKVCacheArgs(Arguments):
     softmax_scale: float
 
     @property
-    def queries(self) -> torch.Tensor:
-        return self.query
-
-    @property
     def q_heads_per_kv(self) -> int:
+        """Query heads that share a key/value head."""
         return self.query.shape[2] // self.key_cache.shape[2]
 
     def form(self, most_decode_tokens: int) -> str:
+        """Returns "decode" for few new tokens per row, else "packed": the rows become packed sequences."""
         return "decode" if self.query.shape[1] <= most_decode_tokens else "packed"
 
     def packed(
@@ -239,11 +225,8 @@ class AttentionLseArgs(Arguments):
     softmax_scale: float
 
     @property
-    def queries(self) -> torch.Tensor:
-        return self.query
-
-    @property
     def q_heads_per_kv(self) -> int:
+        """Query heads that share a key/value head."""
         return self.query.shape[1] // self.key.shape[1]
 
 
@@ -282,15 +265,13 @@ class IndexerKLLossArgs(Arguments):
     saved_probs: torch.Tensor | None = None
 
     @property
-    def queries(self) -> torch.Tensor:
-        return self.index_query
-
-    @property
     def differentiable(self) -> tuple[torch.Tensor, ...]:
+        """Queries and keys of the indexer."""
         return self.index_query, self.index_key
 
     @property
     def q_heads_per_kv(self) -> int:
+        """Query heads that share a key/value head."""
         return self.query.shape[1] // self.key.shape[1]
 
 
@@ -301,18 +282,14 @@ class IndexerKLLossBackwardArgs(Arguments):
     Its schema in `torch.library` lists the forward's arguments one by one.
 
     Attributes:
+        forward (IndexerKLLossArgs): What the forward was called with.
         grad_kl (total_q, H_idx): Upstream gradient.
         index_lse (total_q, H_idx): Log-sum-exp of the indexer's scores, as the forward returned it.
-        forward (IndexerKLLossArgs): What the forward was called with.
     """
 
+    forward: IndexerKLLossArgs
     grad_kl: torch.Tensor
     index_lse: torch.Tensor
-    forward: IndexerKLLossArgs
-
-    @property
-    def queries(self) -> torch.Tensor:
-        return self.forward.index_query
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,13 +316,10 @@ class StructuredBlocksArgs(Arguments):
     num_blocks: int | None = None
 
     @property
-    def queries(self) -> torch.Tensor:
-        return self.own_block
-
-    @property
     def width(self) -> int:
         """Places of a list."""
         return self.local_blocks + self.anchor_blocks + self.random_blocks
 
     def form(self, most_decode_tokens: int) -> str:
+        """Returns "by position"."""
         return "by position"

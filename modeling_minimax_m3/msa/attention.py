@@ -179,7 +179,7 @@ def _block_sparse_attention_backward(
     forward = BlockSparseAttentionArgs(
         query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale
     )
-    args = BlockSparseAttentionBackwardArgs(grad_out, out, lse, forward)
+    args = BlockSparseAttentionBackwardArgs(forward, grad_out, out, lse)
     return run_on_backend(backend, BLOCK_SPARSE_ATTENTION_BACKWARD, args)
 
 
@@ -301,7 +301,7 @@ def block_sparse_attention_with_kvcache_args(
     checks.check_unit_stride("query", query)
     checks.check_tensor("key_cache", key_cache, ("B or pages", "slots", "H_kv", query.shape[-1]), (query.dtype,))
     num_kv_heads = key_cache.shape[2]
-    caches = {
+    caches: checks.Caches = {
         "key_cache": (key_cache, ("H_kv", query.shape[-1])),
         "value_cache": (value_cache, (num_kv_heads, "D_v")),
     }

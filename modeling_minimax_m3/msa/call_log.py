@@ -11,6 +11,7 @@ _logged: set[str] = set()
 
 
 def is_on() -> bool:
+    """Whether calls are logged."""
     return os.environ.get("MINIMAX_M3_MSA_LOG") == "1"
 
 

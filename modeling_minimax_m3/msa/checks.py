@@ -18,6 +18,9 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 # Axes of tensors that must not be empty. The axes of tokens, rows, slots and lists may be.
 _HEADS_AND_CHANNELS = frozenset(("H_idx", "H_kv", "H_q", "D", "D_idx", "D_v"))
 
+# Name to (tensor, axes after the first two); an int is a required size, a str only a name.
+Caches = dict[str, tuple[torch.Tensor, tuple[int | str, ...]]]
+
 _MAX_INT32 = 2**31 - 1
 # The longest list that a selection writes, so that a mistyped `topk` does not take more memory than there is.
 MAX_TOPK = 2**16
@@ -151,7 +154,7 @@ def check_q_heads_per_kv(query: torch.Tensor, num_kv_heads: int) -> None:
 
 
 def check_cache(
-    names_and_caches: dict[str, tuple[torch.Tensor, tuple[int | str, ...]]],
+    names_and_caches: Caches,
     query: torch.Tensor,
     cache_seqlens: torch.Tensor,
     cache_leftpad: torch.Tensor | None,
@@ -160,8 +163,7 @@ def check_cache(
     """Raises unless caches, and the tensors that say where their rows are, fit the queries.
 
     Args:
-        names_and_caches (dict): The caches, as name to (tensor, axes after the first two). A contiguous cache starts
-            with the axes (B, S), a paged one with (pages, page_size).
+        names_and_caches (Caches): A contiguous cache starts with the axes (B, S), a paged one with (pages, page_size).
         query (B, T, ...): Queries.
         cache_seqlens, cache_leftpad, block_table: As in `arguments.SelectBlocksWithKVCacheArgs`.
     """

@@ -42,7 +42,6 @@ _FUNCTIONS = (
 )
 
 
-@torch.compiler.disable
 def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanation:
     """What would run a call of an operator, and why. Runs and builds nothing.
 
@@ -60,6 +59,11 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         ValueError, TypeError: `function` is no such function, or the call would raise the same error.
         NotImplementedError: The call names a backend that cannot run it, or that would have to be built first.
     """
+    return _explain(function, args, kwargs)
+
+
+@torch.compiler.disable  # a graph break: addresses and environment are read, which a graph does not hold
+def _explain(function: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
     operator, arguments, backend = checked_call(function, *args, **kwargs)
     if arguments.differentiable and derivatives.are_beyond_backward(*arguments.differentiable):
         derivatives.check_has_definition(operator.name, backend)

@@ -14,7 +14,6 @@ Environment variables:
 import ctypes
 import functools
 import os
-import re
 import sys
 import threading
 from pathlib import Path
@@ -98,7 +97,7 @@ def find_library() -> tuple[Path | None, str]:
     needed = []
     for folder in (_FOLDER, cache_folder()):
         for path in sorted(folder.glob(_library_pattern()), reverse=True):
-            major = int(re.search(r"-cu(\d+)\.so$", path.name)[1])
+            major = int(path.stem.rpartition("-cu")[2])
             if major <= driver[0]:
                 return path, ""
             needed.append(major)
@@ -135,8 +134,9 @@ def load(build: bool) -> str | None:
     with _lock:
         if _outcome is None:
             path, reason = find_library()
-            if path is None and build and driver_version() is not None:
-                path, reason = _build(reason)
+            driver = driver_version()
+            if path is None and build and driver is not None:
+                path, reason = _build(reason, driver)
             if path is not None:
                 reason = _load(path)
             # A binary that is missing now may be built later in this process.
@@ -155,11 +155,12 @@ def _load(path: Path) -> str:
     return ""
 
 
-def _build(reason: str) -> tuple[Path | None, str]:
+def _build(reason: str, driver: tuple[int, int]) -> tuple[Path | None, str]:
     """Builds into the user's cache, one process at a time.
 
     Args:
         reason (str): Why there is no binary.
+        driver (tuple of int): The newest CUDA version that the driver runs.
 
     Returns:
         The binary and "", or None and why there is still none.
@@ -168,7 +169,7 @@ def _build(reason: str) -> tuple[Path | None, str]:
     if nvcc is None:
         return None, f"{reason}, and there is no nvcc to build it with"
     try:
-        major, driver = kernel_build.toolkit_version(nvcc)[0], driver_version()
+        major = kernel_build.toolkit_version(nvcc)[0]
         if major > driver[0]:
             return None, f"{reason}; {nvcc} is of CUDA {major}, but the driver runs CUDA {driver[0]}.{driver[1]}"
         folder = cache_folder()

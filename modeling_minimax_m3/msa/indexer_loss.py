@@ -287,7 +287,7 @@ def _indexer_kl_loss_backward(
         index_query, index_key, query, key, lse, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale,
         index_scale, saved_probs,
     )  # fmt: skip
-    return run_on_backend(backend, INDEXER_KL_LOSS_BACKWARD, IndexerKLLossBackwardArgs(grad_kl, index_lse, forward))
+    return run_on_backend(backend, INDEXER_KL_LOSS_BACKWARD, IndexerKLLossBackwardArgs(forward, grad_kl, index_lse))
 
 
 @_indexer_kl_loss_backward.register_fake

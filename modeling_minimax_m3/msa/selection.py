@@ -190,7 +190,7 @@ def select_blocks_with_kvcache_args(
     checks.check_selection_options(block_size, topk, local_blocks, init_blocks)
     checks.check_tensor("index_query", index_query, ("B", "T", "H_idx", "D_idx"), checks.FLOATING_DTYPES)
     checks.check_unit_stride("index_query", index_query)
-    caches = {"index_key_cache": (index_key_cache, (index_query.shape[-1],))}
+    caches: checks.Caches = {"index_key_cache": (index_key_cache, (index_query.shape[-1],))}
     checks.check_cache(caches, index_query, cache_seqlens, cache_leftpad, block_table)
     check_backend(backend)
     return SelectBlocksWithKVCacheArgs(

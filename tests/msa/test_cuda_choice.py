@@ -208,7 +208,7 @@ def test_the_gradient_is_supported_where_the_attention_is(binary):
         # A gradient of any layout: it is copied where the kernels could not read it.
         grad_out = on_device(32, 128, 8).permute(2, 0, 1)
         lse = on_device(*forward.query.shape[:2], dtype=torch.float32)
-        return BlockSparseAttentionBackwardArgs(grad_out, forward.query, lse, forward)
+        return BlockSparseAttentionBackwardArgs(forward, grad_out, out=forward.query, lse=lse)
 
     assert backends.resolve_backend("auto", operator, backward_args()) == "cuda"
     for changed, reason in (

@@ -73,7 +73,7 @@ class Case:
         return order.masked_fill(torch.arange(topk, device="cuda") >= count, -1).to(torch.int32)
 
     def run(self, block_indices, block_size, backend="cuda", dtype=None, grad_kl=None):
-        """(kl, gradient of index_query, of index_key)"""
+        """Returns (kl, gradient of index_query, gradient of index_key)."""
         states = [
             x if dtype is None else x.to(dtype) for x in (self.index_query, self.index_key, self.query, self.key)
         ]

@@ -97,7 +97,7 @@ def test_third_derivatives(inputs, name):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_tangents_agree_with_gradients(inputs, name, backend, way):
-    """u . (J v) = (u J) . v"""
+    """For a Jacobian J, u . (J v) = (u J) . v."""
     function, states = Case(inputs, backend).functions()[name]
     tangents = like(states)
     if way == "torch.func.jvp":

@@ -336,7 +336,7 @@ def lse_args(**changed):
 
 def backward_args(**changed):
     index_lse = on_device(8, 2, dtype=torch.float32)
-    return IndexerKLLossBackwardArgs(index_lse, index_lse, loss_args(**changed))
+    return IndexerKLLossBackwardArgs(loss_args(**changed), grad_kl=index_lse, index_lse=index_lse)
 
 
 LOSS_OPERATORS = {

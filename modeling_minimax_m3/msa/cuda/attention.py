@@ -19,6 +19,7 @@ def block_sparse_attention(args: BlockSparseAttentionArgs) -> tuple[torch.Tensor
 
 
 def block_sparse_attention_unsupported(args: BlockSparseAttentionArgs) -> str | None:
+    """Why the kernels cannot run a call of `block_sparse_attention`; None where they can."""
     states = {"query": args.query, "key": args.key, "value": args.value}
     topk = args.block_indices.shape[-1]
     return support.sizes_unsupported(states, args.block_size, topk, args.q_heads_per_kv) or support.rows_unsupported(
@@ -41,6 +42,7 @@ def block_sparse_attention_backward(
 
 
 def block_sparse_attention_backward_unsupported(args: BlockSparseAttentionBackwardArgs) -> str | None:
+    """Why the kernels cannot run a call of `block_sparse_attention_backward`; None where they can."""
     # The gradient's own arguments are copied where the kernels cannot read them.
     return block_sparse_attention_unsupported(args.forward)
 
@@ -59,6 +61,7 @@ def block_sparse_attention_with_kvcache(args: BlockSparseAttentionWithKVCacheArg
 
 
 def block_sparse_attention_with_kvcache_unsupported(args: BlockSparseAttentionWithKVCacheArgs) -> str | None:
+    """Why the kernels cannot run a call of `block_sparse_attention_with_kvcache`; None where they can."""
     states = {"query": args.query, "key": args.key_cache, "value": args.value_cache}
     topk, decodes = args.block_indices.shape[-1], args.query.shape[1] <= MAX_DECODE_TOKENS
     return (

@@ -32,6 +32,7 @@ def attention_lse(args: AttentionLseArgs) -> torch.Tensor:
 
 
 def attention_lse_unsupported(args: AttentionLseArgs) -> str | None:
+    """Why the kernels cannot run a call of `attention_lse`; None where they can."""
     states = {"query": args.query, "key": args.key}
     return _sizes_unsupported(args, states) or support.rows_unsupported(states)
 
@@ -54,11 +55,13 @@ def indexer_kl_loss(args: IndexerKLLossArgs) -> tuple[torch.Tensor, torch.Tensor
 
 
 def indexer_kl_loss_unsupported(args: IndexerKLLossArgs) -> str | None:
+    """Why the kernels cannot run a call of `indexer_kl_loss`; None where they can."""
     states = {"index_query": args.index_query, "index_key": args.index_key, "query": args.query, "key": args.key}
     return _sizes_unsupported(args, states) or support.rows_unsupported(states)
 
 
 def indexer_kl_loss_missing() -> str | None:
+    """Why the loaded binary cannot run `indexer_kl_loss`; None where it can."""
     return _missing("indexer_kl_loss")
 
 
@@ -77,11 +80,13 @@ def indexer_kl_loss_backward(args: IndexerKLLossBackwardArgs) -> tuple[torch.Ten
 
 
 def indexer_kl_loss_backward_unsupported(args: IndexerKLLossBackwardArgs) -> str | None:
+    """Why the kernels cannot run a call of `indexer_kl_loss_backward`; None where they can."""
     # The gradient's own arguments are copied where the kernels cannot read them.
     return indexer_kl_loss_unsupported(args.forward)
 
 
 def indexer_kl_loss_backward_missing() -> str | None:
+    """Why the loaded binary cannot run `indexer_kl_loss_backward`; None where it can."""
     return _missing("indexer_kl_loss_backward")
 
 

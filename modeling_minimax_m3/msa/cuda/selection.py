@@ -15,6 +15,7 @@ def select_blocks(args: SelectBlocksArgs) -> torch.Tensor:
 
 
 def select_blocks_unsupported(args: SelectBlocksArgs) -> str | None:
+    """Why the kernels cannot run a call of `select_blocks`; None where they can."""
     states = {"index_query": args.index_query, "index_key": args.index_key}
     return (
         _heads_unsupported(args.index_query)
@@ -37,6 +38,7 @@ def select_blocks_with_kvcache(args: SelectBlocksWithKVCacheArgs) -> torch.Tenso
 
 
 def select_blocks_with_kvcache_unsupported(args: SelectBlocksWithKVCacheArgs) -> str | None:
+    """Why the kernels cannot run a call of `select_blocks_with_kvcache`; None where they can."""
     states = {"index_query": args.index_query, "index_key": args.index_key_cache}
     decodes = args.index_query.shape[1] <= MAX_DECODE_TOKENS
     return (

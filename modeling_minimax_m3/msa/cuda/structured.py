@@ -16,6 +16,7 @@ def structured_blocks_of(args: StructuredBlocksArgs) -> torch.Tensor:
 
 
 def structured_blocks_of_unsupported(args: StructuredBlocksArgs) -> str | None:
+    """Why the kernels cannot run a call of `structured_blocks_of`; None where they can."""
     if args.own_block.device.type != "cuda":
         return support.not_on_cuda(args.own_block)
     if args.width > support.MAX_TOPK:

@@ -75,8 +75,10 @@ def device_unsupported(device: torch.device) -> str | None:
 
 
 def not_on_cuda(tensor: torch.Tensor) -> str:
+    """The reason of tensors that are on no GPU."""
     return f"the tensors must be on a CUDA device, they are on {tensor.device}"
 
 
 def too_many_blocks(topk: int) -> str:
+    """The reason of lists that are too long."""
     return f"there must be at most {MAX_TOPK} blocks per query, there are {topk}"
