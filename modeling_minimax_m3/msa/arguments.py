@@ -24,7 +24,7 @@ class Arguments:
     @property
     def queries(self) -> torch.Tensor:
         """The first tensor of the call, or of the forward's call: its device and dtype decide which backend runs."""
-        first = self.values()[0]
+        first = next(iter(vars(self).values()))
         return first.queries if isinstance(first, Arguments) else first
 
     @property

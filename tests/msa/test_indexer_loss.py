@@ -245,6 +245,7 @@ def test_opcheck(inputs, backend, keys):
     torch.library.opcheck(OPS.indexer_kl_loss.default, (*leaves, *states[2:], *where, 0.25, 0.5, 0, backend))
 
 
+@pytest.mark.compatibility
 @pytest.mark.parametrize("keys", ["blocks", "blocks, with room for probabilities", "all"])
 def test_whole_graph_with_gradients(inputs, keys, monkeypatch):
     if "room" in keys:

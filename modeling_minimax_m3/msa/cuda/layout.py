@@ -23,4 +23,7 @@ def is_aligned(tensor: torch.Tensor) -> bool:
 def contiguous(args: Args, *names: str) -> Args:
     """`args` with the named tensors contiguous; those that are None stay None."""
     tensors = {name: getattr(args, name) for name in names}
-    return replace(args, **{name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
+    strided = {name: tensor for name, tensor in tensors.items() if tensor is not None and not tensor.is_contiguous()}
+    if not strided:
+        return args
+    return replace(args, **{name: tensor.contiguous() for name, tensor in strided.items()})
