@@ -1,1 +1,1 @@
-"""Times and memory of this project beside stock Transformers: `python -m benchmarks`, see README.md."""
+"""Speed and memory of this project beside its baselines: see README.md."""

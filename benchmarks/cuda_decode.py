@@ -1,9 +1,10 @@
 """A decoding step of the CUDA operators on one GPU: `python -m benchmarks.cuda_decode [--output NAME]`.
 
-Index scores, top blocks and attention of the newest tokens, captured in a CUDA graph, released head geometry, bf16,
-contiguous and paged caches. Cold: steps rotate over caches that hold more than the L2 cache does in the bytes that
-they read. The floor is what a step must read and write, at the rate of a device copy in the same run.
-vLLM's and SGLang's steps are timed in the same way, where `rivals.py` finds them, once their outputs agree with ours.
+A step is index scores, top blocks and attention of the newest tokens, captured in a CUDA graph: released head
+geometry, bf16, contiguous and paged caches. Figures are cold: steps rotate over several caches, and the bytes that
+these steps read exceed the L2 cache. The floor is the time to copy the bytes that a step must read and write, at the
+rate of a device copy in the same run. Steps of vLLM and SGLang are timed in the same way, where `baselines.py` finds
+their kernels and their outputs agree with ours.
 """
 
 import math
@@ -15,12 +16,12 @@ import torch
 
 from modeling_minimax_m3 import msa
 
+from .baselines import PAGE, check_output, load_triton_baselines
 from .gpu import BLOCK, DIM, HEADS, KV_HEADS, TOPK, Run, parse_arguments, random
 from .measure import relative_error
 from .report import as_table
-from .rivals import PAGE, check_output, load_triton_rivals
 
-# batch, context in tokens, new tokens of each row; the first three have figures to reach
+# batch, context in tokens, new tokens of each row
 CASES = (
     (1, 1 << 20, 1),
     (16, 128 << 10, 1),
@@ -34,13 +35,13 @@ CASES = (
     (1, 1 << 20, 16),
 )
 COLD_BYTES = 300e6  # several times the L2 cache of any GPU that runs these kernels
-STEPS_PER_GRAPH = 48  # at least: starting a graph costs several microseconds
+STEPS_PER_GRAPH = 48  # at least this many, because starting a graph costs several microseconds
 REPLAYS = 15
 
 
 @dataclass
 class Step:
-    """The operands of one step; without `block_table` the caches are (B, S, ...), with it (pages, PAGE, ...)."""
+    """The operands of one step. Caches are (B, S, ...) without a `block_table`, and (pages, PAGE, ...) with one."""
 
     index_query: torch.Tensor
     index_key_cache: torch.Tensor
@@ -64,7 +65,7 @@ class Step:
         return self.attend(self.select())
 
     def paged(self) -> "Step":
-        """The same bytes, with the pages of all rows in random order."""
+        """The same step over paged caches, whose pages lie in random order."""
         rows, slots = self.index_key_cache.shape[:2]
         order = torch.randperm(rows * slots // PAGE, device="cuda", dtype=torch.int32).view(rows, -1)
         caches = (cache.view(-1, PAGE, *cache.shape[2:]) for cache in self._caches())
@@ -91,14 +92,14 @@ def make_step(batch: int, context: int, new: int) -> Step:
 
 
 def step_bytes(batch: int, context: int, new: int) -> int:
-    """Index keys, selected keys and values, queries and output, two bytes an element."""
+    """Bytes of index keys, selected keys and values, queries and output, at two bytes an element."""
     selected = batch * new * KV_HEADS * min(TOPK * BLOCK, context) * 2
     queries = batch * new * (2 * HEADS + KV_HEADS)
     return 2 * DIM * (batch * context + selected + queries)
 
 
 def graph_us(calls: list[Callable[[], object]]) -> dict[str, float]:
-    """Microseconds of one of `calls`, which run one after the other in a CUDA graph, `STEPS_PER_GRAPH` or more."""
+    """Microseconds of one call, where `STEPS_PER_GRAPH` or more run one after the other in a CUDA graph."""
     calls = calls * math.ceil(STEPS_PER_GRAPH / len(calls))
     calls[0]()
     torch.cuda.synchronize()
@@ -119,18 +120,18 @@ def graph_us(calls: list[Callable[[], object]]) -> dict[str, float]:
 
 
 def check(step: Step) -> None:
-    """Raises unless the step does what the plain PyTorch backend does on the same operands."""
+    """Raises RuntimeError unless the step agrees with the `torch` backend on the same operands."""
     blocks = step.select()
     error = relative_error(step.attend(blocks), step.attend(blocks, "torch"))
     expected = step.select("torch")
-    # Rounding may decide between two blocks, of which the worst selected one is the likely one.
+    # Rounding decides between blocks of nearly equal scores, mostly for the last place of a list.
     same = (blocks.sort(-1).values == expected.sort(-1).values).all(-1).float().mean().item()
     if not (error < 1e-2 and same > 0.95):
         raise RuntimeError(f"wrong results: attention differs by {error:.1e}, {same:.1%} of the selections agree")
 
 
 def make_steps(batch: int, context: int, new: int) -> list[Step]:
-    """As many as hold more than the L2 cache."""
+    """As many steps as together read more than the L2 cache holds."""
     size = step_bytes(batch, context, new)
     return [make_step(batch, context, new) for _ in range(min(24, math.ceil(COLD_BYTES / size)))]
 
@@ -153,15 +154,15 @@ def measure(batch: int, context: int, new: int) -> dict[str, object]:
     return row
 
 
-def measure_rival(name: str, rival, batch: int, context: int, new: int) -> dict[str, float]:
-    """Microseconds of a rival's step with a paged cache."""
+def measure_baseline(name: str, baseline, batch: int, context: int, new: int) -> dict[str, float]:
+    """Microseconds of a baseline's step with a paged cache."""
     steps = [step.paged() for step in make_steps(batch, context, new)]
     expected = steps[0].run()
     calls = []
-    while steps:  # one by one, since a rival may keep a copy of the cache
+    while steps:  # one by one, because a baseline may keep a copy of the cache
         step = steps.pop(0)
         caches = (step.index_key_cache, step.query, step.key_cache, step.value_cache)
-        calls.append(rival.decode(step.index_query, *caches, step.block_table, step.cache_seqlens, TOPK))
+        calls.append(baseline.decode(step.index_query, *caches, step.block_table, step.cache_seqlens, TOPK))
         del step, caches
     check_output(name, calls[0](), expected)
     return graph_us(calls)
@@ -171,24 +172,11 @@ def _over_floor(row: dict, layout: str) -> float | None:
     return row[layout]["step"]["us"] / row["floor_us"] - 1 if layout in row else None
 
 
-def asked(record: dict) -> list[tuple]:
-    rows = {(row["batch"], row["context"], row["new"]): row for row in record["cases"]}
-    long, batched, short = (rows.get(case, {}) for case in CASES[:3])
-    figures = []
-    for layout in ("contiguous", "paged"):
-        figures += [
-            (f"batch 1, 1M, {layout}: over the floor", _over_floor(long, layout), "<=", 0.12),
-            (f"batch 16, 128k, {layout}: over the floor", _over_floor(batched, layout), "<=", 0.08),
-            (f"batch 1, 32k, {layout}: us", short[layout]["step"]["us"] if layout in short else None, "<=", 12),
-        ]
-    return figures
-
-
 def tables(record: dict) -> str:
     def us(timing: dict | None) -> str:
         return "-" if timing is None else f"{timing['us']:.1f}"
 
-    rivals = sorted({name for row in record["cases"] for name in row if name.endswith(", paged")})
+    baselines = sorted({name for row in record["cases"] for name in row if name.endswith(", paged")})
     rows = []
     for row in record["cases"]:
         cells = [str(row["batch"]), str(row["context"]), str(row["new"]), f"{row['floor_us']:.1f}"]
@@ -196,21 +184,20 @@ def tables(record: dict) -> str:
             over = _over_floor(row, layout)
             cells += [us(row.get(layout, {}).get("step")), "-" if over is None else f"{over:.1%}"]
         cells += [us(row.get("contiguous", {}).get(part)) for part in ("select", "attend", "hot")]
-        rows.append(cells + [us(row.get(rival)) for rival in rivals])
+        rows.append(cells + [us(row.get(baseline)) for baseline in baselines])
     header = ["batch", "context", "new tokens", "floor", "contiguous", "over the floor", "paged", "over the floor"]
-    header += ["selection alone", "attention alone", "hot", *rivals]
+    header += ["selection alone", "attention alone", "hot", *baselines]
     return (
-        f"A chain of empty kernels takes {record['machine']['empty_kernel_us']:.2f} us each. Microseconds a step inside a "
-        "CUDA graph, cold but for the hot column; parts and hot figures with a contiguous cache. The floor is at the rate "
-        f"of the copy.\n\n{as_table(header, rows)}"
+        f"In a chain of empty kernels each takes {record['machine']['empty_kernel_us']:.2f} us. Figures are "
+        "microseconds of a step inside a CUDA graph. Only the hot column reads the same cache every time. The columns "
+        "selection alone, attention alone and hot use a contiguous cache. The floor is at the rate of the copy.\n\n"
+        + as_table(header, rows)
     )
 
 
 def main() -> None:
-    run = Run(
-        "cuda_decode", parse_arguments("cuda_decode", "Time decoding steps of the CUDA operators."), tables, asked
-    )
-    rivals = load_triton_rivals()
+    run = Run("cuda_decode", parse_arguments("cuda_decode", "Time decoding steps of the CUDA operators."), tables)
+    baselines = load_triton_baselines()
     run.record["machine"]["empty_kernel_us"] = graph_us([lambda: torch.cuda._sleep(0)] * 200)["us"]
     rows = {}
     run.record["cases"] = []
@@ -219,7 +206,7 @@ def main() -> None:
         timings = (
             measure(batch, context, new)
             if name == "ours"
-            else {f"{name}, paged": measure_rival(name, rivals[name], batch, context, new)}
+            else {f"{name}, paged": measure_baseline(name, baselines[name], batch, context, new)}
         )
         if (batch, context, new) not in rows:
             floor_us = step_bytes(batch, context, new) / run.record["machine"]["copy_bytes_per_second"] * 1e6
@@ -227,8 +214,8 @@ def main() -> None:
             run.record["cases"].append(rows[batch, context, new])
         rows[batch, context, new].update(timings)
 
-    cases = [(*case, name) for case in CASES for name in ("ours", "vLLM") if name == "ours" or name in rivals]
-    run.cases(cases + [(*case, "SGLang") for case in CASES if "SGLang" in rivals and case[2] == 1], measure_case)
+    cases = [(*case, name) for case in CASES for name in ("ours", "vLLM") if name == "ours" or name in baselines]
+    run.cases(cases + [(*case, "SGLang") for case in CASES if "SGLang" in baselines and case[2] == 1], measure_case)
     run.finish()
 
 

@@ -1,7 +1,7 @@
 """One sparse attention layer beside stock's on a GPU: `python -m benchmarks.cuda_layer [--output NAME]`.
 
-Released geometry, projections included, bf16, batch 1, the same weights in both. Stock runs under sdpa. Ours goes on at
-growing lengths until the card's memory ends.
+Released geometry with projections, bf16, batch 1, the same weights in both layers. Stock runs with sdpa. Our layer
+then runs at growing lengths until it needs more memory than the card has.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ GEOMETRY = {
 BOTH_LENGTHS = (8192, 12288)  # stock's memory grows with their square
 OUR_LENGTHS = (131072, 262144, 524288, 1048576)
 PASSES = ("forward", "forward + backward")
-MAX_ERROR = 2e-2  # bf16 rounding, and the few tokens whose blocks lie near a tie
+MAX_ERROR = 2e-2  # rounding to bf16
 
 
 def build(implementation: str) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -71,7 +71,7 @@ def step(implementation: str, layer: torch.nn.Module, rotary: torch.nn.Module, t
 
 
 def measure(implementation: str, layer: torch.nn.Module, rotary: torch.nn.Module, tokens: int, name: str) -> dict:
-    """Milliseconds and peak extra GiB of one pass, both None where the card's memory ends."""
+    """Milliseconds and peak extra GiB of one pass; both are None where the card has too little memory."""
     try:
         run = step(implementation, layer, rotary, tokens, name)
         torch.cuda.empty_cache()
@@ -86,13 +86,18 @@ def measure(implementation: str, layer: torch.nn.Module, rotary: torch.nn.Module
 
 
 def check_agreement(layers: dict) -> float:
-    """Relative error of ours against stock on a length of which no token selects among blocks, so that ties do not
-    matter; raises where it is larger than rounding."""
+    """The relative error of our layer against stock's, at a length where every token attends to all earlier blocks.
+
+    No token chooses among blocks there, so ties between block scores change nothing.
+
+    Raises:
+        SystemExit: The error is larger than rounding explains.
+    """
     tokens = GEOMETRY["index_topk_blocks"] * GEOMETRY["index_block_size"]
     outs = {name: step(name, *layers[name], tokens, PASSES[0])() for name in layers}
     error = relative_error(outs[OURS], outs[STOCK])
     if not error < MAX_ERROR:
-        raise SystemExit(f"ours and stock's layer differ by {error:.1e}, the limit is {MAX_ERROR:.0e}")
+        raise SystemExit(f"the outputs of our layer and stock's differ by {error:.1e}, the limit is {MAX_ERROR:.0e}")
     return error
 
 
@@ -105,8 +110,8 @@ def tables(record: dict) -> str:
                 ratio = f"{stock['ms'] / ours['ms']:.1f}" if stock and ours and stock["ms"] and ours["ms"] else "-"
                 lines.append([str(tokens), name, _cell(stock), _cell(ours), ratio])
     return (
-        f"Relative error against stock {record['machine']['relative_error']:.1e}. Milliseconds / peak extra GiB.\n\n"
-        + as_table(["tokens", "pass", "stock", "ours", "times faster"], lines)
+        f"The relative error against stock is {record['machine']['relative_error']:.1e}. Figures are milliseconds / "
+        "peak extra GiB.\n\n" + as_table(["tokens", "pass", "stock", "ours", "times faster"], lines)
     )
 
 
@@ -121,7 +126,7 @@ def main() -> None:
     layers = {implementation: build(implementation) for implementation in (STOCK, OURS)}
     run.record["machine"]["relative_error"] = check_agreement(layers)
     rows = run.record["rows"] = {}
-    ended = set()  # passes for which a shorter length was too much
+    ended = set()  # passes that ran out of memory at a shorter length
 
     def case(implementation: str, name: str, tokens: int) -> None:
         if (implementation, name) not in ended:

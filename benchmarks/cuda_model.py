@@ -1,8 +1,8 @@
 """Training steps of a small MiniMax-M3 beside stock's on a GPU: `python -m benchmarks.cuda_model [--output NAME]`.
 
-About one billion parameters with the released vocabulary, bf16, gradient checkpointing and AdamW in both, batch 1. Stock
-is run at growing lengths until the card's memory ends; ours at the last length that stock manages, and at eight times
-that length, whose memory is compared with stock's. Each length runs in a process of its own.
+About one billion parameters with the released vocabulary, bf16, gradient checkpointing and AdamW in both, batch 1.
+Stock runs at growing lengths until it needs more memory than the card has. Ours runs at the longest length that stock
+completes, and at eight times that length. Each length runs in a process of its own.
 """
 
 import json
@@ -41,13 +41,13 @@ GEOMETRY = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
 }
 LENGTHS = (8192, 12288, 16384, 20480)
-STEPS = 3  # after one to warm up
-LONGER = 8  # how many times stock's length ours is to train in the same memory
+STEPS = 3  # after one warm-up step
+LONGER = 8  # the second length of ours, as a multiple of stock's longest
 OUR_LENGTHS = {"stock's longest": 1, f"{LONGER} times that": LONGER}
 
 
 def train(implementation: str, tokens: int) -> dict[str, Any]:
-    """Seconds of a step, tokens per second and peak GiB of a few training steps."""
+    """Runs a few training steps, and measures seconds per step, tokens per second and peak GiB."""
     config = text_config(implementation, MiniMaxM3VLTextConfig(**GEOMETRY))
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -80,7 +80,7 @@ def train(implementation: str, tokens: int) -> dict[str, Any]:
 
 
 def in_own_process(implementation: str, tokens: int) -> dict[str, Any] | None:
-    """`train` in a new process; None where memory ended."""
+    """Runs `train` in a new process. None means that it ran out of memory."""
     command = [sys.executable, "-m", "benchmarks.cuda_model", "--only", implementation, "--tokens", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
@@ -90,42 +90,36 @@ def in_own_process(implementation: str, tokens: int) -> dict[str, Any] | None:
     return None
 
 
-def asked(record: dict) -> list[tuple]:
-    stock = [row for row in record["rows"] if row["implementation"] == STOCK]
-    ours = {row["tokens"]: row for row in record["rows"] if row["implementation"] == OURS}
-    if not stock or not ours:
-        return []
-    longest = stock[-1]
-    same, longer = ours.get(longest["tokens"]), ours.get(LONGER * longest["tokens"])
-    faster = same and same["tokens_per_second"] / longest["tokens_per_second"]
-    memory = longer and longer["peak_gib"] / longest["peak_gib"]
-    return [
-        (f"tokens/s at stock's longest, {longest['tokens']} tokens, over stock's", faster, ">=", 3),
-        (f"peak memory at {LONGER} times that length, over stock's", memory, "<=", 1),
-    ]
-
-
 def tables(record: dict) -> str:
-    rows = [
-        [row["implementation"], str(row["tokens"]), f"{row['tokens_per_second']:.0f}", f"{row['peak_gib']:.1f}"]
-        for row in record["rows"]
-    ]
-    rows += [[*label.split(", "), "out of memory", "-"] for label in record["out_of_memory"]]
+    """Speed and memory at each length, and for ours their ratios to stock at its longest length."""
+    stock = [row for row in record["rows"] if row["implementation"] == STOCK]
+    rows = []
+    for row in record["rows"]:
+        figures = row["tokens_per_second"], row["peak_gib"]
+        longest = (stock[-1]["tokens_per_second"], stock[-1]["peak_gib"]) if stock else None
+        ratios = ["-", "-"]
+        if row["implementation"] == OURS and longest:
+            ratios = [f"{figure / other:.3g}" for figure, other in zip(figures, longest)]
+        rows.append([row["implementation"], str(row["tokens"]), f"{figures[0]:.0f}", f"{figures[1]:.1f}", *ratios])
+    rows += [[*label.split(", "), "out of memory", "-", "-", "-"] for label in record["out_of_memory"]]
     size = f"{record['rows'][0]['parameters'] / 1e9:.2f}B parameters.\n\n" if record["rows"] else ""
-    return size + as_table(["", "tokens", "tokens/s", "peak GiB"], rows)
+    ratio_of = "over stock's at its longest"
+    return size + as_table(["", "tokens", "tokens/s", "peak GiB", f"tokens/s {ratio_of}", f"GiB {ratio_of}"], rows)
 
 
 def main() -> None:
     def add(parser) -> None:
-        parser.add_argument("--only", choices=(STOCK, OURS), help="measure one implementation, print a line of JSON")
-        parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS, help="lengths to try for stock")
+        parser.add_argument(
+            "--only", choices=(STOCK, OURS), help="measure one implementation and print a line of JSON"
+        )
+        parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS, help="lengths to try with stock")
 
     arguments = parse_arguments("cuda_model", "Time training steps of a small model beside stock's.", add)
     if arguments.only:
         require_gpu()
         print(json.dumps(train(arguments.only, arguments.tokens[0])))
         return
-    run = Run("cuda_model", arguments, tables, asked)
+    run = Run("cuda_model", arguments, tables)
     run.record |= {"rows": [], "out_of_memory": []}
 
     def case(implementation: str, tokens: int | str) -> None:
@@ -135,7 +129,7 @@ def main() -> None:
         if implementation == OURS:
             of_stock = [row["tokens"] for row in run.record["rows"] if row["implementation"] == STOCK]
             if not of_stock:
-                raise RuntimeError("stock managed no length")
+                raise RuntimeError("stock completed no length, so there is no length for ours")
             tokens = OUR_LENGTHS[tokens] * of_stock[-1]
         row = in_own_process(implementation, tokens)
         if row is None:

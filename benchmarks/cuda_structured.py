@@ -1,7 +1,8 @@
 """Structured attention on one GPU, from 64k to 1M tokens: `python -m benchmarks.cuda_structured [--output NAME]`.
 
 Released head geometry and default pattern, bf16, batch 1, prefill forward: the block lists, then attention over them.
-Dense attention is timed at 128k tokens, and with `--long-dense` once at the longest, which takes more than half a minute.
+Dense attention is the baseline at 128k tokens. With `--long-dense` one call is timed at the longest length too, which
+takes more than half a minute.
 """
 
 from functools import partial
@@ -26,7 +27,7 @@ from .gpu import (
 from .report import as_table
 
 LENGTHS = (65536, 131072, 262144, 524288, 1048576)
-DENSE_LENGTH = 131072  # beyond, dense attention is called once
+DENSE_LENGTH = 131072  # dense attention over more tokens is called only once
 PATTERN = msa.StructuredPattern(local_blocks=2, anchor_blocks=6, anchor_stride=8, random_blocks=8, seed=0)
 assert PATTERN.width == TOPK
 
@@ -42,7 +43,7 @@ def measure(tokens: int) -> dict[str, float]:
     offsets = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
     blocks = lists_of(own_block, "cuda")
     if not torch.equal(blocks, lists_of(own_block, "torch")):
-        raise RuntimeError("the kernel lists other blocks than PyTorch")
+        raise RuntimeError("the kernel and the `torch` backend list different blocks")
     attend = partial(
         msa.block_sparse_attention, *(random(tokens, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)), blocks,
         cu_seqlens_q=offsets, cu_seqlens_k=offsets, block_size=BLOCK, backend="cuda",
@@ -61,23 +62,15 @@ def measure_dense(tokens: int) -> float:
 
 
 def growth(record: dict) -> float | None:
-    """Time per token, largest over smallest, once more than one length was measured."""
+    """The largest time per token over the smallest, or None until two lengths are measured."""
     per_token = [row["total"] / tokens for tokens, row in record["ms"].items()]
     return max(per_token) / min(per_token) if len(per_token) > 1 else None
 
 
 def times_dense(record: dict) -> dict[int, float]:
-    """How many times as long dense attention takes, at each length that both were measured at."""
+    """How many times as long dense attention takes, at each length where both are measured."""
     rows = record["ms"]
     return {tokens: ms / rows[tokens]["total"] for tokens, ms in record["dense_ms"].items() if tokens in rows}
-
-
-def asked(record: dict) -> list[tuple]:
-    return [
-        ("time per token, largest over smallest", growth(record), "<=", 1.1),
-        ("lowest share of the matmul rate", min((r["share"] for r in record["ms"].values()), default=None), ">=", 0.5),
-        ("1M: times faster than dense", times_dense(record).get(1048576), ">=", 150),
-    ]
 
 
 def tables(record: dict) -> str:
@@ -95,15 +88,17 @@ def tables(record: dict) -> str:
         f"Dense attention over {tokens} tokens: {record['dense_ms'][tokens]:.5g} ms, {times:.4g} times as long."
         for tokens, times in times_dense(record).items()
     ]
-    return "\n\n".join(["Milliseconds.", as_table(header, rows), *dense])
+    ratio = growth(record)
+    constancy = [] if ratio is None else [f"The largest time per token is {ratio:.3g} times the smallest."]
+    return "\n\n".join(["Milliseconds.", as_table(header, rows), *constancy, *dense])
 
 
 def main() -> None:
     def add(parser) -> None:
-        parser.add_argument("--long-dense", action="store_true", help="time dense attention at the longest as well")
+        parser.add_argument("--long-dense", action="store_true", help="time dense attention at the longest length too")
 
     arguments = parse_arguments("cuda_structured", "Time structured attention from 64k to 1M tokens.", add)
-    run = Run("cuda_structured", arguments, tables, asked)
+    run = Run("cuda_structured", arguments, tables)
     rows, dense = run.record["ms"], run.record["dense_ms"] = {}, {}
 
     def case(tokens: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Decoding with a cache: seconds per token after a short and a long prompt, and where they go."""
+"""Decoding with a cache: seconds per token after a short and a long prompt, and the share of each part."""
 
 import statistics
 import time
@@ -16,15 +16,20 @@ from . import measure
 from .implementations import OURS, classes, load_same_weights, text_config
 
 NEW_TOKENS = 256
-# Stock's masks are quadratic, so both prefill in chunks; the prefill is not measured.
+# Stock's masks grow with the square of the prefill, so both prefill in chunks. The prefill is not measured.
 PREFILL_CHUNK = 512
 
 
 class _Stopwatch:
-    """Sums the seconds spent in some functions, by part; a watched one that another calls counts for the caller."""
+    """Sums the seconds spent in watched functions, by part.
+
+    When one watched function calls another, all of the time counts for the caller.
+
+    Args:
+        functions (list of (owner, attribute, part)): Each function to watch, and the part for which its time counts.
+    """
 
     def __init__(self, functions: list[tuple[Any, str, str]]) -> None:
-        """`functions` lists (owner, attribute, part): which functions to replace, and what their time counts as."""
         self.seconds: dict[str, float] = defaultdict(float)
         self._functions = functions
         self._originals: list[Callable] = []
@@ -56,7 +61,7 @@ class _Stopwatch:
 
 
 def _parts(implementation: str, model: torch.nn.Module) -> list[tuple[Any, str, str]]:
-    """The functions to watch, by the part of a decoding step that they are."""
+    """The functions to watch, each with its part of a decoding step."""
     layers = model.model.layers
     mlps = [(layer.mlp, "forward", "MLP and MoE") for layer in layers]
     if implementation == OURS:
@@ -69,7 +74,7 @@ def _parts(implementation: str, model: torch.nn.Module) -> list[tuple[Any, str, 
             (attention, "dense_attention", "dense attention"),
             *mlps,
         ]
-    # Stock's sparse layers call the general attention function, so theirs is in "everything else".
+    # Stock's sparse layers call the general attention function, so their attention counts as "everything else".
     indexers = [layer.self_attn.indexer for layer in layers if layer.self_attn.indexer is not None]
     dense = [layer.self_attn for layer in layers if layer.self_attn.indexer is None]
     return [
@@ -83,7 +88,7 @@ def _parts(implementation: str, model: torch.nn.Module) -> list[tuple[Any, str, 
 def decode(implementation: str, prompt: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Feeds `prompt` and then `NEW_TOKENS` random tokens, one by one, through the tiny model.
 
-    The tokens are given, not generated, so that both implementations see the same ones.
+    The tokens do not depend on the model, so both implementations read the same ones.
     """
     config = text_config(implementation, tiny_config().text_config)
     model = classes(implementation).MiniMaxM3VLForCausalLM(config).eval()
@@ -107,7 +112,7 @@ def decode(implementation: str, prompt: int) -> tuple[dict[str, torch.Tensor], d
         return logits, seconds
 
     logits, seconds = decode_all(feed)
-    # A second pass over the same tokens tells where the time goes, so that the stopwatches do not count in the first.
+    # A second pass over the same tokens measures the parts, so that stopwatches do not slow the first pass.
     cache.crop(-NEW_TOKENS)
     with _Stopwatch(_parts(implementation, model)) as stopwatch:
         again, watched_seconds = decode_all(feed)
@@ -115,7 +120,7 @@ def decode(implementation: str, prompt: int) -> tuple[dict[str, torch.Tensor], d
     parts["everything else"] = sum(watched_seconds) / NEW_TOKENS - sum(parts.values())
     result = {"logits": torch.stack(logits)}
     if measure.relative_error(torch.stack(again), result["logits"]) > 1e-4:
-        raise RuntimeError("decoding the same tokens again after cropping the cache gave other logits")
+        raise RuntimeError("decoding the same tokens again after cropping the cache gave different logits")
     return result, {
         "seconds": statistics.median(seconds),
         "seconds_mean": statistics.mean(seconds),
@@ -133,10 +138,10 @@ def disagreement(stock: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) 
 
 
 def refusal(report: dict[str, Any]) -> str | None:
-    """Why no figure may be reported, or None.
+    """The reason not to report figures, or None.
 
-    A near-tie between blocks or experts, once decided otherwise, moves every later token a little: hence a bound on
-    the median and a wider one on the worst token.
+    Rounding may decide a near-tie between blocks or experts differently, which changes every later token a little.
+    So there is a bound on the median and a wider one on the worst token.
     """
     if not report["median_error"] < 1e-4:
         return f"logits differ by {report['median_error']:.1e} in the median, the limit is 1e-4"

@@ -1,7 +1,8 @@
 """Operations per token of dense, learned and structured attention: `python -m benchmarks.flops`.
 
-Counted by `modeling_minimax_m3.flops` for the released geometry, whose first three layers are dense in every row; for a
-model that is dense throughout; and for the model before it, MiniMax-M2, by the geometry in its public configuration.
+`modeling_minimax_m3.flops` counts for the released geometry, whose first three layers are always dense. The other
+layers are dense, learned-sparse or structured. The baseline is the previous model, MiniMax-M2, with the geometry of
+its public configuration.
 """
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig, released_config
@@ -18,7 +19,8 @@ def configs() -> dict[str, MiniMaxM3VLTextConfig]:
     for name, kind in (("dense", FULL_ATTENTION), ("learned", LEARNED_SPARSE), ("structured", STRUCTURED)):
         found[name] = released_config().text_config
         found[name].layer_types[NUM_DENSE:] = [kind.name] * (len(found[name].layer_types) - NUM_DENSE)
-    # M2 has 8 of 256 experts and no shared one, whose products are those of 7 experts and a shared one of their width.
+    # M2 routes a token to 8 of 256 experts and has no shared expert. That costs as much as 7 routed experts and a
+    # shared expert of the same width.
     found["M2"] = MiniMaxM3VLTextConfig(
         vocab_size=200064, hidden_size=3072, intermediate_size=1536, shared_intermediate_size=1536,
         num_hidden_layers=62, num_attention_heads=48, num_key_value_heads=8, index_n_heads=8, num_local_experts=256,
@@ -28,7 +30,7 @@ def configs() -> dict[str, MiniMaxM3VLTextConfig]:
 
 
 def per_token(config: MiniMaxM3VLTextConfig, tokens: int, last: bool) -> dict[str, float]:
-    """GFLOP of the last token of a context, or of its average one."""
+    """GFLOP of the last token of a context, or of its average token."""
     flops = forward_flops(config, tokens)
     if last:
         before = forward_flops(config, tokens - 1)
@@ -40,9 +42,10 @@ def per_token(config: MiniMaxM3VLTextConfig, tokens: int, last: bool) -> dict[st
 
 def main() -> None:
     for last in (True, False):
-        print(f"\nGFLOP of {'the last token' if last else 'the average token'} of a context; M2's over them\n")
+        print(f"\nGFLOP of the {'last' if last else 'average'} token of a context, and M2's GFLOP over the model's\n")
         print(
-            "| model | context | weights | index scores | attention | all | M2: all | attention | without dense layers |"
+            "| model | context | weights | index scores | attention | all "
+            "| M2 / model: all | M2 / model: attention | M2 / model: attention without the dense layers |"
         )
         print("| --- " * 9 + "|")
         for label, tokens in LENGTHS.items():

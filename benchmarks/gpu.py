@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: geometry, inputs, clocks, dense attention, and a record that is written as it grows."""
+"""What the GPU benchmarks share: geometry, inputs, timing, dense attention, and a record that grows case by case."""
 
 import argparse
 import json
@@ -16,13 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .measure import command_output, environment
-from .report import judged, judged_table
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, KV_HEADS, DIM, BLOCK, TOPK = 64, 4, 128, 128, 16
 
 
-# --- inputs and clocks -------------------------------------------------------------------------------------------
+# --- inputs and timing -------------------------------------------------------------------------------------------
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -30,13 +29,14 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def clustered_blocks(tokens: int, stay: int = 16, device: str = "cuda") -> torch.Tensor:
-    """Block lists (tokens, KV_HEADS, TOPK) in which each place keeps its block for `stay` tokens.
+    """Block lists (tokens, KV_HEADS, TOPK) in which each entry keeps its block for `stay` tokens.
 
-    They are as long as a selection's: every visible block where there are no more than TOPK."""
+    A list is as long as a selection: it holds every visible block where TOPK or fewer are visible.
+    """
     token = torch.arange(tokens, device=device)
     own = (token // BLOCK)[:, None]
     place = torch.arange(TOPK, device=device)
-    # The p-th place draws from the p-th part of the visible blocks, so that no block is listed twice.
+    # Entry p draws from the p-th part of the visible blocks, so that no block is listed twice.
     start, stop = own * place // TOPK, own * (place + 1) // TOPK
     lists = torch.rand((tokens - 1) // stay + 1, KV_HEADS, TOPK, device=device)[token // stay]
     ids = start[:, None] + (lists * (stop - start)[:, None]).long()
@@ -46,22 +46,28 @@ def clustered_blocks(tokens: int, stay: int = 16, device: str = "cuda") -> torch
 
 
 def selected_flops(tokens: int) -> float:
-    """Of exact attention over TOPK blocks: the own one up to the token, whole ones before it."""
+    """FLOPs of exact attention over TOPK blocks: a token's own block up to the token, and whole earlier blocks."""
     token = torch.arange(tokens, dtype=torch.float64)
     keys = token % BLOCK + 1 + (token // BLOCK).floor().clamp(max=TOPK - 1) * BLOCK
     return float(keys.sum()) * 4 * HEADS * DIM
 
 
 def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """PyTorch's causal attention over all keys, by cuDNN where it takes the call; (1, heads, tokens, DIM)."""
+    """PyTorch's causal attention over all keys, of shape (1, H_q, T, DIM); cuDNN runs where it supports the call."""
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
 def time_ms(function: Callable[[], Any], seconds: float = 0.2, once: bool = False) -> float:
-    """Median milliseconds of a call of `function`, after one to warm up, by events around runs of 5 ms or one call.
+    """Median milliseconds of a call of `function`, measured by CUDA events after one warm-up call.
 
-    With `once` it is called a single time, for what takes tens of seconds."""
+    Events surround runs of about 5 ms, or single calls that take longer.
+
+    Args:
+        function (Callable): The call to time.
+        seconds (float): How long to repeat the runs.
+        once (bool): Call `function` a single time, without a warm-up: for calls of tens of seconds.
+    """
 
     def run(calls: int) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -79,7 +85,7 @@ def time_ms(function: Callable[[], Any], seconds: float = 0.2, once: bool = Fals
     times = [run(1)]
     calls = max(1, min(50, int(5 / times[0])))
     if calls > 1:
-        times.clear()  # what was timed includes the host's work
+        times.clear()  # the time of a single short call includes the host's work
     # three runs at least, unless they take long
     while not times or time.perf_counter() - started < (seconds if len(times) >= 3 else 4 * seconds):
         times.append(run(calls))
@@ -87,7 +93,7 @@ def time_ms(function: Callable[[], Any], seconds: float = 0.2, once: bool = Fals
 
 
 def ceilings(side: int = 8192, size: int = 1 << 30) -> dict[str, float]:
-    """What the card itself reaches: an 8192^3 bf16 matmul, a copy of 4 GiB (read and written), a sum of 4 GiB."""
+    """Rates that the card reaches: an 8192^3 bf16 matmul, a copy of 4 GiB (read and written), a sum of 4 GiB."""
     a, b = random(side, side), random(side, side)
     source, target = (torch.ones(size, device="cuda") for _ in range(2))
     return {
@@ -101,10 +107,10 @@ def ceilings(side: int = 8192, size: int = 1 << 30) -> dict[str, float]:
 
 
 def parse_arguments(name: str, description: str, add: Callable[[argparse.ArgumentParser], Any] | None = None):
-    """The options that every GPU benchmark has, and those that `add` adds."""
+    """Parses the options that every GPU benchmark has, and the options that `add` adds."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    parser.add_argument("--output", type=Path, default=RESULTS / name, help="results go to this .json and .md")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so many")
+    parser.add_argument("--output", type=Path, default=RESULTS / name, help="write results to this .json and .md")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
     if add is not None:
         add(parser)
     return parser.parse_args()
@@ -116,15 +122,18 @@ def require_gpu() -> None:
 
 
 class Run:
-    """What a benchmark has measured so far. It is written after every case, so that a time limit loses none of it.
+    """The record of a benchmark, which is written after every case, so that a time limit loses no result.
 
-    `tables(record)` makes the Markdown, `asked(record)` the figures to reach, as `judged` takes them.
+    Args:
+        name (str): Module of the benchmark.
+        arguments (argparse.Namespace): What `parse_arguments` returned.
+        tables (Callable): Makes the Markdown tables from the record.
     """
 
-    def __init__(self, name: str, arguments: argparse.Namespace, tables: Callable, asked: Callable | None = None):
+    def __init__(self, name: str, arguments: argparse.Namespace, tables: Callable):
         require_gpu()
         self._started = time.monotonic()
-        self._arguments, self._tables, self._asked = arguments, tables, asked
+        self._arguments, self._tables = arguments, tables
         torch.manual_seed(0)
         self.record: dict[str, Any] = {
             "machine": {
@@ -139,7 +148,7 @@ class Run:
         }
 
     def cases(self, cases: Iterable[tuple], measure: Callable[..., Any]) -> None:
-        """Calls `measure` with each case, most wanted first; one that fails is recorded, and does not end the run."""
+        """Calls `measure` with each case in order. A case that fails is recorded and does not end the run."""
         cases = {", ".join(map(str, case)): case for case in cases}
         left = list(cases)
         for label, case in cases.items():
@@ -158,12 +167,10 @@ class Run:
             self.write()
 
     def write(self) -> None:
-        if self._asked is not None:
-            self.record["targets"] = judged(self._asked(self.record))
         output: Path = self._arguments.output
         output.parent.mkdir(parents=True, exist_ok=True)
         for suffix, text in ((".json", json.dumps(self.record, indent=2) + "\n"), (".md", self.text() + "\n")):
-            unfinished = output.with_suffix(suffix + ".part")  # so that no moment has half a file
+            unfinished = output.with_suffix(suffix + ".part")  # a reader never sees half a file
             unfinished.write_text(text, encoding="utf-8")
             os.replace(unfinished, output.with_suffix(suffix))
 
@@ -176,15 +183,13 @@ class Run:
             f"{machine['read_bytes_per_second'] / 1e12:.2f} TB/s.",
             self._tables(self.record),
         ]
-        if self.record.get("targets"):
-            parts.append(judged_table(self.record["targets"]))
         if self.record["state"] != "complete":
             parts.insert(1, f"Not complete: {self.record['state']}.")
         parts += [f"Failed: {label}: {reason}" for label, reason in self.record["failed"].items()]
         return "\n\n".join(parts)
 
     def finish(self) -> None:
-        """Prints the tables, and ends with an error where a case failed."""
+        """Prints the tables. Exits with an error if a case failed."""
         print("\n" + self.text(), flush=True)
         if self.record["failed"]:
             raise SystemExit(f"{len(self.record['failed'])} cases failed")

@@ -1,6 +1,6 @@
-"""Stock Transformers and ours behind one face, so that every scenario is the same code for both.
+"""Stock Transformers' model and ours behind one interface, so that every scenario runs the same code for both.
 
-Imports happen inside the functions: a measuring process loads one of the two only.
+The functions import what they need, so that a measuring process loads only one of the two.
 """
 
 from types import ModuleType
@@ -14,7 +14,7 @@ STOCK, OURS = "stock", "ours"
 
 
 def text_config(implementation: str, config: MiniMaxM3VLTextConfig) -> Any:
-    """`config` as a configuration of the implementation, with the sdpa attention path."""
+    """The configuration class of the implementation with the fields of `config`, and sdpa as attention."""
     if implementation == STOCK:
         from transformers.models.minimax_m3_vl import MiniMaxM3VLTextConfig as StockTextConfig
 
@@ -25,7 +25,7 @@ def text_config(implementation: str, config: MiniMaxM3VLTextConfig) -> Any:
 
 
 def classes(implementation: str) -> ModuleType:
-    """A module that holds the implementation's text classes, under the names that both share."""
+    """The module with the text classes of the implementation. Both use the same class names."""
     if implementation == STOCK:
         from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl
 
@@ -36,7 +36,7 @@ def classes(implementation: str) -> ModuleType:
 
 
 def load_same_weights(module: torch.nn.Module, seed: int = 0, std: float = 0.02) -> None:
-    """Fills `module` from a seed, name by name, so that both implementations get the same weights."""
+    """Fills each parameter of `module` from a seed and its name, so that both implementations get the same weights."""
     weights = {}
     for name, tensor in sorted(module.state_dict().items()):
         generator = torch.Generator().manual_seed(seed + sum(name.encode()))

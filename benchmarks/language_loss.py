@@ -1,7 +1,8 @@
-"""The language-modelling loss with and without logits on one GPU: `python -m benchmarks.language_loss [--output NAME]`.
+"""The language loss with and without logits on one GPU: `python -m benchmarks.language_loss [--output PATH]`.
 
-Head and loss alone, forward and backward, bf16, the released vocabulary. Plain is Transformers' `ForCausalLMLoss` on the
-logits of all tokens; the others are `causal_lm_loss`, on a plain linear head, and on one that it calls as a module.
+Head and loss alone, forward and backward, bf16, the released vocabulary. The baseline, "plain", is Transformers'
+`ForCausalLMLoss` on the logits of all tokens. The other rows are `causal_lm_loss`, once on a plain linear head, and
+once on a head that it calls as a module.
 """
 
 from collections.abc import Callable
@@ -17,13 +18,13 @@ from .gpu import Run, parse_arguments
 from .report import as_table
 
 VOCABULARY = 200064
-HIDDEN = (6144, 2048)  # the released size, and that of a model of about 1B parameters
+HIDDEN = (6144, 2048)  # the released size, and the size of a model of about 1B parameters
 TOKENS = (8192, 32768)
 REPEATS = 3
 
 
 class CalledHead(nn.Linear):
-    """A linear layer that is not known to be one, as with adapters."""
+    """A linear layer that `causal_lm_loss` does not recognise as one, as a layer with adapters."""
 
 
 def plain_loss(head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,7 @@ METHODS: dict[str, tuple[type[nn.Linear], Callable[..., torch.Tensor]]] = {
 
 
 def measure(method: str, hidden: int, tokens: int, train_head: bool) -> dict[str, Any]:
-    """Milliseconds, memory beyond weights and hidden states, and what came out, or why nothing did."""
+    """Milliseconds, memory beyond weights and hidden states, and the results, or the reason of a failure."""
     head_class, loss_function = METHODS[method]
     generator = torch.Generator("cuda").manual_seed(0)
     head = head_class(hidden, VOCABULARY, bias=False, device="cuda", dtype=torch.bfloat16)
@@ -72,7 +73,7 @@ def measure(method: str, hidden: int, tokens: int, train_head: bool) -> dict[str
 
 
 def disagreement(row: dict[str, Any], plain: dict[str, Any]) -> float:
-    """Largest relative difference of the loss and of the gradients' norms from the plain loss's."""
+    """The largest relative difference between two rows, of the loss and of the norms of its gradients."""
     names = [name for name in ("loss", "hidden gradient", "head gradient") if plain.get(name) is not None]
     return max(abs(row[name] / plain[name] - 1) for name in names)
 
@@ -96,7 +97,7 @@ def main() -> None:
         row = setting | {"method": method} | measure(method, hidden, tokens, train_head)
         others = [other for other in rows if setting.items() <= other.items() and "failed" not in other]
         if others and "failed" not in row and disagreement(row, others[0]) > 1e-3:
-            raise RuntimeError(f"{row} disagrees with {others[0]}")
+            raise RuntimeError(f"the results of {row} and {others[0]} disagree")
         rows.append(row)
 
     run.cases(

@@ -1,7 +1,4 @@
-"""One sparse attention layer: forward, and forward with backward, at several lengths; and one with structured selection.
-
-Letters: T tokens, H heads, D channels of a head.
-"""
+"""Scenarios of one attention layer: forward, forward with backward, and forward with structured selection."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +55,7 @@ def _inputs(implementation: str, rotary: torch.nn.Module, tokens: int) -> dict[s
 
 @contextmanager
 def recorded_selection(implementation: str, layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects the block ids (T, H_idx, topk) that the layer selects while it runs."""
+    """Collects the block ids (T, H_idx, topk) that the layer selects inside the block."""
     selections = []
     if implementation == STOCK:
         hook = layer.indexer.register_forward_hook(
@@ -81,10 +78,7 @@ def recorded_selection(implementation: str, layer: torch.nn.Module) -> Iterator[
 
 
 def _measure(implementation: str, layer: torch.nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """The first run gives the result, its selection and the memory; more runs give the time where they are short.
-
-    The selections of the first run are dropped from the memory, as a recorder keeps them and the layer does not.
-    """
+    """Measures the memory of a first run, whose result and selection it returns, and the time of further runs."""
     with recorded_selection(implementation, layer) as selections:
         (result, memory), first_seconds = measure.timed(lambda: measure.peak_extra_memory(run))
     repeated = measure.repeat(run, first_seconds)
@@ -93,7 +87,7 @@ def _measure(implementation: str, layer: torch.nn.Module, run: Callable[[], Any]
 
 
 def forward(implementation: str, tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Forward without gradients: what is to agree, and what was measured."""
+    """Forward without gradients. Returns the tensors to compare, and the measured figures."""
     layer, rotary = _build(implementation)
     with torch.no_grad():
         layer(**_inputs(implementation, rotary, WARM_UP_TOKENS))
@@ -144,9 +138,10 @@ def forward_backward(implementation: str, tokens: int) -> tuple[dict[str, torch.
 
 
 def _flops(tokens: int, backward: bool = False) -> int:
-    """Floating-point operations of the layer's matrix products, each needed key counted once.
+    """Floating-point operations of the layer's matrix products, with each needed key counted once.
 
-    The backward counts two products for each one of the forward, and none for the indexer, which gets no gradient.
+    The backward counts two products for each product of the forward. It counts none for the indexer, which gets no
+    gradient.
     """
     heads, kv_heads, head_dim = (GEOMETRY[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     index_heads, index_dim = GEOMETRY["index_n_heads"], GEOMETRY["index_head_dim"]
@@ -154,17 +149,17 @@ def _flops(tokens: int, backward: bool = False) -> int:
     projections = 2 * tokens * GEOMETRY["hidden_size"] * head_dim * (2 * heads + 2 * kv_heads)
     index_projections = 2 * tokens * GEOMETRY["hidden_size"] * index_dim * (index_heads + 1)
     scores = 2 * index_heads * index_dim * tokens * (tokens + 1) // 2
-    # The own block up to the token, and at most topk - 1 whole ones before it.
+    # A token attends to its own block up to itself, and to at most topk - 1 whole blocks before it.
     attended = sum(t % block_size + 1 + min(t // block_size, topk - 1) * block_size for t in range(tokens))
     attention = 2 * 2 * heads * head_dim * attended
     return (3 if backward else 1) * (projections + attention) + index_projections + scores
 
 
 def disagreement(stock: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """How far two results of one scenario are apart.
+    """Measures how much two results of one scenario differ.
 
-    Rounding decides near-ties between blocks, so outputs are compared on the tokens for which both selected the same
-    blocks, and the others are counted.
+    Rounding decides near-ties between blocks. So outputs are compared only at tokens for which both implementations
+    selected the same blocks, and the other tokens are counted.
     """
     same = _as_sets(stock["selected"]) == _as_sets(ours["selected"])
     same = same.flatten(1).all(1)
@@ -176,17 +171,17 @@ def disagreement(stock: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) 
 
 
 def _as_sets(selected: torch.Tensor) -> torch.Tensor:
-    """Sorted ids, in a width that both implementations have."""
+    """Sorted ids, padded to the width that both implementations share."""
     topk = GEOMETRY["index_topk_blocks"]
     padded = torch.nn.functional.pad(selected.long(), (0, topk - selected.shape[-1]), value=-1)
     return padded.sort(dim=-1).values
 
 
 def refusal(report: dict[str, Any]) -> str | None:
-    """Why no figure may be reported, or None."""
+    """The reason not to report figures, or None."""
     if report["tokens_selecting_otherwise"] > report["tokens"] / 1000:
-        return f"{report['tokens_selecting_otherwise']} of {report['tokens']} tokens select other blocks"
-    # A token that selects another block of equal score moves the sums over all tokens that weight gradients are.
+        return f"{report['tokens_selecting_otherwise']} of {report['tokens']} tokens select different blocks"
+    # A weight gradient sums over all tokens, so one token that selects another block of equal score changes it.
     bound = 1e-5 if report["tokens_selecting_otherwise"] == 0 else 1e-3
     for name, error in report["relative_errors"].items():
         limit = 1e-5 if name == "out" else bound

@@ -1,4 +1,4 @@
-"""Time, memory and the machine's own speed."""
+"""Measures time, memory, and the speed of the machine."""
 
 import ctypes
 import gc
@@ -25,30 +25,30 @@ def _status_bytes(field: str) -> int:
 
 
 def peak_extra_memory(function: Callable[[], Any]) -> tuple[Any, int]:
-    """Runs `function` once: its result, and the bytes that this process held at most beyond what it held before.
+    """Runs `function` once and returns its result and its peak of extra memory in bytes.
 
-    The result counts as extra memory. Freed memory is given back to the system first, so that none of the peak hides
-    in what earlier calls left behind.
+    Extra memory is what the process holds beyond what it held before the call. The result counts as extra memory.
+    Memory that earlier calls freed returns to the system first, so that the call cannot reuse it unseen.
     """
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what the process holds now
     before = _status_bytes("VmRSS")
     result = function()
     return result, max(0, _status_bytes("VmHWM") - before)
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """Runs `function` once: its result and the seconds it took."""
+    """Runs `function` once and returns its result and its seconds."""
     start = time.perf_counter()
     result = function()
     return result, time.perf_counter() - start
 
 
 def repeat(function: Callable[[], Any], first_seconds: float, *, budget: float = 20.0) -> list[float]:
-    """Seconds of two to five further runs of `function`, as many as should fit into `budget` seconds.
+    """Seconds of each of two to five further runs of `function`, as many as should fit into `budget` seconds.
 
-    The first run is not among them: it may wait for the system, or for a virtual machine's host, to find the memory.
+    The first run does not count: it may wait while the system, or the host of a virtual machine, provides the memory.
     """
     count = min(5, max(2, int(budget / first_seconds)))
     return [timed(function)[1] for _ in range(count)]
@@ -64,7 +64,7 @@ def summarise(seconds: list[float]) -> dict[str, float | int]:
 
 
 def matmul_rate() -> float:
-    """Floating-point operations per second of a 2048 x 2048 float32 matmul: the machine's own speed, best of ten."""
+    """Floating-point operations per second of a 2048 x 2048 float32 matmul, the best of ten."""
     size = 2048
     a, b = torch.randn(size, size), torch.randn(size, size)
     torch.mm(a, b)
@@ -72,9 +72,9 @@ def matmul_rate() -> float:
 
 
 class OtherLoad:
-    """How many cores other processes (and the host of a virtual machine) kept busy while a block of code ran.
+    """Measures how many cores other processes, and the host of a virtual machine, kept busy while a block of code ran.
 
-    The time of this process and of its children that ended inside the block is its own.
+    The time of this process does not count as other load, nor does the time of its children that ended in the block.
     """
 
     def __enter__(self) -> "OtherLoad":
@@ -94,7 +94,7 @@ class OtherLoad:
 
 
 def wait_until_idle(deadline: float, cores: float) -> None:
-    """Returns once others kept fewer than `cores` cores busy for three seconds, or at `deadline`."""
+    """Waits until other processes keep fewer than `cores` cores busy for three seconds, or until `deadline`."""
     while time.monotonic() < deadline:
         with OtherLoad() as others:
             time.sleep(3)
@@ -116,7 +116,7 @@ def command_output(*command: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit, for the record of a run."""
+    """The machine, versions and commit that the record of a run names."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -125,13 +125,13 @@ def environment() -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    # A copy of the tree, whose git data is absent or another's, is told by the variable which commit it is of.
-    told = os.environ.get("COMMIT")
+    # A copy of the tree without its git data cannot know its commit: the variable names it.
+    named = os.environ.get("COMMIT")
     watched = ("../modeling_minimax_m3", "../configuration", "../benchmarks/*.py")
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "commit": told or command_output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
-        "uncommitted_changes": None if told else bool(command_output("git", "status", "--porcelain", "--", *watched)),
+        "commit": named or command_output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
+        "uncommitted_changes": None if named else bool(command_output("git", "status", "--porcelain", "--", *watched)),
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

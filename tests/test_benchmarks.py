@@ -1,4 +1,4 @@
-"""The benchmarks run, agree with stock, and refuse to report where they do not."""
+"""The CPU benchmarks run, agree with stock, and report no figures where they disagree."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def benchmarks(monkeypatch):
 def test_a_layer_is_compared_before_it_is_reported(benchmarks, monkeypatch, scenario):
     run, module = benchmarks.SCENARIOS[scenario]
     monkeypatch.setattr(benchmarks.measure, "repeat", lambda run, first_seconds: [first_seconds])
-    # more blocks than are selected, so that the selection matters
+    # more blocks than a query selects, so that the selection matters
     (stock, measured), (ours, _) = (run(of, 1500) for of in (benchmarks.STOCK, benchmarks.OURS))
     assert measured["seconds"] > 0 and measured["extra_bytes"] > 0 and measured["flops"] > 0
     report = module.disagreement(stock, ours)
@@ -30,7 +30,7 @@ def test_a_layer_is_compared_before_it_is_reported(benchmarks, monkeypatch, scen
     wrong_output = {**ours, "out": ours["out"] * 1.0001}
     assert "out differs" in module.refusal(module.disagreement(stock, wrong_output))
     wrong_selection = {**ours, "selected": ours["selected"] + 1}
-    assert "select other blocks" in module.refusal(module.disagreement(stock, wrong_selection))
+    assert "select different blocks" in module.refusal(module.disagreement(stock, wrong_selection))
     if scenario == "layer-train":
         name = "grad of k_proj.weight"
         assert name in module.refusal(module.disagreement(stock, {**ours, name: ours[name] * 1.0001}))
@@ -55,7 +55,7 @@ def test_disagreement_takes_the_figures_away(benchmarks):
         assert "seconds" not in row and "disagree" in row["refused"]
 
 
-def test_targets_need_their_cases(benchmarks):
+def test_ratios_need_their_cases(benchmarks):
     def row(scenario, tokens, of, **figures):
         return {"scenario": scenario, "tokens": tokens, "of": of, **figures}
 
@@ -63,10 +63,10 @@ def test_targets_need_their_cases(benchmarks):
         row("layer-forward", 8192, "stock", seconds=40.0, extra_bytes=10e9),
         row("layer-forward", 8192, "ours", seconds=1.0, extra_bytes=1e9),
     ]
-    faster, smaller = benchmarks.targets(rows)
-    assert faster["measured"] == 40.0 and faster["met"]
-    assert smaller["measured"] == 0.1 and not smaller["met"]
-    assert benchmarks.targets(rows[:1]) == []
+    faster, smaller = benchmarks.ratios(rows)
+    assert faster == {"what": "layer forward at 8192 tokens, times faster than stock", "value": 40.0}
+    assert smaller == {"what": "layer forward at 8192 tokens, share of stock's extra memory", "value": 0.1}
+    assert benchmarks.ratios(rows[:1]) == []
 
 
 def test_load_of_others_leaves_out_our_own(benchmarks, monkeypatch):
@@ -76,10 +76,10 @@ def test_load_of_others_leaves_out_our_own(benchmarks, monkeypatch):
     subprocess.run([sys.executable, "-c", burn], check=True)
     _, busy_after, own_after = clocks()
     # each clock ticks in hundredths of a second
-    assert own_after - own > 0.9, "a child's time is ours"
-    assert busy_after - busy > 0.9, "and the machine was busy with it"
+    assert own_after - own > 0.9, "a child's time counts as ours"
+    assert busy_after - busy > 0.9, "a child's time counts as busy"
 
-    # in 2 seconds 4 core-seconds were busy, 1 of them with us
+    # 4 core-seconds are busy within 2 seconds, and 1 of them is ours
     readings = iter([(0.0, 10.0, 1.0), (2.0, 14.0, 2.0)])
     monkeypatch.setattr(benchmarks.measure.OtherLoad, "_clocks", staticmethod(lambda: next(readings)))
     with benchmarks.measure.OtherLoad() as others:

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks do besides measuring: records that grow, figures asked for, tables, checks. None needs a GPU."""
+"""What the GPU benchmarks do besides measuring: records that grow, tables, ratios and checks. No test needs a GPU."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ def script(monkeypatch):
 
 @pytest.fixture
 def gpu(script, monkeypatch):
-    """The shared module, on a card of 1 TFLOP/s that is not there."""
+    """The shared module, which believes in a card of 1 TFLOP/s."""
     module = script("gpu")
     rates = {"matmul_tflops": 1.0, "copy_bytes_per_second": 2e12, "read_bytes_per_second": 2e12}
     monkeypatch.setattr(module, "ceilings", lambda: rates)
@@ -64,7 +64,7 @@ def test_every_case_is_on_disk_before_the_next_starts(gpu, monkeypatch, tmp_path
     run.finish()
 
 
-def test_a_case_that_fails_is_told_and_the_others_run(gpu, monkeypatch, tmp_path, capsys):
+def test_a_failed_case_is_recorded_and_the_others_run(gpu, monkeypatch, tmp_path, capsys):
     run = start(gpu, monkeypatch, tmp_path / "out")
 
     def measure(tokens: int) -> None:
@@ -95,73 +95,86 @@ def test_clustered_lists_are_as_long_as_selections(gpu):
     listed = lists >= 0
     assert torch.equal(listed.sum(-1), (own + 1).clamp(max=gpu.TOPK)[:, None].expand(-1, gpu.KV_HEADS))
     assert not (listed[..., 1:] & ~listed[..., :-1]).any(), "left-packed"
-    assert torch.equal(lists.amax(-1), own[:, None].expand(-1, gpu.KV_HEADS).int()), "the own block, and none after it"
+    assert torch.equal(lists.amax(-1), own[:, None].expand(-1, gpu.KV_HEADS).int()), "the own block is the last one"
     assert (lists[..., 1:] < lists[..., :-1])[listed[..., 1:]].all(), "no block twice"
     by_stay = lists[20 * gpu.BLOCK :].unflatten(0, (-1, stay))
     assert torch.equal(by_stay, by_stay[:, :1].expand_as(by_stay))
 
 
-def test_flops_are_those_of_plain_loops(gpu):
+def test_flops_agree_with_plain_loops(gpu):
     tokens = 18 * gpu.BLOCK + 5
     keys = sum(t % gpu.BLOCK + 1 + min(t // gpu.BLOCK, gpu.TOPK - 1) * gpu.BLOCK for t in range(tokens))
     assert gpu.selected_flops(tokens) == keys * 4 * gpu.HEADS * gpu.DIM
 
 
-def judge(script, name, record):
-    asked = script("report").judged(script(name).asked(record))
-    return {target["what"]: (target["measured"], target["met"]) for target in asked}
+def columns(text: str) -> list[dict[str, str]]:
+    """The rows of the tables in a text, as cells by column."""
+    rows, header = [], None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line[2:-2].split(" | ")] if line.startswith("|") else None
+        if cells is None:
+            header = None
+        elif header is None:
+            header = cells
+        elif not line.startswith("| --"):
+            rows.append(dict(zip(header, cells, strict=True)))
+    return rows
 
 
-def test_figures_of_prefill(script):
+def test_ratios_of_prefill(script):
     row = {"select": 10.0, "random": 20.0, "clustered": 10.0, "step random": 40.0, "step clustered": 30.0}
     row |= {"vLLM select": 15.0, "SGLang select": 13.0, "vLLM random": 50.0, "dense": 790.0}
     flops = 512 * 131072**2
-    record = {"machine": {"matmul_tflops": flops / 5e-3 / 1e12}, "ms": {131072: row, 1048576: row}}
-    found = judge(script, "cuda", record)
-    assert found["128k, select: share of the matmul rate"] == (pytest.approx(0.5), False)
-    assert found["128k, select: times faster than the best other kernel"] == (pytest.approx(1.3), False)
-    assert found["128k, random: times faster than the best other kernel"] == (pytest.approx(2.5), True)
-    assert "128k, clustered: times faster than the best other kernel" not in found
-    assert found["1M, step random: times faster than dense"] == (pytest.approx(19.75), False)
-    assert found["128k, step random: ms"] == (40.0, True)
-    assert not any(what.startswith(("8k", "16k")) for what in found)
+    text = script("cuda").tables({"machine": {"matmul_tflops": flops / 5e-3 / 1e12}, "ms": {131072: row}})
+    times, over = columns(text)
+    assert times["selection"] == "10 (50%)" and times["step random"] == "40"
+    assert over["vLLM / select"] == "1.5" and over["SGLang / select"] == "1.3" and over["vLLM / random"] == "2.5"
+    assert over["SGLang / random"] == "-", "it was not measured"
+    assert over["dense / step random"] == "19.8"
 
 
-def test_figures_of_training(script):
-    row = {part: {"both": 10.0} for part in ("select", "random", "random_loss", "clustered")}
+def test_ratios_of_training(script):
+    row = {
+        part: {"both": 10.0, "gib": 1.0, "forward": 3.0} for part in ("select", "random", "random_loss", "clustered")
+    }
     row |= {"dense": {"both": 75.0}, "flash-msa": {"both": 240.0}}
-    found = judge(script, "cuda_training", {"machine": {"matmul_tflops": 1e3}, "rows": {32768: row}})
-    assert found["32k, random: step, times faster than dense"] == (2.5, True)
-    assert found["32k, random: step, times faster than flash-msa"] == (8.0, True)
-    assert not any("clustered: step" in what for what in found), "its loss was not measured"
+    tables = script("cuda_training").tables
+    random, clustered = columns(tables({"machine": {"matmul_tflops": 1e3}, "rows": {32768: row}}))
+    assert random["dense / step"] == "2.5" and random["flash-msa / step"] == "8"
+    assert clustered["dense / step"] == "-", "the loss of its step was not measured"
 
 
-def test_figures_of_decoding_structured_layers_and_models(script):
+def test_ratios_of_decoding_structured_layers_and_models(script):
     def case(batch, context, **layouts):
         row = {"batch": batch, "context": context, "new": 1, "floor_us": 100.0}
         return row | {layout: {"step": {"us": us}} for layout, us in layouts.items()}
 
-    cases = [case(1, 1 << 20, contiguous=111.0, paged=113.0), case(1, 32 << 10, paged=12.5)]
-    found = judge(script, "cuda_decode", {"cases": cases})
-    assert found["batch 1, 1M, contiguous: over the floor"] == (pytest.approx(0.11), True)
-    assert found["batch 1, 1M, paged: over the floor"] == (pytest.approx(0.13), False)
-    assert found["batch 1, 32k, paged: us"] == (12.5, False) and len(found) == 3
+    machine = {"empty_kernel_us": 1.0}
+    text = script("cuda_decode").tables(
+        {"cases": [case(1, 1 << 20, contiguous=111.0, paged=113.0)], "machine": machine}
+    )
+    assert "| 111.0      | 11.0% " in text and "| 113.0 | 13.0% " in text
 
-    rows = {65536: {"total": 8.0, "share": 0.7}, 1048576: {"total": 144.0, "share": 0.6}}
-    found = judge(script, "cuda_structured", {"ms": rows, "dense_ms": {1048576: 144.0 * 149}})
-    assert found["time per token, largest over smallest"] == (pytest.approx(1.125), False)
-    assert found["lowest share of the matmul rate"] == (0.6, True)
-    assert found["1M: times faster than dense"] == (149.0, False)
+    parts = {"lists": 1.0, "lists_torch": 2.0, "attention": 7.0}
+    rows = {65536: parts | {"total": 8.0, "share": 0.7}, 1048576: parts | {"total": 144.0, "share": 0.6}}
+    text = script("cuda_structured").tables({"ms": rows, "dense_ms": {1048576: 144.0 * 149}})
+    assert "The largest time per token is 1.12 times the smallest." in text
+    assert "149 times as long" in text
 
     def model(of, tokens, rate, gib):
-        return {"implementation": of, "tokens": tokens, "tokens_per_second": rate, "peak_gib": gib}
+        figures = {"tokens_per_second": rate, "peak_gib": gib, "parameters": 1e9}
+        return {"implementation": of, "tokens": tokens} | figures
 
     rows = [model("stock", 4, 9.0, 9.0), model("stock", 8, 5.0, 30.0), model("ours", 8, 20.0, 5.0)]
-    found = judge(script, "cuda_model", {"rows": [*rows, model("ours", 64, 20.0, 33.0)]})
-    assert list(found.values()) == [(4.0, True), (1.1, False)]
+    rows.append(model("ours", 64, 20.0, 33.0))
+    text = script("cuda_model").tables({"rows": rows, "out_of_memory": []})
+    ratios = [
+        (row["tokens/s over stock's at its longest"], row["GiB over stock's at its longest"]) for row in columns(text)
+    ]
+    assert ratios == [("-", "-"), ("-", "-"), ("4", "0.167"), ("4", "1.1")]
 
 
-def test_tables_stand_at_every_moment(script):
+def test_tables_can_be_made_at_every_moment(script):
     machine = {"matmul_tflops": 1.0, "relative_error": 1e-3, "empty_kernel_us": 1.0}
     empty = {"ms": {}, "dense_ms": {}, "rows": {}, "cases": [], "machine": machine}
     for name in ("cuda", "cuda_training", "cuda_structured", "cuda_decode", "cuda_layer"):
@@ -170,7 +183,7 @@ def test_tables_stand_at_every_moment(script):
         assert "| " in script(name).tables({**empty, "rows": [], "out_of_memory": ["stock, 8192"]})
 
     text = script("cuda").tables({**empty, "ms": {8192: {"select": 10.0}, 32768: {"select": 4.0, "vLLM select": 9.0}}})
-    assert "10 (" in text and "select, than vLLM" in text and "| 2.25 " in text
+    assert "10 (" in text and "vLLM / select" in text and "| 2.25 " in text
     half = {8192: {"select": {"both": 1.0}, "random": {"both": 2.0, "gib": 1.0, "forward": 1.0}}}
     assert "2 (1.00)" in script("cuda_training").tables({**empty, "rows": half})
     row = {"batch": 1, "context": 8192, "new": 1, "floor_us": 2.0, "vLLM, paged": {"us": 19.0}}
@@ -180,27 +193,27 @@ def test_tables_stand_at_every_moment(script):
     assert "not run" in text and "out of memory" in text
 
 
-def test_a_rival_that_differs_is_not_timed(script):
-    rivals = script("rivals")
+def test_a_baseline_with_different_results_is_not_timed(script):
+    baselines = script("baselines")
     ours = torch.arange(1000).view(100, 10)
-    rivals.check_selection("one", ours.flip(-1), ours)
+    baselines.check_selection("one", ours.flip(-1), ours)
     wrong = ours.clone()
     wrong[:2, 0] = -1
-    with pytest.raises(RuntimeError, match="one is not timed: 98.0% of its selections"):
-        rivals.check_selection("one", wrong, ours)
-    rivals.check_output("one", ours.float() * 1.01, ours.float())
+    with pytest.raises(RuntimeError, match="one is not timed: only 98.0% of its selections"):
+        baselines.check_selection("one", wrong, ours)
+    baselines.check_output("one", ours.float() * 1.01, ours.float())
     with pytest.raises(RuntimeError, match="differs"):
-        rivals.check_output("one", torch.full((100, 10), float("nan")), ours.float())
+        baselines.check_output("one", torch.full((100, 10), float("nan")), ours.float())
 
 
-def test_a_rival_that_cannot_be_loaded_is_told(script, monkeypatch, tmp_path, capsys):
-    rivals = script("rivals")
+def test_a_baseline_that_cannot_be_loaded_is_reported(script, monkeypatch, tmp_path, capsys):
+    baselines = script("baselines")
     for variable in ("MINIMAX_M3_VLLM", "MINIMAX_M3_SGLANG"):
         monkeypatch.delenv(variable, raising=False)
     (tmp_path / "flash_msa").mkdir()
     (tmp_path / "flash_msa/__init__.py").write_text("import a_package_that_is_missing")
     monkeypatch.setenv("MINIMAX_M3_FLASH_MSA", str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert rivals.load_triton_rivals() == {} and rivals.load_flash_msa() is None
+    assert baselines.load_triton_baselines() == {} and baselines.load_flash_msa() is None
     said = capsys.readouterr().out
     assert "MINIMAX_M3_VLLM names no directory" in said and "a_package_that_is_missing" in said

@@ -1,20 +1,25 @@
-"""The made-up text of the trained comparison says what it is meant to say, and one step of every arm trains."""
+"""`examples/trained_comparison`: the made-up text is consistent, and a few steps of every arm train."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import trained_comparison
+PATH = Path(__file__).resolve().parents[1] / "examples" / "trained_comparison" / "compare.py"
+SPEC = importlib.util.spec_from_file_location("trained_comparison", PATH)
+trained_comparison = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(trained_comparison)
 
 TASK = trained_comparison.Task(tokens=512, facts=6, questions=40)
 
 
-def test_answers_are_those_of_the_facts():
+def test_each_answer_is_the_value_of_its_fact():
     sample = TASK.sample(8, torch.Generator().manual_seed(0))
     first_name, first_value = TASK.plain, TASK.plain + TASK.names
     first_fact = first_value + TASK.values
-    asked = 0
+    questions = 0
     for row in range(8):
         known = {}
         ids = sample["ids"][row].tolist()
@@ -26,14 +31,14 @@ def test_answers_are_those_of_the_facts():
             is_question = first_name <= token < first_value
             assert is_question == sample["answer"][row, t].item()
             if is_question:
-                value, told = known[token - first_name]
+                value, fact = known[token - first_name]
                 assert sample["targets"][row, t] == first_value + value
-                assert sample["distance"][row, t] == t - told
-                asked += 1
+                assert sample["distance"][row, t] == t - fact
+                questions += 1
         assert len(known) == TASK.facts
-    assert asked > 100
+    assert questions > 100
     is_value = (sample["ids"] >= first_value) & (sample["ids"] < first_fact)
-    assert not is_value.any(), "the text must not tell a value but in its fact"
+    assert not is_value.any(), "only a fact states a value"
 
 
 def test_other_targets_follow_from_the_two_tokens_before():
@@ -54,7 +59,7 @@ def test_every_arm_trains(arm, tmp_path, monkeypatch):
     record = json.loads(output.read_text())
     losses = [row[1] for row in record["curve"]]
     assert len(losses) == 4 and losses[-1] < losses[0]
-    assert (record["curve"][0][2] > 0) == (arm in ("learned", "mixed")), "only indexers have a divergence"
+    assert (record["curve"][0][2] > 0) == (arm in ("learned", "mixed")), "only learned layers have an indexer loss"
     if arm == "learned":
         assert len(record["selection"]) == trained_comparison.LAYERS
     arguments = ["x", "plot", str(output), "--picture", str(tmp_path / "picture.png")]

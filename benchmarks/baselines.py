@@ -1,16 +1,17 @@
-"""Others' kernels, to be timed beside ours where they can be found.
+"""Loads the kernels of other projects, which the benchmarks time as baselines.
 
-Each environment variable names a directory: an installation's site-packages, or where a wheel was unpacked.
+Each environment variable names a directory: the site-packages of an installation, or a folder with an unpacked wheel.
+A baseline whose variable is not set is not timed.
 
-| variable | what lies there | version used |
+| variable | content of the directory | version used |
 | --- | --- | --- |
 | `MINIMAX_M3_VLLM` | `vllm/models/minimax_m3` | 0.33.0 |
 | `MINIMAX_M3_SGLANG` | `sglang/kernels/ops/attention/minimax_sparse` | 0.5.23 |
-| `MINIMAX_M3_FLASH_MSA` | `flash_msa`, and all that it needs installed | 0.1.1 |
+| `MINIMAX_M3_FLASH_MSA` | `flash_msa`; its dependencies are installed | 0.1.1 |
 
-The first two are Triton kernels in plain files, and the packages around them need not be installed: what the files import
-of them is a few small helpers, put in their place here. SGLang's decoding runs with its Triton top-k, not with the one
-that it compiles. Nothing of theirs is part of this repository.
+The kernels of vLLM and SGLang are Triton code in plain files. The packages around these files need not be installed:
+the files import a few small helpers from them, and this module provides stand-ins for these helpers. SGLang's decoding
+runs with its Triton top-k, and without its compiled top-k. This repository contains no code of these projects.
 """
 
 import importlib
@@ -25,12 +26,17 @@ import torch
 from .measure import relative_error
 
 PAGE = 128  # tokens of a cache page, and of a key block
-MAX_ERROR = 2e-2  # of a rival's output in bf16
-SAME_ROWS = 0.99  # of the selections must be ours; rounding decides the others
+MAX_ERROR = 2e-2  # relative error of a baseline's output in bf16
+SAME_ROWS = 0.99  # least share of rows with our selection; rounding decides in the other rows
 
 
 def _load(variable: str, inside: str, load: Callable[[Path], object]):
-    """What `load` makes of the directory that the variable names, or None, which is said: a rival never ends a run."""
+    """Calls `load` with the directory that the variable names.
+
+    Returns:
+        What `load` returns. None if there is no such directory or `load` fails: then a line says why, and the run goes
+        on without the baseline.
+    """
     root = os.environ.get(variable)
     if not root or not (Path(root) / inside).is_dir():
         print(f"not timed: {variable} names no directory with {inside}", flush=True)
@@ -42,18 +48,22 @@ def _load(variable: str, inside: str, load: Callable[[Path], object]):
         return None
 
 
-def load_triton_rivals() -> "dict[str, VllmKernels | SglangKernels]":
-    """Those whose kernels are there, by name."""
-    rivals = {
+def load_triton_baselines() -> "dict[str, VllmKernels | SglangKernels]":
+    """The baselines whose kernels can be loaded, by name."""
+    baselines = {
         "vLLM": _load("MINIMAX_M3_VLLM", "vllm/models/minimax_m3/common/ops", VllmKernels),
         "SGLang": _load("MINIMAX_M3_SGLANG", "sglang/kernels/ops/attention/minimax_sparse", SglangKernels),
     }
-    return {name: rival for name, rival in rivals.items() if rival is not None}
+    return {name: baseline for name, baseline in baselines.items() if baseline is not None}
 
 
 def load_flash_msa() -> Callable | None:
-    """flash-msa's function of index queries, index keys, queries, keys, values (1, H, S, D), keys to select and scale:
-    it returns (1, S, H D) and a zero whose gradient is that of the indexer's loss."""
+    """Loads the function of flash-msa.
+
+    The function takes index queries, index keys, queries, keys and values, each (1, heads, S, channels), the number of
+    keys to select, and the scale. It returns the output (1, S, H_q * D), and a zero whose gradient is the gradient of
+    the indexer's loss.
+    """
 
     def load(root: Path) -> Callable:
         sys.path.insert(0, str(root))
@@ -63,20 +73,21 @@ def load_flash_msa() -> Callable | None:
 
 
 def check_selection(name: str, blocks: torch.Tensor, ours: torch.Tensor) -> None:
-    """Raises unless nearly all rows (..., topk) list the blocks that ours list."""
+    """Raises RuntimeError unless nearly all rows (..., topk) list the blocks that our rows list."""
     same = (blocks.sort(-1).values == ours.sort(-1).values).all(-1).float().mean().item()
     if not same >= SAME_ROWS:
-        raise RuntimeError(f"{name} is not timed: {same:.1%} of its selections are ours")
+        raise RuntimeError(f"{name} is not timed: only {same:.1%} of its selections agree with ours")
 
 
 def check_output(name: str, out: torch.Tensor, ours: torch.Tensor) -> None:
+    """Raises RuntimeError if an output differs from ours by more than rounding."""
     error = relative_error(out, ours)
     if not error < MAX_ERROR:
-        raise RuntimeError(f"{name} is not timed: its output differs by {error:.1e}")
+        raise RuntimeError(f"{name} is not timed: its output differs from ours by {error:.1e}")
 
 
 class VllmKernels:
-    """vLLM's operators over a paged cache whose pages lie in order; one sequence, or a batch of equal lengths."""
+    """vLLM's operators over a paged cache whose pages lie in order, for one sequence or a batch of equal lengths."""
 
     def __init__(self, root: Path):
         import triton
@@ -85,7 +96,7 @@ class VllmKernels:
         capability = torch.cuda.get_device_capability()
         platform = SimpleNamespace(
             is_cuda=lambda: True,
-            is_device_capability=lambda asked: capability == asked,
+            is_device_capability=lambda wanted: capability == wanted,
             is_arch_support_pdl=lambda: capability >= (9, 0),
         )
         _put_in_place("vllm", "vllm.utils")
@@ -97,9 +108,17 @@ class VllmKernels:
         sys.path.pop(0)
 
     def select(self, index_query: torch.Tensor, index_key: torch.Tensor, topk: int, chunk: int) -> Callable:
-        """A call that selects blocks for one sequence's (S, H_idx, D_idx) and (S, D_idx), `chunk` queries at a time.
+        """Makes a call that selects blocks for one sequence, `chunk` queries at a time.
 
-        It returns ids (H_idx, chunk, topk) for each chunk."""
+        Args:
+            index_query (S, H_idx, D_idx): Index queries.
+            index_key (S, D_idx): Index keys.
+            topk (int): Blocks of a query.
+            chunk (int): Queries of one kernel call.
+
+        Returns:
+            The call. It returns ids (H_idx, chunk, topk) for each chunk.
+        """
         tokens = len(index_query)
         pages = index_key.unflatten(0, (-1, PAGE))
         parts = list(_chunks(tokens, chunk, index_query.device))
@@ -108,8 +127,8 @@ class VllmKernels:
             blocks = []
             for rows, end, where in parts:
                 scores = self.ops.minimax_m3_index_score(
-                    index_query[rows], pages, where["table"], where["offsets"], where["seq_lens"], where["prefix_lens"],
-                    chunk, end, index_query.shape[1],
+                    index_query[rows], pages, where["table"], where["offsets"], where["seq_lens"],
+                    where["prefix_lens"], chunk, end, index_query.shape[1],
                 )  # fmt: skip
                 blocks.append(
                     self.ops.minimax_m3_index_topk(scores, where["offsets"], where["prefix_lens"], chunk, topk, 0, 1)
@@ -121,11 +140,20 @@ class VllmKernels:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[torch.Tensor], chunk: int
     ) -> Callable:
-        """A call that attends from one sequence's (S, H_q, D) to the listed blocks, ids (H_kv, chunk, topk) for each chunk.
+        """Makes a call that attends to the listed blocks of one sequence, `chunk` queries at a time.
 
-        It returns (chunk, H_q, D) for each."""
+        Args:
+            query (S, H_q, D): Queries.
+            key (S, H_kv, D): Keys.
+            value (S, H_kv, D): Values.
+            blocks (list of (H_kv, chunk, topk)): Block ids of each chunk.
+            chunk (int): Queries of one kernel call.
+
+        Returns:
+            The call. It returns outputs (chunk, H_q, D) for each chunk.
+        """
         tokens, num_kv_heads = key.shape[:2]
-        # (pages, H_kv, PAGE, 2 D): keys and values side by side, as vLLM's cache has them
+        # (pages, H_kv, PAGE, 2 D): keys and values side by side, the layout of vLLM's cache
         cache = torch.cat((key, value), dim=-1).unflatten(0, (-1, PAGE)).transpose(1, 2).contiguous()
         parts = list(_chunks(tokens, chunk, query.device))
         out = torch.empty_like(query)
@@ -144,10 +172,23 @@ class VllmKernels:
         self, index_query: torch.Tensor, index_pages: torch.Tensor, query: torch.Tensor, key_pages: torch.Tensor,
         value_pages: torch.Tensor, table: torch.Tensor, seq_lens: torch.Tensor, topk: int,
     ) -> Callable:  # fmt: skip
-        """A call that selects for T new tokens of each row and attends; it returns (B, T, H_q, D).
+        """Makes a call that selects blocks for T new tokens of each row and attends to them.
 
-        Queries (B, T, H, D), index_pages (pages, PAGE, D_idx), key_pages and value_pages (pages, PAGE, H_kv, D), table
-        (B, pages of a row), seq_lens (B), new tokens included. The caches given are not needed any more."""
+        The caller may free the caches: the call keeps what it needs.
+
+        Args:
+            index_query (B, T, H_idx, D_idx): Index queries.
+            index_pages (pages, PAGE, D_idx): Cache of index keys.
+            query (B, T, H_q, D): Queries.
+            key_pages (pages, PAGE, H_kv, D): Cache of keys.
+            value_pages (pages, PAGE, H_kv, D): Cache of values.
+            table (B, pages of a row): Pages of each row.
+            seq_lens (B): Tokens of each row, new ones included.
+            topk (int): Blocks of a query.
+
+        Returns:
+            The call. It returns outputs (B, T, H_q, D).
+        """
         new, num_kv_heads, dim = query.shape[1], *key_pages.shape[2:]
         cache = key_pages.new_empty(len(key_pages), num_kv_heads, PAGE, 2 * dim)
         cache[..., :dim].copy_(key_pages.transpose(1, 2))
@@ -168,7 +209,7 @@ class VllmKernels:
 
 
 class SglangKernels:
-    """SGLang's operators, with the methods of `VllmKernels`; one new token at a time in decoding."""
+    """SGLang's operators, with the methods of `VllmKernels`. Decoding takes one new token per row."""
 
     def __init__(self, root: Path):
         _put_in_place("sglang", "sglang.srt", "sglang.kernels", "sglang.kernels.ops", "sglang.kernels.ops.attention")
@@ -246,9 +287,9 @@ class SglangKernels:
 
 
 def _chunks(tokens: int, chunk: int, device: torch.device):
-    """Per chunk of queries: its rows, where its keys end, and the tensors that tell the kernels so."""
+    """Yields for each chunk of queries: its slice, the end of its keys, and the same as tensors for the kernels."""
     if tokens % chunk or chunk % PAGE:
-        raise ValueError(f"`chunk` must divide the {tokens} tokens and be a multiple of {PAGE}, it is {chunk}")
+        raise ValueError(f"`chunk` must divide the {tokens} tokens and be a multiple of {PAGE}, got {chunk}")
     slots = torch.arange(tokens, dtype=torch.int32, device=device)[None]
     table = slots[:, : tokens // PAGE].contiguous()
     for start in range(0, tokens, chunk):
@@ -267,7 +308,7 @@ def _chunks(tokens: int, chunk: int, device: torch.device):
 
 
 def _put_in_place(*names: str, **contents: object) -> None:
-    """Modules of these names that hold nothing but `contents`."""
+    """Registers modules of these names that hold only `contents`."""
     for name in names:
         sys.modules[name] = ModuleType(name)
         vars(sys.modules[name]).update(contents)

@@ -1,16 +1,18 @@
-"""Small models with dense, learned, structured or mixed attention, trained on the same tokens: losses, long-range recall.
+"""Compare small models that differ only in their attention, trained on the same tokens: loss and long-range recall.
 
-    python -m benchmarks.trained_comparison train structured --output structured.json     # and every other arm
-    python -m benchmarks.trained_comparison plot dense.json learned.json structured.json --picture recall.png
+    python examples/trained_comparison/compare.py train structured --output structured.json     # and every other arm
+    python examples/trained_comparison/compare.py plot dense.json learned.json structured.json --picture recall.png
 
-The text is made up. Most of it is local structure: runs of 16 tokens that count up by a step of their own, so that two
-tokens of a run tell the rest of it. Into it are strewn facts, tokens that each stand for a pair of a name and a value,
-and questions, a name that was told before, where the value is to be predicted. The text never repeats a value, so a
-question needs the block that holds its fact, which lies anywhere before it; local structure needs a window.
+An arm is a model with dense, learned, structured or mixed attention. The text is made up. Most of it is local
+structure: runs of 16 tokens that count up, each by a step of its own, so that two tokens of a run determine the next
+ones. Facts and questions stand between these tokens. A fact is one token that stands for a name and its value. A
+question is the name of an earlier fact, and the model has to predict the value after it. The text states a value only
+in its fact. So a question needs the block that holds its fact, anywhere before the question, while local structure
+needs only a window.
 
-Indexers are trained as in the paper: by the divergence from the main attention, which reaches all blocks for the first
-part of the steps. The mixed arms have a learned or a dense layer after structured ones. All arms see the same batches in
-the same order. On a GPU a step is captured once as a CUDA graph and replayed.
+The indexers' loss trains the indexers. In the first part of the steps, learned layers attend to all blocks. The mixed
+arms have a learned or a dense layer after structured ones. All arms see the same batches in the same order. On a GPU,
+a step is captured once as a CUDA graph and replayed.
 """
 
 import argparse
@@ -20,37 +22,38 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
 import torch
 
+from benchmarks.measure import environment
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
-
-from .implementations import OURS
-from .layer import recorded_selection
-from .measure import environment
+from plot_selection import SelectionRecorder, plot_selections
 
 LAYERS = 4
-ARMS = {  # the kinds of their layers
+ARMS = {  # the layer types of each arm
     "dense": ["full_attention"] * LAYERS,
     "learned": ["minimax_m3_sparse"] * LAYERS,
     "structured": ["minimax_m3_structured"] * LAYERS,
     "mixed": ["minimax_m3_structured"] * (LAYERS - 1) + ["minimax_m3_sparse"],
     "mixed-dense": ["minimax_m3_structured"] * (LAYERS - 1) + ["full_attention"],
 }
-WARM_UP_SHARE = 0.25  # of the steps, in which learned layers attend to all blocks
-EAGER_STEPS = 3  # before a capture
-KEPT_TOKENS = 128  # of a sequence, whose selection is kept for a picture
+WARM_UP_SHARE = 0.25  # share of the steps in which learned layers attend to all blocks
+EAGER_STEPS = 3  # steps before a capture
+KEPT_TOKENS = 128  # tokens of a sequence whose selection is kept for a picture
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the text consists of."""
+    """The sizes of the made-up text."""
 
     tokens: int = 4096
     run: int = 16  # tokens of a run
-    plain: int = 64  # different tokens of runs
+    plain: int = 64  # number of different tokens in runs
     names: int = 8
     values: int = 8
-    facts: int = 8  # per sequence, each of another name
+    facts: int = 8  # per sequence, each with a different name
     questions: int = 240  # per sequence
 
     @property
@@ -58,12 +61,16 @@ class Task:
         return self.plain + self.names + self.values + self.names * self.values
 
     def sample(self, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """A batch on the generator's device.
+        """Makes a batch on the generator's device.
+
+        Args:
+            batch (int): Number of sequences.
+            generator (torch.Generator): Source of the random numbers.
 
         Returns:
-            `ids` (batch, tokens); `targets` (batch, tokens), what is to be predicted at each token, -100 where that
-            cannot be known; `answer` (batch, tokens), True where it is the value of a name that was told; `distance`
-            (batch, tokens), from there back to the fact, in tokens.
+            Tensors of shape (batch, tokens), by name. `ids` are the tokens. `targets` are the tokens to predict, -100
+            where the text does not determine them. `answer` is True where the target is the answer to a question.
+            `distance` is the number of tokens from a question back to its fact, 0 elsewhere.
         """
         device = generator.device
 
@@ -76,31 +83,32 @@ class Task:
         ids = ids.flatten(1)
         is_known = ((place >= 1) & (place < self.run - 1)).repeat(batch, runs)
 
-        # One fact or question in each of some stretches of 8 tokens, so that none overlap.
+        # Each fact and each question has a stretch of 8 tokens for itself, so that none overlap.
         stretches = torch.rand(batch, self.tokens // 8, generator=generator, device=device).argsort(1)
         where = 8 * stretches[:, : self.facts + self.questions]
         where = where + draw(8, *where.shape)
-        told, asked = where[:, : self.facts].sort(1).values, where[:, self.facts :].contiguous()
+        facts, questions = where[:, : self.facts].sort(1).values, where[:, self.facts :].contiguous()
         name = torch.rand(batch, self.names, generator=generator, device=device).argsort(1)[:, : self.facts]
         value = draw(self.values, batch, self.facts)
-        known = torch.searchsorted(told, asked)  # facts before each question
-        which = (torch.rand(asked.shape, generator=generator, device=device) * known).long()
-        ids.scatter_(1, told, self.plain + self.names + self.values + name * self.values + value)
+        known = torch.searchsorted(facts, questions)  # facts before each question
+        which = (torch.rand(questions.shape, generator=generator, device=device) * known).long()
+        ids.scatter_(1, facts, self.plain + self.names + self.values + name * self.values + value)
         has_fact = known > 0
-        ids.scatter_(1, asked, torch.where(has_fact, self.plain + name.gather(1, which), ids.gather(1, asked)))
+        names = torch.where(has_fact, self.plain + name.gather(1, which), ids.gather(1, questions))
+        ids.scatter_(1, questions, names)
 
         is_plain = ids < self.plain
         is_known &= is_plain & is_plain.roll(1, 1) & is_plain.roll(-1, 1)
         targets = torch.where(is_known, ids.roll(-1, 1), -100)
         answers = self.plain + self.names + value.gather(1, which)
-        targets.scatter_(1, asked, torch.where(has_fact, answers, targets.gather(1, asked)))
-        answer = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, asked, has_fact)
-        distance = torch.zeros_like(ids).scatter_(1, asked, asked - told.gather(1, which))
+        targets.scatter_(1, questions, torch.where(has_fact, answers, targets.gather(1, questions)))
+        answer = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, questions, has_fact)
+        distance = torch.zeros_like(ids).scatter_(1, questions, questions - facts.gather(1, which))
         return {"ids": ids, "targets": targets, "answer": answer, "distance": distance}
 
 
 def make_config(arm: str, task: Task, options: argparse.Namespace) -> MiniMaxM3VLTextConfig:
-    """Four layers of the arm's kind with dense MLPs, heads of 64 channels, two of them to a key/value head."""
+    """Four layers of the arm's types with dense MLPs. Heads have 64 channels, and two share a key/value head."""
     anchors = options.blocks // 4
     heads = options.hidden // 64
     return MiniMaxM3VLTextConfig(
@@ -138,11 +146,11 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, task: Task, options: argparse.Namespace, device: str) -> dict:
-    """Loss of runs and of answers in nats, and the share of right answers by distance in blocks, on fresh text."""
+    """On fresh text: the loss of runs and of answers in nats, and the share of right answers by distance in blocks."""
     generator = torch.Generator(device).manual_seed(12345)
     num_blocks = task.tokens // options.block_size
     buckets = [edge for edge in (0, 2, 8, 16, 32) if edge < num_blocks] + [num_blocks]
-    right, asked = torch.zeros(len(buckets) - 1, device=device), torch.zeros(len(buckets) - 1, device=device)
+    right, total = torch.zeros(len(buckets) - 1, device=device), torch.zeros(len(buckets) - 1, device=device)
     loss, count = torch.zeros(2, device=device), torch.zeros(2, device=device)
     bounds = torch.tensor(buckets[1:], device=device) * options.block_size
     model.eval()
@@ -156,21 +164,21 @@ def evaluate(model: torch.nn.Module, task: Task, options: argparse.Namespace, de
             loss[i] += losses[chosen].sum()
             count[i] += chosen.sum()
         bucket = torch.bucketize(sample["distance"][answer], bounds, right=True)
-        asked += torch.bincount(bucket, minlength=len(asked))
-        right += torch.bincount(bucket, weights=(logits.argmax(-1) == targets)[answer].float(), minlength=len(asked))
+        total += torch.bincount(bucket, minlength=len(total))
+        right += torch.bincount(bucket, weights=(logits.argmax(-1) == targets)[answer].float(), minlength=len(total))
     model.train()
     return {
         "run_loss": (loss[0] / count[0]).item(),
         "answer_loss": (loss[1] / count[1]).item(),
         "recall": {
             f"{low}-{high}": round((r / max(n, 1)).item(), 4)
-            for low, high, r, n in zip(buckets, buckets[1:], right, asked.tolist())
+            for low, high, r, n in zip(buckets, buckets[1:], right, total.tolist())
         },
     }
 
 
 class Trainer:
-    """A model, its optimizer, and a step of both on the batch that lies in `ids` and `labels`."""
+    """A model, its optimizer, and a training step on the batch in `ids` and `labels`."""
 
     def __init__(self, config: MiniMaxM3VLTextConfig, batch: int, tokens: int, device: str):
         from modeling_minimax_m3 import MiniMaxM3VLForCausalLM
@@ -183,11 +191,11 @@ class Trainer:
             self.model.parameters(), lr=self.rate, betas=(0.9, 0.95), weight_decay=0.1, capturable=device == "cuda"
         )
         self.ids, self.labels = (torch.zeros(batch, tokens, dtype=torch.long, device=device) for _ in range(2))
-        self.sums = torch.zeros(3, device=device)  # of the language loss, of the divergence, of the steps
+        self.sums = torch.zeros(3, device=device)  # language loss, indexers' loss, number of steps
         self.restart()
 
     def restart(self) -> None:
-        """To be called after a change of the model's configuration."""
+        """Drops the captured step. Call it after a change of the model's configuration."""
         self.graph, self.eager_steps = None, 0
 
     def _step(self) -> None:
@@ -197,13 +205,13 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         loss = outputs.loss.detach()
-        divergence = torch.zeros_like(loss) if outputs.indexer_loss is None else outputs.indexer_loss.detach()
+        indexer_loss = torch.zeros_like(loss) if outputs.indexer_loss is None else outputs.indexer_loss.detach()
         weight = self.model.config.indexer_loss_coef
-        self.sums += torch.stack((loss - weight * divergence, divergence, torch.ones_like(loss)))
+        self.sums += torch.stack((loss - weight * indexer_loss, indexer_loss, torch.ones_like(loss)))
 
     def step(self, sample: dict[str, torch.Tensor], rate: float) -> None:
         self.ids.copy_(sample["ids"])
-        self.labels[:, 1:].copy_(sample["targets"][:, :-1])  # labels are those of the token itself
+        self.labels[:, 1:].copy_(sample["targets"][:, :-1])  # a label is the token at its own position
         self.rate.fill_(rate)
         if self.graph is not None:
             self.graph.replay()
@@ -228,20 +236,20 @@ class Trainer:
 
 
 def kept_selection(model: torch.nn.Module, task: Task, device: str) -> list:
-    """What some tokens of one fresh sequence select: for each layer [token][head][place]."""
+    """The block ids that some tokens of one fresh sequence select: for each layer [token][head][place]."""
     sample = task.sample(1, torch.Generator(device).manual_seed(54321))
     with (
-        recorded_selection(OURS, model) as selections,
+        SelectionRecorder() as recorder,
         torch.no_grad(),
         torch.autocast(device, torch.bfloat16, enabled=device == "cuda"),
     ):
         model.eval()(sample["ids"], use_cache=False)
     model.train()
-    return [selection[:: task.tokens // KEPT_TOKENS].tolist() for selection in selections]
+    return [selection[:: task.tokens // KEPT_TOKENS].tolist() for selection in recorder.selections]
 
 
 def train(arm: str, arguments: argparse.Namespace) -> dict:
-    """Trains one arm and returns what was measured."""
+    """Trains one arm and returns its record."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = Task(tokens=arguments.tokens, questions=arguments.questions)
     config = make_config(arm, task, arguments)
@@ -261,10 +269,10 @@ def train(arm: str, arguments: argparse.Namespace) -> dict:
         trainer.step(task.sample(arguments.batch, generator), learning_rate(step, arguments.steps, arguments.peak))
         is_last = step + 1 == arguments.steps
         if (step + 1) % arguments.log_every == 0 or is_last:
-            loss, divergence, count = trainer.sums.tolist()
+            loss, indexer_loss, count = trainer.sums.tolist()
             trainer.sums.zero_()
             spent = time.perf_counter() - started
-            record["curve"].append([step + 1, round(loss / count, 5), round(divergence / count, 5), round(spent, 2)])
+            record["curve"].append([step + 1, round(loss / count, 5), round(indexer_loss / count, 5), round(spent, 2)])
             if arguments.seconds and spent > arguments.seconds:
                 is_last = True
         if is_last or (step + 1) % arguments.evaluate_every == 0:
@@ -272,7 +280,7 @@ def train(arm: str, arguments: argparse.Namespace) -> dict:
             found = evaluate(model, task, arguments, device)
             record["evaluations"].append({"step": step + 1, **found})
             print(arm, record["curve"][-1], json.dumps(found), flush=True)
-            started += time.perf_counter() - paused  # evaluating is not training
+            started += time.perf_counter() - paused  # evaluation does not count as training time
         if is_last:
             break
     if arm == "learned":
@@ -281,7 +289,7 @@ def train(arm: str, arguments: argparse.Namespace) -> dict:
 
 
 def plot(paths: list[Path], picture: Path, selection_picture: Path | None) -> None:
-    """Losses over steps, and recall by distance after the last step; and what the learned arm selects."""
+    """Draws losses over steps and recall by distance after the last step; if wanted, the learned arm's selection too."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
@@ -301,9 +309,6 @@ def plot(paths: list[Path], picture: Path, selection_picture: Path | None) -> No
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture)
     if selection_picture is not None:
-        sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-        from plot_selection import plot_selections
-
         (record,) = (record for record in records if "selection" in record)
         selections = {i: torch.tensor(record["selection"][i], dtype=torch.int32) for i in (0, LAYERS - 1)}
         tokens_in_block = KEPT_TOKENS * record["options"]["block_size"] // record["task"]["tokens"]
@@ -313,26 +318,26 @@ def plot(paths: list[Path], picture: Path, selection_picture: Path | None) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train small models that differ in their attention only.")
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="train one model and write what was measured")
+    training = commands.add_parser("train", help="train one model and write its record")
     training.add_argument("arm", choices=ARMS)
-    training.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
+    training.add_argument("--output", type=Path, required=True, help="JSON file for the record")
     training.add_argument("--steps", type=int, default=1500)
-    training.add_argument("--seconds", type=float, default=0, help="stop after so long, 0 for never")
+    training.add_argument("--seconds", type=float, default=0, help="stop after this many seconds; 0 never stops")
     training.add_argument("--batch", type=int, default=4)
-    training.add_argument("--tokens", type=int, default=Task.tokens, help="of a sequence")
-    training.add_argument("--questions", type=int, default=Task.questions, help="in a sequence")
+    training.add_argument("--tokens", type=int, default=Task.tokens, help="tokens of a sequence")
+    training.add_argument("--questions", type=int, default=Task.questions, help="questions in a sequence")
     training.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
     training.add_argument("--block-size", type=int, default=64, help="keys of a block")
-    training.add_argument("--blocks", type=int, default=8, help="key blocks of a query in the sparse arms")
+    training.add_argument("--blocks", type=int, default=8, help="key blocks of a query in sparse layers")
     training.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
     training.add_argument("--backend", default="auto")
     training.add_argument("--log-every", type=int, default=20)
     training.add_argument("--evaluate-every", type=int, default=500)
     training.add_argument("--evaluation-batches", type=int, default=8)
-    plotting = commands.add_parser("plot", help="draw what was measured")
+    plotting = commands.add_parser("plot", help="draw the records of several arms")
     plotting.add_argument("records", type=Path, nargs="+")
     plotting.add_argument("--picture", type=Path, required=True)
-    plotting.add_argument("--selection-picture", type=Path, help="draw what the learned arm selects as well")
+    plotting.add_argument("--selection-picture", type=Path, help="also draw which blocks the learned arm selects")
     arguments = parser.parse_args()
     if arguments.command == "plot":
         plot(arguments.records, arguments.picture, arguments.selection_picture)
