@@ -1,8 +1,8 @@
 """`register_for_auto_class` for classes of an installed package.
 
-Transformers copies the file of a registered class into the checkpoint, and those that stand in the same folder. Ours
-are spread over folders, and a copied class would be another class than the one that the rest of the package knows. So
-the checkpoint gets one file that imports all of them, for `trust_remote_code=True` where nothing imports the package.
+Transformers copies the file of a registered class into the checkpoint, and the other files of its folder. Our classes
+stand in several folders, and Python would take a copied class for a different class than the package's own. So the
+checkpoint gets one file that imports all classes from the installed package. `trust_remote_code=True` reads that file.
 """
 
 import os
@@ -25,26 +25,27 @@ except ModuleNotFoundError as error:
 
 
 class AutoClassByImport:
-    """Goes before the base class of Transformers.
+    """A mixin that stands before the base class of Transformers.
 
-    Subclasses that stand in other packages are saved as Transformers saves them.
+    Subclasses in other packages are saved as Transformers saves them.
     """
 
-    _auto_class: ClassVar[str | None]  # of Transformers: the Auto class that a class is registered with
+    _auto_class: ClassVar[str | None]  # Transformers' attribute: the Auto class for which a class is registered
     _auto_class_by_import: ClassVar[str | None]
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers, for what `save_pretrained` writes from now on.
+        """Registers this class for an Auto class, as in Transformers.
 
-        It loads as this class with the given Auto class and `trust_remote_code=True`, where this package is installed.
+        A checkpoint that `save_pretrained` writes later loads as this class with `trust_remote_code=True`, if this
+        package is installed.
         """
         super().register_for_auto_class(*args, **kwargs)  # type: ignore[misc]  # of the base class of Transformers
         if _is_importable(cls):
             cls._auto_class_by_import, cls._auto_class = cls._auto_class, None
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers."""
+        """Saves as Transformers does."""
         for part in [self, *(getattr(self, name) for name in getattr(self, "get_attributes", list)())]:
             if isinstance(part, AutoClassByImport):
                 part._name_auto_class(Path(save_directory))
@@ -54,9 +55,9 @@ class AutoClassByImport:
         auto_class = vars(type(self)).get("_auto_class_by_import")
         if auto_class is None:
             return
-        config: Any = getattr(self, "config", self)  # of a model; others have their own file
+        config: Any = getattr(self, "config", self)  # a processor has no config and names its own class
         names = {auto_class: f"{MODULE}.{type(self).__name__}"}
-        if config is not self:  # with a config of Transformers, the model could not be made
+        if config is not self:  # the model cannot be made from Transformers' config
             names["AutoConfig"] = f"{MODULE}.{type(config).__name__}"
         config.auto_map = {**(getattr(config, "auto_map", None) or {}), **names}
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Checks that the config classes share. Each error names the field, what came and what is allowed.
+"""Checks that the config classes share. Each error names the field, its value and the allowed values.
 
-The upper bounds are far above any model that exists. A number beyond them can only be a mistake, and without a bound it
-would end in an allocation of many gigabytes, or in a loop of hours, whose error names no field.
+The upper bounds are far above any model that exists. A number beyond them can only be a mistake. Without a bound it
+would end in an allocation of many gigabytes, or in a loop of hours, with an error that names no field.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,12 +13,12 @@ from transformers import PreTrainedConfig
 
 MAX_LAYERS = 10_000
 MAX_COUNT = 2**16  # heads, experts, blocks, keys of a block
-MAX_SIDE = 2**10  # of a patch, in pixels, frames or smaller patches
+MAX_SIDE = 2**10  # pixels, frames or smaller patches along one side of a patch
 MAX_WIDTH = 2**20  # channels
-MAX_TOKENS = 2**24  # of a vocabulary
+MAX_TOKENS = 2**24  # tokens of a vocabulary
 MAX_LABELS = 2**20
 
-# Beyond these, float32 rounds a number to 0 or to infinity sooner or later, and the model's output is NaN.
+# Beyond these bounds, float32 sooner or later rounds a number to 0 or infinity, and the model's output becomes NaN.
 MIN_EPSILON = 1e-30
 MAX_FACTOR = 1e6
 MAX_STANDARD_DEVIATION = 1e3
@@ -30,7 +30,7 @@ Held = TypeVar("Held")
 if TYPE_CHECKING:
 
     class Converted(Generic[Given, Held]):
-        """Type of a field that takes a `Given`. `__post_init__` makes it the `Held` that reading gives."""
+        """Type of a field that takes a `Given` value, which `__post_init__` converts to a `Held` value."""
 
         def __get__(self, instance: object, owner: type) -> Held: ...
 
@@ -39,24 +39,24 @@ if TYPE_CHECKING:
 else:
 
     class Converted:
-        """At run time the annotation is `Given`, which Transformers checks on every assignment."""
+        """At run time the annotation is the type `Given`, which Transformers checks at every assignment."""
 
         def __class_getitem__(cls, types):
             return types[0]
 
 
 def converted() -> Any:
-    """The default of a `Converted` field: None, until `__post_init__` fills it in."""
+    """The default of a `Converted` field: None until `__post_init__` sets the value."""
     return None
 
 
 def integer(default: int | None, minimum: int, maximum: int) -> Any:
-    """A dataclass field that takes an integer from `minimum` to `maximum`; None too where its type allows that."""
+    """A dataclass field for an integer from `minimum` to `maximum`, or None if its type allows None."""
     return _bounded(default, minimum, maximum, "an integer")
 
 
 def number(default: float, minimum: float, maximum: float) -> Any:
-    """A dataclass field that takes a number from `minimum` to `maximum`, so never NaN."""
+    """A dataclass field for a number from `minimum` to `maximum`, which excludes NaN."""
     return _bounded(default, minimum, maximum, "a number")
 
 
@@ -69,20 +69,19 @@ def _bounded(default: float | None, minimum: float, maximum: float, kind: str) -
 
 
 def check_renamed_fields(config: PreTrainedConfig) -> None:
-    """Check the fields that have a second name (`num_experts`): an assignment by that name was not checked."""
+    """Checks the fields that have a second name (`num_experts`): an assignment by that name skips the check."""
     for name in config.attribute_map.values():
         setattr(config, name, getattr(config, name))
 
 
 def check_inherited_keys(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for inherited keys with values that no config of this class can have.
+    """Raises `ValueError` for keys on which `PreTrainedConfig.__post_init__` hangs or fails without naming the key.
 
-    `PreTrainedConfig.__post_init__` hangs on some of them, and fails on others without a name. The file of another
-    part, or of the whole model, is refused as well, because it has none of the fields.
+    The `model_type` of another part, or of the whole model, is such a key too: its file has none of the fields.
 
     Args:
-        config (`PreTrainedConfig`): What `__post_init__` runs on.
-        kwargs (`Mapping`): Its arguments.
+        config (`PreTrainedConfig`): The config whose `__post_init__` runs.
+        kwargs (`Mapping`): The arguments of `__post_init__`.
     """
     model_type, own_type = kwargs.get("model_type"), type(config).model_type
     if model_type != own_type and str(model_type).startswith("minimax_m3_vl"):
@@ -90,7 +89,7 @@ def check_inherited_keys(config: PreTrainedConfig, kwargs: Mapping[str, Any]) ->
     for name, value in (("dtype", config.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
         if isinstance(value, str):
             value = getattr(torch, value, value)
-        if not isinstance(value, torch.dtype | dict | None):  # a dict says it for each part
+        if not isinstance(value, torch.dtype | dict | None):  # a dict has a dtype for each part
             raise ValueError(f"`{name}` must be a dtype of PyTorch or its name, got {value!r}.")
     per_layer_config = kwargs.get("per_layer_config")
     for name, value in (("id2label", config.id2label), ("per_layer_config", per_layer_config)):
@@ -105,14 +104,14 @@ def check_inherited_keys(config: PreTrainedConfig, kwargs: Mapping[str, Any]) ->
 
 
 def require_divisible(config: PreTrainedConfig, name: str, divisor: str) -> None:
-    """Raise `ValueError` unless field `name` of `config` is a multiple of field `divisor`."""
+    """Raises `ValueError` unless field `name` of `config` is a multiple of field `divisor`."""
     value, by = getattr(config, name), getattr(config, divisor)
     if value % by:
         raise ValueError(f"`{name}` must be a multiple of `{divisor}`, got {name}={value} and {divisor}={by}.")
 
 
 def require_one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    """Raise `ValueError` unless `value`, which came for field `name`, is one of `allowed`."""
+    """Raises `ValueError` unless `value`, the value of field `name`, is one of `allowed`."""
     allowed = tuple(allowed)
     if value not in allowed:
         expected = " or ".join(repr(choice) for choice in allowed)

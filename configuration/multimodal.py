@@ -1,4 +1,4 @@
-"""Configuration of the whole model: language model, vision tower, and what joins them."""
+"""Configuration of the whole model: language model, vision tower and the projector between them."""
 
 from typing import Any, ClassVar
 
@@ -41,12 +41,12 @@ class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
     parts.
 
     Raises:
-        TypeError: a part is a configuration of another model.
-        huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or the fields do not fit together.
+        TypeError: A part is a configuration of another model.
+        huggingface_hub.errors.StrictDataclassError: A field has the wrong type, or the fields do not fit together.
     """
 
     model_type = "minimax_m3_vl"
-    # `Trainer.predict` joins the other outputs of all batches, and these have another shape in each.
+    # `Trainer.predict` joins the outputs of all batches, but the shape of these differs between batches.
     keys_to_ignore_at_inference = [
         *MiniMaxM3VLTextConfig.keys_to_ignore_at_inference,
         *("image_outputs", "video_outputs", "image_hidden_states", "video_hidden_states"),
@@ -76,7 +76,7 @@ class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
         self.merged_hidden_size = self.text_config.hidden_size * self.vision_config.spatial_merge_size**2
 
     def _adopt_stock_sub_configs(self) -> None:
-        """Parts that were built with stock Transformers' classes become ours, so that they have our fields."""
+        """Converts parts that were built with stock Transformers' classes to our classes, which have more fields."""
         for name, spec in self.sub_configs_defaults.items():
             value = getattr(self, name)
             if not isinstance(value, PreTrainedConfig) or isinstance(value, spec.config_class):
@@ -89,7 +89,7 @@ class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
             setattr(self, name, spec.config_class(**value.to_dict()))
 
     def validate_architecture(self) -> None:
-        """Checks what joins the two parts; the parts check themselves."""
+        """Checks the fields of the whole model. The parts check themselves."""
         check_renamed_fields(self)
 
     def validate_placeholder_tokens(self) -> None:

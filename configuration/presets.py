@@ -11,7 +11,7 @@ _PAD_SLOT, _EOS_SLOT, _IMAGE_SLOT, _VIDEO_SLOT, _BOS_SLOT = 0, 20, 25, 26, 34
 
 
 def released_config() -> MiniMaxM3VLConfig:
-    """The geometry of the released model: about 428B parameters, of which a token uses about 23B."""
+    """The geometry of the released model: about 428B parameters. One token uses about 23B of them."""
     num_layers, num_dense = 60, 3
     num_sparse = num_layers - num_dense
     return MiniMaxM3VLConfig(
@@ -28,7 +28,7 @@ def released_config() -> MiniMaxM3VLConfig:
 def tiny_config(
     *, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **overrides: Any
 ) -> MiniMaxM3VLConfig:
-    """A model with every kind of part, small enough that a hundred tokens take milliseconds on a CPU.
+    """The configuration of a model with every kind of part. A hundred tokens take milliseconds on a CPU.
 
     The first half of the layers has dense attention and the rest sparse attention; the first layer has a dense MLP
     (unless it is the only one) and the rest a mixture of experts. The special tokens take the last 64 ids of the

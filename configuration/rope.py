@@ -1,7 +1,7 @@
-"""What `rope_parameters` may hold.
+"""Checks of `rope_parameters`.
 
-Transformers warns about a value that its computation cannot take, and computes. The result is a model whose output is
-NaN, or an error that names no field.
+Transformers only warns about a value that its computation cannot use, and then computes with it. The model's output
+becomes NaN, or an error follows that names no field.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 
 from .checks import MAX_FACTOR, require_one_of
 
-# The keys that each type reads besides `rope_theta` and `partial_rotary_factor`: those that must be there, and those
-# that may be absent or None.
+# The keys that each type reads besides `rope_theta` and `partial_rotary_factor`: first the required keys, then the
+# keys that may be absent or None.
 _KEYS = {
     "default": ((), ()),
     "axial": ((), ()),
@@ -39,12 +39,12 @@ _RANGES = {
 
 
 def check_rope_is_one_set(config: PreTrainedConfig, kwargs: Mapping[str, Any], layer_types: tuple[str, ...]) -> None:
-    """Raise `ValueError` for parameters that `PreTrainedConfig.__post_init__` could not put into one set.
+    """Raises `ValueError` unless the rotary parameters are one set for all layers.
 
     Args:
-        config (`PreTrainedConfig`): What `__post_init__` runs on.
-        kwargs (`Mapping`): Its arguments, of which `rope_scaling` is the older name of `rope_parameters`.
-        layer_types (`tuple[str, ...]`): Names that would hold parameters of their own, which no model here reads.
+        config (`PreTrainedConfig`): The config whose `__post_init__` runs.
+        kwargs (`Mapping`): The arguments of `__post_init__`. `rope_scaling` is the older name of `rope_parameters`.
+        layer_types (`tuple[str, ...]`): Keys of a set per layer type, which no model here reads.
     """
     for name, rope in (("rope_parameters", config.rope_parameters), ("rope_scaling", kwargs.get("rope_scaling"))):
         if rope and not isinstance(rope, dict):
@@ -56,18 +56,19 @@ def check_rope_is_one_set(config: PreTrainedConfig, kwargs: Mapping[str, Any], l
 
 
 def check_rope_parameters(config: PreTrainedConfig, types: tuple[str, ...], head_dim: int) -> None:
-    """Raise `ValueError` unless the frequencies that `config.rope_parameters` describes are finite numbers.
+    """Raises `ValueError` unless the frequencies that `config.rope_parameters` describes are finite numbers.
 
     Args:
-        config (`PreTrainedConfig`): Read for `rope_parameters`, and for `original_max_position_embeddings`.
-        types (`tuple[str, ...]`): The values that `rope_type` may have.
+        config (`PreTrainedConfig`): The config with `rope_parameters`, and with `original_max_position_embeddings` in
+            some models.
+        types (`tuple[str, ...]`): The allowed values of `rope_type`.
         head_dim (`int`): Channels of one head.
     """
     if not isinstance(config.rope_parameters, dict):
         raise ValueError(f"`rope_parameters` must be a dict, got {config.rope_parameters!r}.")
     rope = dict(config.rope_parameters)
     require_one_of("rope_parameters['rope_type']", rope.get("rope_type"), types)
-    # Transformers prefers the config's own field, which some models have.
+    # Transformers prefers the field of the config, if the config has one.
     if hasattr(config, "original_max_position_embeddings"):
         rope["original_max_position_embeddings"] = config.original_max_position_embeddings
 
@@ -75,7 +76,7 @@ def check_rope_parameters(config: PreTrainedConfig, types: tuple[str, ...], head
     if rope["rope_type"] == "proportional":
         rope.setdefault("factor", 1.0)
 
-    required, optional = _KEYS.get(rope["rope_type"], ((), ()))  # a type of the user's own reads keys of its own
+    required, optional = _KEYS.get(rope["rope_type"], ((), ()))  # a type that a user registered reads unknown keys
     for name in ("rope_theta", "partial_rotary_factor", *required, *optional):
         value = rope.get(name)
         if name in optional and value is None:
@@ -85,10 +86,10 @@ def check_rope_parameters(config: PreTrainedConfig, types: tuple[str, ...], head
         else:
             _check_number(name, value)
     if rope["rope_type"] == "yarn" and rope["rope_theta"] == 1:
-        raise ValueError("`rope_parameters['rope_theta']` must be above 1 where `rope_type` is 'yarn', got 1.")
+        raise ValueError("`rope_parameters['rope_theta']` must be above 1 if `rope_type` is 'yarn', got 1.")
     if rope["rope_type"] == "dynamic" and _channels(rope, head_dim) == 2:
         raise ValueError(
-            "`rope_parameters['partial_rotary_factor']` must let more than 2 channels of a head rotate where `rope_type` "
+            "`rope_parameters['partial_rotary_factor']` must let more than 2 channels of a head rotate if `rope_type` "
             f"is 'dynamic', got {rope['partial_rotary_factor']} of {head_dim} channels."
         )
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:

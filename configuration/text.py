@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 MLP_LAYER_TYPES = ("dense", "sparse")
 MSA_BACKENDS = ("auto", "reference", "torch", "cuda")
 
-# Keys of the released file's `sparse_attention_config` that rename one of our fields.
+# Keys of the released file's `sparse_attention_config` that are older names of our fields.
 _LEGACY_SPARSE_FIELDS = {
     "sparse_num_index_heads": "index_n_heads",
     "sparse_index_dim": "index_head_dim",
@@ -51,8 +51,8 @@ _LEGACY_SPARSE_SWITCHES = (
     "sparse_disable_index_value",
 )
 
-# Keys of the released file that describe what the architecture always does. They are carried; another value would
-# describe another model.
+# Keys of the released file that describe fixed features of the architecture. The config keeps these keys. A different
+# value would describe a different model.
 _FIXED_FEATURES = {
     "use_qk_norm": True,
     "qk_norm_type": "per_head",
@@ -68,8 +68,8 @@ _FIXED_FEATURES = {
 class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
     """Configuration of the MiniMax-M3 language model.
 
-    The defaults are those of Transformers: every layer has dense attention and a mixture of experts.
-    `configuration_minimax_m3.released_config` has the released geometry.
+    The defaults are the defaults of Transformers: every layer has dense attention and a mixture of experts. See
+    `configuration_minimax_m3.released_config` for the released geometry.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 200064):
@@ -87,12 +87,12 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
         num_attention_heads (`int`, *optional*, defaults to 64):
             Number of query heads.
         num_key_value_heads (`int`, *optional*, defaults to 4):
-            Number of key-value heads; must divide `num_attention_heads`.
+            Number of key/value heads; must divide `num_attention_heads`.
         head_dim (`int`, *optional*, defaults to 128):
             Channels of one attention head.
         hidden_act (`str`, *optional*, defaults to `"silu"`):
-            `"silu"` or the released file's `"swigluoai"`; both mean the clamped gate that `swiglu_alpha` and
-            `swiglu_limit` describe, and the field reads `"silu"` afterwards.
+            `"silu"`, or `"swigluoai"` as in the released file. Both mean the clamped gate that `swiglu_alpha` and
+            `swiglu_limit` describe. After construction the field is always `"silu"`.
         max_position_embeddings (`int`, *optional*, defaults to 524288):
             Context length in tokens.
         layer_types (`list[str]`, *optional*):
@@ -112,80 +112,80 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
         router_aux_loss_coef (`float`, *optional*, defaults to 0.001):
             Weight of the load-balancing loss.
         router_jitter_noise (`float`, *optional*, defaults to 0.0):
-            Carried for other readers of the file; the router adds no noise, as in stock Transformers.
+            Kept for other readers of the file. The router adds no noise, as in stock Transformers.
         swiglu_alpha (`float`, *optional*, defaults to 1.702):
             Slope of the gate's sigmoid.
         swiglu_limit (`float`, *optional*, defaults to 7.0):
             Bound at which the gate and the up projection are clamped.
         rope_parameters (`dict`, *optional*):
-            Rotary parameters, one set for all layers. `rope_theta` defaults to 5e6; `partial_rotary_factor` is the
-            share of `head_dim` that rotates, all of it when absent.
+            Rotary parameters, one set for all layers. `rope_theta` defaults to 5e6. `partial_rotary_factor` is the
+            share of `head_dim` that rotates, by default all of it.
         rotary_dim (`int`, *optional*, defaults to 64):
-            Carried for other readers of the file; the rotary width comes from `rope_parameters` alone.
+            Kept for other readers of the file. The rotary width comes only from `rope_parameters`.
         index_n_heads (`int`, *optional*, defaults to 4):
-            Query heads of the indexer of a sparse layer, one per key-value head.
+            Query heads of the indexer of a sparse layer, one per key/value head.
         index_head_dim (`int`, *optional*, defaults to 128):
             Channels of an indexer head; at least the rotary width.
         index_block_size (`int`, *optional*, defaults to 128):
             Keys in one block.
         index_topk_blocks (`int`, *optional*, defaults to 16):
-            Blocks that each query attends to, the forced ones included.
+            Number of blocks that each query attends to, the forced blocks included.
         index_local_blocks (`int`, *optional*, defaults to 1):
-            Blocks, counted back from the query's own, that are always attended to.
+            Number of blocks that a query always attends to, counted back from its own block.
         index_init_blocks (`int`, *optional*, defaults to 0):
-            Blocks at the start of the sequence that are always attended to. Written to the file only when it is not
-            0, because stock Transformers does not know it.
+            Number of blocks at the start of the sequence that a query always attends to. The file holds this field
+            only if it is not 0, because stock Transformers does not know it.
         structured_local_blocks (`int`, *optional*, defaults to 2):
-            Blocks at a query's end, its own included, that a structured layer attends to.
+            Number of latest blocks that a query of a structured layer attends to, its own block included.
         structured_anchor_blocks (`int`, *optional*, defaults to 6):
-            At most this many blocks at regular intervals from the sequence's start.
+            Largest number of anchors, which are blocks at regular intervals from the start of the sequence.
         structured_anchor_stride (`int`, *optional*, defaults to 8):
-            The smallest such interval, in blocks; it doubles until the anchors are few enough.
+            Smallest interval between anchors, in blocks. It doubles until the anchors are few enough.
         structured_random_blocks (`int`, *optional*, defaults to 8):
-            At least this many random blocks.
+            Smallest number of random blocks.
         structured_seed (`int`, *optional*, defaults to 0):
-            64-bit seed of the random blocks, which also differ between layers and key-value heads.
+            64-bit seed of the random blocks, which also differ between layers and key/value heads.
         structured_cross_document (`bool`, *optional*, defaults to `False`):
             Whether structured layers read packed documents as one sequence, so that anchors and random blocks reach
-            earlier documents. The one case in which packing changes a token's output. The structured fields are
-            written to the file only when they are not at their default.
+            earlier documents. Only this switch makes packing change the output of a token. The file holds the
+            structured fields only if they are not at their default.
         indexer_loss_coef (`float`, *optional*, defaults to 0.0):
-            Weight of the indexers' loss, the KL divergence of their scores from the main attention, which trains the
-            indexers and nothing else. With 0 they are frozen: no other loss reaches them.
+            Weight of the indexers' loss, the KL divergence of their scores from the main attention. This loss trains
+            only the indexers. With 0 the indexers are frozen, because no other loss reaches them.
         indexer_warmup (`bool`, *optional*, defaults to `False`):
-            Whether sparse layers attend to all keys, and the indexers' loss runs over all keys: for indexers that
-            cannot select yet. Costs what dense attention costs. These two fields are written to the file only when
-            they are not at their default.
+            Whether sparse layers attend to all keys, and the indexers' loss runs over all keys. This is for indexers
+            that cannot select yet, and costs as much as dense attention. The file holds `indexer_loss_coef` and
+            `indexer_warmup` only if they are not at their default.
         msa_backend (`str`, *optional*, defaults to `"auto"`):
-            Backend of the sparse layers: `"auto"`, `"reference"`, `"torch"` or `"cuda"`. Written to the file only
-            when it is not `"auto"`.
+            Backend of the sparse layers: `"auto"`, `"reference"`, `"torch"` or `"cuda"`. The file holds this field
+            only if it is not `"auto"`.
         rms_norm_eps (`float`, *optional*, defaults to 1e-06):
             Epsilon of the RMS norms.
         attention_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout of the attention probabilities of dense layers while training; other layers apply none.
+            Dropout of the attention probabilities of dense layers in training. Other layers apply none.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of freshly initialised weights.
         use_cache (`bool`, *optional*, defaults to `True`):
-            Whether `forward` builds a key-value cache when none is passed.
+            Whether `forward` builds a key/value cache if the caller passes none.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the input and output embeddings share one weight.
         pad_token_id (`int`, *optional*), bos_token_id (`int`, *optional*, defaults to 200034),
         eos_token_id (`int` or `list[int]`, *optional*, defaults to 200020):
             Special tokens.
 
-    The released file's older keys are read too: `moe_layer_freq` (1 where the MLP is a mixture of experts) and
-    `sparse_attention_config` with `use_sparse_attention`, `sparse_attention_freq` (1 where attention is sparse),
+    The class also reads the older keys of the released file: `moe_layer_freq` (1 for a mixture of experts) and
+    `sparse_attention_config` with `use_sparse_attention`, `sparse_attention_freq` (1 for sparse attention),
     `sparse_num_index_heads`, `sparse_index_dim`, `sparse_block_size`, `sparse_topk_blocks`, `sparse_init_block`,
     `sparse_local_block`, `sparse_score_type` (only `"max"` exists) and `sparse_disable_index_value` (1 on every
     sparse layer: an indexer has no value path).
 
-    Numbers have bounds far above any model that exists, so that a slip (`index_block_size=2**31`) is an error here and
-    no allocation of hundreds of gigabytes later.
+    Numbers have bounds far above any model that exists. So a mistake such as `index_block_size=2**31` is an error
+    here, instead of an allocation of hundreds of gigabytes later.
 
     Raises:
-        ValueError: a key of the file that is no field asks for something that this architecture does not have.
-        huggingface_hub.errors.StrictDataclassError: a field has the wrong type or is out of bounds, or the fields do not
-            fit together.
+        ValueError: A key of the file that is not a field describes a feature that this architecture does not have.
+        huggingface_hub.errors.StrictDataclassError: A field has the wrong type or is out of bounds, or the fields do
+            not fit together.
     """
 
     model_type = "minimax_m3_vl_text"
@@ -214,7 +214,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
         "layers.*.mlp.experts": "ep_dispatch_experts",
     }
 
-    # Fields that stock Transformers does not have; left out of the file while they are at their default.
+    # Fields that stock Transformers does not have. The file leaves them out while they are at their default.
     fields_beyond_stock = (
         "index_init_blocks",
         "structured_local_blocks",
@@ -285,7 +285,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
 
         super().__post_init__(**kwargs)
 
-        # The gate is computed from swiglu_alpha and swiglu_limit; the field has to name a plain activation.
+        # The model computes the gate from swiglu_alpha and swiglu_limit. The field has to name a plain activation.
         require_one_of("hidden_act", self.hidden_act, ("silu", "swigluoai"))
         self.hidden_act = "silu"
 
@@ -300,7 +300,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in Transformers. Embeddings that a whole model's file ties at its top are tied in its language model."""
+        """Reads a file as in Transformers. A whole model's `tie_word_embeddings` counts for its language model too."""
         config_dict, unused = super().get_config_dict(*args, **kwargs)
         text_config = config_dict.get(cls.base_config_key)
         if isinstance(text_config, dict) and config_dict.get("tie_word_embeddings"):
@@ -325,7 +325,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
             raise ValueError(f"`sparse_attention_config` must be a dict, got {type(legacy).__name__}.")
         unknown = sorted(set(legacy) - set(_LEGACY_SPARSE_FIELDS) - set(_LEGACY_SPARSE_SWITCHES))
         if unknown:
-            logger.warning_once(f"`sparse_attention_config` has keys that are not known and not used: {unknown}.")
+            logger.warning_once(f"`sparse_attention_config` has unknown keys, which are ignored: {unknown}.")
 
         for legacy_name, name in _LEGACY_SPARSE_FIELDS.items():
             if legacy_name in legacy:
@@ -340,7 +340,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
         frequency = legacy.get("sparse_attention_freq")
         if legacy.get("use_sparse_attention") and frequency is None and self.layer_types is None:
             raise ValueError(
-                "`sparse_attention_config['sparse_attention_freq']` must say which layers are sparse where "
+                "`sparse_attention_config['sparse_attention_freq']` must say which layers are sparse if "
                 "`use_sparse_attention` is true, got None."
             )
         if not legacy.get("use_sparse_attention", True):
@@ -352,7 +352,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
             self._check_index_value_is_disabled(legacy["sparse_disable_index_value"])
 
     def _check_index_value_is_disabled(self, disabled: bool | int | list[int]) -> None:
-        """An indexer has no value path, so no sparse layer may have one; entries of dense layers do not count."""
+        """Checks that no sparse layer has an index value: an indexer has no value path. Dense layers do not count."""
         layer_types = self.layer_types or []
         if not isinstance(disabled, (list, tuple)):
             disabled = [disabled] * len(layer_types)
@@ -369,14 +369,14 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
 
     @property
     def rotary_width(self) -> int:
-        """Channels of a head that rotate, counted from the first. Rotation takes pairs, so an odd count rounds up."""
+        """Number of leading channels of a head that rotate. Channels rotate in pairs, so an odd number rounds up."""
         factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
-        # This type turns the channels beyond the factor by an angle of 0.
+        # The type "proportional" turns the channels beyond the factor by an angle of 0.
         width = self.head_dim if self.rope_parameters["rope_type"] == "proportional" else int(self.head_dim * factor)
         return width + width % 2
 
     def validate_architecture(self) -> None:
-        """Checks that a model can be built from the fields; runs after construction and before saving."""
+        """Checks that a model can be built from the fields. Runs after construction and before saving."""
         if self.is_heterogeneous:
             for layer_config in self.per_layer_config:
                 layer_config.validate_architecture()
@@ -413,7 +413,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
                 require_one_of(f"{name}[{layer_idx}]", entry, allowed)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers, without the fields of ours that are at their default, so that stock reads the rest."""
+        """The fields as in Transformers, except that a field unknown to stock is left out while at its default."""
         output = super().to_dict()
         for name in self.fields_beyond_stock:
             if output.get(name) == type(self).__dataclass_fields__[name].default:

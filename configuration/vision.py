@@ -43,12 +43,12 @@ class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
         num_hidden_layers (`int`, *optional*, defaults to 32):
             Number of layers.
         num_attention_heads (`int`, *optional*, defaults to 16):
-            Number of attention heads; must divide `hidden_size` into heads of 6 channels or more, so that each of
+            Number of attention heads. It must divide `hidden_size` into heads of at least 6 channels, so that each of
             the three rotary axes has a pair of channels.
         num_channels (`int`, *optional*, defaults to 3):
             Colour channels of the input.
         image_size (`int`, *optional*, defaults to 2016):
-            Largest image side in pixels that the tower was trained with. Carried, not enforced.
+            Largest image side in pixels that the tower was trained with. The model does not enforce it.
         patch_size (`int`, *optional*, defaults to 14):
             Side of a square patch in pixels.
         temporal_patch_size (`int`, *optional*, defaults to 2):
@@ -67,8 +67,8 @@ class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of freshly initialised weights.
 
-    The released file's `img_token_compression_config` is read as well: its `temporal_patch_size` and
-    `spatial_merge_size` count where it has them.
+    If the file has `img_token_compression_config`, as the released file does, the `temporal_patch_size` and
+    `spatial_merge_size` in it take precedence.
     """
 
     model_type = "minimax_m3_vl_vision"
@@ -104,7 +104,7 @@ class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Checks that the tower can be built; runs after construction and before saving."""
+        """Checks that the tower can be built. Runs after construction and before saving."""
         require_one_of("hidden_act", self.hidden_act, ACT2FN)
         require_divisible(self, "hidden_size", "num_attention_heads")
         head_dim = self.hidden_size // self.num_attention_heads

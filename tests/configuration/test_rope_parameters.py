@@ -1,4 +1,4 @@
-"""Rotary parameters that are right one by one and cannot work together, and those that stock reads."""
+"""Rotary parameters that are valid one by one but cannot work together, and parameters that stock reads."""
 
 import copy
 
@@ -17,7 +17,7 @@ ERRORS = {
     ),
     "nothing per layer type": ({"rope_parameters": {"minimax_m3_sparse": 5}}, "`rope_parameters` must be one set"),
     "older name": ({"rope_scaling": NESTED}, "`rope_scaling` must be one set"),
-    "no logarithm": ({"rope_parameters": YARN | {"rope_theta": 1}}, r"\['rope_theta'\]` must be above 1 where"),
+    "no logarithm": ({"rope_parameters": YARN | {"rope_theta": 1}}, r"\['rope_theta'\]` must be above 1 if"),
     "field of the config": (
         {"rope_parameters": YARN, "original_max_position_embeddings": "x"},
         r"\['original_max_position_embeddings'\]` must be a number from 2 to .*, got 'x'",
