@@ -1,23 +1,24 @@
 """Processing for MiniMax-M3: text, images and videos to model inputs. Importing it registers the processors.
 
     collator.py           batches for fine-tuning on chats with images and videos
-    processor.py          the three together: placeholders in the text, counts, what serving engines ask for
-    image_processing.py   images to patches
-    video_processing.py   videos to patches; sampling.py: which frames
-    video_decoding.py     videos from files; video_pyav.py, video_torchcodec.py: through these libraries
-    video_metadata.py     the times of frames; video_orientation.py: turning them upright
+    processor.py          text, images and videos together: placeholders in the text, counts for serving engines
+    image_processing.py   from images to patches
+    video_processing.py   from videos to patches; sampling.py chooses the frames
+    video_decoding.py     from files to frames; video_pyav.py and video_torchcodec.py use these libraries
+    video_metadata.py     the times of frames; video_orientation.py turns frames upright
     resize.py             the resize rule
-    patches.py            cutting frames into patches
-    media.py              nesting, decoding and checks of images and videos
-    image_sources.py      paths, addresses, base64 text; downloads.py: from the web; media_limits.py: how much of it
-    messages.py           what a chat may hold, checked before any media is loaded
-    control_tokens.py     keeps control tokens that somebody typed text
-    registration.py       tells Transformers' Auto classes about the processors
-    chat_template.jinja   from messages to a prompt; chat_template.py: its loader
-    special_tokens.py     the tokenizer's control tokens
+    patches.py            from frames to patches
+    media.py              nested inputs, decoding and checks of images and videos
+    image_sources.py      paths, addresses, base64 text; downloads.py reads from the web
+    media_limits.py       limits of what the processors read
+    messages.py           checks of a chat before any media is loaded
+    control_tokens.py     keeps control tokens in users' text ordinary text
+    registration.py       registers the processors with Transformers' Auto classes
+    chat_template.jinja   from messages to a prompt; chat_template.py loads it
+    special_tokens.py     the control tokens of the tokenizer
 
-Nothing here knows the model but for its configuration's class; the only shared facts are the sizes of patches, which
-both read from their own files.
+This package does not know the model, except for the class of its configuration. The two share only the sizes of
+patches, and each reads these from a file of its own.
 """
 
 from .chat_template import load_chat_template

@@ -12,43 +12,44 @@ from .chat_template import check_thinking_mode
 from .messages import is_list
 from .processor import MiniMaxM3VLProcessor
 
-IGNORED = -100  # label of a token that is not learned
+IGNORED = -100  # label of a token that the model does not learn
 
-# Where the pixels of a part may stand; a part without any of these takes the next item of the row's column.
+# Keys of a part that may hold its pixels. A part without any of these keys takes the next item of the row's column.
 SOURCES = {"image": ("image", "url", "path", "base64", "image_url"), "video": ("video", "url", "path", "video_url")}
 
-# What the processor returns per token; the rest is per image or video, or of no use to the model.
+# The processor's outputs per token, and per image or video. The model does not use its other outputs.
 TOKEN_PADDING = {"attention_mask": 0, "labels": IGNORED}
 MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 @dataclass
 class MultimodalChatCollator:
-    """Turns rows of chats, with or without images and videos, into a batch of which the assistant's turns are learned.
+    """Makes a batch from rows of chats, with or without images and videos. The model learns the assistant's turns.
 
-    A row has `messages` in the form that `processor.apply_chat_template` takes, and optionally `tools` and
-    `chat_template_kwargs` (variables of the chat template, `{"thinking_mode": "disabled"}` for one). Images and
-    videos stand in the messages (`{"type": "image", "image": ...}`), or in columns `images` and `videos` of the row,
-    whose items go in order to the parts that name none (`{"type": "image"}`). Where the messages have no such part
-    at all, they come before the first user message's text. Columns may hold anything that the processor reads, and
-    image files as `datasets` stores them (`{"bytes": ..., "path": ...}`).
+    A row has `messages` in the form that `processor.apply_chat_template` takes. It may have `tools` and
+    `chat_template_kwargs` (variables of the chat template, such as `{"thinking_mode": "disabled"}`). Images and videos
+    stand in the messages (`{"type": "image", "image": ...}`) or in columns `images` and `videos` of the row. The items
+    of a column go in order to the parts without a source (`{"type": "image"}`). If the messages have no such part at
+    all, the items come before the text of the first user message. Columns may hold anything that the processor reads,
+    and image files as `datasets` stores them (`{"bytes": ..., "path": ...}`).
 
     Args:
-        processor (`MiniMaxM3VLProcessor`): Decodes, resizes, tokenizes.
-        max_length (`int`, *optional*): Longer rows lose their end, if that is text. See `fits`.
-        pad_to_multiple_of (`int`, *optional*): Round the batch's length up to a multiple of this.
+        processor (`MiniMaxM3VLProcessor`): Decodes, resizes and tokenizes.
+        max_length (`int`, *optional*): Greatest length in tokens. Longer rows lose their end, if that is text: see
+            `fits`.
+        pad_to_multiple_of (`int`, *optional*): The length of the batch is rounded up to a multiple of this number.
         processor_kwargs (`dict`): Options of the processor's call, such as `{"videos_kwargs": {"fps": 1.0}}`.
-        chat_template_kwargs (`dict`): Variables of the chat template for rows that do not set them themselves. Without
-            `thinking_mode`, here or in its row, an answer is learned under the chat template's default, "adaptive".
+        chat_template_kwargs (`dict`): Variables of the chat template for rows that do not set them. If neither this
+            argument nor the row sets `thinking_mode`, the default of the chat template counts, "adaptive".
 
-    Returns, from a call with a list of rows:
-        `dict` of tensors: input_ids, attention_mask, labels, (rows, tokens), padded on the right; pixel_values,
-        image_grid_thw, pixel_values_videos, video_grid_thw where the rows have such. Labels are the token ids of what
-        the assistant wrote, its end-of-turn token included, and -100 elsewhere.
+    A call with a list of rows returns a `dict` of tensors. `input_ids`, `attention_mask` and `labels` have the shape
+    (rows, tokens) and are padded on the right. `pixel_values`, `image_grid_thw`, `pixel_values_videos` and
+    `video_grid_thw` are there if the rows have images or videos. Labels are the token ids of what the assistant wrote,
+    including its end-of-turn token, and -100 elsewhere.
 
     Raises:
-        ValueError: A row has no messages, images or videos do not match the parts that want them, its thinking mode is
-            none, or `max_length` would cut an image or a video off. It names the row of the batch.
+        ValueError: A row has no messages, its images or videos do not match the parts that need them, its thinking
+            mode is unknown, or `max_length` would cut off an image or a video. The message names the row of the batch.
     """
 
     processor: MiniMaxM3VLProcessor
@@ -65,7 +66,7 @@ class MultimodalChatCollator:
         template_variables({}, self.chat_template_kwargs)
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Encode the rows and pad them on the right to one length."""
+        """Encodes the rows and pads them on the right to the same length."""
         if not rows:
             raise ValueError("`rows` must hold at least one row, got none.")
         encoded = []
@@ -86,11 +87,11 @@ class MultimodalChatCollator:
         return batch
 
     def fits(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row's images and videos end before `max_length`, for `dataset.filter(collator.fits)`."""
+        """Whether all images and videos of a row end before `max_length`, for `dataset.filter(collator.fits)`."""
         return self.max_length is None or self._end_of_media(self._process(row)["input_ids"]) <= self.max_length
 
     def is_useful(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row fits and its first `max_length` tokens hold any that is learned, for `dataset.filter`."""
+        """Whether a row fits and its first `max_length` tokens hold any to learn. Use it with `dataset.filter`."""
         encoded = self._process(row)
         fits = self.max_length is None or self._end_of_media(encoded["input_ids"]) <= self.max_length
         return fits and bool((encoded["labels"][1 : self.max_length] != IGNORED).any())
@@ -138,12 +139,12 @@ class MultimodalChatCollator:
         return int(places[-1]) + 1 if len(places) else 0
 
     def _messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The row's messages, each part of which holds its own image or video."""
+        """The messages of a row, with an image or a video in each part that needs one."""
         if not row.get("messages"):
             raise ValueError(f"a row must have `messages`, a list that is not empty; it has {', '.join(row)}.")
         messages = row["messages"]
         if not is_list(messages) or not all(isinstance(message, Mapping) for message in messages):
-            return messages  # which the processor refuses, with its place
+            return messages  # the processor refuses them, and names the place
         messages = [_without_empty(message) for message in messages]
         for message in messages:
             if is_list(message.get("content")):
@@ -153,7 +154,7 @@ class MultimodalChatCollator:
             items = [] if items is None else list(items) if is_list(items) else [items]
             if any(item is None for item in items):
                 raise ValueError(
-                    f"`{kind}s` of a row must hold no None: an empty list, or None in its place, is none."
+                    f"`{kind}s` of a row must not hold None: write an empty list, or None instead of the list."
                 )
             _distribute(kind, [_as_source(item) for item in items], messages)
         return messages
@@ -161,7 +162,7 @@ class MultimodalChatCollator:
 
 @contextmanager
 def named_in_errors(row: str) -> Iterator[None]:
-    """Put the name of a row before the text of each `ValueError` that its encoding raises."""
+    """Puts the name of a row before the message of each `ValueError` from its encoding."""
     try:
         yield
     except ValueError as error:
@@ -169,10 +170,10 @@ def named_in_errors(row: str) -> Iterator[None]:
 
 
 def template_variables(row: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of the chat template for a row: those in its `chat_template_kwargs`, else the given ones.
+    """Variables of the chat template for a row: `default`, updated by the row's `chat_template_kwargs`.
 
     Raises:
-        ValueError: they are no mapping, or their thinking mode is none.
+        ValueError: The variables are not a mapping, or their thinking mode is unknown.
     """
     variables: dict[str, Any] = {}
     for given in (default, row.get("chat_template_kwargs")):
@@ -185,14 +186,14 @@ def template_variables(row: Mapping[str, Any], default: Mapping[str, Any]) -> di
 
 
 def without_none(value: Any) -> Any:
-    """A copy without the keys that hold None, at any depth; see `_without_empty`."""
+    """Copies a value without the keys that hold None, at any depth (see `_without_empty`)."""
     if isinstance(value, Mapping):
         return {name: without_none(item) for name, item in value.items() if item is not None}
     return [without_none(item) for item in value] if is_list(value) else value
 
 
 def _as_source(item: Any) -> Any:
-    """What the processor reads, for a file as `datasets` stores it: `{"bytes": ..., "path": ...}`, or its bytes."""
+    """Converts a file as `datasets` stores it (`{"bytes": ..., "path": ...}`), or its bytes, for the processor."""
     if isinstance(item, Mapping) and item.keys() <= {"bytes", "path"}:
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
     return base64.b64encode(item).decode() if isinstance(item, bytes) else item
@@ -205,14 +206,14 @@ def _with_sources(part: Any) -> Any:
 
 
 def _without_empty(mapping: Any) -> Any:
-    """A copy without the keys that hold None: `datasets` gives every row the keys that any row has."""
+    """Copies a mapping without the keys that hold None, because `datasets` gives every row the keys of all rows."""
     if not isinstance(mapping, Mapping):
         return mapping
     return {name: value for name, value in mapping.items() if value is not None}
 
 
 def _distribute(kind: str, items: list[Any], messages: list[dict[str, Any]]) -> None:
-    """Give `items` to the parts of `messages` that wait for one, in order."""
+    """Gives `items` in order to the parts of `messages` that have no source."""
     parts = [
         part
         for message in messages
@@ -224,14 +225,14 @@ def _distribute(kind: str, items: list[Any], messages: list[dict[str, Any]]) -> 
     if items and not parts:
         user = next((message for message in messages if message.get("role") == "user"), None)
         if user is None:
-            raise ValueError(f"a row has `{kind}s`, but no user message that they could belong to.")
+            raise ValueError(f"a row has `{kind}s`, but no user message to which they could belong.")
         content = user.get("content", "")
         text = list(content) if is_list(content) else [{"type": "text", "text": content}]
         user["content"] = [{"type": kind, kind: item} for item in items] + text
         return
     if len(waiting) != len(items):
         raise ValueError(
-            f"`{kind}s` of a row must hold one item for each part of type {kind!r} that names none itself: "
+            f"`{kind}s` of a row must hold one item for each part of type {kind!r} without a source: "
             f"{len(waiting)}, got {len(items)}."
         )
     for part, item in zip(waiting, items):

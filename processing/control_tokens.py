@@ -1,10 +1,11 @@
-"""Control tokens that somebody typed into a chat stay text; those that the chat template writes stay tokens.
+"""Keeps control tokens in users' text ordinary text, while control tokens of the chat template stay tokens.
 
-A tokenizer finds its control tokens in the finished prompt, where nobody knows any more who wrote them. So each
-character at which a control token may begin or end gets a wall on both sides in all that the caller gives (a character
-that occurs nowhere in it), before the template puts its own text around that. No control token then lies in the
-caller's text, even in part, because a wall is in its way. A normaliser takes the walls out again. It comes after the
-control tokens are found and before anything else is, so the ids are those of the same text without walls.
+A tokenizer finds control tokens in the finished prompt, which does not say who wrote them. So this module puts a
+"wall" into the caller's text before the template adds its own text. A wall is a character that occurs nowhere in the
+caller's text. It stands on both sides of each character with which a control token begins or ends. A control token
+then cannot match in the caller's text, not even a part of one, because a wall interrupts it. A normaliser removes the
+walls again. It runs after the tokenizer has found the control tokens and before any other step, so the ids are the
+same as without walls.
 """
 
 import copy
@@ -17,19 +18,20 @@ from transformers import PreTrainedTokenizerBase
 from .messages import REASONING_FIELDS, is_list
 from .special_tokens import THINK_END_TOKEN, THINK_START_TOKEN
 
-# Code points for private use, in no language's text. Transformers uses the first of the plane before this one: it takes
-# a placeholder after that character for a typed one.
+# Code points for private use, which no language uses. Transformers uses the first one of the plane before: it treats a
+# placeholder after that character as typed by a user.
 PRIVATE_CHARACTERS = range(0x100000, 0x10FFFE)
 TRANSFORMERS_MARK = "\U000f0000"
 
 
 class Walls:
-    """Puts walls into what a caller gives, and makes the tokenizer that reads the prompt made of it.
+    """Puts walls into the caller's text, and makes a tokenizer that reads a prompt with walls.
 
     Args:
-        tokenizer: Whose control tokens may not come out of the caller's text. All of its added tokens are meant that
-            begin or end with a sign, as all of MiniMax-M3's do; words and spaces that somebody added stay tokens.
-        given: All that the caller gives, to find a character that does not occur in it.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer whose control tokens must not match in the caller's text.
+            Control tokens are all added tokens that begin or end with a sign, as all of MiniMax-M3's do. Added words
+            and spaces stay tokens.
+        given (any): All of the caller's text. The wall is a character that does not occur in it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, given: Any) -> None:
@@ -52,7 +54,7 @@ class Walls:
             if getattr(given, part) is not None:
                 setattr(backend, part, getattr(given, part))
         added = given.get_added_tokens_decoder()
-        # Not normalised: they are to be found while the walls stand.
+        # Not normalised, because the tokenizer has to find them while the walls stand.
         flags = ("single_word", "lstrip", "rstrip", "special")
         backend.add_tokens(
             [
@@ -65,7 +67,7 @@ class Walls:
         return copied
 
     def around(self, value: Any, is_argument: bool = False) -> Any:
-        """A copy with walls in every string, keys too, at any depth of lists and mappings."""
+        """Copies a value with walls in every string, keys included, at any depth of lists and mappings."""
         if isinstance(value, str):
             return value.translate(self._table)
         if is_list(value):
@@ -76,12 +78,12 @@ class Walls:
         for key, item in value.items():
             name = self.around(key)
             if is_argument and isinstance(key, str):
-                name = self.wall + name  # The template writes <key>, and some control tokens are a word in brackets.
+                name = self.wall + name  # the template writes <key>, and some control tokens are a word in brackets
             copied[name] = self.around(item, is_argument or key == "arguments")
         return copied
 
     def around_message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The same for a message, whose images and videos, and the places where they are, stay as they are."""
+        """Copies a message with walls in its text. Images, videos and their sources stay as they are."""
         message = with_reasoning_apart(message)
         walled = self.around({name: value for name, value in message.items() if name != "content"})
         content: Any = message.get("content")
@@ -91,9 +93,9 @@ class Walls:
 
 
 def with_reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:
-    """An answer whose text holds its reasoning too, `<mm:think>...</mm:think>...`, with both in fields of their own.
+    """Separates an answer of the form `<mm:think>reasoning</mm:think>text` into two fields.
 
-    The chat template separates them by the same rule, but could not find the tokens between walls.
+    The chat template does the same by the same rule, but it could not find these tokens between walls.
     """
     content: Any = message.get("content")
     if message["role"] != "assistant" or any(isinstance(message.get(name), str) for name in REASONING_FIELDS):

@@ -1,4 +1,4 @@
-"""Downloads from addresses that may be hostile: bounded in size, and checked again at each redirect."""
+"""Downloads from addresses that may be hostile: the size is bounded, and each redirect is checked again."""
 
 import ipaddress
 import socket
@@ -10,7 +10,7 @@ from huggingface_hub.utils import httpx
 from .media_limits import get_media_limits
 
 MAX_REDIRECTS = 20
-# A network that speaks IPv6 alone shows every IPv4 address inside this one.
+# A network with only IPv6 maps every IPv4 address into this network.
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -20,15 +20,15 @@ def is_address(source: Any) -> bool:
 
 
 def check_address(address: str, *, is_redirect: bool = False) -> None:
-    """Refuse an address that the `MediaLimits` in force do not allow. Nothing is sent to it.
+    """Refuses an address that the `MediaLimits` in force do not allow, before anything is sent to it.
 
     Args:
-        address (str): to be asked.
-        is_redirect (bool): whether a server named it. The caller is trusted with more.
+        address (str): The address to check.
+        is_redirect (bool): Whether a server named the address. The limits allow more to the caller than to a server.
 
     Raises:
-        ValueError: it is no http(s) address, `allow_address` says no, or it is private where only public ones may be
-            asked. The message does not repeat the whole address.
+        ValueError: The address is not an http(s) address, `allow_address` refuses it, or it is private and the limits
+            allow only public addresses. The message does not repeat the whole address.
     """
     limits = get_media_limits()
     try:
@@ -37,11 +37,11 @@ def check_address(address: str, *, is_redirect: bool = False) -> None:
         raise ValueError(f"it is no valid address: {error}") from error
     whose = "a redirect leads to" if is_redirect else "it has"
     if url.scheme not in ("http", "https"):
-        raise ValueError(f"{whose} the scheme {url.scheme + '://'!r}, and only http:// and https:// can be asked")
-    host = url.raw_host.decode("ascii")  # as it is looked up
+        raise ValueError(f"{whose} the scheme {url.scheme + '://'!r}, and only http:// and https:// are supported")
+    host = url.raw_host.decode("ascii")  # the form in which it is looked up
     if not host:
         raise ValueError(f"{whose} an address without a host")
-    if limits.allow_address is not None and not limits.allow_address(str(url)):  # as httpx reads it
+    if limits.allow_address is not None and not limits.allow_address(str(url)):  # normalised by httpx
         raise ValueError(f"{whose} an address that `MediaLimits.allow_address` does not allow (host {host!r})")
     if not _must_be_public(is_redirect):
         return
@@ -50,7 +50,7 @@ def check_address(address: str, *, is_redirect: bool = False) -> None:
     except (OSError, UnicodeError) as error:
         if limits.private_addresses == "never":
             raise ValueError(f"the host {host!r} cannot be looked up: {error}") from error
-        return  # a proxy may know it; without one the request fails anyway
+        return  # a proxy may know the host; without a proxy the request fails anyway
     if not all(map(_is_public, found)):
         raise ValueError(f"{whose} the private host {host!r} {_hint()}")
 
@@ -75,18 +75,18 @@ def _is_public(host: str) -> bool:
 
 
 def _watch_connection(host: str) -> Callable[[str, dict[str, Any]], None]:
-    """A callback for httpx that refuses a private peer before anything is sent to it.
+    """Makes a callback for httpx that refuses a private peer before anything is sent to it.
 
     A hostile name server may give a public address to `check_address` and a private one to the connection.
     """
-    asked = None
+    target = None
 
     def watch(event: str, info: dict[str, Any]) -> None:
-        nonlocal asked
+        nonlocal target
         if event == "connection.connect_tcp.started":
-            asked = info["host"]
-        # a proxy, which has another name, looks the host up on its own
-        elif event == "connection.connect_tcp.complete" and asked == host:
+            target = info["host"]
+        # a connection to a proxy has a different name, and the proxy looks the host up by itself
+        elif event == "connection.connect_tcp.complete" and target == host:
             peer = info["return_value"].get_extra_info("server_addr")[0]
             if not _is_public(peer):
                 info["return_value"].close()
@@ -96,16 +96,16 @@ def _watch_connection(host: str) -> Callable[[str, dict[str, Any]], None]:
 
 
 def download(address: str, file: BinaryIO) -> None:
-    """Write what an http(s) address answers to an open file, within the `MediaLimits` in force.
+    """Writes the answer of an http(s) address to an open file, within the `MediaLimits` in force.
 
     Args:
-        address (str): to be asked.
-        file (BinaryIO): open for writing.
+        address (str): The address to read.
+        file (BinaryIO): A file that is open for writing.
 
     Raises:
-        ValueError: the address, or one that it redirects to, is not allowed (see `check_address`), the answer is an
-            error or too large.
-        httpx.HTTPError: the host cannot be reached or breaks off.
+        ValueError: The address or one of its redirects is not allowed (see `check_address`), or the answer is an error
+            or too large.
+        httpx.HTTPError: The host cannot be reached, or it breaks the connection.
     """
     with httpx.Client(headers={"Accept-Encoding": "identity"}) as client:
         for hop in range(MAX_REDIRECTS + 1):
@@ -127,10 +127,11 @@ def download(address: str, file: BinaryIO) -> None:
 def _write_body(response: Any, file: BinaryIO) -> None:
     if not response.is_success:
         raise ValueError(f"the host answers {response.status_code} {response.reason_phrase}")
-    # httpx unpacks 64 KiB at once: gzip and deflate make 64 MiB of that at most, other encodings any number of bytes.
+    # httpx decompresses 64 KiB at a time. With gzip and deflate that yields at most 64 MiB, with other encodings any
+    # number of bytes.
     encoding = response.headers.get("content-encoding", "identity")
     if encoding not in ("identity", "gzip", "deflate"):
-        raise ValueError(f"the host answers with the content encoding {encoding!r}, which was not asked for")
+        raise ValueError(f"the host answers with the content encoding {encoding!r}, which the request did not accept")
     limit = get_media_limits().max_download_bytes
     size = 0
     for chunk in response.iter_bytes():

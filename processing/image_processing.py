@@ -1,4 +1,4 @@
-"""Images to the flat patches and grid sizes that the vision tower reads."""
+"""From images to the flat patches and grid sizes that the vision tower reads."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from .media import check_pixels, check_range, describe, fetch_images, flatten_im
 from .patches import patchify
 from .resize import check_pixel_bounds, fits_patch_grid, smart_resize
 
-# The released preprocessor_config.json carries this size, which the released code never applied.
+# The released preprocessor_config.json has this size, but the released code never applies it.
 UNUSED_RELEASED_SIZE = [672, 672]
 
 
@@ -30,11 +30,11 @@ class MiniMaxM3VLImageProcessorKwargs(ImagesKwargs, total=False):
     """Options of the image processor beyond those of every image processor.
 
     Args:
-        min_pixels (int): least area of a resized image, in pixels; another name for `size["shortest_edge"]`.
-        max_pixels (int): greatest area of a resized image, in pixels; another name for `size["longest_edge"]`.
-        patch_size (int): side of a patch, in pixels. Default: 14.
-        temporal_patch_size (int): frames in a patch; an image is repeated as often. Default: 2.
-        merge_size (int): merge_size x merge_size patches become one token. Default: 2.
+        min_pixels (int): Least area of a resized image, in pixels; another name for `size["shortest_edge"]`.
+        max_pixels (int): Greatest area of a resized image, in pixels; another name for `size["longest_edge"]`.
+        patch_size (int): Side of a patch, in pixels. Default: 14.
+        temporal_patch_size (int): Frames in a patch. An image is repeated this many times. Default: 2.
+        merge_size (int): `merge_size` x `merge_size` patches become one token. Default: 2.
     """
 
     min_pixels: int | None
@@ -47,20 +47,20 @@ class MiniMaxM3VLImageProcessorKwargs(ImagesKwargs, total=False):
 class MiniMaxM3VLImageProcessor(AutoClassByImport, TorchvisionBackend):
     """Resizes, normalises and cuts images into patches, on the CPU or (`device="cuda"`) on a GPU.
 
-    Output of a call: `pixel_values` (patches of all images, channels * temporal_patch_size * patch_size**2), float32,
-    and `image_grid_thw` (images, 3), int64: the number of patches along time (1), height and width of each image.
+    A call returns `pixel_values`, float32 (patches of all images, channels * temporal_patch_size * patch_size**2), and
+    `image_grid_thw`, int64 (images, 3): the number of patches along time (1), height and width of each image.
     `size["shortest_edge"]` and `size["longest_edge"]` bound the area in pixels, not the edges.
 
-    An image is a path (also a `pathlib` one or a `file://` address), an http(s) address, a data URL, base64 text, the
-    bytes of a file, `{"bytes": ..., "path": ...}`, a PIL image or an array. One rule holds for every format and every
-    way to pass it: Pillow decodes, the first frame counts (of an opened PIL image the one it stands at), the image is
-    turned upright by its orientation tag (an array has none), transparency lies over white. `MediaLimits` bounds what
-    is read.
+    An image is a path (also a `pathlib` path or a `file://` address), an http(s) address, a data URL, base64 text, the
+    bytes of a file, `{"bytes": ..., "path": ...}`, a PIL image or an array. The same rules hold for every format and
+    every source. Pillow decodes the file. The first frame counts, or the current frame of an opened PIL image. The
+    image is turned upright by its orientation tag, which an array does not have. Transparent pixels are drawn on
+    white. `MediaLimits` bounds what is read.
 
     Raises:
-        ValueError: an image cannot be read, exceeds the `MediaLimits` in force, is empty, too elongated or not
-            finite, does not fit the patch grid with `do_resize=False`, or `size` lacks a bound. The message names the
-            image by its index.
+        ValueError: An image cannot be read, exceeds the `MediaLimits` in force, is empty, too elongated or not finite,
+            or does not fit the patch grid with `do_resize=False`; or `size` lacks a bound. The message names the image
+            by its index.
     """
 
     do_resize = True
@@ -86,11 +86,11 @@ class MiniMaxM3VLImageProcessor(AutoClassByImport, TorchvisionBackend):
         super().__init__(size=size, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Read every source in a nested list to a PIL image in RGB; pass images and arrays through."""
+        """Reads every source in a nested list to a PIL image in RGB. Returns images and arrays as they are."""
         return fetch_images(image_url_or_urls)
 
     def process_image(self, image: Any, *args, **kwargs) -> torch.Tensor:
-        """Convert one image to (channels, height, width); a PIL image is turned upright."""
+        """Converts one image to (channels, height, width), and turns a PIL image upright."""
         if isinstance(image, Image.Image):
             image = turn_upright(image)
         return super().process_image(image, *args, **kwargs)
@@ -114,7 +114,7 @@ class MiniMaxM3VLImageProcessor(AutoClassByImport, TorchvisionBackend):
 
     @staticmethod
     def _merge_bounds(size: Any, min_pixels: int | None, max_pixels: int | None) -> Any:
-        """Write the bounds into `size`, where older files name them `min_pixels` and `max_pixels`, too."""
+        """Writes the bounds into `size`. The `size` of older files may hold them as `min_pixels` and `max_pixels`."""
         check_pixel_bounds(min_pixels, max_pixels)
         if not isinstance(size, (dict, SizeDict)):
             if min_pixels is None and max_pixels is None:
@@ -215,17 +215,17 @@ class MiniMaxM3VLImageProcessor(AutoClassByImport, TorchvisionBackend):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Number of patches (before merging) that a call gives for one image, without the image.
+        """The number of patches, before merging, that a call returns for an image of this size.
 
         Serving engines size their buffers by it.
 
         Args:
-            height (int): of the image, in pixels.
-            width (int): of the image, in pixels.
-            images_kwargs (dict, Optional): options as given to the call.
+            height (int): Height of the image, in pixels.
+            width (int): Width of the image, in pixels.
+            images_kwargs (dict, optional): Options of the call.
 
         Raises:
-            ValueError: as the call itself.
+            ValueError: The call would raise it too.
         """
         options = {name: getattr(self, name) for name in ("do_resize", "size", "patch_size", "merge_size")}
         options.update(images_kwargs or {})

@@ -1,4 +1,4 @@
-"""What a source of an image is: a path, an address, base64 text or the bytes of a file."""
+"""Opens the source of an image: a path, an address, base64 text or the bytes of a file."""
 
 import base64
 import binascii
@@ -17,13 +17,13 @@ LONGEST_PATH = 4096  # characters, on Linux
 
 
 def open_image_source(source: str | bytes) -> BinaryIO:
-    """Open a path, an http(s) address, a data URL, base64 text or the bytes of an image file for reading.
+    """Opens a path, an http(s) address, a data URL, base64 text or the bytes of an image file for reading.
 
-    A string is taken for a path where there is such a file, or where it has characters that base64 has not.
+    A string counts as a path if such a file exists, or if it has characters that base64 does not have.
 
     Raises:
-        ValueError: there is nothing to open, or the `MediaLimits` in force forbid it. The message says what the source
-            was taken for, and does not repeat it.
+        ValueError: There is nothing to open, or the `MediaLimits` in force forbid it. The message says how the source
+            was interpreted, and does not repeat it.
     """
     file: BinaryIO
     if isinstance(source, bytes):
@@ -44,7 +44,7 @@ def open_image_source(source: str | bytes) -> BinaryIO:
 
 
 def is_path_or_base64(source: str | bytes) -> bool:
-    """Whether this is text that does not say by itself what it is."""
+    """Whether this is a string that is neither an address nor a data URL."""
     return isinstance(source, str) and not is_address(source) and source[:5].lower() != "data:"
 
 
@@ -57,7 +57,7 @@ def _read_data_url(source: str) -> bytes:
 
 
 def _decode_base64(text: str) -> bytes:
-    """Decode base64 text of either alphabet, with or without line breaks."""
+    """Decodes base64 text of either alphabet, with or without line breaks."""
     try:
         return base64.b64decode("".join(text.split()).translate(str.maketrans("-_", "+/")), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -78,8 +78,8 @@ def _open_path_or_base64(source: str) -> BinaryIO:
     missing = "there is no such file" if files_are_allowed else "`MediaLimits.allow_files` is False"
     if len(source) <= LONGEST_PATH:
         if files_are_allowed and os.path.exists(source):
-            kind = "a folder" if os.path.isdir(source) else "no regular file"
-            raise ValueError(f"this path is {kind}; the path of an image file is needed.")
+            kind = "a folder" if os.path.isdir(source) else "a special file"
+            raise ValueError(f"this path is {kind}; give the path of an image file.")
         if not BASE64_CHARACTERS.issuperset("".join(source.split())):
             hint = " (`~` is not expanded)" if source.startswith("~") else ""
             raise ValueError(f"{missing}{hint}.")

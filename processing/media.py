@@ -1,6 +1,6 @@
-"""What counts as an image or a video: nesting, decoding of images, and checks with a name in the error.
+"""Images and videos as inputs: nested lists, decoding of images, and checks whose errors name the input.
 
-Everything here runs before any pixel is resized, so that a bad input costs nothing but its own loading.
+Everything here runs before any pixel is resized, so that a bad input costs only its own loading.
 """
 
 import io
@@ -17,7 +17,7 @@ from transformers.image_transforms import convert_to_rgb
 from .image_sources import is_path_or_base64, open_image_source
 from .media_limits import get_media_limits
 
-# What brings an image upright, by the value of its orientation tag; 1 is upright.
+# The transposition that turns an image upright, by the value of its orientation tag; 1 is upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,13 +30,13 @@ TURNS = {
 
 
 def as_source(item: Any) -> Any:
-    """Bring a source into the form of a string or bytes; leave anything else as it is.
+    """Converts a source to a string or bytes, and returns anything else as it is.
 
-    A `pathlib` path and a `file://` address become a path, `{"bytes": ..., "path": ...}` (a file as `datasets` stores
-    it) its bytes or, without them, its path, and other buffers of bytes `bytes`.
+    A `pathlib` path and a `file://` address become a path. `{"bytes": ..., "path": ...}` (a file as `datasets` stores
+    it) becomes its bytes, or its path if it has no bytes. Other buffers of bytes become `bytes`.
 
     Raises:
-        ValueError: a `file://` address names a host.
+        ValueError: A `file://` address names a host.
     """
     if isinstance(item, Mapping) and item and item.keys() <= {"bytes", "path"}:
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
@@ -53,17 +53,17 @@ def as_source(item: Any) -> Any:
 
 
 def is_frame_list(item: Any) -> bool:
-    """Whether this is one video, given as a list of frames."""
+    """Whether this is one video as a list of frames."""
     return isinstance(item, (list, tuple)) and len(item) > 0 and all(map(is_frame, item))
 
 
 def shorten(text: str) -> str:
-    """A source, or an error that quotes it, for a message: base64 text would fill the screen."""
+    """Shortens a source, or an error that quotes it, for a message. Base64 text would fill the screen."""
     return text if len(text) <= 200 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def describe(item: Any) -> str:
-    """What an item is, for an error message."""
+    """Describes an item for an error message."""
     if isinstance(item, (np.ndarray, torch.Tensor)):
         return f"{type(item).__name__} of shape {tuple(item.shape)} and dtype {item.dtype}"
     if isinstance(item, (list, tuple, bytes)):
@@ -82,10 +82,10 @@ def is_frame(item: Any) -> bool:
 
 
 def fetch_images(images: Any, name: str = "images") -> Any:
-    """Read every source in a nested list to a PIL image; pass images and arrays through.
+    """Reads every source in a nested list to a PIL image. Returns images and arrays as they are.
 
     Raises:
-        ValueError: as `read_image`; the message names the item by its place in `name`.
+        ValueError: See `read_image`. The message names the item by its place in `name`.
     """
     if isinstance(images, (list, tuple)):
         return [fetch_images(item, f"{name}[{index}]") for index, item in enumerate(images)]
@@ -97,23 +97,23 @@ def fetch_images(images: Any, name: str = "images") -> Any:
 
 
 def read_image(source: str | bytes) -> Image.Image:
-    """Read a path, an http(s) address, a data URL, base64 text or the bytes of a file to an RGB image.
+    """Reads a path, an http(s) address, a data URL, base64 text or the bytes of a file to an RGB image.
 
-    Only Pillow decodes: it raises an error for a damaged file, where torchvision's decoder may end the process. The
-    first frame counts. The image is upright, with transparency over white.
+    Only Pillow decodes, because torchvision's decoder may end the process at a damaged file. The first frame counts.
+    The result is upright, with transparent pixels on white.
 
     Raises:
-        ValueError: it cannot be read, is no image, exceeds the `MediaLimits` in force, or its pixels are no 8-bit
-            ones.
+        ValueError: The source cannot be read, is not an image, exceeds the `MediaLimits` in force, or its pixels do
+            not have 8 bits.
     """
     try:
         with open_image_source(source) as file:
             image = _open_image(file, source)
             load_pixels(image)
             if image.mode == "RGB" and "transparency" not in image.info:
-                return turn_upright(image)  # most images; an array between would double the time
+                return turn_upright(image)  # most images; a conversion to an array would double the time
             return Image.fromarray(to_rgb_array(image))
-    except Exception as error:  # Pillow has no one error for damage
+    except Exception as error:  # Pillow raises different errors for damage
         label = repr(shorten(source)) if isinstance(source, str) else f"of {len(source)} bytes"
         reason = shorten(str(error)) or type(error).__name__
         raise ValueError(f"the image {label} cannot be read: {reason}") from error
@@ -123,7 +123,7 @@ def _open_image(file: BinaryIO, source: str | bytes) -> Image.Image:
     formats = get_media_limits().image_formats
     if formats is not None:
         Image.init()
-        formats = [name for name in formats if name in Image.OPEN]  # Pillow may lack one, AVIF say
+        formats = [name for name in formats if name in Image.OPEN]  # a build of Pillow may lack a format, such as AVIF
     try:
         image = Image.open(file, formats=formats)
     except UnidentifiedImageError as error:
@@ -132,20 +132,21 @@ def _open_image(file: BinaryIO, source: str | bytes) -> Image.Image:
             raise ValueError(f"there is no such file, and as base64 text it is {content}") from error
         raise ValueError(f"it is {content}") from error
     if image.format == "PNG":
-        image.verify()  # checksums, which decoding skips; the image cannot be used after it
+        image.verify()  # checks checksums, which decoding skips; the image cannot be used afterwards
         file.seek(0)
         image = Image.open(file, formats=("PNG",))
     return image
 
 
 def load_pixels(image: Image.Image) -> None:
-    """Decode an image that Pillow has only opened.
+    """Decodes an image that Pillow has only opened.
 
     Raises:
-        ValueError: it is damaged, or larger than `MediaLimits.max_image_pixels` (known before anything is decoded).
+        ValueError: The image is damaged, or larger than `MediaLimits.max_image_pixels`, which is checked before
+        decoding.
     """
     limit = get_media_limits().max_image_pixels
-    # an image that was made or changed in memory has cost what it costs
+    # an image that was made or changed in memory is decoded already, so the limit would save nothing
     if isinstance(image, ImageFile.ImageFile) and limit is not None and image.width * image.height > limit:
         raise ValueError(
             f"it has {image.width} x {image.height} pixels, more than the {limit} that "
@@ -153,16 +154,17 @@ def load_pixels(image: Image.Image) -> None:
         )
     try:
         image.load()
-    except Exception as error:  # Pillow has no one error for damage
+    except Exception as error:  # Pillow raises different errors for damage
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """Turn or mirror an image as its orientation tag says, if it still carries one; the result carries none.
+    """Turns or mirrors an image by its orientation tag, if it has one. The result has none.
 
-    Metadata that cannot be read has no orientation. `ImageOps.exif_transpose` would fail: it writes all of it anew.
+    Metadata that cannot be read counts as no orientation. `ImageOps.exif_transpose` would fail on it, because it
+    writes all metadata again.
     """
-    image.load()  # TIFF files are turned here, by Pillow; a PNG file may have its metadata behind its pixels
+    image.load()  # Pillow turns TIFF files here; a PNG file may have its metadata after its pixels
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
@@ -177,15 +179,15 @@ def turn_upright(image: Image.Image) -> Image.Image:
 
 
 def has_wide_pixels(image: Image.Image) -> bool:
-    """Whether pixels may lie outside 0 to 255: 16 or 32 bits, integer or floating-point."""
+    """Whether pixels may lie outside 0 to 255, because they have 16 or 32 bits, integer or floating-point."""
     return image.mode[0] in "IF"
 
 
 def to_rgb_array(image: Image.Image) -> np.ndarray:
-    """(height, width, 3) uint8, upright, transparency over white.
+    """Converts an image to uint8 (height, width, 3), upright, with transparent pixels on white.
 
     Raises:
-        ValueError: it cannot be decoded (see `load_pixels`), or pixels lie outside 0 to 255.
+        ValueError: The image cannot be decoded (see `load_pixels`), or pixels lie outside 0 to 255.
     """
     load_pixels(image)
     check_range(image)
@@ -193,32 +195,34 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
 
 
 def check_range(pixels: Image.Image | torch.Tensor) -> None:
-    """Refuse pixels that are neither 8-bit ones nor floating-point.
+    """Refuses wide integer pixels that lie outside 0 to 255. Floating-point arrays pass.
 
     Raises:
-        ValueError: pixels lie outside 0 to 255.
+        ValueError: Pixels lie outside 0 to 255.
     """
     if isinstance(pixels, Image.Image):
         if not has_wide_pixels(pixels):
             return
-        # Pillow measures and converts 16 bits in the order of this machine alone
+        # Pillow measures and converts 16-bit pixels only in the byte order of this machine
         low, high = (pixels.convert("I") if pixels.mode.startswith("I;16") else pixels).getextrema()
     elif pixels.is_floating_point() or pixels.dtype in (torch.uint8, torch.bool):
         return
     else:
         low, high = (bound.item() for bound in pixels.long().aminmax())
     if low < 0 or high > 255:
-        raise ValueError(f"pixels must lie in 0 to 255, got {low} to {high}; scale them first (16 bits to 8, say).")
+        raise ValueError(
+            f"pixels must lie in 0 to 255, got {low} to {high}; scale them first, for example 16 bits to 8."
+        )
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """List every image of an arbitrarily nested input, in order.
+    """Lists every image of an arbitrarily nested input, in order.
 
     An image is a PIL image, a path, an address, base64 text, the bytes of a file, or an array of 2 (grayscale) or 3
-    dimensions; an array of 4 dimensions is a batch of images.
+    dimensions. An array of 4 dimensions is a batch of images.
 
     Raises:
-        ValueError: an item is none of these.
+        ValueError: An item is none of these.
     """
     return list(_iterate_images(images, "images"))
 
@@ -239,15 +243,15 @@ def _iterate_images(images: Any, name: str) -> Iterator[Any]:
 
 
 def flatten_videos(videos: Any) -> list[Any]:
-    """List every video of a nested input, in order.
+    """Lists every video of a nested input, in order.
 
     A video is a path or an address, an array of 4 dimensions, or a list of frames (PIL images or arrays of 3
-    dimensions). An array of 5 dimensions is a batch of videos, a single image a video of one frame. As in
-    Transformers, a list of strings holds one video each, unless it is nested twice (`[[["0.jpg", "1.jpg"]]]`): then
-    they are the frames of one video.
+    dimensions). An array of 5 dimensions is a batch of videos. A single image is a video of one frame. As in
+    Transformers, each string in a list is a video, unless the list is nested twice (`[[["0.jpg", "1.jpg"]]]`): then
+    the strings are the frames of one video.
 
     Raises:
-        ValueError: an item is none of these.
+        ValueError: An item is none of these.
     """
     return list(_iterate_videos(videos, "videos", depth=0))
 
@@ -274,17 +278,17 @@ def _iterate_videos(videos: Any, name: str, depth: int) -> Iterator[Any]:
 
 
 def map_sources(items: Any) -> Any:
-    """Apply `as_source` to every leaf of a nested list."""
+    """Applies `as_source` to every leaf of a nested list."""
     if isinstance(items, (list, tuple)):
         return [map_sources(item) for item in items]
     return as_source(items)
 
 
 def stack_frames(frames: list[Any], name: str) -> np.ndarray | torch.Tensor:
-    """Make one array of 4 dimensions from a list of frames.
+    """Makes one array of 4 dimensions from a list of frames.
 
     Raises:
-        ValueError: a frame cannot be decoded, or the frames differ in size.
+        ValueError: A frame cannot be decoded, or the frames differ in size.
     """
     for index, frame in enumerate(frames):
         if isinstance(frame, Image.Image):
@@ -292,18 +296,18 @@ def stack_frames(frames: list[Any], name: str) -> np.ndarray | torch.Tensor:
     frames = [to_rgb_array(frame) if isinstance(frame, Image.Image) else frame for frame in frames]
     shapes = {tuple(frame.shape) for frame in frames}
     if len(shapes) > 1:
-        raise ValueError(f"the frames of `{name}` must have one size, got {sorted(shapes)}.")
+        raise ValueError(f"the frames of `{name}` must have the same size, got {sorted(shapes)}.")
     if all(isinstance(frame, torch.Tensor) for frame in frames):
         return torch.stack(frames)
     return np.stack([frame.cpu().numpy() if isinstance(frame, torch.Tensor) else frame for frame in frames])
 
 
 def check_pixels(pixels: Any, name: str) -> None:
-    """Refuse arrays that no processor can turn into patches.
+    """Refuses images and arrays that no processor can turn into patches.
 
     Raises:
-        ValueError: an empty side, values that are not numbers or not finite, or a PIL image with pixels outside 0 to
-            255, which its conversion would clip.
+        ValueError: A side is empty, values are not numbers or not finite, or a PIL image has pixels outside 0 to 255,
+            which its conversion would clip.
     """
     if isinstance(pixels, Image.Image):
         try:

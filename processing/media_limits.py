@@ -1,4 +1,4 @@
-"""What the processors may read and how much of it: one set of limits for the whole process."""
+"""Limits of what the processors read: one set of limits for the whole process."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Literal
 
 from PIL import Image
 
-# Three bytes for each of these pixels are 256 MiB. Pillow warns from the same number on.
+# With three bytes a pixel, this number of pixels takes 256 MiB. Pillow warns from the same number on.
 DEFAULT_IMAGE_PIXELS = 2**28 // 3
 # The formats of the web, which not every build of Pillow reads.
 WEB_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -14,26 +14,28 @@ WEB_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 @dataclasses.dataclass(frozen=True)
 class MediaLimits:
-    """What images and videos may cost and where they may come from.
+    """Limits of the size and the sources of images and videos.
 
     The defaults are for a person who names their own files and addresses. `MediaLimits.strict()` is for a server that
-    gets them from others. `set_media_limits` puts either in force.
+    gets them from others. `set_media_limits` puts limits in force.
 
     Args:
-        max_image_pixels (int, Optional): greatest width x height of an image file or of a video's frames, read from the
-            header before any pixel is decoded. None is no limit of ours; `PIL.Image.MAX_IMAGE_PIXELS` holds too.
-        max_download_bytes (int, Optional): greatest size of one download. None is no limit.
-        private_addresses (str): whether hosts of this machine or of a private network may be asked. "given": those
-            that the caller names, but none that a server redirects to. "never": none at all; the name of a host is
-            looked up, and every address that it has must be public. "always": all.
-        allow_files (bool): whether paths and `file://` addresses may be read.
-        allow_address (Callable, Optional): takes an http(s) address, normalised, as a string and says whether it may
-            be asked. It is called for each redirect too. None allows all.
-        image_formats (tuple[str, ...], Optional): the image formats to read, by Pillow's names. None is all that
-            Pillow knows, some of which start other programs (EPS) or hold larger images than their headers say (ICO).
+        max_image_pixels (int, optional): Greatest width x height of an image file or of a video's frames. It is
+            checked on the header, before any pixel is decoded. None sets no limit. `PIL.Image.MAX_IMAGE_PIXELS` counts
+            in any case.
+        max_download_bytes (int, optional): Greatest size of one download. None sets no limit.
+        private_addresses (str): Whether the processors may contact hosts of this machine or of a private network.
+            "given" allows hosts that the caller names, but no redirect to such a host. "never" allows none: the
+            name of a host is looked up, and every address of it must be public. "always" allows all.
+        allow_files (bool): Whether the processors may read paths and `file://` addresses.
+        allow_address (Callable, optional): A function that takes a normalised http(s) address as a string and returns
+            whether the processors may contact it. It is called again for each redirect. None allows all.
+        image_formats (tuple[str, ...], optional): The image formats to read, by Pillow's names. None allows all
+            formats that Pillow knows. Some of them start other programs (EPS) or hold larger images than their headers
+            say (ICO).
 
     Raises:
-        ValueError: a field holds something else.
+        ValueError: A field has a wrong type or value.
     """
 
     max_image_pixels: int | None = DEFAULT_IMAGE_PIXELS
@@ -44,7 +46,7 @@ class MediaLimits:
     image_formats: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        # A wrong value here would leave a server open without a word.
+        # Without these checks, a wrong value would silently leave a server open.
         for name in ("max_image_pixels", "max_download_bytes"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -68,10 +70,10 @@ class MediaLimits:
 
     @classmethod
     def strict(cls, **changes) -> "MediaLimits":
-        """Limits for a server that gets images and videos from others, with `changes` to single ones.
+        """Limits for a server that gets images and videos from others. `changes` replace single limits.
 
-        No files of this machine, no private addresses, the image formats of the web, 2**25 pixels (a little more than
-        8K video has) and 64 MiB.
+        They allow no files of this machine and no private addresses, only the image formats of the web, at most 2**25
+        pixels (slightly more than 8K video has), and at most 64 MiB a download.
         """
         strict = cls(
             max_image_pixels=2**25,
@@ -84,7 +86,7 @@ class MediaLimits:
 
 
 def check_frame_size(width: int, height: int) -> None:
-    """Raise ValueError for a video whose frames are larger than the limits in force allow."""
+    """Raises ValueError for a video whose frames are larger than the limits in force allow."""
     limit = get_media_limits().max_image_pixels
     if limit is not None and width * height > limit:
         raise ValueError(
@@ -101,12 +103,12 @@ def get_media_limits() -> MediaLimits:
 
 
 def set_media_limits(limits: MediaLimits) -> None:
-    """Put limits in force, for every processor and thread of this process.
+    """Puts limits in force, for every processor and thread of this process.
 
         set_media_limits(MediaLimits.strict(allow_address=lambda address: address.startswith("https://img.example/")))
 
     Raises:
-        TypeError: `limits` is no `MediaLimits`.
+        TypeError: `limits` is not a `MediaLimits`.
     """
     if not isinstance(limits, MediaLimits):
         raise TypeError(f"`limits` must be a MediaLimits, got {type(limits).__name__}.")

@@ -1,4 +1,4 @@
-"""Chats as `apply_chat_template` takes them: brought into one form, and checked before any image or video is loaded."""
+"""Checks the chats of `apply_chat_template` before any image or video is loaded, and brings them into one form."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers.utils import get_json_schema
 
-# A part of one of these types is an image or a video; of another name only the address under `image_url` differs.
+# Types of parts that are images or videos. `image_url` and `video_url` hold an address under that key.
 MEDIA_TYPES = ("image", "image_url", "video", "video_url")
-# Where an image or a video of a message may stand.
+# Keys of a part that may hold an image or a video.
 SOURCES = ("image", "video", "url", "path", "base64")
-# What the chat template reads of a message, besides its role and content. Older names of the reasoning are read too.
+# Keys of a message that may hold its reasoning. The last two are older names.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -21,14 +21,14 @@ def is_list(item: Any) -> bool:
 
 
 def normalize_conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
-    """Check one chat or a batch of chats, and copy them in the form that `ProcessorMixin` collects media from.
+    """Checks one chat or a batch of chats, and copies them in the form from which `ProcessorMixin` collects media.
 
     Returns:
-        A list of chats, each a list of messages without keys that hold None, whose parts are mappings with a type,
-        images and videos of the types "image" and "video"; and whether a batch was given.
+        A list of chats, and whether the caller gave a batch. Each chat is a list of messages without keys that hold
+        None. The parts of messages are mappings with a type, which is "image" or "video" for media.
 
     Raises:
-        ValueError: something is no chat, message, part or tool call; it names the message and the conversation.
+        ValueError: A chat, message, part or tool call is malformed. The error names the message and the conversation.
     """
     conversation = getattr(conversation, "messages", conversation)
     if isinstance(conversation, (str, bytes, Mapping)):
@@ -48,7 +48,7 @@ def normalize_conversations(conversation: Any) -> tuple[list[list[dict[str, Any]
 
 def _normalize_chat(chat: Any, index: int) -> list[dict[str, Any]]:
     if not is_list(chat):
-        raise ValueError(f"conversation {index} must be a list of messages, as the first is, got {chat!r:.100}.")
+        raise ValueError(f"conversation {index} must be a list of messages, like conversation 0, got {chat!r:.100}.")
     if not chat:
         raise ValueError(f"conversation {index} must hold at least one message, got none.")
     return [
@@ -58,7 +58,7 @@ def _normalize_chat(chat: Any, index: int) -> list[dict[str, Any]]:
 
 
 def _as_plain(value: Any) -> Any:
-    """Message objects of client libraries (dataclasses, pydantic) as mappings, at any depth; a copy of the nesting."""
+    """Converts message objects of client libraries (dataclasses, pydantic) to mappings, at any depth, in a copy."""
     if isinstance(value, Mapping):
         return {key: _as_plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -93,20 +93,20 @@ def _normalize_message(message: Any, where: str) -> dict[str, Any]:
         _check_tool_calls(message.get("tool_calls", []), where)
     for name in ("role", "tool_calls", *REASONING_FIELDS):
         check_text(message.get(name), f"{where}: `{name}`")
-    content = message.get("content")  # where a file's name is no text, it may still be its name
+    content = message.get("content")  # a file name may be invalid text, so sources are not checked
     texts = [part for part in content if part["type"] not in MEDIA_TYPES] if is_list(content) else content
     check_text(texts, f"{where}: `content`")
     return message
 
 
 def _normalize_part(part: Any, role: str, where: str) -> dict[str, Any]:
-    """Bring one part of a message's content into the form {"type": ..., ...}."""
+    """Brings one part of a message's content into the form {"type": ..., ...}."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, dict):
         raise ValueError(f"{where} must be a string or a mapping with a 'type', got {part!r:.100}.")
     kind = part.get("type")
-    if role == "tool":  # a result in the tool's own form, which the chat template writes the same way
+    if role == "tool":  # a tool may return a form of its own; the chat template writes it the same way
         if "output" in part and kind not in ("image", "video"):
             return {"type": "text", "text": str(part["output"])}
         if kind not in ("text", *MEDIA_TYPES):
@@ -132,12 +132,12 @@ def _normalize_media(part: dict[str, Any], kind: str, where: str) -> dict[str, A
     part = {key: value for key, value in part.items() if value is not None}
     for source in SOURCES:
         if source in part and not _is_source(part[source]):
-            raise ValueError(f"{where}: `{source}` must be the {name}, or say where it is, got {part[source]!r:.100}.")
+            raise ValueError(f"{where}: `{source}` must hold the {name} or its source, got {part[source]!r:.100}.")
     return {**part, "type": name}
 
 
 def _is_source(item: Any) -> bool:
-    """Whether this may be an image or a video, or say where one is. Loading finds out."""
+    """Whether this may be an image, a video or the source of one. Only loading tells for sure."""
     if isinstance(item, (str, list, tuple)):
         return len(item) > 0
     if isinstance(item, Mapping):  # a file as `datasets` stores it
@@ -159,7 +159,7 @@ def _check_tool_calls(calls: Any, where: str) -> None:
 
 
 def _check_function(item: Any, where: str) -> Mapping[str, Any]:
-    """What a tool, or a call of one, holds under `function`, or the item itself; it must have a name."""
+    """The function of a tool or of a tool call: the value of `function`, or the item itself. It must have a name."""
     function = (item.get("function") or item) if isinstance(item, Mapping) else item
     if not isinstance(function, Mapping):
         raise ValueError(f"{where} must be a mapping with a `name`, alone or under `function`, got {item!r:.100}.")
@@ -169,10 +169,10 @@ def _check_function(item: Any, where: str) -> Mapping[str, Any]:
 
 
 def normalize_tools(tools: Any) -> list[Mapping[str, Any]] | None:
-    """Tools as mappings, made of functions where such are given.
+    """Converts tools that are functions to mappings, and checks all tools.
 
     Raises:
-        ValueError: they are no list of functions and mappings with names.
+        ValueError: The tools are not a list of functions and of mappings with names.
     """
     if tools is None:
         return None
@@ -186,13 +186,13 @@ def normalize_tools(tools: Any) -> list[Mapping[str, Any]] | None:
 
 
 def check_text(value: Any, where: str) -> None:
-    """Raise ValueError for strings, at any depth of lists and mappings, that no tokenizer can read."""
+    """Raises ValueError for strings that no tokenizer can read, at any depth of lists and mappings."""
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{where} must be text, but holds {value[error.start]!r}, one half of a surrogate pair, alone."
+                f"{where} must be text, but holds {value[error.start]!r}, one half of a surrogate pair alone."
             ) from None
     elif isinstance(value, Mapping):
         for key, item in value.items():

@@ -1,18 +1,21 @@
-"""Cutting frames into the flat patches that the vision tower reads."""
+"""Cuts frames into the flat patches that the vision tower reads."""
 
 import torch
 
 
 def patchify(frames: torch.Tensor, *, patch_size: int, temporal_patch_size: int, merge_size: int) -> torch.Tensor:
-    """Cut a batch of equally long, equally large frame sequences into patches.
+    """Cuts a batch of frame sequences of equal length and size into patches.
 
     Args:
-        frames: (batch, frames, channels, height, width); height and width are multiples of patch_size x merge_size.
-            Where the number of frames is not a multiple of `temporal_patch_size`, the last frame is repeated.
+        frames (batch, frames, channels, height, width): Height and width are multiples of patch_size * merge_size. The
+            last frame is repeated until the number of frames is a multiple of `temporal_patch_size`.
+        patch_size (int): Side of a patch, in pixels.
+        temporal_patch_size (int): Frames in a patch.
+        merge_size (int): merge_size x merge_size patches become one token.
 
     Returns:
-        (batch, grid_t * grid_h * grid_w, channels * temporal_patch_size * patch_size * patch_size). The
-        merge_size x merge_size patches that the projector merges into one token lie next to each other.
+        (batch, grid_t * grid_h * grid_w, channels * temporal_patch_size * patch_size * patch_size): The patches. The
+        patches that the projector merges into one token lie next to each other.
     """
     if missing := -frames.shape[1] % temporal_patch_size:
         frames = torch.cat([frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)

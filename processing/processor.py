@@ -20,18 +20,18 @@ from .special_tokens import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END_TOKEN, VISION_S
 class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
     """Tokenizer, image processor and video processor in one call.
 
-    Each image placeholder `]<]image[>[` and video placeholder `]<]video[>[` in the text becomes as many of itself as
-    the model has features for it: one per merged patch, between start and end tokens. A video has one such bracket
-    per temporal patch, each after its time (`]<]1.5 seconds[>[`, of its first frame) where the timing is known: for
-    files, whose frames have their own times on the file's time line, and for arrays given with `video_metadata` that
-    has `fps` and `frames_indices`.
+    Each image placeholder `]<]image[>[` and video placeholder `]<]video[>[` in the text is repeated, once for each
+    feature that the model computes: one per merged patch, between a start and an end token. A video has one such
+    bracket per temporal patch. If the timing is known, the time of its first frame stands before the bracket (`]<]1.5
+    seconds[>[`). Files have frame times of their own. An array has them with `video_metadata` that holds `fps` and
+    `frames_indices`.
 
-    Images and videos belong to the placeholders in their order. Given as one list per text, they are counted per
-    text; a flat list is counted over all texts.
+    Images and videos belong to the placeholders in order. If they come as one list per text, their number must fit
+    each text. If they come as a flat list, their number must fit all texts together.
 
     Raises:
-        ValueError: no text where a text is needed, an empty text, placeholders and media that do not match in number,
-            truncation that would cut an image or a video, or whatever the two media processors refuse.
+        ValueError: A text is missing or empty, the numbers of placeholders and media differ, truncation would cut an
+            image or a video, or one of the two media processors refuses an input.
     """
 
     IMAGE_TOKEN = IMAGE_TOKEN
@@ -39,7 +39,7 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
     VISION_START_TOKEN = VISION_START_TOKEN
     VISION_END_TOKEN = VISION_END_TOKEN
 
-    # Frames that fit the patch grid are kept; the video processor resizes the others by its own rule.
+    # Frames that fit the patch grid stay as they are. The video processor resizes the others by its own rule.
     videos_kwargs = {"do_resize": False, "return_metadata": True}
 
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
@@ -61,12 +61,12 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the model's inputs, `mm_token_type_ids` included."""
+        """Names of the model's inputs, including `mm_token_type_ids`."""
         return [*super().model_input_names, "mm_token_type_ids"]
 
     @property
     def unused_input_names(self) -> list[str]:
-        """Names of what the video processor returns for this class alone: no model takes them."""
+        """Names of the video processor's outputs that only this class uses, and no model."""
         return ["num_chunks_per_video"]
 
     def prepare_inputs_layout(
@@ -77,7 +77,7 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
         audio=None,
         **kwargs,
     ):
-        """As in Transformers; an empty list of images or videos, which data collators pass, means none."""
+        """Prepares the inputs as Transformers does. Empty lists, which data collators pass, count as no media."""
         if text is not None and not isinstance(text, (str, list, tuple)):
             raise ValueError(f"`text` must be a string or a list of strings, got {type(text).__name__}.")
         if is_list(images) and not flatten_images(map_sources(images)):
@@ -95,14 +95,14 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
         audio=None,
         **kwargs,
     ) -> None:
-        """Check texts and counts before anything is decoded or resized (see the class for what is refused)."""
+        """Checks texts and counts before anything is decoded or resized. The class docstring lists the errors."""
         if kwargs.get("sanitize_control_tokens"):
             raise ValueError(
-                "`sanitize_control_tokens` is an option of `apply_chat_template`: a finished `text` does not say which "
-                "of its control tokens somebody typed. Pass messages to it instead."
+                "`sanitize_control_tokens` is an option of `apply_chat_template`: a finished `text` does not say "
+                "which control tokens a user typed. Pass messages to `apply_chat_template` instead."
             )
         if "audios" in kwargs:
-            raise ValueError("`audios` is no argument: MiniMax-M3 takes text, images and videos.")
+            raise ValueError("`audios` is not an argument: MiniMax-M3 takes text, images and videos.")
         if text is None:
             if images is None and videos is None:
                 raise ValueError("at least one of `text`, `images` and `videos` must be given, got none of them.")
@@ -135,7 +135,7 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
     ) -> None:
         wanted = [sample.count(token) for sample in text]
         given = 0 if media is None else len(flatten(media))
-        # The wordings are those of Transformers, which other programs look for.
+        # These are the messages of Transformers, because other programs look for them.
         if media is None and sum(wanted):
             raise ValueError(
                 f"Found {sum(wanted)} {token} tokens in the text but no {name} were passed (tokens per text: {wanted})."
@@ -167,12 +167,12 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
         return self.VISION_START_TOKEN + token * (num_patches // merge_size**2) + self.VISION_END_TOKEN
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """What stands in the text for image `image_idx` of `image_inputs` (output of the image processor)."""
+        """The text that replaces the placeholder of image `image_idx` of the image processor's output."""
         merge_size = kwargs.get("merge_size") or self.image_processor.merge_size
         return self._bracket(self.image_token, int(image_inputs["image_grid_thw"][image_idx].prod()), merge_size)
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
-        """What stands in the text for video `video_idx` of `video_inputs` (output of the video processor)."""
+        """The text that replaces the placeholder of video `video_idx` of the video processor's output."""
         merge_size = kwargs.get("merge_size") or self.video_processor.merge_size
         temporal_patch_size = kwargs.get("temporal_patch_size") or self.video_processor.temporal_patch_size
         num_chunks = [int(count) for count in video_inputs["num_chunks_per_video"]]
@@ -189,7 +189,7 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
         return "".join(f"]<]{time:.1f} seconds[>[{bracket}" for time in first_times)
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
-        # also the brackets: truncation may cut between the last placeholder and its end token
+        # the start and end tokens too: truncation may cut between the last placeholder and its end token
         super()._check_special_mm_tokens(text, text_inputs, [*modalities, "vision_start", "vision_end"])
 
     def _normalize_conversations(self, conversation: Any) -> tuple[list, bool]:
@@ -205,22 +205,28 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
         sanitize_control_tokens: bool = False,
         **kwargs,
     ):
-        """Turn a chat, or a batch of chats, into a prompt, or with `tokenize=True` into model inputs.
+        """Turns a chat or a batch of chats into a prompt, or with `tokenize=True` into model inputs.
 
-        Arguments and results are those of `ProcessorMixin.apply_chat_template`. The chat template decides what its
-        variables are: `thinking_mode` ("adaptive", "enabled" or "disabled") and `model_identity` (a string).
+        The other arguments and the results are those of `ProcessorMixin.apply_chat_template`. The chat template has
+        two variables: `thinking_mode` ("adaptive", "enabled" or "disabled") and `model_identity` (a string).
 
         Args:
-            sanitize_control_tokens (`bool`, defaults to `False`): Whether control tokens that stand in messages, tools,
-                documents and template variables stay text, whoever wrote them: none of these then opens or ends a
-                turn, counts as an image or a video, or begins a tool call. Only what the chat template itself writes
-                becomes a control token. Text that holds none has the same ids either way. By default, as in
-                Transformers, they become control tokens. Needs `tokenize=True`, and goes with every other option.
+            conversation (list): A list of messages, or a list of such lists.
+            chat_template (`str`, *optional*): A template to use instead of the processor's own.
+            tools (`list`, *optional*): Tools that the model may call, as functions or mappings.
+            documents (`list`, *optional*): Documents for templates that read them.
+            *args (any): Further arguments of `ProcessorMixin.apply_chat_template`.
+            sanitize_control_tokens (`bool`, defaults to `False`): Whether control tokens in messages, tools, documents
+                and template variables stay ordinary text. Such text then cannot open or end a turn, count as an image
+                or a video, or begin a tool call. Only the chat template itself writes control tokens. Text without
+                control tokens has the same ids either way. By default control tokens in text act as tokens, as in
+                Transformers. This option needs `tokenize=True`, and works with every other option.
+            **kwargs (any): Further options of `ProcessorMixin.apply_chat_template`, and variables of the template.
 
         Raises:
-            ValueError: a message, a part of one, a tool call or a tool is none, with its place, or a string has half
-                a surrogate pair.
-            jinja2.TemplateError: the chat template refuses the chat, for a role that it does not know for example.
+            ValueError: A message, a part of a message, a tool call or a tool is malformed, or a string holds half of a
+                surrogate pair. The message names the place.
+            jinja2.TemplateError: The chat template refuses the chat, for example for an unknown role.
         """
         tools = normalize_tools(tools)
         check_text([kwargs.get("model_identity"), documents], "`model_identity` or `documents`")
@@ -228,8 +234,8 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
             return super().apply_chat_template(conversation, chat_template, tools, documents, *args, **kwargs)
         if not kwargs.get("tokenize"):
             raise ValueError(
-                "`sanitize_control_tokens=True` needs `tokenize=True`: a prompt that is a string cannot say which of "
-                "its control tokens somebody typed."
+                "`sanitize_control_tokens=True` needs `tokenize=True`: a prompt that is a string does not say which "
+                "control tokens a user typed."
             )
         conversations, is_batched = self._normalize_conversations(conversation)
         others = ("processor_kwargs", "images", "videos")
@@ -253,16 +259,16 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
         video_sizes: list[tuple[int, int, int]] | None = None,
         **kwargs,
     ) -> MultiModalData:
-        """Number of placeholder tokens and patches that a call gives, without the images and videos.
+        """The numbers of placeholder tokens and patches that a call returns for images and videos of these sizes.
 
-        Serving engines reserve space by it. Placeholders only, as `mm_token_type_ids` marks them: the start and end
+        Serving engines reserve space by them. Only placeholders count, as in `mm_token_type_ids`. The start and end
         tokens around them (two for each image and for each temporal patch of a video) and the times of a video are
-        text. A video's frames are those that are processed, that is after sampling.
+        text. The frames of a video are the frames after sampling.
 
         Args:
-            image_sizes: (height, width) of each image, in pixels.
-            video_sizes: (frames, height, width) of each video.
-            kwargs: options as given to the call.
+            image_sizes (list of (height, width), *optional*): Size of each image, in pixels.
+            video_sizes (list of (frames, height, width), *optional*): Size of each video.
+            **kwargs (any): Options of the call.
         """
         options = self._merge_kwargs(**kwargs)
         counts = {}
@@ -291,7 +297,7 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
         clean_up_tokenization_spaces: bool = False,
         **kwargs,
     ) -> list[str]:
-        """Decode generated ids, (batch, length), to one text each. Further options go to the tokenizer."""
+        """Decodes generated ids (batch, length) to one text per row. Further options go to the tokenizer."""
         return self.tokenizer.batch_decode(
             generated_outputs,
             skip_special_tokens=skip_special_tokens,

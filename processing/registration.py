@@ -1,7 +1,7 @@
-"""The one place that tells Transformers about our processors, so that its Auto classes return them.
+"""Registers our processors with Transformers, so that its Auto classes return them.
 
-A saved processor names its parts by class, and our classes have the names of Transformers' own. So without this,
-`MiniMaxM3VLProcessor.from_pretrained` would put Transformers' image and video processor into ours.
+A saved processor names its parts by class, and our classes have the same names as Transformers' own. Without the
+registration, `MiniMaxM3VLProcessor.from_pretrained` would put Transformers' image and video processors into ours.
 """
 
 from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor
@@ -16,8 +16,8 @@ from .video_processing import MiniMaxM3VLVideoProcessor
 
 
 def register_processors() -> None:
-    """Register the three processors. Calling it again changes nothing."""
-    # Transformers' configuration too: files that name no class are read by it unless our model is imported.
+    """Registers the three processors. A second call changes nothing."""
+    # Also for Transformers' configuration, which reads files that name no class until our model is imported.
     for config_class in (MiniMaxM3VLConfig, StockConfig):
         AutoImageProcessor.register(
             config_class, image_processor_classes={"torchvision": MiniMaxM3VLImageProcessor}, exist_ok=True
@@ -26,5 +26,5 @@ def register_processors() -> None:
             config_class, video_processor_classes={"torchvision": MiniMaxM3VLVideoProcessor}, exist_ok=True
         )
         AutoProcessor.register(config_class, MiniMaxM3VLProcessor, exist_ok=True)
-    # AutoProcessor looks a saved class name up among the built-in names first, and would find stock's.
+    # AutoProcessor first looks a saved class name up among the built-in names, where it would find stock's class.
     PROCESSOR_MAPPING_NAMES.pop(MiniMaxM3VLConfig.model_type, None)

@@ -1,4 +1,4 @@
-"""The resize rule: which size an image or a video frame gets before it is cut into patches."""
+"""The resize rule: the size of an image or a video frame before it is cut into patches."""
 
 import math
 
@@ -12,14 +12,14 @@ def smart_resize(
     min_pixels: int = 56 * 56,
     max_pixels: int = 14 * 14 * 4 * 1280,
 ) -> tuple[int, int]:
-    """Return the size nearest to (height, width), in pixels, that a grid of merged patches can cover.
+    """Returns the size nearest to (height, width), in pixels, that a grid of merged patches can cover.
 
-    Both sides of the result are positive multiples of `factor` (patch size x merge size). Its area lies within
-    [min_pixels, max_pixels] and the aspect ratio is kept as far as rounding allows; where no multiple fits (a very
-    elongated image, bounds closer than `factor` squared) the area may lie outside.
+    Both sides of the result are positive multiples of `factor` (patch size * merge size). The area lies within
+    [min_pixels, max_pixels], and the aspect ratio is kept as far as rounding allows. The area may lie outside if no
+    multiple fits: for a very elongated image, or for bounds that are closer than `factor` squared.
 
     Raises:
-        ValueError: a side, a bound or `factor` is not positive, or one side is more than 200 times the other.
+        ValueError: A side, a bound or `factor` is not positive, or one side is more than 200 times the other.
     """
     for name, value in (("height", height), ("width", width), ("factor", factor)):
         if value < 1:
@@ -48,9 +48,9 @@ def smart_resize(
 
 
 def check_pixel_bounds(min_pixels: int | None, max_pixels: int | None) -> None:
-    """Raise `ValueError` where both bounds are asked for and contradict each other.
+    """Raises `ValueError` if the caller gives both bounds and they contradict each other.
 
-    One alone may contradict the default of the other: then `max_pixels` counts first.
+    A single bound may contradict the default of the other. Then `max_pixels` takes precedence.
     """
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise ValueError(

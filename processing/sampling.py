@@ -1,11 +1,11 @@
-"""Which frames of a video are looked at."""
+"""Chooses the frames of a video that the model sees."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-# Matroska rounds times to a millisecond: a frame counts as shown this much before its time, in seconds.
+# In seconds. A frame counts as shown this much before its time, because Matroska rounds times to a millisecond.
 TIME_TOLERANCE = 1e-3
 
 
@@ -20,25 +20,31 @@ def sample_frame_indices(
     min_frames: int | None = None,
     max_frames: int | None = None,
 ) -> np.ndarray:
-    """Choose frames evenly spread over the time of a video.
+    """Chooses frames evenly spread over the time of a video.
 
-    With `num_frames`, exactly so many. With `fps`, those that are on show at duration x `fps` (rounded down) moments;
-    a frame that is on show at several of them is chosen once. Without either, all. Unless `num_frames` is given, the
-    number is then brought into [`min_frames`, `max_frames`], and never exceeds what the video has.
+    `num_frames` chooses exactly that number. `fps` chooses the frames that are on show at duration * `fps` (rounded
+    down) evenly spaced moments. A frame that is on show at several of them is chosen once. Without either, all frames
+    are chosen. Except with `num_frames`, the number is then brought into [`min_frames`, `max_frames`]. It never
+    exceeds the number of frames of the video.
 
     Args:
-        total_num_frames (int): frames of the video.
-        video_fps (float, Optional): frames per second of the video; needed for `fps` where there are no `times`.
-        times (sequence of float, Optional): when each frame begins to be shown, in seconds, increasing. Without it
-            each is shown equally long.
-        duration (float, Optional): from the first frame's begin to the last one's end, in seconds; goes with `times`.
+        total_num_frames (int): Frames of the video.
+        video_fps (float, optional): Frames per second of the video. `fps` needs it if there are no `times`.
+        times (sequence of float, optional): When each frame begins to be shown, in seconds, increasing. Without
+            `times`, each frame is shown for the same time.
+        duration (float, optional): Seconds from the begin of the first frame to the end of the last one. `times` need
+            it.
+        num_frames (int, optional): Number of frames to choose. It excludes `fps`.
+        fps (float, optional): Frames to choose per second of video.
+        min_frames (int, optional): Smallest number of frames to choose.
+        max_frames (int, optional): Greatest number of frames to choose.
 
     Returns:
         Strictly increasing indices of at least one frame, int64.
 
     Raises:
-        ValueError: an empty video, `num_frames` together with `fps` or larger than the video or than `max_frames`, a
-            rate or a `max_frames` that is not positive, `min_frames` above `max_frames`.
+        ValueError: The video is empty, `num_frames` comes together with `fps` or exceeds the video or `max_frames`, a
+            rate or `max_frames` is not positive, or `min_frames` is above `max_frames`.
     """
     if total_num_frames < 1:
         raise ValueError(f"the video must have at least one frame, got total_num_frames={total_num_frames}.")
@@ -76,7 +82,7 @@ def sample_frame_indices(
                 f"sampling by `fps` needs a positive `video_metadata.fps`, got {video_fps}. Pass `video_metadata` with "
                 "the frame rate of the video, or sample by `num_frames`."
             )
-        # The moments are k * end / count. A frame is on show at those from its own begin to the next one's.
+        # The moments are k * end / count. A frame is on show from its own begin to the begin of the next frame.
         count = max(1.0, math.floor(seconds * fps))
         first_moments = np.ceil((begins - tolerance) * count / end)
         chosen = np.flatnonzero(first_moments < np.append(first_moments[1:], count)).astype(np.int64)
@@ -85,7 +91,7 @@ def sample_frame_indices(
 
 
 def _spread(begins: np.ndarray, end: float, count: int, tolerance: float) -> np.ndarray:
-    """The frames on show at `count` evenly spaced moments, with neighbours in the place of what would come twice."""
+    """The frames on show at `count` evenly spaced moments. A neighbour replaces a frame that would come twice."""
     order = np.arange(count)
     on_show = np.searchsorted(begins - tolerance, order * end / count, side="right") - 1
     increasing = np.maximum.accumulate(on_show - order) + order

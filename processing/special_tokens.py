@@ -1,8 +1,8 @@
-"""The control tokens of MiniMax-M3's tokenizer, by name and by the ids they have in the released vocabulary.
+"""The control tokens of MiniMax-M3's tokenizer, by name and by their ids in the released vocabulary.
 
-The released vocabulary is a byte-level BPE of 200000 entries followed by these tokens; the embedding has
-200064 rows, the last few unused. Processors never use the ids below: they ask their tokenizer, so a small
-tokenizer with the same token strings works as well.
+The released vocabulary is a byte-level BPE of 200000 entries, followed by these tokens. The embedding has 200064 rows,
+and the last few are unused. Processors take ids from their tokenizer and not from this module, so a small tokenizer
+with the same token strings works as well.
 """
 
 BEGIN_OF_DOCUMENT_TOKEN = "]~!b["
@@ -84,10 +84,10 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     THINK_START_TOKEN,
     THINK_END_TOKEN,
 )
-"""In id order: the i-th has id `FIRST_SPECIAL_TOKEN_ID + i` in the released vocabulary."""
+"""In the order of their ids: token i has id `FIRST_SPECIAL_TOKEN_ID + i` in the released vocabulary."""
 
-# Markup that a reader of the generated text needs (reasoning and tool-call parsers look for it). A tokenizer
-# should know these as single tokens but not drop them under `skip_special_tokens=True`.
+# Markup that parsers of reasoning and tool calls look for in the generated text. A tokenizer should know these strings
+# as single tokens, but keep them with `skip_special_tokens=True`.
 TEXT_MARKUP_TOKENS: tuple[str, ...] = (
     "<think>",
     "</think>",

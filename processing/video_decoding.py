@@ -21,10 +21,10 @@ DECODERS: dict[str, type[PyavVideo] | type[TorchcodecVideo]] = {"pyav": PyavVide
 
 
 def find_decoder() -> str:
-    """Name the decoder to use: PyAV, which the extra `video` installs; without it torchcodec.
+    """Names the decoder to use: PyAV, which the extra `video` installs, or else torchcodec.
 
     Raises:
-        ImportError: there is none.
+        ImportError: No decoder is installed.
     """
     if is_av_available():
         return "pyav"
@@ -36,25 +36,25 @@ def find_decoder() -> str:
 def decode_video(
     source: str, sample_indices_fn: Callable[..., np.ndarray] | None = None, name: str = "videos"
 ) -> tuple[np.ndarray | torch.Tensor, VideoMetadata]:
-    """Decode the frames of a file or an address that `sample_indices_fn` chooses (all without it).
+    """Decodes the frames of a file or an address that `sample_indices_fn` chooses.
 
     Args:
-        source (str): local path, or http(s) address.
-        sample_indices_fn (Callable, Optional): takes `metadata`, whose `frame_times` are those of the whole video,
-            and returns increasing frame indices.
-        name (str): what to call the video in errors.
+        source (str): Local path or http(s) address.
+        sample_indices_fn (Callable, optional): Takes `metadata`, whose `frame_times` cover the whole video, and
+            returns increasing frame indices. Without it all frames are decoded.
+        name (str): Name of the video in errors.
 
     Returns:
-        The frames, upright, uint8, with 4 dimensions in the layout of the decoder, and their metadata;
-        `frames_indices` and `frame_times` have one entry for each.
+        The frames and their metadata. The frames are upright, uint8, with 4 dimensions in the layout of the decoder.
+        `frames_indices` and `frame_times` of the metadata have one entry per frame.
 
     Raises:
-        ValueError: no such file, one that `MediaLimits` refuse, not a video, nothing in it can be decoded, or what
-            `sample_indices_fn` refuses.
-        ImportError: there is no decoder.
+        ValueError: There is no such file, `MediaLimits` refuse it, it is not a video, nothing in it can be decoded, or
+            `sample_indices_fn` refuses it.
+        ImportError: No decoder is installed.
     """
     if not is_address(source) and not get_media_limits().allow_files:
-        raise ValueError(f"`{name}` must be an http(s) address, as `MediaLimits.allow_files` is False.")
+        raise ValueError(f"`{name}` must be an http(s) address, because `MediaLimits.allow_files` is False.")
     if not is_address(source) and not os.path.isfile(source):
         raise ValueError(f"`{name}` must be an existing file or an http(s) address, got {shorten(source)!r}.")
     decoder = find_decoder()

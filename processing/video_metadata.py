@@ -1,13 +1,15 @@
-"""What is known of a video's time line."""
+"""The times of a video's frames."""
 
 from transformers import video_utils
 
 
 class VideoMetadata(video_utils.VideoMetadata):
-    """Transformers' metadata, with the frames' own times where a file has told them.
+    """Transformers' metadata with the frame times of a file.
 
-    `frame_times` (list of float, Optional): when each frame begins to be shown, in seconds from the zero of the file's
-    time line, one entry per frame. It is not a field, so that the metadata stay a mapping with stock's keys.
+    Attributes:
+        frame_times (list of float, optional): When each frame begins to be shown, in seconds from the zero of the
+            file's time line, one entry per frame. It is not a dataclass field, so that the metadata stay a mapping
+            with stock's keys.
     """
 
     frame_times: list[float] | None = None
@@ -17,6 +19,6 @@ class VideoMetadata(video_utils.VideoMetadata):
         """When each frame begins to be shown, in seconds.
 
         Raises:
-            ValueError: neither the frames' own times nor both of `fps` and `frames_indices` are known.
+            ValueError: There are no frame times, and `fps` or `frames_indices` is missing.
         """
         return super().timestamps if self.frame_times is None else self.frame_times

@@ -1,4 +1,4 @@
-"""How a frame must be turned to stand upright, as cameras and phones note it in the file."""
+"""Turns frames upright, as cameras and phones note it in the file."""
 
 import struct
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Turn(NamedTuple):
-    """Swap rows and columns first, then mirror."""
+    """A turn that first swaps rows and columns, and then mirrors."""
 
     transpose: bool
     mirror_x: bool  # left and right
@@ -15,10 +15,10 @@ class Turn(NamedTuple):
 
 
 def turn_of(frame: Any) -> Turn:
-    """Read the display matrix of a decoded PyAV frame, to the nearest quarter turn, mirrored or not.
+    """Reads the display matrix of a decoded PyAV frame, to the nearest quarter turn, with or without mirroring.
 
-    The matrix takes a pixel at (x, y), y downwards, to (a x + c y, b x + d y). PyAV 14.0 has no `frame.rotation`, which
-    besides tells nothing of mirroring.
+    The matrix moves a pixel from (x, y), y downwards, to (a x + c y, b x + d y). `frame.rotation` would not do: PyAV
+    14.0 does not have it, and it ignores mirroring.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:

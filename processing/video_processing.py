@@ -1,4 +1,4 @@
-"""Videos to the flat patches, grid sizes and chunk counts that the vision tower reads."""
+"""From videos to the flat patches, grid sizes and chunk counts that the vision tower reads."""
 
 import copy
 import math
@@ -40,28 +40,28 @@ class MiniMaxM3VLVideoProcessorKwargs(VideosKwargs, total=False):
     """Options of the video processor beyond those of every video processor.
 
     Args:
-        patch_size (int): side of a patch, in pixels. Default: 14.
-        temporal_patch_size (int): frames in a patch. Default: 2.
-        merge_size (int): merge_size x merge_size patches become one token. Default: 2.
-        min_pixels (int): least area of a resized frame, in pixels. Default: 4 * 28 * 28.
-        max_pixels (int): greatest area of a resized frame, in pixels. Default: 768 * 28 * 28.
-        total_pixels (int): greatest area of all resized frames of a video together, in pixels.
-        vision_segment_max_frames (int, Optional): greatest number of temporal patches that attend to each other in
-            the vision tower; None keeps each video whole. Default: 4.
-        do_sample_frames (bool, Optional): False takes every frame; True samples, by the processor's own `num_frames`
-            or `fps` where the call gives neither. Without it (as by default), a call samples if it gives `num_frames`,
-            `fps` or `max_frames`; and of a file without any of these come the processor's own `num_frames`, or all
-            frames up to the processor's own `max_frames`.
-        num_frames (int, Optional): frames to sample, exactly; excludes `fps`. Default: None.
-        fps (float): frames to sample per second of video. Default: 1.0.
-        min_frames (int, Optional): least number of frames to sample (all, where the video has fewer). The
-            processor's own goes with the processor's own `fps`, not with one from the call. Default: 4.
-        max_frames (int, Optional): greatest number of frames to sample; the processor's own does not bind
-            `num_frames`. Default: 768.
+        patch_size (int): Side of a patch, in pixels. Default: 14.
+        temporal_patch_size (int): Frames in a patch. Default: 2.
+        merge_size (int): `merge_size` x `merge_size` patches become one token. Default: 2.
+        min_pixels (int): Least area of a resized frame, in pixels. Default: 4 * 28 * 28.
+        max_pixels (int): Greatest area of a resized frame, in pixels. Default: 768 * 28 * 28.
+        total_pixels (int): Greatest area of all resized frames of a video together, in pixels.
+        vision_segment_max_frames (int, optional): Greatest number of temporal patches that attend to each other in
+            the vision tower. None keeps each video whole. Default: 4.
+        do_sample_frames (bool, optional): False takes every frame. True samples, by the processor's own `num_frames`
+            or `fps` if the call gives neither. By default (None) a call samples if it gives `num_frames`, `fps` or
+            `max_frames`. If it gives none of them, a file yields the processor's own `num_frames`, or else all frames
+            up to the processor's own `max_frames`.
+        num_frames (int, optional): Number of frames to sample, exactly. It excludes `fps`. Default: None.
+        fps (float): Frames to sample per second of video. Default: 1.0.
+        min_frames (int, optional): Least number of frames to sample (all frames of a shorter video). The processor's
+            own `min_frames` counts with the processor's own `fps`, but not with `fps` of the call. Default: 4.
+        max_frames (int, optional): Greatest number of frames to sample. The processor's own `max_frames` does not
+            limit `num_frames`. Default: 768.
 
-    The defaults are those of the released processor. Of these its code never reads `total_pixels`, `min_frames` and
-    `max_frames`. `total_pixels` counts here in a call, or on a processor set to another value than the released one,
-    which every saved file carries.
+    The defaults are those of the released processor, whose code never reads `total_pixels`, `min_frames` and
+    `max_frames`. Every saved file has the released value of `total_pixels`. So here `total_pixels` counts only if a
+    call gives it, or if the processor has a different value than the released one.
     """
 
     patch_size: int
@@ -79,16 +79,17 @@ class MiniMaxM3VLVideoProcessorKwargs(VideosKwargs, total=False):
 class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
     """Samples, resizes, normalises and cuts videos into patches, on the CPU or (`device="cuda"`) on a GPU.
 
-    Output of a call: `pixel_values_videos` (patches of all videos, channels * temporal_patch_size * patch_size**2),
-    float32; `video_grid_thw` (chunks of all videos, 3), int64: the number of patches along time, height and width;
-    `num_chunks_per_video` (videos): how many rows of `video_grid_thw` belong to each video. An odd frame at the end
-    is paired with itself.
+    A call returns `pixel_values_videos`, float32 (patches of all videos, channels * temporal_patch_size *
+    patch_size**2); `video_grid_thw`, int64 (chunks of all videos, 3): the number of patches along time, height and
+    width; and
+    `num_chunks_per_video` (videos): how many rows of `video_grid_thw` belong to each video. An odd frame at the end is
+    paired with itself.
 
-    `do_resize=False` keeps frames that fit the patch grid as they are; frames that do not fit are resized all the
-    same, since nothing else can be done with them.
+    `do_resize=False` keeps frames that fit the patch grid as they are. Frames that do not fit are resized even then,
+    because they could not be cut into patches otherwise.
 
     Raises:
-        ValueError: a video cannot be decoded, has no frames, is empty, too elongated or not finite, or its metadata
+        ValueError: A video cannot be decoded, has no frames, is empty, too elongated or not finite, or its metadata
             contradict it. The message names the video by its index.
     """
 
@@ -118,27 +119,27 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
 
     def __init__(self, **kwargs: Unpack[MiniMaxM3VLVideoProcessorKwargs]):
         super().__init__(**kwargs)
-        # the base class takes None for "not given"; here it has a meaning
+        # the base class reads None as "not given", but here None has a meaning
         if "vision_segment_max_frames" in kwargs:
             self.vision_segment_max_frames = kwargs["vision_segment_max_frames"]
 
     def fetch_videos(
         self, video_url_or_urls: Any, sample_indices_fn: Callable[..., np.ndarray] | None = None
     ) -> tuple[Any, Any]:
-        """Decode a path or an address (or a list of them) to frames and metadata."""
+        """Decodes a path or an address, or a list of them, to frames and metadata."""
         if isinstance(video_url_or_urls, (list, tuple)):
             decoded = [self.fetch_videos(source, sample_indices_fn) for source in video_url_or_urls]
             return [video for video, _ in decoded], [metadata for _, metadata in decoded]
         return decode_video(as_source(video_url_or_urls), sample_indices_fn)
 
-    # It counts once somebody asked for it (see MiniMaxM3VLVideoProcessorKwargs).
+    # It counts only if it was set on purpose (see MiniMaxM3VLVideoProcessorKwargs).
     def _total_pixels(self, options: Mapping[str, Any]) -> int | None:
         if options.get("total_pixels") is not None:
             return options["total_pixels"]
         return None if self.total_pixels == type(self).total_pixels else self.total_pixels
 
     def preprocess(self, videos: VideoInput, **kwargs: Unpack[MiniMaxM3VLVideoProcessorKwargs]) -> BatchFeature:
-        """Process one video or several (see the class for what comes out and `flatten_videos` for what goes in)."""
+        """Processes one video or several. See `flatten_videos` for the inputs and the class for the outputs."""
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
             if kwargs.get(name, getattr(self, name)) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {kwargs.get(name, getattr(self, name))}.")
@@ -147,7 +148,8 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
         if segment is not None and segment < 1:
             raise ValueError(f"`vision_segment_max_frames` must be at least 1 or None, got {segment}.")
         kwargs["total_pixels"] = self._total_pixels(kwargs)
-        # the base class fills in what is missing, but None: what the call leaves open is for `sample_frames` to settle
+        # the base class would fill in missing options, but not None: `sample_frames` chooses the values of open
+        # options
         for name in ("num_frames", "fps", "min_frames", "max_frames"):
             kwargs.setdefault(name, None)
         if kwargs.setdefault("do_sample_frames", None) is None:
@@ -166,16 +168,16 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
         max_frames: int | None = None,
         **kwargs,
     ) -> np.ndarray:
-        """Choose frames evenly spread over the time of the video: `num_frames` of them, or `fps` per second.
+        """Chooses frames evenly spread over the time of the video: `num_frames` of them, or `fps` per second.
 
-        Without either, those of the processor: its `num_frames` if it has one, else its `fps`. `fps=math.inf` is every
+        Without either, the processor's own `num_frames` counts, or else its own `fps`. `fps=math.inf` takes every
         frame. See MiniMaxM3VLVideoProcessorKwargs for the limits.
 
         Returns:
             Strictly increasing frame indices, int64.
 
         Raises:
-            ValueError: as `sample_frame_indices`.
+            ValueError: See `sample_frame_indices`.
         """
         is_own_rate = num_frames is None and fps is None
         if is_own_rate and self.num_frames is not None:
@@ -204,7 +206,7 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
         do_sample_frames: bool | None = None,
         sample_indices_fn: Callable[..., np.ndarray] | None = None,
     ) -> tuple[list[Any], list[VideoMetadata]]:
-        # Unlike the base class, which goes by the first video: each by its own kind, so that a batch may mix them.
+        # Each video is treated by its own kind, so that a batch may mix kinds. The base class looks only at the first.
         videos = flatten_videos(map_sources(videos))
         if not videos:
             raise ValueError("`videos` must hold at least one video, got none.")
@@ -213,7 +215,7 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
             name = f"videos[{index}]"
             if isinstance(video, str):
                 choose = sample_indices_fn
-                if do_sample_frames is None:  # nothing asked for
+                if do_sample_frames is None:  # the call says nothing about sampling
                     choose = self.sample_frames if self.num_frames else partial(self.sample_frames, fps=math.inf)
                 videos[index], all_metadata[index] = decode_video(video, choose, name)
                 check_pixels(videos[index], name)
@@ -222,7 +224,7 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
             if isinstance(video, list):
                 if isinstance(video[0], str):
                     if do_sample_frames:
-                        raise ValueError(  # stock's words, which other tools look for
+                        raise ValueError(  # stock's message, because other tools look for it
                             f"`{name}`: Sampling frames from a list of images is not supported! Set "
                             "`do_sample_frames=False`."
                         )
@@ -285,7 +287,7 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
     ) -> list[torch.Tensor]:
         prepared = []
         for index, video in enumerate(videos):
-            # one at a time: the base class would read all of them in the layout of the first
+            # one at a time, because the base class would read all videos in the layout of the first
             layout = input_data_format or self._find_layout(video, f"videos[{index}]")
             prepared += super()._prepare_input_videos([video], do_convert_rgb, layout, device)
         return prepared
@@ -299,7 +301,7 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
                 continue
         raise ValueError(
             f"`{name}` must have 1, 3 or 4 channels after its frames or at its end, got shape {tuple(video.shape)}. "
-            "Pass `input_data_format` if it has."
+            "If the channels stand elsewhere, pass `input_data_format`."
         )
 
     def _output_size(
@@ -392,25 +394,25 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
 
     @staticmethod
     def _split_time(grid_t: int, grid_h: int, grid_w: int, longest: int | None) -> list[list[int]]:
-        """Cut a video along time into chunks of at most `longest` temporal patches."""
+        """Cuts a video along time into chunks of at most `longest` temporal patches."""
         longest = longest or grid_t
         return [[min(longest, grid_t - start), grid_h, grid_w] for start in range(0, grid_t, longest)]
 
     def get_num_of_video_patches(
         self, num_frames: int, height: int, width: int, videos_kwargs: dict | None = None
     ) -> int:
-        """Number of patches (before merging) that a call gives for one video, without the video.
+        """The number of patches, before merging, that a call returns for a video of this size.
 
         Serving engines size their buffers by it.
 
         Args:
-            num_frames (int): frames that are processed, that is after sampling.
-            height (int): of a frame, in pixels.
-            width (int): of a frame, in pixels.
-            videos_kwargs (dict, Optional): options as given to the call.
+            num_frames (int): Number of frames after sampling.
+            height (int): Height of a frame, in pixels.
+            width (int): Width of a frame, in pixels.
+            videos_kwargs (dict, optional): Options of the call.
 
         Raises:
-            ValueError: as the call itself.
+            ValueError: The call would raise it too.
         """
         if num_frames < 1:
             raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")

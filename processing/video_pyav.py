@@ -1,4 +1,4 @@
-"""Video files through PyAV."""
+"""Reads video files with PyAV."""
 
 import io
 from collections.abc import Iterator
@@ -10,29 +10,29 @@ import numpy as np
 from .media_limits import check_frame_size, get_media_limits
 from .video_orientation import turn_of, turn_upright
 
-# FFmpeg's AVFMT_TS_DISCONT: MPEG-TS, MPEG-PS and Ogg, whose clocks start anywhere.
+# FFmpeg's AVFMT_TS_DISCONT: MPEG-TS, MPEG-PS and Ogg, whose clocks may start at any time.
 FORMATS_WITHOUT_ZERO = 0x0200
-GUESSED_RATE = 25  # what FFmpeg takes for a stream that tells nothing
+GUESSED_RATE = 25  # FFmpeg's rate for a stream without any timing
 
 
 class PyavVideo:
-    """Reads a file once for its times, without decoding, and once for the frames that are wanted.
+    """Reads a file once for its times, without decoding, and once for the wanted frames.
 
-    Memory holds the wanted frames only. What cannot be decoded is left out.
+    Memory holds only the wanted frames. Frames that cannot be decoded are left out.
 
     Args:
-        content (str or bytes): path of a local file, or what is in it.
+        content (str or bytes): Path of a local file, or the content of a file.
 
     Attributes:
-        times (list of float): when each frame begins to be shown, in seconds from the zero of the file's time line, or
-            from the file's start where the format has no zero. Increasing.
-        end (float): when the last frame ceases to be shown.
-        fps (float, Optional): average rate, as the file declares it.
-        declared_duration (float, Optional): how long the frames should be shown, as the file declares it.
+        times (list of float): When each frame begins to be shown, increasing, in seconds from the zero of the file's
+            time line, or from the start of the file if the format has no zero.
+        end (float): When the last frame ends.
+        fps (float, optional): Average rate that the file declares.
+        declared_duration (float, optional): Duration that the file declares, in seconds.
 
     Raises:
-        ValueError: there are no pictures, or they are larger than `MediaLimits` allow.
-        av.FFmpegError: it is no video file.
+        ValueError: The file has no frames, or they are larger than `MediaLimits` allow.
+        av.FFmpegError: The file is not a video file.
     """
 
     def __init__(self, content: str | bytes):
@@ -45,9 +45,9 @@ class PyavVideo:
             if container.format.flags & FORMATS_WITHOUT_ZERO:
                 self._zero = (container.start_time or 0) / 1e6  # microseconds
             rate = stream.average_rate or stream.guessed_rate
-            # AVI tells when a packet is decoded only. Its frames come out in the order of these times.
+            # AVI has only the times of decoding. The decoder returns frames in the order of these times.
             self._has_times = container.format.name != "avi"
-            # A packet is a frame; discarded ones are those that an edit list cuts off.
+            # Each packet is a frame. An edit list cuts off the discarded ones.
             lengths = {
                 packet.pts if self._has_times else packet.dts: packet.duration or 0
                 for packet in self._packets(container, stream)
@@ -81,7 +81,7 @@ class PyavVideo:
 
         if isinstance(self._content, str):
             container = av.open(self._content)
-        else:  # from elsewhere: if it is a list of other files, none of them may be read
+        else:  # downloaded content: it may be a playlist of other files, which must not be read
             container = av.open(io.BytesIO(self._content), options={"protocol_whitelist": "data"})
         try:
             stream = container.streams.best("video")
@@ -89,7 +89,7 @@ class PyavVideo:
                 raise ValueError("it has no pictures")
             check_frame_size(stream.codec_context.width, stream.codec_context.height)
             if (limit := get_media_limits().max_image_pixels) is not None:
-                stream.codec_context.options = {"max_pixels": str(limit)}  # for those that grow midway
+                stream.codec_context.options = {"max_pixels": str(limit)}  # frames may grow midway
         except Exception:
             container.close()
             raise
@@ -104,7 +104,7 @@ class PyavVideo:
                 packet = next(packets)
             except StopIteration:
                 return
-            except av.FFmpegError as error:  # the end of a file that was cut
+            except av.FFmpegError as error:  # the file was cut off here
                 self._fault = error
                 return
             yield packet
@@ -124,25 +124,26 @@ class PyavVideo:
                 yield from frames
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float]]:
-        """Decode the frames at increasing `indices`.
+        """Decodes the frames at increasing `indices`.
 
-        In the place of a frame that cannot be decoded stands the next one, if that is not wanted itself.
+        If a frame cannot be decoded, the next frame replaces it, unless the next frame is wanted too.
 
         Returns:
-            The frames, upright, (frames, height, width, 3) uint8, their indices and their times: fewer than wanted
-            where the file is damaged, but at least one.
+            The upright frames, uint8 (frames, height, width, 3), their indices and their times. A damaged file may
+            yield fewer frames than wanted, but at least one.
         """
         wanted = self._ticks[indices]
         video, found = self._collect(wanted, "AUTO")
         if not np.array_equal(found, wanted):
-            # Beside a damaged frame threads lose intact ones, as many as the machine has cores. One thread does not.
+            # Near a damaged frame, several threads lose as many intact frames as the machine has cores. One thread
+            # loses none.
             video, found = self._collect(wanted, "NONE")
         if len(found) == 0:
             raise self._fault or ValueError("none of its frames can be decoded")
         return video, np.searchsorted(self._ticks, found), self._seconds(found)
 
     def _collect(self, wanted: np.ndarray, threads: str) -> tuple[np.ndarray | None, np.ndarray]:
-        """The frames at the ticks `wanted`, or the next ones, upright, and their ticks."""
+        """The upright frames at the ticks `wanted`, or the frames after them, and their ticks."""
         room, video, found = len(wanted), None, []
         for count, frame in enumerate(self._frames(threads)):
             tick = frame.pts if self._has_times else self._ticks[min(count, len(self._ticks) - 1)]
@@ -152,7 +153,7 @@ class PyavVideo:
             if video is None:
                 height, width = (frame.width, frame.height) if turn.transpose else (frame.height, frame.width)
                 video = np.empty((room, height, width, 3), dtype=np.uint8)
-            # the size may change midway; that of the first frame counts
+            # the size may change midway: the size of the first frame counts
             size = (height, width) if turn.transpose else (width, height)
             video[len(found)] = turn_upright(frame.to_ndarray(format="rgb24", width=size[0], height=size[1]), turn)
             found.append(tick)

@@ -1,4 +1,4 @@
-"""Video files through torchcodec, for who has it and not PyAV."""
+"""Reads video files with torchcodec, if PyAV is not installed."""
 
 import numpy as np
 import torch
@@ -9,10 +9,10 @@ FRAMES_AT_ONCE = 16
 
 
 class TorchcodecVideo:
-    """As `PyavVideo`, except that it decodes the file for the times too.
+    """Reads a file as `PyavVideo` does, but also decodes it to read the times.
 
-    torchcodec turns frames itself, but does not mirror those that the file wants mirrored. Times are the file's, in
-    formats without a zero too. A file with damage anywhere cannot be read.
+    torchcodec turns frames upright by itself, but ignores mirroring. Times are always those of the file, even if the
+    format has no zero. torchcodec cannot read a file with any damage.
     """
 
     def __init__(self, content: str | bytes):
@@ -33,12 +33,12 @@ class TorchcodecVideo:
 
     @staticmethod
     def turns_frames() -> bool:
-        """Whether the installed version turns frames upright; older ones leave them and do not tell."""
+        """Whether the installed version turns frames upright. Older versions do not, without a warning."""
         from torchcodec.decoders import VideoStreamMetadata
 
         return "rotation" in VideoStreamMetadata.__dataclass_fields__
 
     def read(self, indices: np.ndarray) -> tuple[torch.Tensor, np.ndarray, list[float]]:
-        """Decode the frames at increasing `indices`: (frames, 3, height, width) uint8."""
+        """Decodes the frames at increasing `indices` to uint8 (frames, 3, height, width)."""
         frames = self._decoder.get_frames_at(indices.tolist())
         return frames.data, indices, frames.pts_seconds.tolist()

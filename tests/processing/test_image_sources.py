@@ -207,7 +207,7 @@ MISSING = {
     "file://photo.png": "names the host 'photo.png'; write file:///",
     "s3://bucket/cat.png": "'s3://' is not supported: give a path",
     "": "an empty string is neither a path nor an address nor base64 text",
-    "folder": "this path is a folder; the path of an image file is needed",
+    "folder": "this path is a folder; give the path of an image file",
     "empty.png": "it is empty: 0 bytes",
     "text.png": "it is no image in a format that Pillow reads",
     "data:image/png;base64": "a data URL must have a comma",

@@ -303,7 +303,7 @@ def test_lists_of_frames_are_not_lists_per_text(pixels, processor):
         ({"text": []}, "`text` must hold at least one prompt"),
         ({"text": [["pre", "tokenized"]]}, r"`text\[0\]` must be a string"),
         ({"text": 5}, "`text` must be a string or a list of strings, got int"),
-        ({"text": "a", "audios": [np.zeros(9)]}, "`audios` is no argument"),
+        ({"text": "a", "audios": [np.zeros(9)]}, "`audios` is not an argument"),
         ({"text": ["a", "b\ud83d"]}, r"`text\[1\]` must be text, but holds '.ud83d', one half of a surrogate pair"),
         ({"text": "a", "sanitize_control_tokens": True}, "`sanitize_control_tokens` is an option of `apply_chat_temp"),
     ],

@@ -133,7 +133,7 @@ BAD_VIDEOS = {
     "frame-sizes": (
         [[GOOD_VIDEO[0], np.zeros((28, 28, 3), np.uint8)]],
         {},
-        "the frames of `videos[0]` must have one size",
+        "the frames of `videos[0]` must have the same size",
     ),
     "channels": (
         [np.zeros((2, 28, 56, 5))],

@@ -82,7 +82,7 @@ for kind in ("image", "video"):
         for name, item in {"empty": "", "dict": {}, "number": 5}.items():
             REFUSED[f"{kind} {source} {name}"] = (
                 parts({"type": kind, source: item}),
-                rf"message 1 .*: `content\[0\]`: `{source}` must be the {kind}, or say where it is, got",
+                rf"message 1 .*: `content\[0\]`: `{source}` must hold the {kind} or its source, got",
             )
 
 
