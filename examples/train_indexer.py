@@ -1,22 +1,21 @@
-"""Watch indexers learn to choose the key blocks that the attention needs.
-
-A small model is trained on a lookup task and frozen. Its indexers start from random weights, and only their own loss
-teaches them.
+"""Train only the indexers of a small model, and show what they learn.
 
     python examples/train_indexer.py --output FOLDER
 
-Takes some minutes on one CPU core, and nothing is downloaded. Writes `indexer_training.json` and
+This takes some minutes on one CPU core and downloads nothing. It writes `indexer_training.json` and
 `indexer_training.png` to the folder.
 
-1. The model learns with dense attention (`indexer_warmup`). In its documents, tokens of a class carry a value that the
-   document draws at random, so that attention has to find earlier tokens of the class that comes next.
-2. Everything but the indexers is frozen; `indexer_warmup` trains them over all keys.
-3. The warm-up ends: attention is sparse, and the loss runs over the chosen blocks only.
+1. The model learns a lookup task with dense attention (`indexer_warmup`). In its documents, each token belongs to a
+   class and carries a value. Each document draws the value of each class at random. So attention has to find earlier
+   tokens of the class that comes next.
+2. Everything but the indexers is frozen. `indexer_warmup` trains the indexers, from random weights, over all keys.
+3. The warm-up ends. Attention is sparse, and the indexers' loss runs only over the chosen blocks.
 
-Measured on documents that no training step saw, for queries that must leave blocks out: the share of the dense
-attention's probability that lies in the chosen blocks, and in as many blocks that an oracle chooses, which knows those
-probabilities. As an indexer ranks a block by its best key, and the oracle by the sum over its keys, a third choice is
-measured too: that of an indexer whose scores are the attention's own.
+The script measures the share of the dense attention's probability that lies in the chosen blocks, on documents that no
+training step saw, for queries that must leave blocks out. It compares this share with two other choices of as many
+blocks. The oracle knows the probabilities and takes the best blocks. The choice "best keys" is the choice of an
+indexer whose scores are the attention's own: an indexer ranks a block by its best key, while the oracle ranks it by
+the sum over its keys.
 """
 
 import argparse
@@ -39,15 +38,19 @@ from replace_when_done import replace_when_done
 
 TOKENS, BATCH = 512, 4
 TOPICS, CLASSES, VALUES = 24, 4, 4  # classes in a topic, values of a class
-TOPICS_OF_DOCUMENT, SEGMENT = 5, 32  # a document has this many topics, and changes between them every so many tokens
+TOPICS_OF_DOCUMENT, SEGMENT = 5, 32  # topics of a document, and tokens after which the topic changes
 FIRST_TOKEN = 2
 
 
 def documents(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Token ids (count, TOKENS) of documents that ask for lookups.
+    """Makes token ids (count, TOKENS).
 
-    A token is a class and the value that its document gave to that class. Within a segment, each class is followed by
-    one of two others of the topic, so only its value can be looked up.
+    A token stands for a class and for the value of this class in this document. Within a segment, each class is
+    followed by one of two other classes of the topic. So the next class is uncertain, but its value can be looked up.
+
+    Args:
+        count (int): Number of documents.
+        generator (torch.Generator): Source of the random numbers.
     """
     language = torch.Generator().manual_seed(0)  # the same in every call
     followers = torch.stack(
@@ -72,7 +75,7 @@ def documents(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def make_model() -> MiniMaxM3VLForCausalLM:
-    """Two sparse layers: 4 of up to 32 blocks of 16 keys for each query and group of two heads."""
+    """A model of two sparse layers. A query attends to 4 of up to 32 blocks of 16 keys for each key/value head."""
     text = {
         "vocab_size": FIRST_TOKEN + TOPICS * CLASSES * VALUES + 64,
         "num_hidden_layers": 2,
@@ -89,7 +92,7 @@ def make_model() -> MiniMaxM3VLForCausalLM:
 def train(
     model: nn.Module, steps: int, rate: float, generator: torch.Generator, report: Callable[[int, Any], None]
 ) -> None:
-    """Trains what is trainable on fresh documents; calls `report(step, output)` before each update."""
+    """Trains the trainable parameters on fresh documents. Calls `report(step, output)` before each update."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = max(1, steps // 20)
@@ -110,11 +113,18 @@ def train(
 
 @torch.no_grad()
 def coverage(model: MiniMaxM3VLForCausalLM, tokens: torch.Tensor) -> dict[str, float]:
-    """Shares of the dense attention's probability that lie in the chosen blocks.
+    """Measures the share of the dense attention's probability in the blocks of several choices.
 
-    The indexers choose them, or an oracle, or the attention's own best keys; the query's own block, which every choice
-    includes, counts by itself too. The shares are means over sparse layers, key/value heads, and the queries that see
-    more blocks than they choose.
+    The choices are the indexers', an oracle's, the attention's own best keys, and the query's own block, which every
+    choice includes. Shares are means over sparse layers, key/value heads, and the queries that see more blocks than
+    they choose.
+
+    Args:
+        model (MiniMaxM3VLForCausalLM): The model.
+        tokens (B, T): Token ids of documents.
+
+    Returns:
+        The share of each choice by its name, and "of oracle", the indexers' share over the oracle's.
     """
     config = model.config
     size, topk = config.index_block_size, config.index_topk_blocks
@@ -135,13 +145,13 @@ def coverage(model: MiniMaxM3VLForCausalLM, tokens: torch.Tensor) -> dict[str, f
 
     offsets = torch.arange(batch + 1, dtype=torch.int32) * length
     own_block = torch.arange(length) // size
-    late = own_block >= topk  # where more blocks are visible than can be chosen
+    late = own_block >= topk  # queries that see more blocks than they can choose
     own_block = own_block[late][None, :, None, None].expand(batch, -1, config.num_key_value_heads, 1)
     shares = {"indexer": [], "oracle": [], "best keys": [], "own block": []}
     sparse = [i for i, kind in enumerate(config.layer_types) if kind == "minimax_m3_sparse"]
     for layer, (index_query, index_key) in zip(sparse, indexed):
         weights = attentions[layer].unflatten(1, (config.num_key_value_heads, -1)).mean(2).transpose(1, 2)[:, late]
-        weights = weights.unflatten(-1, (-1, size))  # (B, T, groups, blocks, keys)
+        weights = weights.unflatten(-1, (-1, size))  # (B, T, H_kv, blocks, keys)
         mass = weights.sum(-1)
         chosen = msa.select_blocks(
             index_query.flatten(0, 1),

@@ -2,9 +2,10 @@
 
     python scripts/check_install.py .venv-newest
 
-Builds the wheel of this checkout, makes the environment anew, and takes the README's `pip install` commands in their
-order, with the wheel in the place of the checkout. So it gets what these resolve to today. After each command the
-snippets that it makes possible run, on a tiny checkpoint, in a folder of their own. Prints the versions.
+The script builds the wheel of this checkout and makes a new environment. Then it runs the README's `pip install`
+commands in order, with the wheel instead of the checkout, so that pip chooses today's versions. After each command it
+runs the snippets that need this command, on a tiny checkpoint, in a temporary folder. At the end it prints the
+versions.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-# The snippets that follow each command of the README's Install, and what makes the files that they name.
+# The snippets to run after each command of the README's Install, and the code that makes their files.
 STAGES = {
     ".": ["Chat with an image", "Several conversations at once"],
     ".[video]": ["Chat with a video"],
@@ -44,7 +45,7 @@ def read_snippet(heading: str) -> str:
 
 
 def read_install_commands() -> list[str]:
-    """What the README's Install gives to `pip install`, in its order."""
+    """The arguments of `pip install` in the README's Install, in order."""
     block = re.search(r"^## Install$.*?^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[1]
     return re.findall(r'^pip install "?(\.[^"\s]*)"?', block, re.MULTILINE)
 
@@ -57,13 +58,13 @@ def build_wheel(python: Path, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("venv", type=Path, help="folder of the environment; what is there is removed")
+    parser.add_argument("venv", type=Path, help="folder of the environment; its content is removed first")
     parser.add_argument("--keep_wheel", type=Path, help="copy the wheel to this folder")
     arguments = parser.parse_args()
 
     commands = read_install_commands()
     if commands != list(STAGES):
-        sys.exit(f"the README's Install has the commands {commands}, and this script knows {list(STAGES)}")
+        sys.exit(f"the README's Install must have the commands {list(STAGES)}, got {commands}: update STAGES")
     venv.create(arguments.venv, clear=True, with_pip=True)
     python = arguments.venv.resolve() / "bin" / "python"
     with tempfile.TemporaryDirectory() as temporary:

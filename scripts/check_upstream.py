@@ -1,10 +1,10 @@
-"""Say whether a release of Transformers is out that this project does not allow yet, and which tests fail on it.
+"""Check whether there is a release of Transformers that this project does not allow yet, and which tests fail on it.
 
     python scripts/check_upstream.py            # the tests marked `compatibility`
     python scripts/check_upstream.py --all      # all tests
     python scripts/check_upstream.py --release 5.25.0
 
-Makes an environment for it, `.venv-upstream`. Exits with 1 where tests fail.
+The script makes an environment for it, `.venv-upstream`. The exit status is 1 if a test fails.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def read_allowed() -> SpecifierSet:
 
 
 def find_newest() -> str:
-    """The release that `pip install transformers` takes today."""
+    """The release that `pip install transformers` installs today."""
     command = "install --dry-run --no-deps --ignore-installed --quiet --report - transformers"
     report = subprocess.run([sys.executable, "-m", "pip", *command.split()], check=True, capture_output=True).stdout
     return json.loads(report)["install"][0]["metadata"]["version"]
@@ -51,7 +51,7 @@ def main() -> None:
     python = arguments.venv / "bin" / "python"
     install = [python, "-m", "pip", "install", "-q"]
     subprocess.run([*install, "-c", ROOT / "requirements" / "constraints.txt", f"{ROOT}[dev]"], check=True)
-    # without looking at what depends on it, as the project does not allow it
+    # in a command of its own, because pip would reject a release that the project does not allow
     subprocess.run([*install, "--upgrade", f"transformers=={release}"], check=True)
     chosen = [] if arguments.all else ["-m", "compatibility"]
     tests = subprocess.run(

@@ -2,10 +2,10 @@
 
     python scripts/convert_to_structured.py INPUT_DIRECTORY OUTPUT_DIRECTORY [--layers 3-59] [--random-blocks 8] ...
 
-Structured layers choose key blocks by position alone, so the indexer's weights of converted layers are dropped; all
-other weights are kept as they are. Files are read and written one by one, and never is more than one of them in memory.
-The folder appears when all of them are written, so that a run that stops early leaves nothing that loads as a model.
-Stock Transformers cannot load the result, which wants training before it is of use.
+Structured layers choose key blocks by position alone, so the script drops the indexer weights of the converted layers.
+All other weights stay as they are. The script holds one file in memory at a time. The output folder appears only when
+all files are written, so a run that stops early leaves nothing that loads as a model. Stock Transformers cannot load
+the result. The result needs training before it is useful.
 """
 
 import argparse
@@ -24,20 +24,21 @@ from configuration_minimax_m3.layer_types import LEARNED_SPARSE, STRUCTURED
 from modeling_minimax_m3 import msa  # importing the package registers the configuration
 from replace_when_done import replace_when_done
 
-# The indexer under its name on disk in composite checkpoints, and in text-only ones.
+# The indexer's names on disk, in composite checkpoints and in text-only checkpoints.
 INDEXER_WEIGHT = re.compile(r"layers\.(\d+)\.self_attn\.(?:index_[qk]_(?:proj|norm)|indexer\.[qk]_(?:proj|norm))\.")
 PATTERN_FIELDS = tuple(field.name for field in fields(msa.StructuredPattern))
 
 
 def parse_layers(text: str, num_layers: int) -> list[int]:
-    """Layer numbers from a text such as "3-59" or "0,4,7-9"."""
+    """Parses layer numbers from a text such as "3-59" or "0,4,7-9"."""
     layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < num_layers:
             raise ValueError(
-                f"`--layers` must list layers or ranges between 0 and {num_layers - 1}, like 3-{num_layers - 1}, got {part!r}."
+                f"`--layers` must list layers or ranges between 0 and {num_layers - 1}, like 3-{num_layers - 1}, "
+                f"got {part!r}."
             )
         layers.update(range(first, last + 1))
     return sorted(layers)
@@ -46,27 +47,29 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 def convert(
     source: Path, target: Path, layers: str | None = None, pattern: dict[str, int] | None = None
 ) -> dict[str, list]:
-    """Write the converted checkpoint to `target`.
+    """Writes the converted checkpoint to `target`.
 
     Args:
-        source: Folder of the checkpoint, with safetensors.
-        target: Folder to write, which must not exist or be empty.
-        layers: The layers to convert, as `parse_layers` reads them; all learned-sparse ones by default.
-        pattern: `structured_*` fields of the text config, without that prefix; the config's own where missing.
+        source (Path): Folder of the checkpoint, with safetensors files.
+        target (Path): Folder to write. It must be empty or not exist.
+        layers (str, optional): The layers to convert, in the form of `parse_layers`. The default is all learned-sparse
+            layers.
+        pattern (dict, optional): `structured_*` fields of the text config, without this prefix. The config keeps its
+            value of missing fields.
 
     Returns:
         `{"layers": converted layers, "dropped": names of dropped weights}`.
 
     Raises:
-        FileNotFoundError: `source` has no safetensors.
+        FileNotFoundError: `source` has no safetensors files.
         FileExistsError: `target` holds files.
-        ValueError: no layer to convert, or a bad list of layers.
+        ValueError: There is no layer to convert, or the list of layers is malformed.
     """
     weight_files = sorted(source.glob("*.safetensors"))
     if not weight_files:
-        raise FileNotFoundError(f"the input directory must hold *.safetensors files, {source} has none.")
+        raise FileNotFoundError(f"the input directory must hold *.safetensors files, but {source} has none.")
     if target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"the output directory must be empty, {target} is not.")
+        raise FileExistsError(f"the output directory must be empty, but {target} holds files.")
     config = AutoConfig.from_pretrained(source)
     text = config.get_text_config()
     if layers is None:
@@ -114,13 +117,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Convert a checkpoint to structured attention.")
     parser.add_argument("source", type=Path, help="folder of the checkpoint")
     parser.add_argument("target", type=Path, help="folder to write")
-    parser.add_argument("--layers", help="layers to convert, such as 3-59 (default: the learned-sparse ones)")
+    parser.add_argument("--layers", help="layers to convert, such as 3-59 (default: all learned-sparse layers)")
     for name in PATTERN_FIELDS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"`structured_{name}` of the config")
     arguments = parser.parse_args()
     pattern = {name: value for name in PATTERN_FIELDS if (value := getattr(arguments, name)) is not None}
     report = convert(arguments.source, arguments.target, arguments.layers, pattern)
-    print(f"layers with structured attention now: {report['layers']}")
+    print(f"converted these layers to structured attention: {report['layers']}")
     print(f"dropped {len(report['dropped'])} weights of their indexers:")
     for name in report["dropped"]:
         print(f"  {name}")

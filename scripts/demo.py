@@ -2,9 +2,9 @@
 
     python scripts/demo.py [--output FOLDER] [--max-new-tokens N] [--long-tokens N]
 
-The model is built here, with the real architecture and random weights, written to disk and loaded back the way a
-released checkpoint is loaded. What it says means nothing; that every part runs, how fast and in how much memory is
-the point. One picture shows which key blocks the long text's query blocks selected.
+The script builds a model with the real architecture and random weights, writes it to disk, and loads it like a
+released checkpoint. Its answers mean nothing. The demo shows that every part runs, how fast, and in how much memory. A
+picture shows which key blocks the query blocks of the long text selected.
 """
 
 import argparse
@@ -39,7 +39,7 @@ NUM_STEPS = 5
 
 
 class TimedStreamer(TextStreamer):
-    """Prints tokens as they come and notes when each one came, in seconds since the streamer was made."""
+    """Prints tokens as they arrive, and records their times in seconds since the streamer was made."""
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -58,7 +58,7 @@ def announce(step: int, text: str) -> None:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills in `MiB` when the block ends: GPU memory in the block, or this process's highest resident size so far."""
+    """Sets `MiB` at the end: peak GPU memory in the block, or the peak resident size of this process so far."""
     measured: dict[str, float] = {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -66,13 +66,13 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
     if device.type == "cuda":
         measured["MiB"] = torch.cuda.max_memory_allocated(device) / MIB
     else:
-        # the unit is KiB, but bytes on macOS
+        # the unit is KiB on Linux and bytes on macOS
         unit = 1 if sys.platform == "darwin" else 1024
         measured["MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
 
 
 def write_panning_video(photograph: Path, path: Path, *, seconds: int = 4, fps: int = 12, side: int = 224) -> Path:
-    """Encode an mp4 (H.264) in which a square window of `side` pixels moves diagonally over the photograph."""
+    """Encodes an mp4 (H.264) in which a square window of `side` pixels moves diagonally over the photograph."""
     image = Image.open(photograph).convert("RGB")
     num_frames = seconds * fps
     with replace_when_done(path) as unfinished, av.open(str(unfinished), "w") as container:
@@ -89,7 +89,7 @@ def write_panning_video(photograph: Path, path: Path, *, seconds: int = 4, fps: 
 
 
 def long_document(tokenizer: Any, num_tokens: int) -> str:
-    """The opening of the Python language reference, to the end of the line that brings it to `num_tokens` tokens."""
+    """The opening of the Python language reference, up to the end of the line where it reaches `num_tokens` tokens."""
     text = "\n\n".join(training_text())
     offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if len(offsets) <= num_tokens:
@@ -98,7 +98,7 @@ def long_document(tokenizer: Any, num_tokens: int) -> str:
 
 
 def chat(model: Any, processor: Any, content: list[dict[str, str]], max_new_tokens: int) -> None:
-    """Ask one question, stream the answer and print what it took."""
+    """Asks one question, streams the answer, and prints time and memory."""
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -147,7 +147,7 @@ def main() -> None:
     photograph = Path(str(files("skimage.data") / "astronaut.png"))
 
     announce(1, "building a tiny checkpoint: real architecture, random weights, so the answers mean nothing")
-    # the released block size and number of blocks, so that the long text shows a released-size choice
+    # the released block size and number of blocks, so that the picture shows a selection of the released size
     config = tiny_config(text={"index_block_size": 128, "index_topk_blocks": 16})
     checkpoint = make_tiny_checkpoint(arguments.output / "checkpoint", config=config)
     for file in sorted(checkpoint.iterdir()):

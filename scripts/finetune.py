@@ -4,15 +4,15 @@
     python scripts/finetune.py run.yaml --learning_rate 1e-4
     accelerate launch scripts/finetune.py run.yaml
 
-A YAML or JSON file holds the same names as the flags, and flags win over it. Besides those listed by `--help` first,
-every option of Transformers' `TrainingArguments` is taken: `--bf16`, `--activation_checkpointing`, `--report_to
-tensorboard`, `--resume_from_checkpoint true`, and so on.
+A YAML or JSON file may hold options by the names of the flags. Flags override the file. `--help` first lists the
+options of the script. It also takes every option of Transformers' `TrainingArguments`: `--bf16`,
+`--activation_checkpointing`, `--report_to tensorboard`, `--resume_from_checkpoint true`, and so on.
 
-A row of the data has a column `messages`, a chat of which the assistant's turns are learned (and `tools` and
-`chat_template_kwargs`, such as `{"thinking_mode": "enabled"}`, if it needs them), or a column `text`, of which all is
-learned. Images and videos of a chat stand in its messages, or in columns `images` and `videos`, as paths, URLs or what
-`datasets` makes of them. A data set is the name of one on the Hub, a folder, or files (`.jsonl`, `.json`, `.parquet`,
-`.csv`, `.arrow`).
+A row of the data is a chat or a text. A chat stands in a column `messages`, and the model learns the assistant's
+turns. Columns `tools` and `chat_template_kwargs`, such as `{"thinking_mode": "enabled"}`, may stand beside it. A text
+stands in a column `text`, and the model learns all of it. Images and videos of a chat stand in its messages, or in
+columns `images` and `videos`, as paths, URLs or the objects that `datasets` makes of them. A data set is a name on the
+Hub, a folder, or files (`.jsonl`, `.json`, `.parquet`, `.csv`, `.arrow`).
 """
 
 import argparse
@@ -60,7 +60,7 @@ logger = logging.get_logger(__name__)
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 MEDIA_COLUMNS = ("images", "videos")
-# What LoRA changes by default, and what it leaves alone unless it is asked for.
+# The modules that get adapters by default, on request (EXPERTS), and never (VISION).
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 VISION = ("vision_tower", "multi_modal_projector")
@@ -69,13 +69,13 @@ VISION = ("vision_tower", "multi_modal_projector")
 @dataclass
 class ModelArguments:
     model: str = field(metadata={"help": "Folder of a checkpoint, or its name on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": "Type of the loaded weights; auto: as they were saved."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the loaded weights; auto keeps the saved type."})
     attn_implementation: str | None = field(default=None, metadata={"help": "For dense layers: sdpa, eager, ..."})
     train_vision: bool = field(
         default=False, metadata={"help": "Also train the vision tower and its projector; the data must have images."}
     )
     router_aux_loss_coef: float | None = field(
-        default=None, metadata={"help": "Weight of the experts' load-balancing loss, if other than the checkpoint's."}
+        default=None, metadata={"help": "Weight of the experts' load-balancing loss; default: the checkpoint's."}
     )
     indexer_loss_coef: float = field(
         default=0.0, metadata={"help": "Weight of the loss that trains the indexers of sparse layers; 0 freezes them."}
@@ -90,7 +90,7 @@ class LoraArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters."})
     lora_targets: list[str] = field(
         default_factory=lambda: list(ATTENTION),
-        metadata={"help": "Linear layers of the language model that get one, by the end of their name."},
+        metadata={"help": "Linear layers of the language model that get adapters, by the end of their names."},
     )
     lora_experts: bool = field(default=False, metadata={"help": "Also put adapters on the routed experts."})
     lora_save: list[str] = field(
@@ -103,28 +103,30 @@ class DataArguments:
     dataset: list[str] = field(metadata={"help": "Name on the Hub, folder, or files."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_dataset: list[str] = field(default_factory=list, metadata={"help": "Data to evaluate on, if elsewhere."})
+    eval_dataset: list[str] = field(
+        default_factory=list, metadata={"help": "Data to evaluate on, if other than --dataset."}
+    )
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
     text_column: str = field(default="text", metadata={"help": "Column of texts."})
     messages_column: str = field(default="messages", metadata={"help": "Column of chats."})
     thinking_mode: str = field(
         default=THINKING_MODES[0],
         metadata={
-            "help": "adaptive, enabled or disabled: which of them the prompt of a chat asks for, unless the column "
-            "chat_template_kwargs of its row says so."
+            "help": "Thinking mode in the prompts of chats: adaptive, enabled or disabled. The column "
+            "chat_template_kwargs of a row overrides it."
         },
     )
     max_length: int = field(
         default=4096,
         metadata={
-            "help": "Tokens of a row: longer texts become several rows, longer chats are cut, or left out where an "
-            "image or a video would be."
+            "help": "Greatest number of tokens of a row. Longer texts become several rows. Longer chats are cut, or "
+            "left out if the cut would hit an image or a video."
         },
     )
-    max_rows: int | None = field(default=None, metadata={"help": "Use this many rows of the training data only."})
+    max_rows: int | None = field(default=None, metadata={"help": "Use only this many rows of the training data."})
     streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed; needs --max_steps."})
     padding_free: bool = field(
-        default=True, metadata={"help": "Put the rows of a batch one behind the other instead of padding them."}
+        default=True, metadata={"help": "Concatenate the rows of a batch instead of padding them."}
     )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
 
@@ -138,9 +140,14 @@ class DataArguments:
 def parse_arguments(
     argv: list[str],
 ) -> tuple[ModelArguments, LoraArguments, DataArguments, TrainingArguments, set[str]]:
-    """Reads flags, and the values of a YAML or JSON file that comes before them.
+    """Parses flags, and the values of a YAML or JSON file that comes before them.
 
-    The last of what is returned are the names of the options that were given, and not only to switch something off.
+    Args:
+        argv (list[str]): The command line.
+
+    Returns:
+        The four groups of arguments, and the names of the given options. Options that only switch something off are
+        not among these names.
     """
     values = {}
     parser = HfArgumentParser((ModelArguments, LoraArguments, DataArguments, TrainingArguments), description=__doc__)
@@ -156,7 +163,7 @@ def parse_arguments(
             parser.error(f"{file} must hold names and values, got {type(values).__name__}")
         known = {action.dest: action for action in parser._actions}
         if unknown := sorted(map(str, set(values) - set(known))):
-            parser.error(f"{file} has names that are no options: {', '.join(unknown)}")
+            parser.error(f"{file} has unknown options: {', '.join(unknown)}")
         values = {name: value for name, value in values.items() if value is not None or not known[name].required}
         for name, value in values.items():
             known[name].required = False
@@ -171,9 +178,13 @@ def parse_arguments(
 
 
 def check_arguments(
-    model: ModelArguments, lora: LoraArguments, data: DataArguments, training: TrainingArguments, asked: set[str]
+    model: ModelArguments,
+    lora: LoraArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+    given_options: set[str],
 ) -> None:
-    """Raises ValueError for what would go wrong or do nothing later, before anything is loaded."""
+    """Raises ValueError for arguments that would fail or do nothing later, before anything is loaded."""
     if lora.lora and importlib.util.find_spec("peft") is None:
         raise ValueError("--lora needs PEFT: pip install peft")
     if "tensorboard" in training.report_to and importlib.util.find_spec("tensorboard") is None:
@@ -181,12 +192,12 @@ def check_arguments(
     if data.max_length < 2:
         raise ValueError(f"--max_length must be at least 2, got {data.max_length}")
     if data.streaming and training.max_steps <= 0:
-        raise ValueError("--streaming needs --max_steps: nobody knows how many rows there are")
+        raise ValueError("--streaming needs --max_steps, because the number of rows is unknown")
     if lora.lora and lora.lora_alpha == 0:
-        raise ValueError("--lora_alpha must not be 0: adapters of that scale change nothing and learn nothing")
+        raise ValueError("--lora_alpha must not be 0, because adapters of that scale change nothing and learn nothing")
     sources = [data.dataset, data.eval_dataset] if data.eval_dataset else [data.dataset]
     refuse_idle(
-        asked,
+        given_options,
         no_lora=not lora.lora,
         lora=lora.lora,
         label_smoothing=bool(training.label_smoothing_factor),
@@ -206,7 +217,7 @@ def check_arguments(
         raise ValueError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
     if training.resume_from_checkpoint is None and last is not None:
         raise ValueError(
-            f"{folder} holds {Path(last).name} of an earlier run: continue it with --resume_from_checkpoint true, or "
+            f"{folder} holds {Path(last).name} of an earlier run. Continue it with --resume_from_checkpoint true, or "
             "name another --output_dir"
         )
 
@@ -219,17 +230,17 @@ def are_files(names: list[str]) -> bool:
 
 
 def is_saved(name: str) -> bool:
-    """Whether it is a folder that `save_to_disk` wrote."""
+    """Whether `name` is a folder that `save_to_disk` wrote."""
     return any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
 
 
 def load_rows(names: list[str], split: str, data: DataArguments) -> Dataset | IterableDataset:
-    """One split of a data set: files, a folder, or a name on the Hub."""
+    """Loads one split of a data set: files, a folder, or a name on the Hub."""
     suffixes = {Path(name).suffix for name in names}
     if are_files(names):
         if split != "train":
             raise ValueError(
-                f"files are one split, 'train', not {split!r}; --eval_dataset names others to evaluate on"
+                f"files have only the split 'train', got {split!r}; --eval_dataset names other files to evaluate on"
             )
         if missing := [name for name in names if "://" not in name and not Path(name).is_file()]:
             raise ValueError(f"there is no file {', '.join(missing)}")
@@ -240,10 +251,10 @@ def load_rows(names: list[str], split: str, data: DataArguments) -> Dataset | It
             raise ValueError(f"the file {', '.join(empty)} is empty")
         try:
             return load_dataset(types[0], data_files=names, split="train", streaming=data.streaming)
-        except ValueError as error:  # by older versions of datasets, which do not wrap what they find
+        except ValueError as error:  # older versions of datasets do not wrap this error
             raise ValueError(f"the data cannot be read: {error}") from error
     if len(names) > 1:
-        raise ValueError(f"several names must be files ({', '.join(FILE_TYPES)}), got {names}")
+        raise ValueError(f"a data set of several names must consist of files ({', '.join(FILE_TYPES)}), got {names}")
     if is_saved(names[0]):
         rows = load_from_disk(names[0])
         if isinstance(rows, Dataset):
@@ -251,7 +262,7 @@ def load_rows(names: list[str], split: str, data: DataArguments) -> Dataset | It
     else:
         rows = load_dataset(names[0], data.dataset_config, streaming=data.streaming)
     if split not in rows:
-        raise ValueError(f"{names[0]} has the splits {', '.join(rows)}, not {split!r}")
+        raise ValueError(f"the split must be one of {', '.join(rows)} of {names[0]}, got {split!r}")
     rows = rows[split]
     return rows.to_iterable_dataset() if data.streaming and isinstance(rows, Dataset) else rows
 
@@ -271,7 +282,7 @@ def has_media(messages: list[dict[str, Any]]) -> bool:
 
 
 def is_multimodal(rows: Dataset | IterableDataset, data: DataArguments, name: str) -> bool:
-    """Whether there are images or videos, in columns of their own or in the messages of the first hundred rows."""
+    """Whether the data have images or videos, in columns of their own or in the messages of the first hundred rows."""
     first = first_row(rows, name)
     if data.messages_column not in first:
         return False
@@ -282,14 +293,14 @@ def is_multimodal(rows: Dataset | IterableDataset, data: DataArguments, name: st
 
 
 def with_collator_names(rows: Dataset | IterableDataset, collator: Any, data: DataArguments, name: str):
-    """Those rows whose images and videos fit and that have anything to learn.
+    """The rows whose images and videos fit and that have anything to learn.
 
-    They are for a collator that reads images and videos again when a batch is made.
+    The collator reads these rows again when it makes their batch.
     """
     first = first_row(rows, name)
     if data.messages_column not in first:
         raise ValueError(
-            f"the {name} data needs a column {data.messages_column!r}, as other data have images or videos"
+            f"the {name} data needs a column {data.messages_column!r}, because other data have images or videos"
         )
     if data.messages_column != "messages":
         rows = rows.rename_column(data.messages_column, "messages")
@@ -309,13 +320,13 @@ def with_collator_names(rows: Dataset | IterableDataset, collator: Any, data: Da
 
 
 def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArguments, name: str):
-    """Rows of `input_ids` and `labels`, at most `max_length` long."""
+    """Converts rows to `input_ids` and `labels` of at most `max_length` tokens."""
     first = first_row(rows, name)
     is_chat = data.messages_column in first
     if not is_chat and data.text_column not in first:
         raise ValueError(
-            f"the {name} data has the columns {', '.join(first)}, and neither {data.messages_column!r} (chats) nor "
-            f"{data.text_column!r} (texts); --messages_column and --text_column name others"
+            f"the {name} data has the columns {', '.join(first)}, but needs {data.messages_column!r} (chats) or "
+            f"{data.text_column!r} (texts); name other columns with --messages_column and --text_column"
         )
     if is_chat and not tokenizer.chat_template:
         raise ValueError("the data are chats, but the checkpoint's tokenizer has no chat template")
@@ -324,7 +335,10 @@ def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArgument
         with named_in_errors(f"row {index} of the {name} data"):
             variables = template_variables(row, {"thinking_mode": data.thinking_mode})
         if has_media(row[data.messages_column]):
-            raise ValueError(f"the {name} data has an image or a video, but none in its first hundred rows")
+            raise ValueError(
+                f"the {name} data has an image or a video, but none in its first hundred rows, so the script reads only "
+                "text"
+            )
         encoded = tokenizer.apply_chat_template(
             row[data.messages_column],
             tools=without_none(row.get("tools")),
@@ -349,7 +363,7 @@ def tokenise(rows: Dataset | IterableDataset, tokenizer: Any, data: DataArgument
             ids = [*ids, tokenizer.eos_token_id]
             pieces += [ids[start : start + data.max_length] for start in range(0, len(ids), data.max_length)]
         pieces = [piece for piece in pieces if len(piece) > 1]
-        # Nothing predicts a row's first token, and `Trainer` would count it where padding stands before it.
+        # Nothing predicts the first token of a row, and `Trainer` would count its label if padding stands before it.
         return {"input_ids": pieces, "labels": [[-100, *piece[1:]] for piece in pieces]}
 
     options = {"remove_columns": list(first), "batched": not is_chat, "with_indices": is_chat}
@@ -381,17 +395,17 @@ def describe(rows: Dataset | IterableDataset) -> str:
 # ---- model --------------------------------------------------------------------------------------------------------
 
 
-def load_config(arguments: ModelArguments, max_length: int, asked: set[str]) -> PreTrainedConfig:
-    """The checkpoint's configuration, with what the arguments change in it."""
+def load_config(arguments: ModelArguments, max_length: int, given_options: set[str]) -> PreTrainedConfig:
+    """The checkpoint's configuration, with the changes that the arguments make."""
     config = AutoConfig.from_pretrained(arguments.model)
     text = config.get_text_config()
     if max_length > text.max_position_embeddings:
         logger.warning(
             f"--max_length is {max_length}, but `max_position_embeddings` of the model is {text.max_position_embeddings}: "
-            "positions beyond it are new to the model."
+            "the model was not trained on positions beyond it."
         )
     refuse_idle(
-        asked,
+        given_options,
         no_vision=not is_composite(config),
         no_experts="sparse" not in text.mlp_layer_types,
         no_indexers=not any(attention_type(name).layer_type.has_indexer for name in text.layer_types),
@@ -426,26 +440,35 @@ def load_model(arguments: ModelArguments, config: PreTrainedConfig, with_media: 
 def find_modules(
     model: PreTrainedModel, option: str, endings: list[str], is_possible: Callable[[str, torch.nn.Module], bool]
 ) -> list[str]:
-    """Full names of the possible modules whose name ends in one of the endings.
+    """Finds the full names of the possible modules whose name ends in one of the endings.
+
+    Args:
+        model (PreTrainedModel): The model.
+        option (str): The option of the endings, for the message.
+        endings (list[str]): Ends of module names.
+        is_possible (Callable): Whether a module, by its name and itself, may be chosen.
+
+    Returns:
+        The sorted names.
 
     Raises:
-        ValueError: An ending that no possible module has; it says which there are.
+        ValueError: No possible module has one of the endings. The message lists the possible ones.
     """
     possible = [name for name, module in model.named_modules() if is_possible(name, module)]
     found = {ending: [name for name in possible if f".{name}".endswith(f".{ending}")] for ending in endings}
     if unknown := [ending for ending, names in found.items() if not names]:
         there = sorted({last for name in possible if not (last := name.rpartition(".")[2]).isdigit()})
         raise ValueError(
-            f"{option}: nothing to train ends in {', '.join(unknown)}; there are {', '.join(filter(None, there))}"
+            f"{option}: nothing to train ends in {', '.join(unknown)}; possible are {', '.join(filter(None, there))}"
         )
     return sorted(set(itertools.chain(*found.values())))
 
 
 def add_adapters(model: PreTrainedModel, arguments: LoraArguments, with_media: bool) -> PreTrainedModel:
-    """Puts adapters on modules of the language model that the loss reaches, and on no others.
+    """Puts adapters only on modules of the language model that the loss reaches.
 
     Raises:
-        ValueError: Names that fit no such module, or what PEFT refuses.
+        ValueError: A name matches no such module, or PEFT refuses the configuration.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -488,30 +511,30 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments, with_media: b
         raise ValueError(f"PEFT cannot make the adapters: {error}") from error
 
 
-def check_adapters(config: PreTrainedConfig, lora: LoraArguments, with_media: bool, asked: set[str]) -> None:
-    """Raises ValueError for adapters that cannot be, or that an option needs and that are not there."""
+def check_adapters(config: PreTrainedConfig, lora: LoraArguments, with_media: bool, given_options: set[str]) -> None:
+    """Raises ValueError for adapters that cannot be made, or if an option needs adapters that are missing."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):  # the model's structure without its weights
         model = auto_class(config)._model_mapping[type(config)](copy.deepcopy(config))
         model = add_adapters(model, lora, with_media)
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
-    refuse_idle(asked, no_adapted_indexers=not any(".indexer." in name for name in trained))
+    refuse_idle(given_options, no_adapted_indexers=not any(".indexer." in name for name in trained))
 
 
 class FinetuneTrainer(IndexerLossLogging, Trainer):
-    """Trainer whose logs show the indexers' loss, where they are trained."""
+    """Trainer whose logs show the indexers' loss, if indexers are trained."""
 
 
 def prepare(argv: list[str]) -> Trainer:
-    """Everything up to the first step.
+    """Does everything up to the first step.
 
     Raises:
         ValueError: Arguments, data or checkpoint do not fit together.
     """
-    model_arguments, lora_arguments, data_arguments, training, asked = parse_arguments(argv)
-    check_arguments(model_arguments, lora_arguments, data_arguments, training, asked)
-    config = load_config(model_arguments, data_arguments.max_length, asked)
+    model_arguments, lora_arguments, data_arguments, training, given_options = parse_arguments(argv)
+    check_arguments(model_arguments, lora_arguments, data_arguments, training, given_options)
+    config = load_config(model_arguments, data_arguments.max_length, given_options)
     set_seed(training.seed)
-    # A tokenizer of the composite model names its processor, which a text model has no files for.
+    # The tokenizer of a text model names the processor of the composite model, for which a text model has no files.
     processor = (AutoProcessor if is_composite(config) else AutoTokenizer).from_pretrained(model_arguments.model)
     tokenizer = getattr(processor, "tokenizer", processor)
 
@@ -527,7 +550,7 @@ def prepare(argv: list[str]) -> Trainer:
         chats = [data_arguments.messages_column in names for names in columns]
         with_media = any(is_multimodal(rows, data_arguments, name) for name, rows in data.items())
         refuse_idle(
-            asked,
+            given_options,
             no_chats=not any(chats) and f"the columns are {', '.join(dict.fromkeys(itertools.chain(*columns)))}",
             no_texts=all(chats),
             media=with_media,
@@ -536,7 +559,7 @@ def prepare(argv: list[str]) -> Trainer:
             and not any(attention_type(name).is_dense for name in config.get_text_config().layer_types),
         )
         if lora_arguments.lora:
-            check_adapters(config, lora_arguments, with_media, asked)
+            check_adapters(config, lora_arguments, with_media, given_options)
         if with_media:
             if not isinstance(processor, MiniMaxM3VLProcessor):
                 raise ValueError("the data have images or videos, but the checkpoint reads text only")
@@ -545,8 +568,8 @@ def prepare(argv: list[str]) -> Trainer:
                 max_length=data_arguments.max_length,
                 chat_template_kwargs={"thinking_mode": data_arguments.thinking_mode},
             )
-            training.remove_unused_columns = False  # the collator reads them
-            # Dispatching cuts every tensor of a batch to as many rows as the batch has, pixels too.
+            training.remove_unused_columns = False  # the collator reads these columns
+            # Dispatching would cut every tensor of a batch, pixels included, to as many rows as the batch has.
             training.accelerator_config.dispatch_batches = False
         else:
             collator = (
@@ -563,7 +586,7 @@ def prepare(argv: list[str]) -> Trainer:
         for name, rows in data.items():
             print(f"{name} data: {describe(rows)}")
             if with_media and not data_arguments.streaming and (left_out := len(given[name]) - len(rows)):
-                print(f"{name} data: left out {left_out}, whose media or all of whose answers end after --max_length")
+                print(f"{name} data: left out {left_out} rows, whose media or answers end after --max_length")
         print(f"training {trained:,} of {model.num_parameters():,} parameters", flush=True)
     training.prediction_loss_only = True
     return FinetuneTrainer(
@@ -581,7 +604,7 @@ def main(argv: Iterable[str] | None = None) -> Trainer:
         trainer = prepare(list(sys.argv[1:] if argv is None else argv))
     except DatasetGenerationError as error:
         raise SystemExit(f"finetune.py: the data cannot be read: {error.__cause__ or error}") from error
-    except jinja2.TemplateError as error:  # a role that the template does not know, for one
+    except jinja2.TemplateError as error:  # for example an unknown role
         raise SystemExit(f"finetune.py: a chat does not fit the chat template: {error}") from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"finetune.py: {error}") from error

@@ -1,10 +1,11 @@
-"""Read damaged image files and count what comes of them.
+"""Read damaged image files and count the outcomes.
 
     python scripts/fuzz_images.py [--files N] [--format png ...] [--seed S] [--keep FOLDER]
 
-Small files of each format get wrong bytes, lose their end, or lose or repeat a part; the same seed gives the same
-files. Each must become an image or a ValueError. Anything else, a crash of the process and a file that takes too long
-are failures, and `--keep` writes these files down. The files are read in a process of their own.
+The script damages small files of each format: it changes bytes, cuts off the end, or removes or repeats a part. The
+same seed gives the same files. Reading a file must give an image or a ValueError. Any other error, a crash of the
+process and a file that takes too long are failures, and `--keep` saves the files that fail. A separate process reads
+the files.
 """
 
 import argparse
@@ -33,14 +34,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--files", type=int, default=10_000, help="damaged files of each format (default: 10000)")
     parser.add_argument("--format", choices=FORMATS, nargs="+", default=list(FORMATS), help="default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where to write the files that fail")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="save the files that fail to this folder")
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)  # set for the process that reads
     return parser.parse_args(arguments)
 
 
 @functools.cache
 def make_originals(suffix: str) -> list[bytes]:
-    """Undamaged files of a format: noise, which fills the file, and a gradient, which fills little of it."""
+    """Undamaged files of a format: of noise, which compresses badly, and of a gradient, which compresses well."""
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 4), dtype=np.uint8)
     gradient = np.linspace(0, 255, 48 * 64 * 4).astype(np.uint8).reshape(48, 64, 4)
     exif = Image.Exif()
@@ -74,7 +75,7 @@ def make_originals(suffix: str) -> list[bytes]:
 
 
 def damage(original: bytes, chance: random.Random) -> bytes:
-    """One of: some wrong bytes, some of them near the start, a run of noise, a lost end, a lost or a repeated part."""
+    """Damages a file: wrong bytes anywhere or near the start, noise, a cut, or a lost or repeated part."""
     content = bytearray(original)
     kind = chance.randrange(6)
     start = chance.randrange(len(content))
@@ -99,7 +100,7 @@ def damaged_file(suffix: str, index: int, seed: int) -> bytes:
 
 
 def read_files(arguments: argparse.Namespace) -> None:
-    """Read the files here and print one outcome a line. A crash ends this process, and so does a hang."""
+    """Reads the files in this process and prints one outcome per line. A crash or a hang ends the process."""
     from processing_minimax_m3 import MiniMaxM3VLImageProcessor
 
     warnings.simplefilter("ignore")
@@ -123,7 +124,7 @@ def all_files(arguments: argparse.Namespace) -> list[tuple[str, int]]:
 
 
 def read_elsewhere(arguments: argparse.Namespace) -> list[str]:
-    """Read the files in other processes, each of which goes on behind the file that ended the one before."""
+    """Reads the files in other processes. Each process continues after the file that ended the one before."""
     total = len(all_files(arguments))
     options = ["--files", str(arguments.files), "--seed", str(arguments.seed), "--format", *arguments.format]
     outcomes: list[str] = []
@@ -133,7 +134,7 @@ def read_elsewhere(arguments: argparse.Namespace) -> list[str]:
         lines = done.stdout.splitlines()
         is_hang = "Timeout (0:00:" in done.stderr
         if not lines and not is_hang and done.returncode > 0:
-            raise SystemExit(done.stderr)  # it did not even start
+            raise SystemExit(done.stderr)  # the process did not start
         outcomes += lines
         if len(outcomes) < total:
             outcomes.append("hang" if is_hang else f"crash with exit code {done.returncode}")

@@ -1,7 +1,7 @@
-"""Options of `finetune.py` that would do nothing are errors, not silence."""
+"""Makes options of `finetune.py` that would do nothing an error."""
 
-# Every circumstance in which options do nothing: those of the script, and those of TrainingArguments that the script
-# makes idle. What TrainingArguments' options do to each other is the affair of Transformers.
+# Every circumstance in which options do nothing: options of the script, and options of TrainingArguments that the
+# script does not use. Transformers itself checks how options of TrainingArguments affect each other.
 IDLE = {
     "no_lora": (
         "without --lora",
@@ -46,15 +46,19 @@ IDLE = {
 }
 
 
-def refuse_idle(asked: set[str], **circumstances: bool | str) -> None:
+def refuse_idle(given: set[str], **circumstances: bool | str) -> None:
     """Raises ValueError for an option that would do nothing.
 
     Args:
-        asked: Names of the options that were given.
-        circumstances: Whether each of these circumstances, which are keys of IDLE, is there; a text says more of it.
+        given (set[str]): Names of the options that the user gave.
+        **circumstances (bool or str): Which circumstances, by their keys in IDLE, apply. A text applies, and adds
+            details to the message.
+
+    Raises:
+        ValueError: An option would do nothing. The message names the option and the circumstance.
     """
     for name, detail in circumstances.items():
         when, options = IDLE[name]
-        if detail and (idle := [f"--{option}" for option in options if option in asked]):
+        if detail and (idle := [f"--{option}" for option in options if option in given]):
             more = f": {detail}" if isinstance(detail, str) else ""
             raise ValueError(f"{', '.join(idle)} would do nothing {when}{more}")

@@ -1,11 +1,11 @@
-"""Write a tiny MiniMax-M3 checkpoint to a folder: the real architecture with random weights.
+"""Write a tiny MiniMax-M3 checkpoint with the real architecture and random weights.
 
     python scripts/make_tiny_checkpoint.py OUTPUT_DIRECTORY
 
-The folder holds what a released one holds: `config.json`, safetensors under the released parameter names, a byte-level
-BPE tokenizer with M3's special tokens, the processor's configuration, the chat template and the generation defaults.
-`AutoProcessor` and `AutoModelForImageTextToText` load it after `import modeling_minimax_m3`. The weights are random
-(the same for the same seed), so what the model says means nothing.
+The folder has the same content as a released checkpoint: `config.json`, safetensors with the released parameter names,
+a byte-level BPE tokenizer with M3's special tokens, the processor's configuration, the chat template and the
+generation defaults. `AutoProcessor` and `AutoModelForImageTextToText` load it after `import modeling_minimax_m3`. The
+weights are random (the same for the same seed), so the model's answers mean nothing.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from processing_minimax_m3.special_tokens import (
 )
 from replace_when_done import replace_when_done
 
-# How the released tokenizer cuts text before merging bytes: words with their leading space, runs of up to three
-# digits, punctuation, line breaks.
+# The released tokenizer splits text by this pattern before it merges bytes: words with their leading space, runs of up
+# to three digits, punctuation, line breaks.
 WORD_PATTERN = "|".join(
     [
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -49,17 +49,18 @@ WORD_PATTERN = "|".join(
 
 
 def training_text() -> list[str]:
-    """The Python language reference that ships with every CPython: some 460,000 characters of real prose and code."""
+    """The Python language reference that ships with CPython: about 460,000 characters of real prose and code."""
     return [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
 
 
 def train_tokenizer(config: MiniMaxM3VLConfig) -> PreTrainedTokenizerFast:
-    """A byte-level BPE whose special tokens have the ids that `config` gives them.
+    """Trains a byte-level BPE whose special tokens have the ids of `config`.
 
-    Special tokens come last in the vocabulary, in the released order; the rest is learnt from `training_text`.
+    Special tokens come last in the vocabulary, in the released order. The other tokens are learnt from
+    `training_text`.
 
     Raises:
-        ValueError: the vocabulary has no room for the bytes and the special tokens, or `config` places a special
+        ValueError: The vocabulary has no room for the bytes and the special tokens, or `config` places a special
             token elsewhere.
     """
     num_learnt = config.image_token_id - SPECIAL_TOKENS.index(MiniMaxM3VLProcessor.IMAGE_TOKEN)
@@ -78,9 +79,9 @@ def train_tokenizer(config: MiniMaxM3VLConfig) -> PreTrainedTokenizerFast:
     if tokenizer.get_vocab_size() != num_learnt:
         raise ValueError(
             f"`config` leaves {num_learnt} ids below the special tokens, but the tokenizer has "
-            f"{tokenizer.get_vocab_size()}: at least the 256 bytes, at most what the training text gives."
+            f"{tokenizer.get_vocab_size()}: at least the 256 bytes, at most what the training text yields."
         )
-    # Markup stays visible when special tokens are skipped: readers of the answer look for it.
+    # Markup stays visible when special tokens are skipped, because readers of the answer look for it.
     tokenizer.add_tokens(
         [AddedToken(token, special=token not in TEXT_MARKUP_TOKENS, normalized=False) for token in SPECIAL_TOKENS]
     )
@@ -116,7 +117,7 @@ def _check_token_ids(config: MiniMaxM3VLConfig, tokenizer: PreTrainedTokenizerFa
 
 
 def build_processor(config: MiniMaxM3VLConfig) -> MiniMaxM3VLProcessor:
-    """The joint processor that fits `config`: its tokenizer, and patches of the vision tower's size."""
+    """Builds the joint processor for `config`, with its tokenizer and the patch sizes of its vision tower."""
     vision = config.vision_config
     patches = {
         "patch_size": vision.patch_size,
@@ -138,15 +139,15 @@ def make_tiny_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a checkpoint with random weights to `directory`, which is made if it does not exist.
+    """Writes a checkpoint with random weights to `directory`, which is made if it does not exist.
 
-    An earlier checkpoint of this function there is replaced.
+    An earlier checkpoint of this function in `directory` is replaced.
 
     Args:
-        directory: Where the files go.
-        config: The model, `tiny_config()` by default.
-        seed: Seed of the weights; the caller's random state is left as it was.
-        dtype: Type of the saved weights.
+        directory (str or Path): Folder of the checkpoint.
+        config (MiniMaxM3VLConfig, optional): Configuration of the model. The default is `tiny_config()`.
+        seed (int): Seed of the weights. The caller's random state stays as it is.
+        dtype (torch.dtype): Type of the saved weights.
 
     Returns:
         `directory` as a path.

@@ -2,8 +2,8 @@
 
     python scripts/plot_pattern.py PICTURE.png [--tokens 4096 65536 1048576]
 
-Above: row i, column j is the share of query blocks near i whose list holds a key block near j, for one key/value head.
-Below: the list of a context's last token, one line for each key/value head.
+The upper panels show one key/value head: row i, column j is the share of query blocks near i whose list holds a key
+block near j. The lower panels show the list of a context's last token, one line for each key/value head.
 """
 
 import argparse
@@ -20,19 +20,19 @@ from modeling_minimax_m3 import msa
 from plot_selection import selection_shares
 from replace_when_done import replace_when_done
 
-CELLS = 256  # at most so many rows and columns, each of several blocks where there are more
+CELLS = 256  # greatest number of rows and columns; with more blocks, each stands for several blocks
 COLOURS = {"local": "tab:red", "anchor": "tab:blue", "random": "tab:green"}
 
 
 def merge_blocks(lists: torch.Tensor, count: int) -> torch.Tensor:
-    """Lists of groups of `count` blocks, each named once.
+    """Converts lists of blocks to lists of groups of `count` blocks, with each group once.
 
     Args:
-        lists: int32 (queries, heads, width), block ids, -1 for none.
-        count: Blocks in a group.
+        lists (int32 (queries, heads, width)): Block ids, -1 for none.
+        count (int): Blocks in a group.
 
     Returns:
-        The same shape, -1 for none and for repetitions.
+        int32 (queries, heads, width): Group ids, -1 for none and for repetitions.
     """
     groups = torch.div(lists, count, rounding_mode="floor").sort(dim=-1).values
     repeated = torch.nn.functional.pad(groups.diff(dim=-1) == 0, (1, 0))
@@ -40,7 +40,7 @@ def merge_blocks(lists: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def kinds(ids: list[int], block: int, pattern: msa.StructuredPattern) -> list[str]:
-    """For each id in the list of a query in `block`: "local", "anchor" or "random"."""
+    """The kind of each id in the list of a query in `block`: "local", "anchor" or "random"."""
     stride = pattern.anchor_stride
     while pattern.anchor_blocks and block // stride + 1 > pattern.anchor_blocks:
         stride *= 2
@@ -54,15 +54,15 @@ def kinds(ids: list[int], block: int, pattern: msa.StructuredPattern) -> list[st
 def plot_pattern(
     path: str | Path, pattern: msa.StructuredPattern, lengths: list[int], block_size: int, heads: int, layer_idx: int
 ) -> Path:
-    """Write the picture.
+    """Writes the picture.
 
     Args:
-        path: Where the picture goes; its suffix is the format.
-        pattern: What the lists hold.
-        lengths: Context lengths in tokens, one column each.
-        block_size: Tokens in a block.
-        heads: Key/value heads.
-        layer_idx: The layer whose random blocks are drawn.
+        path (str or Path): Path of the picture. Its suffix is the format.
+        pattern (msa.StructuredPattern): The pattern of the lists.
+        lengths (list[int]): Context lengths in tokens, one column each.
+        block_size (int): Tokens in a block.
+        heads (int): Number of key/value heads.
+        layer_idx (int): The layer whose random blocks are drawn.
 
     Returns:
         `path`.
@@ -104,7 +104,7 @@ def plot_pattern(
 def main() -> None:
     default = MiniMaxM3VLTextConfig()
     parser = argparse.ArgumentParser(description="Draw which key blocks structured attention lists.")
-    parser.add_argument("picture", type=Path, help="where the picture goes")
+    parser.add_argument("picture", type=Path, help="path of the picture")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 65536, 1048576], help="context lengths")
     parser.add_argument("--block-size", type=int, default=default.index_block_size, help="tokens in a block")
     parser.add_argument("--heads", type=int, default=default.num_key_value_heads, help="key/value heads")

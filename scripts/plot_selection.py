@@ -21,14 +21,14 @@ from replace_when_done import replace_when_done
 
 
 class SelectionRecorder(TorchDispatchMode):
-    """Keeps what the selection operators return while it is active, wherever in a model they are called.
+    """Records the results of the selection operators while it is active, wherever a model calls them.
 
         with SelectionRecorder() as recorder:
             model(input_ids)
         recorder.selections  # one int32 (tokens, key/value heads, blocks) for each call, in order
 
     Args:
-        min_tokens: Calls with fewer query tokens (the steps of decoding, say) are not kept.
+        min_tokens (int): Calls with fewer query tokens, such as decoding steps, are not recorded.
     """
 
     def __init__(self, min_tokens: int = 1):
@@ -52,14 +52,14 @@ class SelectionRecorder(TorchDispatchMode):
 
 
 def selection_shares(selection: torch.Tensor, block_size: int) -> torch.Tensor:
-    """How much of each query block attends to each key block.
+    """Computes the share of each query block's tokens that attend to each key block.
 
     Args:
-        selection: int32 (tokens, heads, topk), the block ids that each token of one sequence selected, -1 for none.
-        block_size: Tokens in a block.
+        selection (int32 (tokens, heads, topk)): The block ids that each token of one sequence selected, -1 for none.
+        block_size (int): Tokens in a block.
 
     Returns:
-        float32 (heads, query blocks, key blocks), shares from 0 to 1.
+        float32 (heads, query blocks, key blocks): Shares from 0 to 1.
     """
     num_tokens, num_heads, _ = selection.shape
     num_blocks = -(-num_tokens // block_size)
@@ -74,13 +74,14 @@ def selection_shares(selection: torch.Tensor, block_size: int) -> torch.Tensor:
 def plot_selections(
     selections: dict[int, torch.Tensor], block_size: int, path: str | Path, title: str | None = None
 ) -> Path:
-    """Write the picture.
+    """Writes the picture.
 
     Args:
-        selections: For each sparse layer's number, what its tokens selected: int32 (tokens, heads, topk).
-        block_size: Tokens in a block.
-        path: Where the picture goes; its suffix is the format.
-        title: A line above the panels.
+        selections (dict of int32 (tokens, heads, topk)): By the number of each sparse layer, the block ids that its
+            tokens selected.
+        block_size (int): Tokens in a block.
+        path (str or Path): Path of the picture. Its suffix is the format.
+        title (str, optional): A line above the panels.
 
     Returns:
         `path`.
@@ -90,7 +91,7 @@ def plot_selections(
     figure = Figure(figsize=(4.2 * num_heads + 1, 4.0 * len(selections) + 0.5), dpi=120, layout="constrained")
     panels = figure.subplots(len(selections), num_heads, squeeze=False, sharex=True, sharey=True)
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="white")
-    scale = PowerNorm(0.5, vmin=0, vmax=1)  # tells small shares apart
+    scale = PowerNorm(0.5, vmin=0, vmax=1)  # makes small shares distinguishable
     for row, (layer_idx, selection) in zip(panels, selections.items()):
         shares = selection_shares(selection, block_size)
         future = torch.ones(shares.shape[1:], dtype=torch.bool).triu(1)
@@ -114,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw which key blocks each query block of a text selected.")
     parser.add_argument("checkpoint", help="folder or name of a MiniMax-M3 checkpoint")
     parser.add_argument("text", type=Path, help="text file to read")
-    parser.add_argument("picture", type=Path, help="where the picture goes")
+    parser.add_argument("picture", type=Path, help="path of the picture")
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)

@@ -1,9 +1,9 @@
-"""LoRA from one end to the other on a tiny MiniMax-M3: a checkpoint, a few chats, training, and asking the result.
+"""Train a tiny MiniMax-M3 with LoRA from end to end: make a checkpoint, train it on a few chats, and ask it.
 
     python examples/lora/walkthrough.py [--output FOLDER] [options of scripts/finetune.py]
 
-It runs on a CPU in a minute. With the options of identity.yaml the loss of the last steps is below 0.15, and the
-model, which knew nothing, answers what it was taught.
+It runs on a CPU in a minute. With the options of identity.yaml the loss of the last steps is below 0.15. The model
+knew nothing before, and now gives the learned answers.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import finetune
 from make_tiny_checkpoint import make_tiny_checkpoint
 
-# The model is so small that a second thread only waits for the first, for very long where the machine is busy.
+# The model is so small that a second thread only waits for the first. On a busy machine it waits very long.
 torch.set_num_threads(1)
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +46,7 @@ def ask(model: torch.nn.Module, processor, question: str) -> str:
 
 
 def main() -> float:
-    """Runs all steps and returns the loss of the last logged steps."""
+    """Runs all steps. Returns the loss of the last logged steps."""
     parser = argparse.ArgumentParser(description="LoRA on a tiny MiniMax-M3, from checkpoint to answers.")
     parser.add_argument("--output", type=Path, default=Path("finetune_demo"), help="where files go (finetune_demo)")
     arguments, options = parser.parse_known_args()
@@ -63,7 +63,7 @@ def main() -> float:
     )
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    losses = losses or [history[-1]["train_loss"]]  # a run that ends before its first log
+    losses = losses or [history[-1]["train_loss"]]  # the run ended before its first log
 
     print("\n[3/3] asking the checkpoint, with the adapters on top of it")
     processor = AutoProcessor.from_pretrained(checkpoint)

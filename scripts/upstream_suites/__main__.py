@@ -4,13 +4,13 @@
     python scripts/upstream_suites --stock            # the same suites on stock's own classes
     python scripts/upstream_suites -n 2 -k processor  # two processes; some of the tests
 
-The source distribution holds the suites that every model shares (models, configurations, training, processors,
-several processes) but not all that they import: `stand_ins` has the rest. The tests of generation, exporting and
-pipelines are not in it, so those do not run.
+The source distribution has the suites that every model shares: models, configurations, training, processors and
+several processes. It lacks some files that these suites import, and `stand_ins` replaces them. It has no tests of
+generation, exporting and pipelines, so those do not run.
 
-Downloaded are the distribution and `parameterized`, which the suites need, to a temporary folder. Tests that need the
-Hub, a GPU or more processes than there are CPUs skip themselves. `known_failures.toml` names each test that fails, with
-the reason; the exit status is 1 if another test fails, or if one of these passes or does not exist.
+The script downloads two packages to a temporary folder: the source distribution, and `parameterized`, which the suites
+need. Tests that need the Hub, a GPU or more processes than CPUs skip themselves. `known_failures.toml` names each test
+that fails, with the reason. The exit status is 1 if another test fails, or if a listed test passes or does not exist.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PACKAGE = "minimax_m3"
 
 
 def download(requirement: str, folder: Path) -> Path:
-    """The unpacked source distribution of `requirement`."""
+    """Downloads the source distribution of `requirement`, and returns the folder with its files."""
     command = ["download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", folder]
     subprocess.run([sys.executable, "-m", "pip", *command, requirement], check=True)
     (archive,) = folder.glob("*.tar.gz")
@@ -44,7 +44,7 @@ def download(requirement: str, folder: Path) -> Path:
 
 
 def prepare(source: Path, folder: Path) -> None:
-    """Put upstream's tests into `folder`, what they lack and the suites of this project."""
+    """Copies upstream's tests to `folder`, with stand-ins for missing files and the suites of this project."""
     for name in ("tests", "utils"):
         if (source / name).exists():
             shutil.copytree(source / name, folder / name)
@@ -59,20 +59,20 @@ def prepare(source: Path, folder: Path) -> None:
 
 
 class Results:
-    """A plug-in of pytest that keeps the outcome of each test, by its class and name."""
+    """A pytest plug-in that keeps the outcome of each test, by its class and name."""
 
     def __init__(self):
         self.outcomes: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report):
         name = report.nodeid.partition("::")[2]
-        # the phases of a test and its parts report too, and where one fails, the test does
+        # phases and subtests report too, and if one fails, the test fails
         if (report.outcome != "passed" or report.when == "call") and self.outcomes.get(name) != "failed":
             self.outcomes[name] = report.outcome
 
 
 def read_known_failures(release: str, subject: str) -> dict[str, str]:
-    """Patterns of the tests that fail with this release of Transformers and these classes, and why."""
+    """Patterns of the tests that fail with this release of Transformers and these classes, with the reasons."""
     return {
         pattern: entry["reason"]
         for entry in tomllib.loads((HERE / "known_failures.toml").read_text())["failure"]
@@ -83,7 +83,7 @@ def read_known_failures(release: str, subject: str) -> dict[str, str]:
 
 
 def find_unexpected(outcomes: dict[str, str], known: dict[str, str], is_complete: bool) -> list[str]:
-    """Failures that are not known, known ones that pass and, if all tests ran, known ones that match no test."""
+    """Unknown failures, known failures that pass, and, if all tests ran, known failures that match no test."""
     unexpected = []
     matched = set()
     for name, outcome in sorted(outcomes.items()):
@@ -94,12 +94,14 @@ def find_unexpected(outcomes: dict[str, str], known: dict[str, str], is_complete
         elif outcome == "passed" and patterns:
             unexpected.append(f"{name} passed, but known_failures.toml lists it")
     if is_complete:
-        unexpected += [f"{pattern} of known_failures.toml is no test" for pattern in known if pattern not in matched]
+        unexpected += [
+            f"{pattern} of known_failures.toml matches no test" for pattern in known if pattern not in matched
+        ]
     return unexpected
 
 
 def print_failures(outcomes: dict[str, str], known: dict[str, str]) -> None:
-    """Print the known failures, under their reasons."""
+    """Prints the known failures by reason."""
     failed = sorted(name for name, outcome in outcomes.items() if outcome == "failed")
     for reason in dict.fromkeys(known.values()):
         patterns = [pattern for pattern in known if known[pattern] == reason]

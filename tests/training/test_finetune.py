@@ -195,7 +195,7 @@ def test_a_chat_about_an_image_that_is_cut_before_its_answer_is_left_out(finetun
     images.write_text(json.dumps(look) + "\n" + json.dumps(talk) + "\n")
     trainer = finetune.prepare(arguments("--dataset", str(images), "--max_length", "700"))
     assert [row["images"] for row in trainer.train_dataset] == [[]]
-    assert "left out 1, whose" in capsys.readouterr().out
+    assert "left out 1 rows, whose" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [[], ["--streaming"]], ids=["", "streaming"])
@@ -220,7 +220,7 @@ def test_a_video_and_a_row_that_does_not_fit(finetune, images, arguments, load_s
     assert batch["image_grid_thw"].tolist() == [[1, 6, 4]]
     assert len(batch["video_grid_thw"]) == 1
     assert len(batch["input_ids"]) == 2
-    assert ("training data: left out 1, whose" in capsys.readouterr().out) == ("--streaming" not in flags)
+    assert ("training data: left out 1 rows, whose" in capsys.readouterr().out) == ("--streaming" not in flags)
 
 
 def test_tensorboard(finetune, texts, arguments, tmp_path, monkeypatch):
@@ -246,9 +246,9 @@ def test_walkthrough_in_short(tmp_path, monkeypatch, capsys):
 ERRORS = {
     "file": (["--dataset", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
     "types": (["--dataset", "{texts}", "{chats}"], "must be of one type, got json and parquet"),
-    "names": (["--dataset", "{texts}", "squad"], "several names must be files"),
-    "column": (["--dataset", "{texts}", "--text_column", "body"], "columns text, and neither 'messages'"),
-    "split": (["--dataset", "{saved}", "--train_split", "dev"], "has the splits train, test, not 'dev'"),
+    "names": (["--dataset", "{texts}", "squad"], "a data set of several names must consist of files"),
+    "column": (["--dataset", "{texts}", "--text_column", "body"], "columns text, but needs 'messages'"),
+    "split": (["--dataset", "{saved}", "--train_split", "dev"], "must be one of train, test of .*, got 'dev'"),
     "length": (["--dataset", "{texts}", "--max_length", "1"], "--max_length must be at least 2, got 1"),
     "cut": (["--dataset", "{chats}", "--max_length", "20"], "anything to learn within its first 20 tokens"),
     "stream": (["--dataset", "{texts}", "--streaming", "--max_steps", "-1"], "--streaming needs --max_steps"),
@@ -260,7 +260,10 @@ ERRORS = {
     "empty": (["--dataset", "{empty}"], "the file .*empty.jsonl is empty"),
     "no text": (["--dataset", "{holes}"], "every row of the training data must hold a text, got None"),
     "no chat": (["--dataset", "{holes}", "--messages_column", "text"], "must hold a list of messages, got 'a'"),
-    "split of files": (["--dataset", "{texts}", "--eval_split", "test"], "files are one split, 'train', not 'test'"),
+    "split of files": (
+        ["--dataset", "{texts}", "--eval_split", "test"],
+        "files have only the split 'train', got 'test'",
+    ),
     "resume elsewhere": (
         ["--dataset", "{texts}", "--resume_from_checkpoint", "nowhere"],
         "there is no folder nowhere",
@@ -268,7 +271,7 @@ ERRORS = {
     "role": (["--dataset", "{role}"], "a chat does not fit the chat template: role must be one of .* got .human"),
     "role beside images": (["--dataset", "{role}", "--eval_dataset", "{images}"], "does not fit the chat template"),
     "half a line": (["--dataset", "{half}"], "the data cannot be read: .*(JSON|Expected object)"),
-    "hole for image": (["--dataset", "{hole}"], "`images` of a row must hold no None"),
+    "hole for image": (["--dataset", "{hole}"], "`images` of a row must not hold None"),
     "rows": (["--dataset", "{texts}", "--max_rows", "0"], "the training data has no rows"),
 }
 
@@ -313,7 +316,7 @@ def test_missing_packages_are_named(finetune, texts, arguments, package, monkeyp
     [
         ("model: here\nlora_rnk: 4\n", "lora_rnk"),
         ("- a\n- b\n", "must hold names and values, got list"),
-        ("model: here\n3: 4\n", "has names that are no options: 3"),
+        ("model: here\n3: 4\n", "has unknown options: 3"),
         ("model: here\ndataset:\noutput_dir: run\n", "arguments are required: --dataset"),
         ("model: [here\n", "cannot be read: while parsing"),
     ],
@@ -329,8 +332,8 @@ def test_mistakes_in_a_file_of_options(finetune, tmp_path, capsys, content, mess
 def test_flags_win_over_a_file(finetune, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model:\ndataset: rows.jsonl\nlora_rank: 4\n")
-    model, lora, data, _, asked = finetune.parse_arguments(
+    model, lora, data, _, given = finetune.parse_arguments(
         [str(file), "--model", "here", "--lora_rank", "8", "--output_dir", "run"]
     )
     assert (model.model, lora.lora_rank, data.dataset) == ("here", 8, ["rows.jsonl"])
-    assert asked == {"model", "lora_rank", "dataset", "output_dir"}
+    assert given == {"model", "lora_rank", "dataset", "output_dir"}

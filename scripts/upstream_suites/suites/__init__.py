@@ -1,0 +1,1 @@
+"""Suites of Transformers on the classes under test."""

@@ -1,4 +1,4 @@
-"""The classes under test, and a tiny model of them: this project's, or stock's where UPSTREAM_SUITES_STOCK is set."""
+"""The classes under test, and a tiny model of them: this project's, or stock's if UPSTREAM_SUITES_STOCK is set."""
 
 import os
 
@@ -52,7 +52,7 @@ BATCH_SIZE, NUM_PATCHES = 3, 4
 
 
 def small_config() -> MiniMaxM3VLConfig:
-    """Two layers, the number that the suites allow: a dense one and a sparse one, whose blocks are small."""
+    """Two layers, as many as the suites allow: a dense one, and a sparse one with small blocks."""
     config = tiny_config(
         text={
             "num_hidden_layers": 2,
@@ -70,12 +70,12 @@ def small_config() -> MiniMaxM3VLConfig:
 
 
 def random_ids(shape: tuple[int, int]) -> torch.Tensor:
-    """Ids of ordinary words: neither special tokens nor placeholders."""
+    """Random ids that are neither special tokens nor placeholders."""
     return torch.randint(6, 90, shape)
 
 
 class TextModelTester:
-    """What the suites ask for about the language model and its inputs."""
+    """The facts and inputs of the language model that the suites ask for."""
 
     base_model_class = MiniMaxM3VLTextModel
     causal_lm_class = MiniMaxM3VLForCausalLM
@@ -102,7 +102,7 @@ class TextModelTester:
 
 
 class MultimodalModelTester(TextModelTester):
-    """The same about the whole model: each text begins with an image of 2 x 2 patches, which are one token."""
+    """The same for the whole model. Each text begins with an image of 2 x 2 patches, which become one token."""
 
     base_model_class = MiniMaxM3VLModel
     causal_lm_class = None

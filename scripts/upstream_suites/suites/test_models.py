@@ -31,7 +31,7 @@ class MultimodalModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.Test
     all_model_classes = (MiniMaxM3VLModel, MiniMaxM3SparseForConditionalGeneration)
     model_tester = None
     _is_composite = True
-    # the patches of all images are one sequence
+    # the suites expect one row per image, but the patches of all images form one sequence
     skip_test_image_features_output_shape = True
     skip_test_video_features_output_shape = True
 

@@ -1,4 +1,4 @@
-"""The suites for models in several processes: parallel tensors, parallel experts and FSDP."""
+"""The suites for models in several processes: tensor parallelism, expert parallelism and FSDP."""
 
 import unittest
 
@@ -14,7 +14,7 @@ from .subjects import (
     TextModelTester,
 )
 
-# Upstream's own runs save time by taking few models.
+# Upstream's own runs test only a few models to save time. None tests all.
 expert_parallel.EP_DISTRIBUTED_TEST_MODEL_TYPES = None
 fsdp.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 tensor_parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
@@ -33,7 +33,7 @@ class TextParallelTest(
         self.model_tester = TextModelTester(self)
 
     def _get_tiny_config(self):
-        # the suite asks for four key-value heads, and each has an index head
+        # the suite sets four key/value heads, and each needs an index head
         config_class, fields = super()._get_tiny_config()
         return config_class, {**fields, "num_key_value_heads": 4, "index_n_heads": 4}
 

@@ -8,7 +8,8 @@ from ..test_processing_common import ProcessorTesterMixin
 from ..test_video_processing_common import VideoProcessingTestMixin, prepare_video_inputs
 from .subjects import MiniMaxM3VLImageProcessor, MiniMaxM3VLProcessor, MiniMaxM3VLVideoProcessor
 
-# The suites count images in the first dimension of the result. Where an image is one patch, so does that of M3.
+# The suites count images in the first dimension of the result. M3's first dimension counts patches, so an image has
+# one.
 PATCH_SIZE, NUM_CHANNELS, TEMPORAL_PATCH_SIZE = 14, 3, 2
 ONE_PATCH = {"patch_size": PATCH_SIZE, "merge_size": 1, "temporal_patch_size": TEMPORAL_PATCH_SIZE}
 
@@ -22,11 +23,11 @@ class ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     model_id = os.environ["UPSTREAM_SUITES_CHECKPOINT"]
 
     def prepare_audio_inputs(self, batch_size=None):
-        return None  # this project refuses audio, which its model cannot hear
+        return None  # the model has no audio input
 
     @property
     def video_sampling_expectations(self):
-        # 320 x 240 pixels become 22 x 18 patches, and two frames are one of them in time
+        # 320 x 240 pixels become 22 x 18 patches, and a patch spans two frames
         patches_of_two_frames = 22 * 18
         return [
             {
@@ -84,7 +85,7 @@ class VideoProcessorTest(VideoProcessingTestMixin, unittest.TestCase):
 
     @property
     def video_processor_dict(self):
-        # M3 uses the bounds in pixels; the suite asks for the other sizes back
+        # M3 uses the bounds in pixels; the suite expects the other sizes to be kept
         return {
             **ONE_PATCH,
             "min_pixels": PATCH_SIZE**2,

@@ -1,4 +1,4 @@
-"""Stands in for a file that the source distribution leaves out: processes on the CPU that reach each other by gloo."""
+"""Replaces a file that the source distribution lacks: starts processes on the CPU that communicate by gloo."""
 
 import multiprocessing
 import os
@@ -30,20 +30,20 @@ def _set_rank_device(rank: int) -> None:
 
 def _start_rank_processes(function: Callable[..., None], args: tuple, nprocs: int) -> None:
     """Call `function(rank, *args)` in `nprocs` processes."""
-    # forked from one process, which has imported everything, so that not each of them does
+    # the processes fork from one process that has imported everything, so that they need not import it again
     multiprocessing.set_forkserver_preload(["tests.minimax_m3.subjects", "torch.distributed.tensor"])
     mp.start_processes(_run_rank, args=(function, args), nprocs=nprocs, start_method="forkserver")
 
 
 def _run_rank(rank: int, function: Callable[..., None], args: tuple) -> None:
-    from .minimax_m3 import subjects  # noqa: F401 - the Auto classes resolve to what is tested in this process too
+    from .minimax_m3 import subjects  # noqa: F401 - registers the tested classes in this process too
 
     torch.set_num_threads(1)
     function(rank, *args)
 
 
 def run_distributed(world_size: int) -> Callable:
-    """A decorator: the call runs in `world_size` processes of one group, each with its rank as the first argument."""
+    """A decorator that runs a call in `world_size` processes of one group, with the rank as the first argument."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any) -> None:

@@ -1,6 +1,6 @@
-"""Stands in for a file that the source distribution leaves out, and for the media that the tests name by address.
+"""Replaces a file that the source distribution lacks, and the media that the tests name by address.
 
-Each image or video is made instead of downloaded, with the sizes and the number of frames that the tests expect.
+It makes each image or video instead of downloading it, with the size and the number of frames that the tests expect.
 """
 
 import os

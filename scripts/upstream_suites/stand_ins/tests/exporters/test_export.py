@@ -1,4 +1,4 @@
-"""Stands in for a file that the source distribution leaves out: no test of exporting runs."""
+"""Replaces a file that the source distribution lacks. No test of exporting runs."""
 
 
 class ExportTesterMixin:

@@ -1,6 +1,6 @@
-"""Stands in for a file that the source distribution leaves out: some fields that every configuration has."""
+"""Replaces a file that the source distribution lacks: some fields that every configuration has."""
 
-# no field at its default, so that one that is dropped shows
+# no field has its default value, so that a dropped field is noticed
 config_common_kwargs = {
     "architectures": ["SomeModel"],
     "chunk_size_feed_forward": 3,
