@@ -1,4 +1,4 @@
-"""`scripts/convert_to_structured.py`: the indexer goes, everything else stays, and the result loads."""
+"""`scripts/convert_to_structured.py` drops the indexer, keeps everything else, and writes a checkpoint that loads."""
 
 import json
 import subprocess

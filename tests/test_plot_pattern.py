@@ -1,4 +1,4 @@
-"""The picture of structured lists: grouping of blocks, kinds of listed blocks, and what is recorded of a model."""
+"""The picture of structured lists: groups of blocks, kinds of listed blocks, and recording the lists of a model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every Python snippet of the README runs, on the tiny checkpoint, after the one that loads the model."""
+"""Every Python snippet of the README runs on the tiny checkpoint, after the snippet that loads the model."""
 
 import re
 from importlib.resources import files
@@ -14,7 +14,7 @@ HEADING_OR_SNIPPET = re.compile(r"^#+ (?P<heading>.+?)$|^```python\n(?P<code>.*?
 
 
 def read_snippets() -> dict[str, str]:
-    """The Python snippets of the README by the heading above them."""
+    """Reads the Python snippets of the README, by the heading above each of them."""
     snippets, heading = {}, ""
     for match in HEADING_OR_SNIPPET.finditer(README.read_text(encoding="utf-8")):
         if match["code"] is None:
@@ -30,7 +30,7 @@ SNIPPETS = read_snippets()
 
 @pytest.fixture(scope="module")
 def folder_with_media(load_script, tmp_path_factory) -> Path:
-    """The files that the snippets name: photo.png and clip.mp4."""
+    """A folder with the files that the snippets name: photo.png and clip.mp4."""
     folder = tmp_path_factory.mktemp("readme")
     copyfile(str(files("skimage.data") / "astronaut.png"), folder / "photo.png")
     load_script("demo").write_panning_video(folder / "photo.png", folder / "clip.mp4", seconds=2)

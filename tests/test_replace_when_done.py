@@ -1,4 +1,4 @@
-"""What the scripts write is there whole or not at all, whenever they are interrupted."""
+"""Scripts write their output completely or not at all, at whatever moment they are interrupted."""
 
 import importlib.util
 import os
@@ -25,7 +25,7 @@ def replace_when_done(load_script):
 
 
 def contents(path: Path):
-    """Of a file its bytes, of a folder those of each file in it; None where there is nothing."""
+    """The bytes of a file, or the bytes of each file in a folder, or None if nothing exists."""
     if path.is_dir():
         return {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     return path.read_bytes() if path.exists() else None
@@ -91,7 +91,7 @@ def test_mount_point_is_refused_before_the_work(replace_when_done, tmp_path, mon
 
 
 class Interrupted(BaseException):
-    """Caught by nobody, as KeyboardInterrupt."""
+    """An exception that no code catches, like KeyboardInterrupt."""
 
 
 def interrupted(*args, **kwargs):
@@ -164,7 +164,7 @@ def plot_training(load_script, tmp_path, monkeypatch):
 
 
 def write_video(load_script, tmp_path, monkeypatch):
-    """Stops after more frames than the encoder keeps back."""
+    """Stops after more frames than the encoder buffers."""
     photograph = tmp_path / "ramp.png"
     Image.linear_gradient("L").convert("RGB").save(photograph)
     frames = iter([av.VideoFrame.from_image(Image.new("RGB", (64, 64)))] * 100)

@@ -1,4 +1,4 @@
-"""What the scripts do: the tiny checkpoint, the picture of selected blocks, the demonstration from end to end."""
+"""The scripts: the tiny checkpoint, the picture of selected blocks, and the whole demonstration."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""How `scripts/upstream_suites` judges a run of Transformers' own tests."""
+"""How `scripts/upstream_suites` evaluates a run of Transformers' own tests."""
 
 import pytest
 

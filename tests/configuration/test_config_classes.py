@@ -18,7 +18,7 @@ FIRST_THREE_OFF = [0, 0, 0] + [1] * 57
 
 
 def released_file() -> dict:
-    """A file with the released model's values, written with the keys that the release uses."""
+    """A file with the values and the keys of the released model."""
     return {
         "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
         "model_type": "minimax_m3_vl",
@@ -274,7 +274,7 @@ def test_fields_of_ours_are_written_only_when_changed(tmp_path):
 
     loaded = MiniMaxM3VLConfig.from_pretrained(tmp_path).text_config
     assert {name: getattr(loaded, name) for name in changed} == changed
-    # stock carries keys that it does not know
+    # stock keeps keys that it does not know
     assert stock.MiniMaxM3VLConfig.from_pretrained(tmp_path).text_config.index_init_blocks == 1
 
     unchanged = ours.tiny_config().to_dict()["text_config"]

@@ -1,4 +1,4 @@
-"""Whatever a field holds, either it is refused by its name, or a model of that config has finite outputs."""
+"""For any value of a field, either an error names the field, or a model of the config has finite outputs."""
 
 import copy
 import functools
@@ -91,7 +91,7 @@ def own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
 
 
 def places() -> dict[str, tuple[tuple[str, ...], dict[str, Any]]]:
-    """Where a value goes, and what the file holds besides: `(path, changes)`."""
+    """The place of each value and the other changes of the file: `(path, changes)`."""
     found = {}
     of_transformers = ["dtype", "torch_dtype", "id2label", "num_labels"]
     for part, config_class, more in (

@@ -41,7 +41,7 @@ from processing_minimax_m3.special_tokens import (
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes and M3's special tokens: nothing to train, and every text round-trips."""
+    """A tokenizer of bytes and M3's special tokens. It needs no training, and every text round-trips."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -97,7 +97,7 @@ def pixels() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def assert_same_output() -> Callable[..., None]:
-    """Compare two processor outputs key by key, bit by bit."""
+    """Compares two processor outputs key by key, bit by bit."""
 
     def as_numpy(value):
         return value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
@@ -173,7 +173,7 @@ def make_video() -> Callable[..., Path]:
 
 @pytest.fixture
 def clip(tmp_path) -> Callable[..., Path]:
-    """Write a video of 56 x 56 pixels by its name and the times of its frames; further options of `write_video`."""
+    """Writes a video of 56 x 56 pixels, given its name and the times of its frames. Options go to `write_video`."""
 
     def make(name: str, milliseconds: Sequence[int], fps: int = 10, **options) -> Path:
         options = {"height": 56, "width": 56} | options
@@ -184,7 +184,7 @@ def clip(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def video_file(tmp_path_factory) -> Path:
-    """2.5 seconds at 10 frames per second: 25 frames of 60 x 90, frame i of brightness 10 * i."""
+    """A video of 2.5 seconds at 10 frames per second: 25 frames of 60 x 90, frame i of brightness 10 * i."""
     return write_video(tmp_path_factory.mktemp("videos") / "gray.mp4", num_frames=25, fps=10)
 
 

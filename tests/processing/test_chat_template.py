@@ -1,4 +1,4 @@
-"""The chat template: what each kind of message becomes, and chats with media through the processor."""
+"""The chat template: the prompt of each kind of message, and chats with media through the processor."""
 
 import base64
 import http.server
@@ -193,7 +193,7 @@ CALL = {"name": "f", "arguments": {}}
     ],
 )
 def test_chat_that_the_template_refuses(messages, options, message, tokenizer):
-    """By itself, without the processor's checks, as in serving engines."""
+    """The template refuses it by itself, without the processor's checks, as in serving engines."""
     with pytest.raises(jinja2.TemplateError, match=message):
         tokenizer.apply_chat_template(messages, chat_template=load_chat_template(), tokenize=False, **options)
 
@@ -203,7 +203,7 @@ def test_none_as_identity_is_the_default(render):
 
 
 def test_template_needs_no_extension_of_ours(processor, tokenizer):
-    """A tokenizer alone renders it too, as serving engines do."""
+    """A tokenizer alone also renders the template, as serving engines do."""
     assert tokenizer.apply_chat_template([USER], chat_template=load_chat_template(), tokenize=False) == (
         processor.apply_chat_template([USER])
     )

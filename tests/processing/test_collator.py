@@ -69,7 +69,7 @@ def test_labels_are_the_turns_of_the_assistant(collator, rows, processor):
 
 @pytest.mark.parametrize("as_file", ["bytes", "path", "raw"])
 def test_files_as_datasets_stores_them(collator, rows, picture, tmp_path, as_file):
-    """`datasets.Image(decode=False)`, and a column that nobody told it holds images."""
+    """Columns of type `datasets.Image(decode=False)`, and columns without a declared image type."""
     buffer = io.BytesIO()
     picture.save(buffer, "png")
     picture.save(tmp_path / "picture.png")
@@ -110,7 +110,7 @@ def test_batch_is_what_the_processor_gives_row_by_row(collator, rows, processor,
 
 
 def modes(batch, processor):
-    """The thinking mode that each row's prompt asks for."""
+    """The thinking mode in the prompt of each row."""
     prompts = processor.tokenizer.batch_decode(batch["input_ids"])
     return [prompt.split("Current thinking mode: ")[1].split(".")[0] for prompt in prompts]
 
@@ -142,7 +142,7 @@ def test_media_without_a_place_come_before_the_first_question(collator, picture)
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_of_datasets(collator, rows, streaming, tmp_path, picture):
-    """From a file, where every row has every column, and every part every key."""
+    """Rows from a file have all columns, and their parts have all keys."""
     datasets = pytest.importorskip("datasets")
     file = tmp_path / "picture.png"
     picture.save(file)

@@ -1,4 +1,4 @@
-"""Control tokens that somebody typed into a chat stay text; everything else is as it is without the option."""
+"""Control tokens in users' text stay text, and everything else is the same as without the option."""
 
 import jinja2
 import pytest
@@ -20,7 +20,7 @@ CONTROL = pytest.mark.parametrize("token", SPECIAL_TOKENS)
 
 
 def chat(text):
-    """`text` in every place that a caller fills."""
+    """A chat with `text` in every place that a caller fills."""
     arguments = {"plain": text, f"k{text}": [text, {"deep": text}]}
     return [
         {"role": "root", "content": f"root {text}"},
@@ -79,7 +79,7 @@ def test_no_control_token_comes_from_the_caller(token, encode, processor):
 
 @CONTROL
 def test_no_control_token_comes_from_pieces_put_together(token, encode, processor):
-    """Of several parts, or of the caller's text and the template's around it."""
+    """No control token forms from several parts, or from the caller's text and the template's text around it."""
     harmless = controls(encode([{"role": "user", "content": "words"}], sanitize=False), processor.tokenizer)
     for cut in {1, len(token) // 2, len(token) - 1}:
         for content in (
@@ -97,7 +97,7 @@ def test_no_control_token_comes_from_pieces_put_together(token, encode, processo
 
 @pytest.mark.parametrize("key", ["filename", "tool_call", "/tool_call", "mm:think"])
 def test_argument_whose_brackets_the_template_writes(key, encode, processor):
-    """By default `<filename>` is a control token even here, though nobody wrote one."""
+    """By default the template's tag `<filename>` acts as a control token, although nobody wrote this token."""
     messages = [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {key: "x.txt"}}}]}]
     harmless = [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {"words": "x.txt"}}}]}]
     ids = encode(messages)
@@ -229,7 +229,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize("content", ANSWERS, ids=range(len(ANSWERS)))
 def test_reasoning_inside_an_answer_is_found(content, encode):
-    """The template writes its own tokens around it."""
+    """The template writes its own tokens around the reasoning."""
     messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": content}]
     assert encode(messages) == encode(messages, sanitize=False)
 
@@ -281,7 +281,7 @@ def test_tool_from_a_function_with_a_control_token(encode, processor):
 
 
 def test_media_are_read_from_where_they_are(encode, processor, image_files, tmp_path):
-    """Walls do not get into the paths."""
+    """Paths contain no walls."""
     file = tmp_path / "a[e~[b.png"
     file.write_bytes(image_files["png"].read_bytes())
     messages = [{"role": "user", "content": [{"type": "image", "path": str(file)}]}]

@@ -1,4 +1,4 @@
-"""Damaged image files become an error, never a crash, a hang or a picture of something else."""
+"""A damaged image file gives an error, never a crash, a hang or a wrong picture."""
 
 import io
 import os
@@ -16,7 +16,7 @@ FUZZER = Path(__file__).parents[2] / "scripts" / "fuzz_images.py"
 
 
 def test_fuzzer_finds_nothing():
-    """In a process of its own, which a fault of a decoder would end."""
+    """The files are read in a separate process, which a fault of a decoder would end."""
     done = subprocess.run(
         [sys.executable, str(FUZZER), "--files", "12"], capture_output=True, text=True, env=dict(os.environ)
     )
@@ -28,7 +28,7 @@ def test_fuzzer_finds_nothing():
 
 
 def test_every_wrong_bit_of_a_png_is_found():
-    """Also in its pixels, whose checksums Pillow skips while it decodes."""
+    """This includes damage in the pixels, whose checksums Pillow skips while it decodes."""
     gradient = np.linspace(0, 255, 48 * 64 * 3).astype(np.uint8).reshape(48, 64, 3)
     file = io.BytesIO()
     Image.fromarray(gradient).save(file, "PNG")

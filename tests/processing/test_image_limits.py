@@ -1,4 +1,4 @@
-"""`MediaLimits`: pixels, bytes, files, and the addresses that may be asked."""
+"""`MediaLimits`: pixels, bytes, files and allowed addresses."""
 
 import gzip
 import io
@@ -39,7 +39,7 @@ def image_file(kind: str = "PNG") -> bytes:
 
 @pytest.fixture
 def host(web_host):
-    """The web server, with an image, and what it redirects to."""
+    """The web server with an image, and the targets of its redirects."""
     web_host.asked.clear()
     web_host.answers.clear()
     web_host.answers["/image.png"] = (200, {}, image_file())
@@ -177,7 +177,7 @@ def test_allowed_addresses(host):
 
 
 def test_names_that_change_their_address(host, monkeypatch):
-    """The first look-up gives a public address, the second, for the connection, that of this machine."""
+    """The first look-up returns a public address. The second, for the connection, returns this machine's."""
     addresses = iter(["93.184.215.14", "127.0.0.1"])
     port = int(host.address.rpartition(":")[2])
 

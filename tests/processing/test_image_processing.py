@@ -1,4 +1,4 @@
-"""The image processor against stock's, over input forms and options, and its own promises."""
+"""The image processor against stock's, over input forms and options, and its own guarantees."""
 
 import struct
 import zlib
@@ -121,7 +121,7 @@ def test_any_integers_without_rescaling(pixels, processor, stock, assert_same_ou
 
 
 def test_patches_hold_the_pixels_they_cover(pixels):
-    """Undo the cutting by hand, for a grid of 2 x 2 merged patches of 1 x 3 merges."""
+    """Puts the patches together again by hand, for 2 x 2 merged patches in a grid of 1 x 3."""
     processor = MiniMaxM3VLImageProcessor(do_rescale=False, do_normalize=False, do_resize=False)
     image = pixels(3, 28, 84)
     output = processor(image)

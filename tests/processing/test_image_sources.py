@@ -1,4 +1,4 @@
-"""One rule for every image format and every way to pass an image; what a source is taken for when it is missing."""
+"""The same rules hold for every image format and every way to pass an image, and errors describe a missing source."""
 
 import base64
 import io
@@ -55,7 +55,7 @@ WAYS = {
 
 @pytest.fixture
 def pass_image(web_host):
-    """Pass an image file to the processor in one of `WAYS` or by an http address; gives the patches."""
+    """Passes an image file to the processor in one of `WAYS` or by an http address, and returns the patches."""
 
     def process(file, way: str, **options) -> torch.Tensor:
         if way == "http-address":
@@ -79,7 +79,7 @@ def save(folder, suffix: str, array: np.ndarray, **options) -> os.PathLike:
 
 @pytest.fixture(scope="module")
 def smooth() -> np.ndarray:
-    """Without symmetry, and so smooth that lossy formats change it little."""
+    """An image without symmetry, and so smooth that lossy formats change it little."""
     rows, columns = np.mgrid[0:56, 0:84]
     return np.stack([rows * 4, columns * 3, (rows + columns) * 1.5], axis=-1).astype(np.uint8)
 
@@ -87,11 +87,11 @@ def smooth() -> np.ndarray:
 @pytest.mark.parametrize("way", [*WAYS, "http-address"])
 @pytest.mark.parametrize("suffix", EXACT)
 def test_every_way_turns_every_format_upright(suffix, way, smooth, tmp_path, pass_image):
-    """Orientation 6 shows both a lost turn and a repeated one."""
+    """Orientation 6 reveals both a missing turn and a repeated turn."""
     exif = Image.Exif()
     exif[0x0112] = 6
     file = save(tmp_path, suffix, TURNS[6](smooth), exif=exif)
-    # the floor of the test is what the lossy formats change; a lost turn changes the shape
+    # lossy formats change the pixels a little; a missing turn changes the shape
     tolerance = 0.2 if suffix in LOSSY else 0
     torch.testing.assert_close(pass_image(file, way), IMAGE_PROCESSOR(smooth)["pixel_values"], atol=tolerance, rtol=0)
 
@@ -156,7 +156,7 @@ COLOURS = {
 
 
 def over_white(image: Image.Image) -> np.ndarray:
-    """(height, width, 3) uint8, blended by hand, within one step of rounding."""
+    """The expected pixels, uint8 (height, width, 3), blended by hand, exact to one step of rounding."""
     colours, alpha = np.split(np.array(image.convert("RGBA")).astype(float), [3], axis=-1)
     return np.round(colours * alpha / 255 + 255 - alpha).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""Text, images and videos together: against stock's joint processor, and where ours goes further."""
+"""Text, images and videos together: against stock's joint processor, and features that stock lacks."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ START, END = "]<]start of image[>[", "]<]end of image[>["
 
 @pytest.fixture
 def media(pixels) -> dict[str, list[np.ndarray]]:
-    """Frames fit the patch grid, so that stock can take them."""
+    """Media for the tests. Frames fit the patch grid, because stock refuses others."""
     return {
         "images": [pixels(60, 90, 3), pixels(200, 31, 3, seed=1), pixels(100, 100, 3, seed=2)],
         "videos": [pixels(5, 56, 84, 3, seed=3), pixels(2, 84, 28, 3, seed=4), pixels(18, 28, 28, 3, seed=5)],
@@ -38,7 +38,7 @@ PROMPTS = {
 
 
 def take(media, prompts):
-    """As many images and videos as the prompts hold placeholders."""
+    """Takes as many images and videos as the prompts have placeholders."""
     prompts = [prompts] if isinstance(prompts, str) else prompts
     counts = {"images": IMAGE, "videos": VIDEO}
     taken = {name: media[name][: sum(text.count(token) for text in prompts)] for name, token in counts.items()}
@@ -130,7 +130,7 @@ def test_what_a_placeholder_becomes(pixels, processor):
     "permutation", list(itertools.permutations(range(3))), ids=lambda order: "".join(map(str, order))
 )
 def test_order_of_samples_changes_no_sample(permutation, media, processor):
-    """Each sample of a batch has the ids and pixels that it has alone."""
+    """Each sample of a batch has the same ids and pixels as alone."""
     samples = [
         (PROMPTS["image"], media["images"][:1], []),
         (PROMPTS["text"], [], []),

@@ -1,4 +1,4 @@
-"""Images and videos that cannot be processed: the error names the item, what came and what was expected."""
+"""Errors for images and videos that cannot be processed name the item, its value and the expected value."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from processing_minimax_m3 import MiniMaxM3VLImageProcessor, MiniMaxM3VLVideoPro
 
 
 def lazy_image(content: bytes) -> Image.Image:
-    """An image whose header can be read and whose pixels cannot."""
+    """An image with a valid header and damaged pixels."""
     return Image.open(io.BytesIO(content))
 
 

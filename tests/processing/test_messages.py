@@ -1,4 +1,4 @@
-"""Chats that are refused, with the place of the mistake and before any media is loaded, and odd ones that are not."""
+"""Malformed chats are refused before any media is loaded, with the place of the mistake. Unusual chats are accepted."""
 
 import dataclasses
 
@@ -118,7 +118,7 @@ def test_identity_with_half_a_surrogate_pair(processor):
 
 
 def test_what_is_odd_but_legal(processor):
-    """The same prompt as the chat template's alone makes of it."""
+    """The processor makes the same prompt as the chat template alone."""
     call = {"id": "1", "type": "function", "function": {"name": "f"}, "index": None}
     chat = [
         {"role": "system", "content": [], "name": "s"},
@@ -163,7 +163,7 @@ class Message:
 
 
 class Part:
-    """As client libraries define them with pydantic."""
+    """Messages as client libraries define them, with pydantic."""
 
     def __init__(self, **fields):
         self.fields = fields
@@ -173,7 +173,7 @@ class Part:
 
 
 def test_file_whose_name_is_no_text(processor, image_files, tmp_path):
-    """As Python gives names in another encoding."""
+    """Python represents file names in another encoding like this."""
     file = tmp_path / "\udcfc.png"
     file.write_bytes(image_files["png"].read_bytes())
     chats = [

@@ -1,4 +1,4 @@
-"""Saved processors: ours in stock, stock's in ours, and files of the released kind in both."""
+"""Saved processors: stock loads ours, ours loads stock's, and both load files in the released form."""
 
 import json
 
@@ -100,7 +100,7 @@ def test_released_file_reads_as_stock_reads_it(stock, tmp_path, pixels, assert_s
 
 
 def test_bounds_of_one_processor_do_not_leak_into_the_next():
-    """Stock's do, with these two options together: it writes them into its class."""
+    """Stock's options do leak: it writes these two into its class when they come together."""
     bounded = MiniMaxM3VLImageProcessor(size=[672, 672], max_pixels=50_000)
     assert dict(bounded.size) == {"shortest_edge": 3136, "longest_edge": 50_000}
     assert dict(MiniMaxM3VLImageProcessor().size) == {"shortest_edge": 3136, "longest_edge": 451_584}

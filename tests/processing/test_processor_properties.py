@@ -55,7 +55,7 @@ def test_batch_equals_stock(processor, stock, assert_same_output, prompts, seed)
 @quick
 @given(prompt=st.lists(parts, max_size=5), seed=st.integers(0, 99))
 def test_text_survives(processor, prompt, seed):
-    """Without its brackets, the processed text is the prompt."""
+    """Without its placeholders and times, the processed text equals the prompt."""
     text, images, videos = build(prompt, seed)
     output = processor(text=text, images=images, videos=videos, input_data_format="channels_last")
     decoded = processor.tokenizer.decode(output["input_ids"][0], clean_up_tokenization_spaces=False)
@@ -118,13 +118,13 @@ def test_exact_number_of_frames(total, count):
     count=st.integers(1, 60),
 )
 def test_sampled_frames_are_on_show(steps, start, fps, count):
-    """Of frames with their own times (in milliseconds here): those on show at evenly spread moments."""
+    """Frames with times of their own (here in milliseconds) are chosen if they are on show at evenly spread times."""
     times = [start / 1000 + sum(steps[:index]) / 1000 for index in range(len(steps))]
     duration = sum(steps) / 1000
     options = {"times": times, "duration": duration}
 
     def on_show(number: int) -> list[set[int]]:
-        """What may be taken at each moment: a frame counts as shown a millisecond before its time."""
+        """The frames that may be chosen at each moment. A frame counts as shown a millisecond before its time."""
         moments = [times[0] + index * duration / number for index in range(number)]
         frames, lateness = range(len(times)), (-1e-9, 1e-9, 1e-3 - 1e-9, 1e-3 + 1e-9)
         return [

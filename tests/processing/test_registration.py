@@ -1,4 +1,4 @@
-"""Importing the processors alone, without the model, makes Transformers put ours together."""
+"""After an import of the processors alone, without the model, Transformers loads our processors."""
 
 import json
 import os
@@ -27,7 +27,7 @@ print(json.dumps([type(part).__module__ for part in parts]))
 """
 FILES = {
     "ours": {},
-    # as in the released checkpoint: no class is named, so the configuration's type decides
+    # as in the released checkpoint, no class is named, so the type of the configuration decides
     "released": {"config.json": {"model_type": "minimax_m3_vl"}, "preprocessor_config.json": {"patch_size": 14}},
 }
 

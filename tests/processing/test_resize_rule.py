@@ -1,4 +1,4 @@
-"""The resize rule: stock's numbers, and what it promises for any size."""
+"""The resize rule: the same sizes as stock, and its guarantees for any size."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_result_fits_the_grid_and_the_bounds(height, width, factor, min_pixels, 
 @example(height=2317, width=2317)  # scaled to 672 but for a rounding error, and so to the multiple of 28 below
 def test_aspect_ratio_is_kept_up_to_rounding(height, width):
     new_height, new_width = smart_resize(height, width, 28, 3136, 451_584)
-    # the area is kept or, where rounding up would pass the bound, scaled down to it
+    # the area stays the same, or is scaled down to the bound if rounding up would exceed it
     scales = (1.0, math.sqrt(451_584 / (height * width)))
     factor = 28 + 1e-6
     assert any(

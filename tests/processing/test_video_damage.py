@@ -1,4 +1,4 @@
-"""Video files that are cut, damaged or made to do harm: an exception that names the file, or what there is of it."""
+"""Video files that are cut off, damaged or malicious give an exception that names the file, or the intact frames."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def overwrite_packets(path, which) -> None:
 
 @pytest.mark.parametrize("threads", [1, 16])
 def test_damaged_frames_are_left_out(threads, clip, warnings, monkeypatch):
-    """On any machine: FFmpeg takes a thread for each core."""
+    """The result is the same on any machine, although FFmpeg uses a thread per core."""
     open_stream = PyavVideo._open
 
     def open_with_threads(self):
@@ -54,7 +54,7 @@ def test_damaged_frames_are_left_out(threads, clip, warnings, monkeypatch):
     assert len(frames) == 8 and metadata.frames_indices.tolist() == [0, 1, 2, 3, 4, 5, 8, 9]
     np.testing.assert_allclose(metadata.timestamps, metadata.frames_indices / 10)
     assert f"videos ({str(path)!r}): only 8 of 10 frames could be decoded" in warnings.text
-    # the next one stands in for a lost one
+    # the next frame replaces a lost frame
     assert decode_video(str(path), lambda metadata: np.array([0, 6, 9]))[1].frames_indices.tolist() == [0, 8, 9]
 
 

@@ -1,4 +1,4 @@
-"""Reading video files: decoding, sampling, timing, and files that are not what they seem."""
+"""Reading video files: decoding, sampling, timing, and files with a wrong name or content."""
 
 import re
 
@@ -19,7 +19,7 @@ def video_processor() -> MiniMaxM3VLVideoProcessor:
 
 
 def shown_frames(output) -> list[int]:
-    """Which frames of the gray video were processed, by their brightness."""
+    """The numbers of the processed frames of the gray video, from their brightness."""
     patches = output["pixel_values_videos"].float()
     grid_t = int(output["video_grid_thw"][:, 0].sum())
     brightness = patches.reshape(grid_t, -1, 3, 2, 14 * 14).mean(dim=(1, 2, 4)).flatten()
@@ -52,7 +52,7 @@ def test_sampled_frames(options, expected, video_file, video_processor):
 
 
 def test_same_as_stock_with_its_own_decoding(video_file, video_processor, stock, monkeypatch, assert_same_output):
-    """Stock asks for torchcodec; given the same decoder, both make the same of a file."""
+    """Stock needs torchcodec. With the same decoder, both return the same output for a file."""
     from transformers.video_utils import load_video
 
     def decode(sources, sample_indices_fn=None):
@@ -132,7 +132,7 @@ def test_no_decoder(video_file, video_processor, monkeypatch):
     monkeypatch.setattr(video_decoding, "is_torchcodec_usable", lambda decode: False)
     with pytest.raises(ImportError, match="pip install av"):
         video_processor(str(video_file))
-    # nor is an old torchcodec one, which gives frames as they lie in the file
+    # an old torchcodec is no decoder either, because it does not turn frames upright
     monkeypatch.setattr(video_decoding, "is_torchcodec_usable", lambda decode: True)
     monkeypatch.setattr(video_decoding.TorchcodecVideo, "turns_frames", lambda: False)
     with pytest.raises(ImportError, match="a recent torchcodec"):

@@ -1,4 +1,4 @@
-"""`MediaLimits` hold for videos too: their addresses, their size in bytes, and the pixels of a frame."""
+"""`MediaLimits` also limit videos: their addresses, their size in bytes, and the pixels of a frame."""
 
 import pytest
 

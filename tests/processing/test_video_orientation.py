@@ -1,4 +1,4 @@
-"""Videos that note how to turn them: upright, whatever the matrix and the decoder."""
+"""Videos with an orientation in the file are upright, for every matrix and decoder."""
 
 import itertools
 import struct
@@ -20,7 +20,7 @@ MATRICES = STRAIGHT + [(0, b, c, 0) for b, c in itertools.product((1, -1), repea
 
 @pytest.fixture
 def turned(tmp_path):
-    """Write a clip of two frames whose four quarters differ, with a display matrix."""
+    """Writes a clip of two frames whose four quarters differ, with a display matrix."""
 
     def make(matrix: tuple[float, ...], name: str = "clip.mp4") -> Path:
         path = tmp_path / name
@@ -43,7 +43,7 @@ def turned(tmp_path):
 
 
 def turn_by_pixel(picture: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
-    """The definition, pixel by pixel, moved to non-negative places."""
+    """Applies the definition pixel by pixel, and moves the result to non-negative coordinates."""
     a, b, c, d = matrix
     height, width = picture.shape[:2]
     places = {(a * x + c * y, b * x + d * y): picture[y, x] for y in range(height) for x in range(width)}
@@ -62,7 +62,7 @@ def test_upright(matrix, turned):
 
 
 def test_nearly_a_quarter_turn(turned):
-    """The nearest one: a few degrees off, or scaled."""
+    """A matrix that is a few degrees off, or scaled, counts as the nearest quarter turn."""
     expected = decode_video(str(turned((0, 1, -1, 0))))[0]
     np.testing.assert_array_equal(decode_video(str(turned((0.1, 0.99, -0.99, 0.1))))[0], expected)
     np.testing.assert_array_equal(decode_video(str(turned((0, 2, -0.5, 0))))[0], expected)
@@ -75,7 +75,7 @@ def test_patches_lie_upright(turned):
 
 @pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)], ids=str)
 def test_torchcodec_turns_frames_itself(matrix, turned, monkeypatch):
-    """Once, that is. Mirroring it does not know."""
+    """Frames are not turned twice. torchcodec ignores mirroring."""
     pytest.importorskip("torchcodec")
     path = str(turned(matrix))
     with_pyav, expected = decode_video(path)

@@ -1,4 +1,4 @@
-"""The video processor against stock's, over input forms and options, and where it goes further."""
+"""The video processor against stock's, over input forms and options, and features that stock lacks."""
 
 import math
 
@@ -240,7 +240,7 @@ def test_device(pixels, processor):
 
 
 def test_transparent_frames_lie_over_white(tmp_path, pixels, processor):
-    """As pictures do, whether given as files or as PIL images."""
+    """Frames behave like pictures, as files and as PIL images."""
     frames = [Image.fromarray(pixels(28, 56, 4, seed=seed)) for seed in range(2)]
     files = [tmp_path / f"{index}.png" for index in range(2)]
     for frame, file in zip(frames, files):

@@ -1,4 +1,4 @@
-"""Asking for fewer frames: what is asked for happens, in every way of asking."""
+"""Requests for fewer frames work in every form of the call."""
 
 import math
 
@@ -54,13 +54,13 @@ def collate(processor, path: str, options: dict):
 
 @pytest.fixture(scope="module")
 def six_seconds(tmp_path_factory, make_video) -> str:
-    """60 frames, 10 a second."""
+    """A video of 60 frames at 10 frames per second."""
     return str(make_video(tmp_path_factory.mktemp("six") / "six.mp4", 60, 10, height=28, width=28))
 
 
 @pytest.fixture(scope="module")
 def long_clip(tmp_path_factory, make_video) -> str:
-    """900 frames, 30 a second."""
+    """A video of 900 frames at 30 frames per second."""
     return str(make_video(tmp_path_factory.mktemp("long") / "long.mp4", 900, 30, height=28, width=28))
 
 
@@ -108,7 +108,7 @@ def test_a_limit_equal_to_the_default_is_a_limit(limit):
 
 
 def test_long_clip(long_clip):
-    """Without being asked, down to the default limit; and no other frame is so much as converted."""
+    """A call without options samples a long video down to the default limit, and converts no other frame."""
     converted = []
     video_processor = MiniMaxM3VLVideoProcessor()
     with pytest.MonkeyPatch.context() as patch:
@@ -147,7 +147,7 @@ def test_arrays_and_lists_of_frames(form, pixels, processor):
 
 
 def test_arrays_longer_than_the_limit_are_left_alone(pixels, processor):
-    """They may be sampled already."""
+    """Arrays may be sampled already, so they are not sampled by default."""
     video_processor = MiniMaxM3VLVideoProcessor(max_frames=4, num_frames=2)
     assert video_processor(pixels(20, 28, 28, 3))["video_grid_thw"][:, 0].sum() == 10
 

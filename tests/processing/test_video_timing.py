@@ -1,4 +1,4 @@
-"""The times of a video's frames: those of the file, whatever its container, and sampling on their time line."""
+"""Frames have the times of the file, for every container, and sampling follows these times."""
 
 import re
 import struct
@@ -31,7 +31,7 @@ def told_times(processor, text_ids) -> list[float]:
 
 
 def brightness(frames) -> list[int]:
-    """Which frame of a gray clip each is."""
+    """The number of each frame of a gray clip, from its brightness."""
     return [round(float(frame.mean()) / 10) for frame in frames]
 
 
@@ -58,7 +58,7 @@ def test_late_start_counts_from_the_zero_of_the_file(suffix, seconds_of_silence,
 
 @pytest.mark.parametrize("seconds_of_silence, start", [(0, 0), (1, 2)], ids=["alone", "after-its-sound"])
 def test_transport_stream_counts_from_its_start(seconds_of_silence, start, clip):
-    """Its clock starts anywhere, and players show 0 there."""
+    """Its clock may start at any time, which players show as 0."""
     path = clip("clip.ts", [2000 + time for time in GAPS], seconds_of_silence=seconds_of_silence)
     np.testing.assert_allclose(decode_video(str(path))[1].timestamps, start + np.array(GAPS) / 1000, atol=0.02)
 
@@ -80,7 +80,7 @@ def test_edit_list_cuts_the_beginning_off(clip):
 
 @pytest.mark.parametrize("name", ["clip.avi", "clip.h264"])
 def test_containers_without_times(name, clip):
-    """AVI has a fixed rate and no time of showing, a bare stream has nothing, and counts as 25 frames a second."""
+    """AVI has a fixed rate and no frame times. A bare stream has neither, and counts as 25 frames a second."""
     path = clip(name, range(0, 700, 100), codec="libx264", max_b_frames=2)
     with av.open(str(path)) as container:
         rate = 25 if name == "clip.h264" else float(1 / container.streams.video[0].time_base)
@@ -101,7 +101,7 @@ SAMPLED = {
     # ten frames a second, and then one a second
     "rate": ([*range(0, 1000, 100), *range(1000, 11000, 1000)], {"fps": 1}, [0, *range(10, 19)]),
     "higher-rate": ([*range(0, 1000, 100), *range(1000, 4000, 1000)], {"fps": 2}, [0, 5, 10, 11]),
-    # a frame that stays on show for long is taken once
+    # a frame that stays on show for a long time is chosen once
     "gap": ([*range(0, 1000, 100), *range(5000, 6000, 100)], {"fps": 1}, [0, 9, 10]),
     "late": ([*range(7000, 8000, 100), *range(12000, 13000, 100)], {"fps": 1}, [0, 9, 10]),
     "number": ([*range(0, 1000, 100), *range(1000, 4000, 1000)], {"num_frames": 3}, [0, 10, 11]),
