@@ -1,4 +1,4 @@
-"""Malformed chats are refused before any media is loaded, with the place of the mistake. Unusual chats are accepted."""
+"""Malformed chats are refused before any media is loaded, with the place of the mistake. Unusual chats pass."""
 
 import dataclasses
 
