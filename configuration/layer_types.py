@@ -43,7 +43,7 @@ class LayerType:
 def _check_indexer(config: "MiniMaxM3VLTextConfig") -> None:
     if config.index_n_heads != config.num_key_value_heads:
         raise ValueError(
-            "`index_n_heads` must equal `num_key_value_heads`, because each index head selects for one key-value "
+            "`index_n_heads` must equal `num_key_value_heads`, because each index head selects for one key/value "
             f"head, got index_n_heads={config.index_n_heads} and num_key_value_heads={config.num_key_value_heads}."
         )
     if config.index_init_blocks + config.index_local_blocks > config.index_topk_blocks:
@@ -55,8 +55,8 @@ def _check_indexer(config: "MiniMaxM3VLTextConfig") -> None:
         raise ValueError(
             f"`index_head_dim` must be at least the rotary width {config.rotary_width} (`head_dim` = {config.head_dim} "
             "times `rope_parameters['partial_rotary_factor']` = "
-            f"{config.rope_parameters.get('partial_rotary_factor', 1.0)}), or the indexer's scores stop depending on "
-            f"distance alone, got {config.index_head_dim}."
+            f"{config.rope_parameters.get('partial_rotary_factor', 1.0)}), because the indexer's scores otherwise depend "
+            f"on absolute positions, got {config.index_head_dim}."
         )
 
 
