@@ -25,11 +25,13 @@ class IndexerLossLogging:
         super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any):
+        """Train as the trainer does, from new sums."""
         self._forget(True)  # values that came after the last log of an earlier call
         self._forget(False)  # values of `predict`, which logs nothing
         return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
+        """Evaluate as the trainer does, from new sums."""
         self._forget(False)  # as above
         return super().evaluation_loop(*args, **kwargs)
 
@@ -45,6 +47,7 @@ class IndexerLossLogging:
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ):
+        """The trainer's loss. Adds the batch's `indexer_loss` to the sums."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         value = outputs.get("indexer_loss") if isinstance(outputs, dict) else None
         if value is not None:
@@ -68,6 +71,7 @@ class IndexerLossLogging:
         return value * self.accelerator.num_processes if self.args.average_tokens_across_devices else value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the trainer does, with the mean of the indexers' loss beside a loss."""
         prefix = next((name.removesuffix("loss") for name in logs if name.endswith("_loss")), None)
         if "loss" in logs and True in self._indexer_losses:
             steps = self.state.global_step - self._indexer_first_step

@@ -52,7 +52,7 @@ class BuildError(RuntimeError):
 
 
 def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME or CUDA_PATH, else the one on the PATH, else that of the usual folder."""
+    """The path of nvcc: that of CUDA_HOME or CUDA_PATH, else the one on the PATH, else that of the usual folder."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             named = Path(os.environ[variable], "bin", "nvcc")
@@ -74,6 +74,7 @@ def parse_toolkit_version(output: str) -> tuple[int, int]:
 
 
 def toolkit_version(nvcc: Path) -> tuple[int, int]:
+    """Major and minor release of the CUDA toolkit."""
     return parse_toolkit_version(_run([str(nvcc), "--version"]))
 
 
@@ -106,6 +107,7 @@ def source_hash(csrc: Path = CSRC) -> str:
 
 
 def library_name(cuda_major: int, csrc: Path = CSRC) -> str:
+    """Name of the binary that these sources give with that CUDA release."""
     return f"kernels-{source_hash(csrc)}-cu{cuda_major}.so"
 
 
