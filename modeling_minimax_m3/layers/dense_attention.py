@@ -15,10 +15,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import is_torchdynamo_compiling
 
 from ..runtime.sequence_layout import SequenceLayout
+from .cached_attention import cached_attention
 from .packed_causal_attention import packed_causal_attention
-
-# Elements of the largest mask that exists at a time where a kernel cannot express the layout itself.
-_TILE = 2**24
 
 
 def dense_attention(
@@ -89,7 +87,7 @@ def _sdpa(
     options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[2] != key.shape[2]}
     query, key, value = layout.order_queries(query), layout.order_keys(key), layout.order_keys(value)
     if layout.is_cached:
-        return layout.restore_order(_cached_sdpa(query, key, value, layout, options))
+        return layout.restore_order(cached_attention(query, key, value, layout, scaling, dropout))
     if layout.is_uniform or layout.query_order is not None:
         # Padding was moved behind the real tokens, so it lies in their future.
         states = (states.transpose(1, 2) for states in (query, key, value))
@@ -119,31 +117,3 @@ def _sdpa(
         ]
         out = torch.cat(pieces)
     return out.unflatten(0, query.shape[:2])
-
-
-def _cached_sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SequenceLayout, options: dict
-) -> torch.Tensor:
-    num_new, num_keys, num_kv_heads = query.shape[1], key.shape[1], key.shape[2]
-    q_heads_per_kv = query.shape[2] // num_kv_heads
-    key, value = key.transpose(1, 2), value.transpose(1, 2)
-    options = options | {"enable_gqa": False}
-    # One new token that sees every key needs no mask. Only the host can know that.
-    sees_all = (
-        num_new == 1 and layout.num_keys == num_keys and layout.cache_leftpad is None and layout.key_order is None
-    )
-    position, rank = layout.cached_positions(), layout.cached_ranks(num_keys)
-    pieces = []
-    step = max(1, _TILE // max(1, len(query) * num_keys * q_heads_per_kv))
-    for start in range(0, num_new, step):
-        # The query heads of one key/value head become rows of one head, so that no kernel repeats keys.
-        rows = query[:, start : start + step].unflatten(2, (num_kv_heads, q_heads_per_kv)).permute(0, 2, 3, 1, 4)
-        visible = None
-        if not sees_all:
-            # Rows of padding see their first slot, because a softmax over nothing is NaN.
-            limit = position[:, start : start + step, None].clamp(min=0)
-            visible = (rank[:, None] >= 0) & (rank[:, None] <= limit)
-            visible = visible.repeat(1, q_heads_per_kv, 1).unsqueeze(1)
-        out = scaled_dot_product_attention(rows.flatten(2, 3), key, value, attn_mask=visible, **options)
-        pieces.append(out.unflatten(2, rows.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2, 3))
-    return torch.cat(pieces, dim=1)

@@ -1,12 +1,13 @@
 """What every M3 model class shares: capability flags and weight initialisation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import ModelOutput
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
 from configuration_minimax_m3.auto_class import AutoClassByImport
@@ -16,6 +17,7 @@ from ..layers.normalization import MiniMaxM3VLRMSNorm
 from ..loading.disk_names import with_module_names
 from ..loading.part_loading import finish_part_loading, part_conversions, refuse_parts_without_weights
 from ..loading.quantized_checkpoints import finish_loading
+from ..runtime.captured_decoding import CapturedDecoding, obstacle_of_model
 from ..training.indexer_training import freeze_untrained_indexers, set_indexer_training
 
 
@@ -44,6 +46,13 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., ModelOutput]:
+        """What `generate` calls for a decoding step: a CUDA graph where it can be captured, else stock's choice."""
+        # A `compile_config` of the user's own asks for compiling.
+        if compile_config is None and obstacle_of_model(self) is None:
+            return CapturedDecoding(self)
+        return super().get_compiled_call(compile_config)
 
     def __init__(self, config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig, *args, **kwargs):
         if isinstance(config, PreTrainedConfig) and not isinstance(config, self.config_class):

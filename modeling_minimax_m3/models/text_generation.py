@@ -1,12 +1,14 @@
 """What `generate` needs of both language models: masks of compiled steps, and drafts by the first layers alone."""
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.generation.candidate_generator import (
     AssistedCandidateGenerator,
     CandidateGenerator,
     EarlyExitCandidateGenerator,
 )
 
+from ..runtime.captured_decoding import obstacle_of_cache, obstacle_of_model
 from ..runtime.layout_building import create_masks_for_generate
 from ..runtime.transformers_versions import CACHE_NAME, GenerationMixin
 
@@ -45,6 +47,17 @@ class MiniMaxM3GenerationMixin(GenerationMixin):
         return _EarlyExit(assistant_model=self, **{name: kwargs[name] for name in names})
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        cache = model_kwargs.get(CACHE_NAME)
+        captures = (
+            not generation_config.disable_compile
+            and generation_config.compile_config is None
+            and obstacle_of_cache(cache) is None
+            and obstacle_of_model(self) is None
+        )
+        if isinstance(cache, Cache):
+            cache.is_captured = captures
+        if captures:
+            return True
         # An offloaded cache moves between devices at every step, so each step would be compiled again.
         if getattr(model_kwargs.get(CACHE_NAME), "offloading", False):
             return False

@@ -34,14 +34,18 @@ class _GrowingBuffer:
             self.length = self.data.shape[1]
             return self.data
         needed = self.length + states.shape[1]
-        if needed > self.data.shape[1]:
-            capacity = max(needed, 2 * self.data.shape[1])
-            data = states.new_empty((states.shape[0], capacity, *states.shape[2:]))
-            data[:, : self.length] = self.used
-            self.data = data
+        self.reserve(needed)
         self.data[:, self.length : needed] = states
         self.length = needed
         return self.used
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all."""
+        if tokens > self.data.shape[1]:
+            capacity = max(tokens, 2 * self.data.shape[1])
+            data = self.data.new_empty((self.data.shape[0], capacity, *self.data.shape[2:]))
+            data[:, : self.length] = self.used
+            self.data = data
 
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens."""
@@ -63,23 +67,56 @@ class MiniMaxM3VLDynamicLayer(DynamicLayer):
     def _new_buffers(self) -> dict[str, _GrowingBuffer]:
         return {"keys": _GrowingBuffer(), "values": _GrowingBuffer()}
 
-    def _refresh(self) -> None:
-        """Point the views that Transformers reads at the buffers."""
-        self.keys = self._buffers["keys"].used.transpose(1, 2)
-        self.values = self._buffers["values"].used.transpose(1, 2)
+    def buffers(self) -> list[_GrowingBuffer]:
+        """All buffers of the layer. Each holds the same tokens."""
+        return list(self._buffers.values())
+
+    def as_static_layer(self, room: int) -> "MiniMaxM3VLStaticLayer":
+        """A static layer over the memory of this one, with room for at least `room` more tokens.
+
+        Its tokens become tokens of this layer when the caller raises the length of every buffer.
+        """
+        buffers = self.buffers()
+        for buffer in buffers:
+            buffer.reserve(buffer.length + room)
+        layer = self._new_static_layer(min(buffer.data.shape[1] for buffer in buffers))
+        layer.adopt_memory(*(buffer.data.transpose(1, 2) for buffer in buffers), length=self.get_seq_length())
+        return layer
+
+    def _new_static_layer(self, max_cache_len: int) -> "MiniMaxM3VLStaticLayer":
+        return MiniMaxM3VLStaticLayer(max_cache_len)
+
+    # Transformers reads these two, which are views of the buffers. Its base class sets them to None at the start.
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self._view("keys")
+
+    @keys.setter
+    def keys(self, states: None) -> None:
+        _check_not_set("keys", states)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._view("values")
+
+    @values.setter
+    def values(self, states: None) -> None:
+        _check_not_set("values", states)
+
+    def _view(self, name: str) -> torch.Tensor | None:
+        return self._buffers[name].used.transpose(1, 2) if self.is_initialized else None
 
     def _map_rows(self, function) -> None:
         if self.is_initialized:
             for buffer in self._buffers.values():
                 buffer.map_rows(function)
-            self._refresh()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self._buffers["keys"].append(key_states[..., :0, :].transpose(1, 2))
         self._buffers["values"].append(value_states[..., :0, :].transpose(1, 2))
         self.is_initialized = True
-        self._refresh()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -89,7 +126,6 @@ class MiniMaxM3VLDynamicLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         self._buffers["keys"].append(key_states.transpose(1, 2))
         self._buffers["values"].append(value_states.transpose(1, 2))
-        self._refresh()
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -112,7 +148,6 @@ class MiniMaxM3VLDynamicLayer(DynamicLayer):
         if self.is_initialized:
             for buffer in self._buffers.values():
                 buffer.crop(-tokens_to_remove)
-            self._refresh()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map_rows(lambda data: data.index_select(0, beam_idx.to(data.device)))
@@ -138,6 +173,12 @@ class MiniMaxM3VLSparseDynamicLayer(MiniMaxM3VLDynamicLayer):
     def update_index(self, index_key: torch.Tensor) -> torch.Tensor:
         """Add (B, 1, T, D_idx) index keys and return all of them (B, 1, S, D_idx)."""
         return self._index_buffer.append(index_key.transpose(1, 2)).transpose(1, 2)
+
+    def buffers(self) -> list[_GrowingBuffer]:
+        return [*super().buffers(), self._index_buffer]
+
+    def _new_static_layer(self, max_cache_len: int) -> "MiniMaxM3VLStaticLayer":
+        return MiniMaxM3VLSparseStaticLayer(max_cache_len)
 
     def _map_index_rows(self, function) -> None:
         self._index_buffer.map_rows(function)
@@ -187,13 +228,25 @@ class MiniMaxM3VLStaticLayer(StaticLayer):
         # Reading the length would wait for a device. There, other checks refuse `generate` and masks that are too
         # long.
         if key_states.device.type == "cpu" and not is_torchdynamo_compiling():
-            used = int(self.cumulative_length) + key_states.shape[-2]
-            if used > self.max_cache_len:
-                raise ValueError(
-                    f"the static cache has {self.max_cache_len} slots, got tokens for {used}: make it with a larger "
-                    "`max_cache_len`"
-                )
+            self.check_room(int(self.cumulative_length) + key_states.shape[-2])
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def check_room(self, tokens: int) -> None:
+        """Raise ValueError unless the layer can hold `tokens` tokens in all."""
+        if tokens > self.max_cache_len:
+            raise ValueError(
+                f"the static cache has {self.max_cache_len} slots, got tokens for {tokens}: make it with a larger "
+                "`max_cache_len`"
+            )
+
+    def adopt_memory(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Use (B, H_kv, S, D) tensors as this layer's own. Their first `length` slots are in use."""
+        self.dtype, self.device = keys.dtype, keys.device
+        self.batch_size, self.num_heads = keys.shape[:2]
+        self.k_head_dim, self.v_head_dim = keys.shape[-1], values.shape[-1]
+        self.keys, self.values = keys, values
+        self.cumulative_length = torch.tensor(length, device=keys.device)
+        self.is_initialized = True
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         # In place, because a captured graph goes on reading the same memory.
@@ -241,6 +294,11 @@ class MiniMaxM3VLSparseStaticLayer(MiniMaxM3VLStaticLayer):
         self.index_keys.index_copy_(2, slots, index_key)
         return self.index_keys
 
+    def adopt_memory(self, keys: torch.Tensor, values: torch.Tensor, index_keys: torch.Tensor, length: int) -> None:
+        """Use these tensors as this layer's own, (B, 1, S, D_idx) index keys among them."""
+        super().adopt_memory(keys, values, length)
+        self.index_keys = index_keys
+
     def _replace_rows(self, function) -> None:
         super()._replace_rows(function)
         if self.index_keys is not None:
@@ -256,6 +314,11 @@ class MiniMaxM3VLSparseStaticLayer(MiniMaxM3VLStaticLayer):
         super().reorder_cache(beam_idx)
         if self.index_keys is not None:
             self.index_keys.copy_(self.index_keys.index_select(0, beam_idx.to(self.index_keys.device)))
+
+
+def _check_not_set(name: str, states: torch.Tensor | None) -> None:
+    if states is not None:
+        raise AttributeError(f"`{name}` of this cache layer are views of its buffers: add tokens by `update`")
 
 
 def _check_crop(tokens_to_remove: int) -> None:

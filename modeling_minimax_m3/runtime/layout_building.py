@@ -286,8 +286,11 @@ def create_masks_for_generate(
     """Replaces Transformers' function of that name, which builds 4-D masks for static caches.
 
     `generate` calls this before every compiled step. Here the host may still look at values, so the layout of cached
-    rows is built here, as tensors whose shape stays the same from step to step.
+    rows is built here, as tensors whose shape stays the same from step to step. A step that a CUDA graph holds needs
+    the layout once.
     """
+    if getattr(cache, "is_captured", False):
+        return attention_mask
     past = 0 if cache is None else cache.get_seq_length()
     if not isinstance(past, torch.Tensor) or (attention_mask is not None and attention_mask.dim() != 2):
         return attention_mask

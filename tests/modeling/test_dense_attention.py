@@ -8,8 +8,8 @@ import torch
 from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3.layers import cached_attention, packed_causal_attention
 from modeling_minimax_m3.layers import dense_attention as dense
-from modeling_minimax_m3.layers import packed_causal_attention
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.runtime.sequence_layout import SequenceLayout
 
@@ -128,7 +128,7 @@ def test_cached_attention_in_small_tiles(monkeypatch, make_pair, make_tokens, re
     tokens = make_tokens(model.config, 2, 80)
     with torch.no_grad():
         expected = model(tokens).logits[:, 30:]
-        monkeypatch.setattr(dense, "_TILE", 2 * 80 * 7)
+        monkeypatch.setattr(cached_attention, "_MASK_ELEMENTS", 2 * 80 * 7)
         cache = model(tokens[:, :30]).cache
         assert relative_error(model(tokens[:, 30:], cache=cache).logits, expected) < 1e-5
 
