@@ -141,8 +141,9 @@ def _packed(
         key, value, distance = key.flatten(0, 1), value.flatten(0, 1), slots
     else:
         (key, value), distance = _flat_rows(key, value)
-    offsets_q, offsets_k = layout.packed_offsets(distance).values()
-    offsets_k = offsets_k.clamp(max=len(key))  # nothing follows the last row's slots
+    offsets = layout.packed_offsets(distance)
+    offsets_q = offsets["cu_seqlens_q"]
+    offsets_k = offsets["cu_seqlens_k"].clamp(max=len(key))  # nothing follows the last row's slots
     # The longest sequence without queries may be longer than `slots`; no query reads it.
     out = torch.ops.aten._flash_attention_forward(
         query.flatten(0, 1), key, value, offsets_q, offsets_k, num_new, slots, dropout, True, False, scale=scaling
