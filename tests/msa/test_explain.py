@@ -85,7 +85,11 @@ def test_errors_are_those_of_the_call(inputs):
         msa.explain(msa.select_blocks, case.index_query, case.index_key)
 
 
-@pytest.mark.parametrize("function", ["select", None, torch.add, msa.available_backends], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    ["select", None, torch.add, msa.available_backends],
+    ids=["a wrong name", "nothing", "of torch", "no operator"],
+)
 def test_other_functions_are_refused(function):
     with pytest.raises(ValueError, match="`function` must be one of select_blocks, .*, got "):
         msa.explain(function)
