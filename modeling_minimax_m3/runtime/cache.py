@@ -45,6 +45,8 @@ class _GrowingBuffer:
             capacity = max(tokens, 2 * self.data.shape[1])
             data = self.data.new_empty((self.data.shape[0], capacity, *self.data.shape[2:]))
             data[:, : self.length] = self.used
+            # A decoding step in a CUDA graph computes over all slots and masks the unused ones: 0 * NaN would remain.
+            data[:, self.length :] = 0
             self.data = data
 
     def crop(self, tokens: int) -> None:

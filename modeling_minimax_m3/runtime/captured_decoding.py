@@ -8,6 +8,7 @@ What a graph cannot take runs as it does without this module, and a debug messag
 environment variable MINIMAX_M3_CUDA_GRAPHS=0 switches graphs off.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,8 @@ logger = logging.get_logger(__name__)
 # Inputs of a pass that change from token to token. All others must stay as they are.
 _CHANGING = {"input_ids", "position_ids", "attention_mask", "cache", "mm_token_type_ids"}
 
+_DEVICE_TYPE = "cuda"
+
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -34,7 +37,7 @@ def obstacle_of_model(model: PreTrainedModel) -> str | None:
     """Why no graph can hold a pass of `model`; None where one can. Looks at what `generate` does not change."""
     if os.environ.get("MINIMAX_M3_CUDA_GRAPHS") == "0":
         return "MINIMAX_M3_CUDA_GRAPHS is 0"
-    if model.device.type != "cuda":
+    if model.device.type != _DEVICE_TYPE:
         return f"the model is on {model.device}"
     if model.training:
         return "the model is in training mode"
@@ -230,10 +233,16 @@ class _CapturedPass:
             finally:
                 graph.capture_end()
 
+        # The collector might free another graph meanwhile, which ends the capture with an error.
+        collects_garbage = gc.isenabled()
+        gc.disable()
         try:
             self._on_side_stream(capture)
         except Exception as error:
             raise _CaptureFailed from error
+        finally:
+            if collects_garbage:
+                gc.enable()
         self._graph = graph
         for memory in self._memory:
             memory.note_version()

@@ -280,3 +280,32 @@ def test_cache_of_a_prompt_is_reused(make_pair, make_tokens, relative_error):
             logits = model(tokens[:, 70:], cache=cache).logits
             assert relative_error(logits, model(tokens).logits[:, 70:]) < 1e-5
             cache.crop(-20)
+
+
+@pytest.fixture
+def memory_of_nan():
+    """Fills new memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_static_layer_over_the_memory_of_a_dynamic_one(memory_of_nan):
+    """What it writes becomes part of the dynamic layer, and unused slots are 0."""
+    layer = MiniMaxM3VLSparseDynamicLayer()
+    append(layer, 0, 5)
+    static = layer.as_static_layer(room=1)
+    assert isinstance(static, MiniMaxM3VLSparseStaticLayer) and static.max_cache_len == 10
+    for states in (static.keys, static.values, static.index_keys):
+        assert (states[:, :, 5:] == 0).all()
+    append(static, 5, 2)
+    assert layer.get_seq_length() == 5
+    for buffer in layer.buffers():
+        buffer.length += 2
+    assert_holds(layer, [0, 1], 7)
+
+
+def test_views_of_a_dynamic_layer_are_not_set():
+    layer = MiniMaxM3VLDynamicLayer()
+    with pytest.raises(AttributeError, match="add tokens by `update`"):
+        layer.keys = torch.zeros(1, 1, 1, 1)

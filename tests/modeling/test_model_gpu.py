@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import msa
@@ -112,15 +112,17 @@ def test_static_decode_replays_as_a_cuda_graph(on_cpu, make_tokens, relative_err
             assert relative_error(logits, expected) < 1e-5
 
 
-def test_generate_compiles_by_itself(on_cpu, make_tokens):
-    """A static cache on a GPU makes `generate` compile the decoding step with CUDA graphs."""
+def test_generate_compiles_where_it_is_told_to(on_cpu, make_tokens):
+    """A `compile_config` of the user's own asks for a compiled step in place of a captured one."""
     model = to_gpu(on_cpu, torch.float32)
     tokens = make_tokens(model.config, 2, 40).cuda()
     mask = torch.ones_like(tokens)
     mask[1, :13] = 0
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(tokens, pad_token_id=0, **options)
-    compiled = model.generate(tokens, pad_token_id=0, cache_implementation="static", **options)
+    compiled = model.generate(
+        tokens, pad_token_id=0, cache_implementation="static", compile_config=CompileConfig(), **options
+    )
     assert torch.equal(compiled, expected)
 
 

@@ -1,0 +1,178 @@
+"""Captured decoding on a CPU: what keeps a step from being captured, and the steps themselves without a graph."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.runtime import captured_decoding as captured
+
+LENGTH = 30
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    """The question fails where there is no driver."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.fixture
+def model(make_pair):
+    return make_pair(MiniMaxM3VLForCausalLM, tiny_config().text_config)[1]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Runs each pass in Python, as a replay would run it, and lists the objects that stand for a capture."""
+    made = []
+    init = captured._CapturedPass.__init__
+    monkeypatch.setattr(captured._CapturedPass, "_on_side_stream", lambda self, function: function())
+    monkeypatch.setattr(captured._CapturedPass, "_capture", lambda self: None)
+    monkeypatch.setattr(
+        captured._CapturedPass, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1]
+    )
+    return made
+
+
+class Pair:
+    """The same steps through `CapturedDecoding` and through the model, each with a cache of its own."""
+
+    def __init__(self, model, tokens, make_cache, mask=None):
+        self.model, self.tokens, self.mask = model, tokens, mask
+        self.cache, self.other = make_cache(), make_cache()
+        self.decode = captured.CapturedDecoding(model)
+
+    @torch.no_grad()
+    def step(self, start, stop):
+        inputs = {"input_ids": self.tokens[:, start:stop]}
+        if self.mask is not None:
+            inputs["attention_mask"] = self.mask[:, :stop]
+        expected = self.model(**inputs, cache=self.other)
+        found = self.decode(**inputs, cache=self.cache, return_dict=True)
+        assert type(found) is type(expected) and found.cache is self.cache
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+CACHES = {
+    "dynamic": lambda model: DynamicCache(config=model.config),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=70),
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "left padding"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_steps_are_those_of_the_model(model, make_tokens, passes, kind, padded):
+    """A dynamic cache is full after 60 tokens; then another pass takes the place of the first."""
+    tokens = make_tokens(model.config, 3, 70)
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1, :7], mask[2, :19] = 0, 0
+    pair = Pair(model, tokens, lambda: CACHES[kind](model), mask)
+    pair.step(0, LENGTH)
+    for position in range(LENGTH, 70):
+        pair.step(position, position + 1)
+    assert len(passes) == (2 if kind == "dynamic" else 1)
+    assert int(pair.cache.get_seq_length()) == 70
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_that_changed_meanwhile(model, make_tokens, passes, kind):
+    """Cropped, reordered, or continued by another call: another pass begins."""
+    tokens = make_tokens(model.config, 2, 70)
+    pair = Pair(model, tokens, lambda: CACHES[kind](model))
+    pair.step(0, LENGTH)
+    pair.step(30, 31)
+    for cache in (pair.cache, pair.other):
+        cache.crop(-2)
+    pair.step(29, 30)
+    pair.step(30, 31)
+    assert len(passes) == 2
+    with torch.no_grad():
+        for cache in (pair.cache, pair.other):
+            model(tokens[:, 31:34], cache=cache)
+    pair.step(34, 35)
+    assert len(passes) == 3
+    for cache in (pair.cache, pair.other):
+        cache.reorder_cache(torch.tensor([1, 0]))
+    pair.step(35, 36)
+    pair.step(36, 37)
+    assert len(passes) == (4 if kind == "dynamic" else 3)  # a static cache reorders in place
+
+
+def test_a_full_static_cache_is_named(model, make_tokens, passes):
+    tokens = make_tokens(model.config, 1, 71)
+    pair = Pair(model, tokens, lambda: CACHES["static"](model))
+    pair.step(0, 69)
+    pair.step(69, 70)
+    with pytest.raises(ValueError, match="70 slots, got tokens for 71"), torch.no_grad():
+        pair.decode(input_ids=tokens[:, 70:], cache=pair.cache, return_dict=True)
+
+
+def test_a_pass_that_cannot_be_captured(model, make_tokens, passes, monkeypatch):
+    """The steps go on without: nothing is lost, no token is counted twice."""
+
+    def fail(self):
+        raise captured._CaptureFailed from RuntimeError("no")
+
+    monkeypatch.setattr(captured._CapturedPass, "_capture", fail)
+    pair = Pair(model, make_tokens(model.config, 2, 40), lambda: CACHES["dynamic"](model))
+    pair.step(0, LENGTH)
+    for position in range(LENGTH, 40):
+        pair.step(position, position + 1)
+    assert len(passes) == 1 and pair.cache.get_seq_length() == 40
+
+
+@torch.no_grad()
+def test_padding_between_tokens_is_not_captured(model, make_tokens, passes):
+    tokens = make_tokens(model.config, 2, 40)
+    mask = torch.ones_like(tokens)
+    mask[1, 10:14] = 0
+    pair = Pair(model, tokens, lambda: CACHES["dynamic"](model), mask)
+    pair.step(0, LENGTH)
+    pair.step(30, 31)
+    assert not passes
+
+
+OBSTACLES = {
+    "more than one token": {"input_ids": torch.ones(2, 2, dtype=torch.long)},
+    "embeddings": {"input_ids": None, "inputs_embeds": torch.ones(2, 1, 64)},
+    "there is no cache": {"cache": None},
+    "another form": {"attention_mask": torch.ones(2, 1, 1, 31)},
+    "inputs beside tokens": {"pixel_values": torch.ones(4)},
+    "more than logits": {"output_hidden_states": True},
+}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+@torch.no_grad()
+def test_inputs_that_are_not_captured(model, make_tokens, reason):
+    cache = model(make_tokens(model.config, 2, LENGTH)).cache
+    inputs = {"input_ids": make_tokens(model.config, 2, 1), "cache": cache}
+    assert captured._obstacle_of_inputs(model, inputs) is None
+    assert reason in captured._obstacle_of_inputs(model, inputs | OBSTACLES[reason])
+    with torch.enable_grad():
+        assert "gradients" in captured._obstacle_of_inputs(model, inputs)
+
+
+def test_models_that_are_not_captured(model, monkeypatch):
+    assert captured.obstacle_of_model(model) == "the model is on cpu"
+    monkeypatch.setattr(captured, "_DEVICE_TYPE", "cpu")
+    assert captured.obstacle_of_model(model) is None
+    handle = model.model.layers[0].register_forward_hook(lambda *args: None)
+    assert "`model.layers.0` has forward hooks" in captured.obstacle_of_model(model)
+    handle.remove()
+    assert "training mode" in captured.obstacle_of_model(model.train())
+    model.eval().lm_head.to("meta")
+    assert captured.obstacle_of_model(model) == "`lm_head.weight` is on meta, other weights are on cpu"
+    monkeypatch.setenv("MINIMAX_M3_CUDA_GRAPHS", "0")
+    assert captured.obstacle_of_model(model) == "MINIMAX_M3_CUDA_GRAPHS is 0"
+
+
+def test_attention_weights_once_do_not_prevent_captures(model, make_tokens, monkeypatch):
+    """Transformers leaves hooks behind that do nothing afterwards."""
+    monkeypatch.setattr(captured, "_DEVICE_TYPE", "cpu")
+    with torch.no_grad():
+        model(make_tokens(model.config, 1, 5), output_attentions=True)
+    assert any(module._forward_hooks for module in model.modules())
+    assert captured.obstacle_of_model(model) is None
