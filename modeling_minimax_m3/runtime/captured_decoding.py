@@ -10,6 +10,7 @@ environment variable MINIMAX_M3_CUDA_GRAPHS=0 switches graphs off.
 
 import gc
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ _CHANGING = {"input_ids", "position_ids", "attention_mask", "cache", "mm_token_t
 _DEVICE_TYPE = "cuda"
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
+_stream_lock = threading.Lock()  # two threads must not capture on one stream
 
 
 def obstacle_of_model(model: PreTrainedModel) -> str | None:
@@ -253,10 +255,11 @@ class _CapturedPass:
         if device not in _streams:
             _streams[device] = torch.cuda.Stream(device)
         stream, caller = _streams[device], torch.cuda.current_stream(device)
-        stream.wait_stream(caller)
-        with torch.cuda.stream(stream):
-            function()
-        caller.wait_stream(stream)
+        with _stream_lock:
+            stream.wait_stream(caller)
+            with torch.cuda.stream(stream):
+                function()
+            caller.wait_stream(stream)
 
 
 class _LayerMemory:
@@ -278,13 +281,13 @@ class _LayerMemory:
     def has_room(self) -> bool:
         return self.length < self.static_layer.max_cache_len
 
-    @property
-    def _counter(self) -> torch.Tensor:
-        return self.static_layer.cumulative_length
-
     def note_version(self) -> None:
         """Note that we changed the static layer's counter ourselves. A replay does not change its version."""
-        self._version = self._counter._version
+        self._version = self._current_version()
+
+    def _current_version(self) -> int:
+        counter: torch.Tensor = self.static_layer.cumulative_length
+        return 0 if counter.is_inference() else counter._version  # `torch.inference_mode` counts no versions
 
     def is_unchanged(self, layer: MiniMaxM3VLDynamicLayer | MiniMaxM3VLStaticLayer) -> bool:
         """Whether `layer` is this one, and nobody else moved it or added or removed tokens."""
@@ -295,7 +298,7 @@ class _LayerMemory:
                 buffer.data is data for buffer, data in zip(self._buffers, self._tensors)
             )
         is_same_memory = layer.keys is self._tensors[0] and layer.values is self._tensors[1]
-        return is_same_memory and self._counter._version == self._version
+        return is_same_memory and self._current_version() == self._version
 
     def count_token(self, was_replayed: bool) -> None:
         self.length += 1

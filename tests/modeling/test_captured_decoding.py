@@ -100,6 +100,17 @@ def test_a_cache_that_changed_meanwhile(model, make_tokens, passes, kind):
     assert len(passes) == (4 if kind == "dynamic" else 3)  # a static cache reorders in place
 
 
+@pytest.mark.parametrize("kind", CACHES)
+def test_inference_mode(model, make_tokens, passes, kind):
+    """Its tensors have no version."""
+    with torch.inference_mode():
+        pair = Pair(model, make_tokens(model.config, 2, 40), lambda: CACHES[kind](model))
+        pair.step(0, LENGTH)
+        for position in range(LENGTH, 36):
+            pair.step(position, position + 1)
+    assert len(passes) == 1
+
+
 def test_a_full_static_cache_is_named(model, make_tokens, passes):
     tokens = make_tokens(model.config, 1, 71)
     pair = Pair(model, tokens, lambda: CACHES["static"](model))

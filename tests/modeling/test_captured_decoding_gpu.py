@@ -229,6 +229,34 @@ def test_a_static_cache_that_changed_meanwhile(decoding_model, make_tokens, rela
         decode(input_ids=tokens[:, 50:51], cache=cache, return_dict=True)
 
 
+def test_inference_mode(model, make_tokens, replays, plain):
+    inputs = batch_of(make_tokens(model.config, 2, 40).cuda(), padded=True)
+    options = GREEDY | {"max_new_tokens": 20}
+    expected = plain(model.generate, **inputs, **options)
+    with torch.inference_mode():
+        for cache in (None, "static"):
+            assert torch.equal(model.generate(**inputs, **options, cache_implementation=cache), expected)
+    assert replays
+
+
+def test_threads(model, make_tokens, plain):
+    """Each has the tokens that it has alone."""
+    prompts = [batch_of(make_tokens(model.config, 1, 40, seed=seed).cuda(), padded=False) for seed in range(4)]
+    options = GREEDY | {"max_new_tokens": 50}
+    expected = [plain(model.generate, **inputs, **options) for inputs in prompts]
+    found = [None] * len(prompts)
+
+    def run(index):
+        found[index] = model.generate(**prompts[index], **options)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
 def test_what_is_not_captured(model, make_tokens, replays, plain):
     """Hooks, padding between tokens, and outputs beside the logits: the plain step, with the same tokens."""
     tokens = make_tokens(model.config, 2, 40).cuda()
