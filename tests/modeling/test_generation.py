@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import CompileConfig, GenerationConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3.models import text_generation
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
@@ -46,6 +47,48 @@ CACHES = {
 @pytest.mark.parametrize("cache", CACHES)
 def test_greedy(model, batch, greedy, cache):
     assert torch.equal(model.generate(**batch, max_new_tokens=NEW, do_sample=False, **CACHES[cache]), greedy)
+
+
+class TestLongPrompts:
+    """Read in pieces by `generate` itself."""
+
+    @pytest.fixture
+    def passes(self, model, monkeypatch):
+        """How many tokens each pass reads; pieces of 16."""
+        monkeypatch.setattr(text_generation, "_PREFILL_TOKENS", 16)
+        monkeypatch.setattr(text_generation, "_UNDIVIDED_DEVICES", ())
+        counts = []
+        handle = model.model.embed_tokens.register_forward_hook(lambda module, args, out: counts.append(out.shape[1]))
+        yield counts
+        handle.remove()
+
+    @pytest.mark.parametrize("cache", ["dynamic", "static"])
+    def test_greedy(self, model, batch, greedy, passes, cache):
+        assert torch.equal(model.generate(**batch, max_new_tokens=NEW, do_sample=False, **CACHES[cache]), greedy)
+        assert passes == [16] * 4 + [6] + [1] * (NEW - 1)
+
+    def test_a_second_turn(self, model, make_tokens, passes):
+        """Only what the cache does not hold is read."""
+        tokens = make_tokens(model.config, 1, 90)
+        options = {"max_new_tokens": NEW, "do_sample": False}
+        expected = model.generate(tokens, **options)
+        passes.clear()
+        cache = DynamicCache(config=model.config)
+        first = model.generate(tokens[:, :40], max_new_tokens=1, do_sample=False, past_key_values=cache)
+        assert first.shape[1] == 41 and cache.get_seq_length() == 40
+        assert torch.equal(model.generate(tokens, **options, past_key_values=cache), expected)
+        assert passes == [16, 16, 8, 16, 16, 16, 2] + [1] * (NEW - 1)
+
+    @pytest.mark.parametrize("options", [{"output_hidden_states": True}, {"use_cache": False}], ids=str)
+    def test_what_needs_the_whole_prompt(self, model, batch, greedy, passes, options):
+        options |= {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+        assert torch.equal(model.generate(**batch, **options).sequences, greedy)
+        assert passes[0] == 70
+
+    def test_a_size_that_the_caller_asks_for(self, model, batch, greedy, passes):
+        options = {"max_new_tokens": NEW, "do_sample": False, "prefill_chunk_size": 50}
+        assert torch.equal(model.generate(**batch, **options), greedy)
+        assert passes[:2] == [50, 20]
 
 
 def test_batch_equals_single_prompts(model, batch, greedy):
