@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from . import checks, cuda, derivatives, portable, reference
-from .arguments import (
+from .backends import Operator, check_backend, run_on_backend
+from .reference import (
     BlockSparseAttentionArgs,
     BlockSparseAttentionBackwardArgs,
     BlockSparseAttentionWithKVCacheArgs,
 )
-from .backends import Operator, check_backend, run_on_backend
 from .sequences import compute_dtype
 
 BLOCK_SPARSE_ATTENTION = Operator(

@@ -12,8 +12,8 @@ import torch
 from torch.autograd import forward_ad
 
 from . import checks
-from .arguments import BlockSparseAttentionArgs, IndexerKLLossArgs
 from .backends import Operator
+from .reference import BlockSparseAttentionArgs, IndexerKLLossArgs
 
 Args = TypeVar("Args", BlockSparseAttentionArgs, IndexerKLLossArgs)
 Result = TypeVar("Result")

@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from . import checks, cuda, derivatives, extension, portable, reference
-from .arguments import AttentionLseArgs, IndexerKLLossArgs, IndexerKLLossBackwardArgs
 from .backends import Operator, check_backend, resolve_backend, run_on_backend, run_on_resolved
+from .reference import AttentionLseArgs, IndexerKLLossArgs, IndexerKLLossBackwardArgs
 from .sequences import compute_dtype
 
 ATTENTION_LSE = Operator(

@@ -3,8 +3,8 @@
 import torch
 
 from . import checks, cuda, portable, reference
-from .arguments import SelectBlocksArgs, SelectBlocksWithKVCacheArgs
 from .backends import Operator, check_backend, run_on_backend
+from .reference import SelectBlocksArgs, SelectBlocksWithKVCacheArgs
 
 SELECT_BLOCKS = Operator(
     name="select_blocks",

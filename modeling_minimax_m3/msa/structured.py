@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from . import checks, cuda, portable, reference
-from .arguments import StructuredBlocksArgs
 from .backends import Operator, check_backend, run_on_backend
+from .reference import StructuredBlocksArgs
 from .sequences import sequence_of
 
 # The longest list: the `torch` backend takes operations for each of its places, and draws one place after the other.

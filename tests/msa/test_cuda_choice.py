@@ -19,7 +19,7 @@ from modeling_minimax_m3.msa import (
     select_blocks,
     structured,
 )
-from modeling_minimax_m3.msa.arguments import (
+from modeling_minimax_m3.msa.reference import (
     AttentionLseArgs,
     BlockSparseAttentionArgs,
     BlockSparseAttentionBackwardArgs,

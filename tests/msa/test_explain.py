@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_minimax_m3 import msa
 from modeling_minimax_m3.msa import backends, call_log, extension
-from modeling_minimax_m3.msa.arguments import SelectBlocksArgs
+from modeling_minimax_m3.msa.reference import SelectBlocksArgs
 from modeling_minimax_m3.msa.selection import SELECT_BLOCKS
 
 from .pretended_gpu import on_device

@@ -15,8 +15,8 @@ from modeling_minimax_m3.msa import (
     indexer_kl_loss,
     indexer_loss,
 )
-from modeling_minimax_m3.msa.arguments import AttentionLseArgs, IndexerKLLossArgs, IndexerKLLossBackwardArgs
 from modeling_minimax_m3.msa.portable import tiles
+from modeling_minimax_m3.msa.reference import AttentionLseArgs, IndexerKLLossArgs, IndexerKLLossBackwardArgs
 
 from .pretended_gpu import on_device
 

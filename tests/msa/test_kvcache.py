@@ -10,7 +10,7 @@ from modeling_minimax_m3.msa import (
     select_blocks,
     select_blocks_with_kvcache,
 )
-from modeling_minimax_m3.msa.arguments import BlockSparseAttentionWithKVCacheArgs, SelectBlocksWithKVCacheArgs
+from modeling_minimax_m3.msa.reference import BlockSparseAttentionWithKVCacheArgs, SelectBlocksWithKVCacheArgs
 
 BACKENDS = ("reference", "torch")
 FORMS = ("contiguous", "paged")

@@ -9,7 +9,7 @@ import torch
 
 from modeling_minimax_m3 import msa
 from modeling_minimax_m3.msa import extension, reference
-from modeling_minimax_m3.msa.arguments import StructuredBlocksArgs
+from modeling_minimax_m3.msa.reference import StructuredBlocksArgs
 from modeling_minimax_m3.msa.structured import STRUCTURED_BLOCKS_OF
 
 from .pretended_gpu import on_device

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from ..arguments import AttentionLseArgs, BlockSparseAttentionArgs, IndexerKLLossArgs, IndexerKLLossBackwardArgs
+from ..reference import AttentionLseArgs, BlockSparseAttentionArgs, IndexerKLLossArgs, IndexerKLLossBackwardArgs
 from . import support
 from .attention import block_sparse_attention
 from .layout import contiguous, is_aligned

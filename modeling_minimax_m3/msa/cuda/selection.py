@@ -2,7 +2,7 @@
 
 import torch
 
-from ..arguments import SelectBlocksArgs, SelectBlocksWithKVCacheArgs
+from ..reference import SelectBlocksArgs, SelectBlocksWithKVCacheArgs
 from . import support
 from .caches import MAX_DECODE_TOKENS, rows_as_sequences
 from .layout import contiguous

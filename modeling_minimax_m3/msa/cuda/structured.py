@@ -2,7 +2,7 @@
 
 import torch
 
-from ..arguments import StructuredBlocksArgs
+from ..reference import StructuredBlocksArgs
 from . import support
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..arguments import (
+from ..reference import (
     BlockSparseAttentionArgs,
     BlockSparseAttentionBackwardArgs,
     BlockSparseAttentionWithKVCacheArgs,

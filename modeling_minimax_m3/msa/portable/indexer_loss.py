@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..arguments import AttentionLseArgs, IndexerKLLossArgs, IndexerKLLossBackwardArgs
+from ..reference import AttentionLseArgs, IndexerKLLossArgs, IndexerKLLossBackwardArgs
 from ..sequences import compute_dtype
 from .tiles import RunningSum, Tile, rows_by_head, rows_by_token, tile_scores, tiles_of
 

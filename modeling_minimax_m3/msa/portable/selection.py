@@ -5,8 +5,8 @@ import math
 import torch
 from torch.nn.functional import pad
 
-from ..arguments import SelectBlocksArgs, SelectBlocksWithKVCacheArgs
 from ..forced_blocks import is_forced
+from ..reference import SelectBlocksArgs, SelectBlocksWithKVCacheArgs
 from ..sequences import bounded_block_size, cached_sequences, compute_dtype, cu_seqlens_of_one, packed_sequences
 from .caches import MAX_DECODE_TOKENS, existing_pages, new_positions
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..arguments import StructuredBlocksArgs
-from ..reference import PHILOX_KEY_STEPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
+from ..reference import StructuredBlocksArgs
+from ..reference.structured import PHILOX_KEY_STEPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
 
 _WORD = 0xFFFFFFFF
 

@@ -1,8 +1,10 @@
 // Attention over the selected blocks of packed sequences.
+#include <torch/csrc/stable/library.h>
+
 #include <limits>
+#include <tuple>
 
 #include "fill_params.h"
-#include "operators.h"
 #include "tensors.h"
 
 namespace msa::api {
@@ -47,6 +49,8 @@ ForwardParams forward_params(const Tensor& query, const Tensor& key, const Tenso
   return params;
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Tensor& key,
                                                   const Tensor& value, const Tensor& block_indices,
                                                   const Tensor& cu_seqlens_q,
@@ -71,6 +75,19 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
   launch_attention_forward(params, device.choose(kForwardKernels, params),
                            workspace.mutable_data_ptr(), bytes, device.stream());
   return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minimax_m3_msa_cuda, library) {
+  library.def(
+      "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor block_indices, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, float softmax_scale) "
+      "-> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minimax_m3_msa_cuda, CUDA, library) {
+  library.impl("block_sparse_attention", TORCH_BOX(&block_sparse_attention));
 }
 
 }  // namespace msa::api

@@ -1,8 +1,14 @@
 // Gradients of attention over the selected blocks of packed sequences.
-#include "operators.h"
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "fill_params.h"
 #include "tensors.h"
 
 namespace msa::api {
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
     const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -39,6 +45,19 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
   launch_attention_backward(params, device.choose(kBlockGradientKernels, params),
                             workspace.mutable_data_ptr(), bytes, device.stream());
   return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minimax_m3_msa_cuda, library) {
+  library.def(
+      "block_sparse_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
+      "Tensor out, Tensor lse, Tensor block_indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "int block_size, float softmax_scale) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minimax_m3_msa_cuda, CUDA, library) {
+  library.impl("block_sparse_attention_backward", TORCH_BOX(&block_sparse_attention_backward));
 }
 
 }  // namespace msa::api

@@ -1,6 +1,9 @@
 // Block selection and attention of a few new tokens per row, read straight from a cache.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
 #include "fill_params.h"
-#include "operators.h"
 #include "tensors.h"
 
 namespace msa::api {
@@ -29,8 +32,6 @@ CacheParams cache_params(const Tensor& cache, const Tensor& cache_seqlens,
 bool is_empty(const Tensor& cache, const CacheParams& params) {
   return cache.size(0) == 0 || params.max_slots == 0;
 }
-
-}  // namespace
 
 Tensor select_blocks_with_kvcache(const Tensor& index_query, const Tensor& index_key_cache,
                                   const Tensor& cache_seqlens,
@@ -101,6 +102,25 @@ Tensor block_sparse_attention_with_kvcache(const Tensor& query, const Tensor& ke
   const Tensor workspace = fill_workspace(params, query, decode_attention_workspace(params));
   launch_decode_attention(params, device.choose(kSplitAttentionKernels, params), device.stream());
   return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minimax_m3_msa_cuda, library) {
+  library.def(
+      "select_blocks_with_kvcache(Tensor index_query, Tensor index_key_cache, "
+      "Tensor cache_seqlens, Tensor? cache_leftpad, Tensor? block_table, int block_size, "
+      "int topk, int local_blocks, int init_blocks) -> Tensor");
+  library.def(
+      "block_sparse_attention_with_kvcache(Tensor query, Tensor key_cache, Tensor value_cache, "
+      "Tensor block_indices, Tensor cache_seqlens, Tensor? cache_leftpad, Tensor? block_table, "
+      "int block_size, float softmax_scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minimax_m3_msa_cuda, CUDA, library) {
+  library.impl("select_blocks_with_kvcache", TORCH_BOX(&select_blocks_with_kvcache));
+  library.impl("block_sparse_attention_with_kvcache",
+               TORCH_BOX(&block_sparse_attention_with_kvcache));
 }
 
 }  // namespace msa::api

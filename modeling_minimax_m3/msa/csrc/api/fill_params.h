@@ -1,6 +1,9 @@
 // Fields that several kinds of params share, filled from the tensors that say them.
 #pragma once
 
+#include <cstdint>
+#include <optional>
+
 #include "tensors.h"
 
 namespace msa::api {
@@ -62,5 +65,10 @@ ForwardParams packed_attention_params(const Tensor& query, const Tensor& key,
                                       const std::optional<Tensor>& block_indices,
                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                       int64_t block_size, double softmax_scale);
+
+// The same with its values.
+ForwardParams forward_params(const Tensor& query, const Tensor& key, const Tensor& value,
+                             const Tensor& block_indices, const Tensor& cu_seqlens_q,
+                             const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale);
 
 }  // namespace msa::api

@@ -1,8 +1,11 @@
 // The indexer's loss over packed sequences, and its gradient.
+#include <torch/csrc/stable/library.h>
+
 #include <limits>
+#include <optional>
+#include <tuple>
 
 #include "fill_params.h"
-#include "operators.h"
 #include "tensors.h"
 
 namespace msa::api {
@@ -67,8 +70,7 @@ void launch(const IndexerLossParams& params, LossPass pass, const Tensor& like) 
   launch_indexer_loss(params, pass, kernels, workspace.mutable_data_ptr(), bytes, device.stream());
 }
 
-}  // namespace
-
+// Writes saved_probs, which may have no tokens; the gradient reads them.
 std::tuple<Tensor, Tensor> indexer_kl_loss(const Tensor& index_query, const Tensor& index_key,
                                            const Tensor& query, const Tensor& key,
                                            const Tensor& lse,
@@ -114,6 +116,26 @@ std::tuple<Tensor, Tensor> indexer_kl_loss_backward(
   params.grad_index_key = grad_index_key.mutable_data_ptr();
   launch(params, LossPass::kGradient, query);
   return {grad_index_query, grad_index_key};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minimax_m3_msa_cuda, library) {
+  library.def(
+      "indexer_kl_loss(Tensor index_query, Tensor index_key, Tensor query, Tensor key, Tensor lse, "
+      "Tensor? block_indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, "
+      "float softmax_scale, float index_scale, Tensor(a!) saved_probs) -> (Tensor, "
+      "Tensor)");
+  library.def(
+      "indexer_kl_loss_backward(Tensor grad_kl, Tensor index_query, Tensor index_key, "
+      "Tensor query, Tensor key, Tensor lse, Tensor index_lse, Tensor? block_indices, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, float softmax_scale, "
+      "float index_scale, Tensor saved_probs) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minimax_m3_msa_cuda, CUDA, library) {
+  library.impl("indexer_kl_loss", TORCH_BOX(&indexer_kl_loss));
+  library.impl("indexer_kl_loss_backward", TORCH_BOX(&indexer_kl_loss_backward));
 }
 
 }  // namespace msa::api

@@ -1,9 +1,12 @@
 // Block selection over packed sequences.
+#include <torch/csrc/stable/library.h>
+
 #include "fill_params.h"
-#include "operators.h"
 #include "tensors.h"
 
 namespace msa::api {
+
+namespace {
 
 Tensor select_blocks(const Tensor& index_query, const Tensor& index_key, const Tensor& cu_seqlens_q,
                      const Tensor& cu_seqlens_k, int64_t block_size, int64_t topk,
@@ -30,6 +33,19 @@ Tensor select_blocks(const Tensor& index_query, const Tensor& index_key, const T
   const Tensor workspace = fill_workspace(params, index_query, select_blocks_workspace(params));
   launch_select_blocks(params, device.choose(kScoreKernels, params), device.stream());
   return block_indices;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minimax_m3_msa_cuda, library) {
+  library.def(
+      "select_blocks(Tensor index_query, Tensor index_key, Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, int block_size, int topk, int local_blocks, int init_blocks) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minimax_m3_msa_cuda, CUDA, library) {
+  library.impl("select_blocks", TORCH_BOX(&select_blocks));
 }
 
 }  // namespace msa::api

@@ -1,11 +1,14 @@
 // Block lists by position alone.
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 
-#include "operators.h"
 #include "smxx/structured/structured_blocks.h"
 #include "tensors.h"
 
 namespace msa::api {
+
+namespace {
 
 Tensor structured_blocks_of(const Tensor& own_block, int64_t num_kv_heads, int64_t layer_idx,
                             int64_t local_blocks, int64_t anchor_blocks, int64_t anchor_stride,
@@ -35,6 +38,18 @@ Tensor structured_blocks_of(const Tensor& own_block, int64_t num_kv_heads, int64
   params.num_sms = device.num_sms();
   launch_structured_blocks(params, device.stream());
   return block_indices;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minimax_m3_msa_cuda, library) {
+  library.def(
+      "structured_blocks_of(Tensor own_block, int num_kv_heads, int layer_idx, int local_blocks, "
+      "int anchor_blocks, int anchor_stride, int random_blocks, int seed) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minimax_m3_msa_cuda, CUDA, library) {
+  library.impl("structured_blocks_of", TORCH_BOX(&structured_blocks_of));
 }
 
 }  // namespace msa::api
