@@ -1,9 +1,9 @@
 """Naive MiniMax Sparse Attention: the definition, which every backend is tested against.
 
-A file holds the operators of one family: what each is called with, as a dataclass that all backends take, and then what
-it computes. Every function but `structured_blocks_of` loops over the sequences of a batch and builds the full query x
-key score matrix of each, so memory is quadratic in a sequence's length. Half precision inputs are computed in float32,
-float64 inputs in float64.
+A file holds the operators of one family: what each is called with, as a dataclass that all backends take, and what it
+computes. Apart from the lists by position, every function loops over the sequences of a batch and builds the full
+query x key score matrix of each, so memory is quadratic in a sequence's length. Half precision inputs are computed in
+float32, float64 inputs in float64.
 
 README.md has the legend of dimensions and the contract of the block lists; here len_q and len_k are the tokens of one
 sequence.

@@ -66,7 +66,7 @@ ForwardParams packed_attention_params(const Tensor& query, const Tensor& key,
                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                       int64_t block_size, double softmax_scale);
 
-// The same with its values.
+// The same with values, still without outputs.
 ForwardParams forward_params(const Tensor& query, const Tensor& key, const Tensor& value,
                              const Tensor& block_indices, const Tensor& cu_seqlens_q,
                              const Tensor& cu_seqlens_k, int64_t block_size, double softmax_scale);
