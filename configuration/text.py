@@ -142,7 +142,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
         structured_anchor_stride (`int`, *optional*, defaults to 8):
             Smallest interval between anchors, in blocks. It doubles until the anchors are few enough.
         structured_random_blocks (`int`, *optional*, defaults to 8):
-            Smallest number of random blocks.
+            Number of random blocks. Places that local blocks and anchors leave free are random too.
         structured_seed (`int`, *optional*, defaults to 0):
             64-bit seed of the random blocks, which also differ between layers and key/value heads.
         structured_cross_document (`bool`, *optional*, defaults to `False`):
@@ -169,9 +169,12 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
             Whether `forward` builds a key/value cache if the caller passes none.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the input and output embeddings share one weight.
-        pad_token_id (`int`, *optional*), bos_token_id (`int`, *optional*, defaults to 200034),
+        pad_token_id (`int`, *optional*):
+            Token that fills up shorter rows of a batch.
+        bos_token_id (`int`, *optional*, defaults to 200034):
+            Token at the start of a sequence.
         eos_token_id (`int` or `list[int]`, *optional*, defaults to 200020):
-            Special tokens.
+            Token, or tokens, at which generation ends.
 
     The class also reads the older keys of the released file: `moe_layer_freq` (1 for a mixture of experts) and
     `sparse_attention_config` with `use_sparse_attention`, `sparse_attention_freq` (1 for sparse attention),

@@ -56,7 +56,7 @@ class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
         spatial_merge_size (`int`, *optional*, defaults to 2):
             Side of the square of patches that becomes one token of the language model.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the MLPs, by the name that Transformers has for it.
+            Activation of the MLPs, by its name in Transformers.
         layer_norm_eps (`float`, *optional*, defaults to 1e-05):
             Epsilon of the layer norms.
         attention_dropout (`float`, *optional*, defaults to 0.0):

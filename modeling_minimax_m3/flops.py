@@ -12,7 +12,7 @@ PARTS = ("attention projections", "attention", "indexer projections", "index sco
 
 
 def attended_keys(config: MiniMaxM3VLTextConfig, layer_type: str, tokens: int) -> int:
-    """Keys that all tokens of one sequence of `tokens` attend to in one layer, per query head.
+    """How many pairs of query and attended key a sequence of `tokens` has in one layer, for each query head.
 
     A sparse layer whose `index_local_blocks` is 0 may attend to fewer: its queries need not keep their own block.
 
@@ -26,7 +26,7 @@ def attended_keys(config: MiniMaxM3VLTextConfig, layer_type: str, tokens: int) -
     # A query attends to its own block up to itself and to at most width - 1 whole ones before it.
     size = config.index_block_size
     blocks, rest = divmod(tokens, size)
-    growing = min(blocks, width)  # block j of the first `width` has j before it
+    growing = min(blocks, width)  # block j, while j < width, attends to all j blocks before it
     before = growing * (growing - 1) // 2 + (blocks - growing) * (width - 1)
     own = blocks * size * (size + 1) // 2 + rest * (rest + 1) // 2
     return own + size * (size * before + rest * min(blocks, width - 1))
@@ -39,7 +39,7 @@ def _all_keys(tokens: int) -> int:
 def forward_flops(config: MiniMaxM3VLTextConfig, tokens: int) -> dict[str, int]:
     """Operations of a forward pass over one sequence of `tokens`, by part (`PARTS`).
 
-    The difference to `tokens - 1` is the cost of the last token where a cache holds the others.
+    The difference from the count for `tokens - 1` is the cost of the last token, with the others in a cache.
     """
     hidden = config.hidden_size
     query_width = config.num_attention_heads * config.head_dim

@@ -53,7 +53,8 @@ class MiniMaxM3VLVideoProcessorKwargs(VideosKwargs, total=False):
             `max_frames`. If it gives none of them, a file yields the processor's own `num_frames`, or else all frames
             up to the processor's own `max_frames`.
         num_frames (int, optional): Number of frames to sample, exactly. It excludes `fps`. Default: None.
-        fps (float): Frames to sample per second of video. Default: 1.0.
+        fps (float): Frames to sample per second of video. Default: 1.0, which counts only where `do_sample_frames` is
+            True and neither the call nor the processor has `num_frames`.
         min_frames (int, optional): Least number of frames to sample (all frames of a shorter video). The processor's
             own `min_frames` counts with the processor's own `fps`, but not with `fps` of the call. Default: 4.
         max_frames (int, optional): Greatest number of frames to sample. The processor's own `max_frames` does not
@@ -81,9 +82,8 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
 
     A call returns `pixel_values_videos`, float32 (patches of all videos, channels * temporal_patch_size *
     patch_size**2); `video_grid_thw`, int64 (chunks of all videos, 3): the number of patches along time, height and
-    width; and
-    `num_chunks_per_video` (videos): how many rows of `video_grid_thw` belong to each video. An odd frame at the end is
-    paired with itself.
+    width; and `num_chunks_per_video` (videos): how many rows of `video_grid_thw` belong to each video. An odd frame at
+    the end is paired with itself.
 
     `do_resize=False` keeps frames that fit the patch grid as they are. Frames that do not fit are resized even then,
     because they could not be cut into patches otherwise.
@@ -148,8 +148,7 @@ class MiniMaxM3VLVideoProcessor(AutoClassByImport, BaseVideoProcessor):
         if segment is not None and segment < 1:
             raise ValueError(f"`vision_segment_max_frames` must be at least 1 or None, got {segment}.")
         kwargs["total_pixels"] = self._total_pixels(kwargs)
-        # the base class would fill in missing options, but not None: `sample_frames` chooses the values of open
-        # options
+        # The base class fills in missing options, but leaves None: `sample_frames` decides what None means.
         for name in ("num_frames", "fps", "min_frames", "max_frames"):
             kwargs.setdefault(name, None)
         if kwargs.setdefault("do_sample_frames", None) is None:

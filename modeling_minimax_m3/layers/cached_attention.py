@@ -5,9 +5,9 @@ ways compute that:
 
 - Few new tokens: PyTorch's flash kernel for one query splits the keys over the whole GPU, and each token counts as a row
   of its own. The lengths stay on the device, so that a CUDA graph can capture the call.
-- Many new tokens behind a long past, without gradients: cuDNN is 1.8 times as fast as PyTorch's flash kernel on Hopper,
-  but knows no causal mask for more keys than queries, and spends 60 to 70 ms on the first call of every new shape. So
-  queries and keys are cut into pieces of a few sizes, each of which it attends to whole, and the results are merged.
+- Many new tokens behind a long past, without gradients: cuDNN is 1.8 times as fast as PyTorch's flash kernel on Hopper.
+  But it knows no causal mask for more keys than queries, and spends 60 to 70 ms on the first call of every new shape. So
+  queries and keys are cut into pieces of a few sizes. cuDNN takes each pair of pieces whole, and the results are merged.
 - All else: PyTorch's flash kernel for packed sequences. Padding and unused slots become sequences of their own.
 
 On the CPU, and in float32 or float64, a mask says what each query attends to; it is built for some queries at a time.
@@ -27,8 +27,8 @@ from ..runtime.sequence_layout import SequenceLayout
 # Elements of the largest mask that exists at a time.
 _MASK_ELEMENTS = 2**26
 
-# Up to this many new tokens each reads the cache by itself. PyTorch's kernel for packed sequences reads it once, but by
-# one block of threads for each head: behind 128k keys it takes the time of 40 tokens.
+# Up to this many new tokens, each token reads the cache on its own. PyTorch's packed kernel reads it once, but with one
+# thread block per head, which behind 128k keys takes as long as 40 separate tokens.
 _FEW_TOKENS = 16
 
 # cuDNN gets pieces of a power of two times these numbers of queries and of keys, at most the largest.
@@ -36,8 +36,8 @@ _QUERY_PIECE = 1024
 _LARGEST_QUERY_PIECE = 32768
 _KEY_PIECE = 8192
 
-# It gets them where the queries times the keys of a piece are as many as this. There, one call saves about a tenth of
-# what the first call of a new shape costs (measured on an H200, torch 2.11).
+# cuDNN is used for a piece if queries * keys is at least this. One such call saves about a tenth of what the first call
+# of a new shape costs (measured on an H200, torch 2.11).
 _PIECE_SCORES = 2**27
 
 
@@ -53,8 +53,8 @@ def cached_attention(
 
     Args:
         query (B, T, H_q, D): Queries of the new tokens, in working order.
-        key (B, S, H_kv, D), value (B, S, H_kv, D): Slots of the cache, in working order. Unused ones may hold anything
-            finite; on a GPU in half precision, anything.
+        key (B, S, H_kv, D), value (B, S, H_kv, D): Slots of the cache, in working order. Unused slots must be finite,
+            except on a GPU in half precision.
         layout: A layout with a cache.
         scaling: Factor of the scores.
         dropout: Probability of dropping an attention weight.
@@ -155,7 +155,7 @@ def _packed(
 
 
 class _Row(NamedTuple):
-    """A row of the cache: which one, how many of its queries are padding, and from and to which slot it is in use."""
+    """A row of the cache: its index, how many of its queries are padding, and its slots in use, `start` to `end`."""
 
     row: int
     padding: int
@@ -164,7 +164,7 @@ class _Row(NamedTuple):
 
 
 def _cudnn_pays(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether some piece may be large enough, by what the host knows: S may count slots that are not in use."""
+    """Whether some piece may be large enough. The host knows only S, which may count slots that are not in use."""
     return (
         query.shape[1] >= _QUERY_PIECE
         and query.shape[1] * key.shape[1] >= _PIECE_SCORES
@@ -191,7 +191,7 @@ def _in_pieces(
 
 
 def _rows(layout: SequenceLayout) -> list[_Row]:
-    """The rows of a layout, read from the device: that is little beside a call that has pieces."""
+    """The rows of a layout. Reading them waits for the device, which takes little time beside a call in pieces."""
     assert layout.cache_seqlens is not None
     used = layout.cache_seqlens.tolist()
     leftpad = [0] * len(used) if layout.cache_leftpad is None else layout.cache_leftpad.tolist()
@@ -241,7 +241,7 @@ def _piece(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
 def _causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out (n, H_q, D) and lse (H_q, n) of queries that are the last ones of the keys."""
+    """Causal attention of queries that are the last tokens of the keys: out (n, H_q, D) and lse (H_q, n)."""
     if len(query) == len(key) and len(query) % _QUERY_PIECE == 0 and len(query) ** 2 >= 2 * _PIECE_SCORES:
         return _whole(query, key, value, scaling, is_causal=True)
     offsets = (torch.tensor([0, len(states)], dtype=torch.int32, device=query.device) for states in (query, key))
@@ -254,7 +254,7 @@ def _causal(
 def _whole(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, is_causal: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_causal`, by cuDNN, of queries that attend to every key, or of as many queries as keys."""
+    """As `_causal`, by cuDNN. Queries attend to every key. With `is_causal`, there are as many queries as keys."""
     states = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *states, None, True, 0.0, is_causal, False, scale=scaling

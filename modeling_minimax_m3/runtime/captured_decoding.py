@@ -120,7 +120,7 @@ class CapturedDecoding:
             self._tell(obstacle)
             return self._model(**inputs)
         if self._pass is None or not self._pass.continues_with(inputs):
-            self._pass = None  # its memory first
+            self._pass = None  # frees its memory before the next one takes some
             self._pass = _CapturedPass.of(self._model, inputs)
             if self._pass is None:
                 self._tell("padding lies between the tokens of a row")
@@ -140,8 +140,8 @@ class _CaptureFailed(Exception):
 class _CapturedPass:
     """A pass of one new token over the memory of a cache.
 
-    It runs three times in Python: once as usual, which lets libraries make their preparations, and once to be captured;
-    then the GPU replays it. The inputs of a replay are copied into the tensors that the graph reads.
+    It runs twice in Python: once as usual, which lets libraries make their preparations, and once to be captured. Then
+    the GPU replays it. The inputs of a replay are copied into the tensors that the graph reads.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class _CapturedPass:
         self._model, self._cache = model, inputs["cache"]
         self._memory = [_LayerMemory(layer) for layer in self._cache.layers]
         self._graph_cache = Cache(layers=[memory.static_layer for memory in self._memory])
-        # Of the last pass: each pass begins with counting its own token.
+        # The values of the last pass, because each pass first counts its own token.
         self._seqlens, self._leftpad = cache_seqlens - 1, cache_leftpad
         self._tokens = inputs["input_ids"].clone()
         positions = inputs.get("position_ids")

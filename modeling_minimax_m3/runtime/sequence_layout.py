@@ -32,10 +32,10 @@ class SequenceLayout:
         cache_seqlens (`torch.Tensor`, *optional*): int32 (B,), slots in use per row, left padding and new tokens
             included. Set when the keys come from a cache.
         cache_leftpad (`torch.Tensor`, *optional*): int32 (B,), slots of padding at the start of each row.
-        query_order (`torch.Tensor`, *optional*): int64 (B, T), which new token of a row comes i-th, where tokens are
-            moved. Real tokens come first without a cache, last with one.
-        key_order (`torch.Tensor`, *optional*): int64 (B, S), which slot of a row holds the i-th key. Real keys come
-            first.
+        query_order (`torch.Tensor`, *optional*): int64 (B, T), entry i is the index of the token that stands i-th in
+            working order; None if no token moves. Real tokens come first without a cache, last with one.
+        key_order (`torch.Tensor`, *optional*): int64 (B, S), entry i is the slot of the key that stands i-th in working
+            order; None if no key moves. Real keys come first.
         allowed (`torch.Tensor`, *optional*): bool (B or 1, heads or 1, T, S), a mask of the caller's own. It replaces
             everything above, and every layer materialises it.
         past (`int` or `torch.Tensor`): Slots in use before this pass, where `allowed` is set.
@@ -59,6 +59,7 @@ class SequenceLayout:
 
     @property
     def is_cached(self) -> bool:
+        """Whether the keys come from a cache."""
         return self.cache_seqlens is not None
 
     @cached_property
@@ -192,9 +193,11 @@ def _take(states: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
 
 
 def offsets_of(lengths: torch.Tensor) -> torch.Tensor:
+    """Offsets int32 (sequences + 1,) of sequences with these lengths (sequences,), one after the other."""
     return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def uniform_layout(batch: int, num_new: int, device: torch.device, **kwargs) -> SequenceLayout:
+    """The layout in which each row is one sequence, without padding and without a cache."""
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_new
     return SequenceLayout(batch, num_new, cu_seqlens=cu_seqlens, is_uniform=True, **kwargs)

@@ -8,7 +8,7 @@ from ..layers.indexer import MiniMaxM3VLIndexer
 def freeze_untrained_indexers(model: PreTrainedModel) -> None:
     """Freeze the indexers of a model that has just been loaded, unless its config trains them.
 
-    Loading puts new parameters in place of those that the indexers froze when they were made.
+    Loading replaces the parameters that were frozen at construction, so they are frozen again.
     """
     indexers = _indexers(model)
     if indexers and model.config.get_text_config().indexer_loss_coef == 0:  # a vision config has no such field

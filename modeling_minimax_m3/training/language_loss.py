@@ -2,7 +2,7 @@
 
 With a vocabulary of 200,064, the logits of 32k tokens take 12 GiB in bfloat16, and their cross-entropy keeps float32
 copies of them. Here logits exist for a thousand tokens at a time. A plain linear head computes its gradients together
-with its loss. Any other head (with adapters, or with quantised, sharded or tensor-parallel weights) is called as a
+with its loss. Any other head (with adapters, or with quantized, sharded or tensor-parallel weights) is called as a
 module, never by its weight, and computes its logits again in the backward.
 
 Such heads rule out `torch.nn.functional.linear_cross_entropy` (new in PyTorch 2.13) and Liger's fused loss, which both

@@ -1,4 +1,4 @@
-"""The package's README names every module, and imports point the way that it says."""
+"""The READMEs of the packages name every module, and imports point the way that they say."""
 
 import ast
 import re
@@ -13,16 +13,25 @@ ORDER = ("models", "training", "loading", "layers", "runtime", "msa")
 APART = {frozenset(("training", "loading"))}  # neither imports the other
 
 
-def section_of(folder: str) -> str:
-    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
-    return re.search(rf"^## {folder}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
+def modules_of(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("*.py")} - {"__init__"}
+
+
+def named_in(readme: Path, section: str) -> set[str]:
+    """What the table of a section names in its first column."""
+    text = readme.read_text(encoding="utf-8")
+    body = re.search(rf"^#+ {section}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
+    return set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (.*?) \|", body, re.MULTILINE)))) - {"__init__"}
 
 
 @pytest.mark.parametrize("folder", ORDER[:-1])
-def test_readme_names_every_module(folder):
-    modules = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
-    named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (.*?) \|", section_of(folder), re.MULTILINE))))
-    assert named == modules
+def test_readme_names_every_module_of_a_folder(folder):
+    assert named_in(PACKAGE / "README.md", folder) == modules_of(PACKAGE / folder)
+
+
+@pytest.mark.parametrize("package", ["configuration", "processing", "modeling_minimax_m3"])
+def test_readme_names_every_module_of_a_package(package):
+    assert named_in(ROOT / package / "README.md", package) == modules_of(ROOT / package)
 
 
 @pytest.mark.parametrize("folder", ORDER)

@@ -19,7 +19,7 @@ BATCH, TOKENS, HIDDEN, VOCABULARY = 3, 50, 16, 97
 
 
 class OtherHead(nn.Linear):
-    """A head of another class, like those of adapters and quantisation, which is called as a module."""
+    """A head of another class, like those of adapters and quantization, which is called as a module."""
 
 
 def make_case(dtype=torch.float32, head_class=nn.Linear):
