@@ -37,7 +37,7 @@ help:
 	@echo "                run the tests on the oldest and on the newest versions of the dependencies"
 	@echo "make check-upstream"
 	@echo "                say whether a newer Transformers is out, and which tests fail on it"
-	@echo "make test-gpu   run the tests that need a GPU, on the Hopper and on the portable kernels"
+	@echo "make test-gpu   run the tests that need a GPU, on the newest and on the portable kernels"
 	@echo "make lint       check style, types and spelling"
 	@echo "make format     apply style"
 	@echo "make kernels    compile the CUDA kernels into the package (needs nvcc, but no GPU)"
@@ -114,8 +114,9 @@ kernels: $(INSTALLED)
 check-kernels: $(INSTALLED)
 	$(BIN)/python scripts/build_kernels.py --check
 
-# All tests that need a GPU, in one process: on the Hopper kernels and on the portable ones, each test on both in turn.
-# MINIMAX_M3_MSA_CUDA=portable (or =auto) takes only one of them. The kernels are built before, if they are not there.
+# All tests that need a GPU, in one process: on the newest kernels that it runs and on the portable ones, each test on
+# both in turn. MINIMAX_M3_MSA_CUDA=portable (or =auto) takes only one of them. The kernels are built before, if they are
+# not there.
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu --durations=$(DURATIONS) $(PYTEST_ARGS) $(GPU_TESTS)
 

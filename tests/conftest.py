@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 
 # What `kernels` may be, and the value of MINIMAX_M3_MSA_CUDA that it stands for.
-KERNELS = {"hopper": "auto", "portable": "portable"}
+KERNELS = {"newest": "auto", "portable": "portable"}
 
 
 @pytest.hookimpl(trylast=True)
@@ -33,14 +33,19 @@ def pytest_generate_tests(metafunc) -> None:
 
 @pytest.fixture
 def kernels(request, monkeypatch) -> str:
-    """The compiled kernels that the test runs on, "hopper" or "portable": the extension reads the variable at each call.
+    """The compiled kernels that the test runs on, "newest" or "portable": the extension reads the variable at each call.
 
-    Where MINIMAX_M3_MSA_CUDA is set, only its kernels are tested; on a GPU that is no Hopper there are only portable ones.
+    Where MINIMAX_M3_MSA_CUDA is set, only its kernels are tested. "newest" needs a GPU whose architecture has kernels of
+    its own: a folder of `csrc` such as sm90.
     """
     if os.environ.get("MINIMAX_M3_MSA_CUDA", KERNELS[request.param]) != KERNELS[request.param]:
         pytest.skip(f"MINIMAX_M3_MSA_CUDA is {os.environ['MINIMAX_M3_MSA_CUDA']}")
-    if request.param == "hopper" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
+    if request.param == "newest":
+        from modeling_minimax_m3.msa import kernel_build
+
+        capability = torch.cuda.get_device_capability()
+        if kernel_build.kernel_family(capability) == kernel_build.PORTABLE_FAMILY:
+            pytest.skip(f"there are only portable kernels for compute capability {capability}")
     monkeypatch.setenv("MINIMAX_M3_MSA_CUDA", KERNELS[request.param])
     return request.param
 

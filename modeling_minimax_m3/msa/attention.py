@@ -20,6 +20,7 @@ BLOCK_SPARSE_ATTENTION = Operator(
     portable=portable.block_sparse_attention,
     cuda=cuda.block_sparse_attention,
     unsupported=cuda.block_sparse_attention_unsupported,
+    kernels=("forward_query_major", "forward_kv_major"),
 )
 BLOCK_SPARSE_ATTENTION_BACKWARD = Operator(
     name="block_sparse_attention_backward",
@@ -27,6 +28,7 @@ BLOCK_SPARSE_ATTENTION_BACKWARD = Operator(
     portable=portable.block_sparse_attention_backward,
     cuda=cuda.block_sparse_attention_backward,
     unsupported=cuda.block_sparse_attention_backward_unsupported,
+    kernels=("backward",),
 )
 BLOCK_SPARSE_ATTENTION_WITH_KVCACHE = Operator(
     name="block_sparse_attention_with_kvcache",
@@ -34,6 +36,7 @@ BLOCK_SPARSE_ATTENTION_WITH_KVCACHE = Operator(
     portable=portable.block_sparse_attention_with_kvcache,
     cuda=cuda.block_sparse_attention_with_kvcache,
     unsupported=cuda.block_sparse_attention_with_kvcache_unsupported,
+    kernels=("forward_query_major", "forward_kv_major"),
 )
 
 

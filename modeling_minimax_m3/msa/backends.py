@@ -20,7 +20,7 @@ from . import call_log, cuda, extension, portable
 from .arguments import Arguments
 
 BACKENDS = ("auto", "cuda", "torch", "reference")
-_warned: set[str] = set()  # why `auto` did not take the extension; each reason is said once
+_warned: set[str] = set()  # why `auto` did not take the extension; each warning appears once
 
 Args = TypeVar("Args", bound=Arguments)
 Result = TypeVar("Result")
@@ -38,6 +38,7 @@ class Operator(Generic[Args, Result]):
         name (str): Name in messages.
         reference, portable, cuda (callable): The functions of the backends `reference`, `torch` and `cuda`.
         unsupported (callable): Why the kernels cannot run a call, or None where they can.
+        kernels (tuple of str): Folders of its kernels for packed sequences, inside a folder such as `csrc/sm90`.
         missing (callable): Why the loaded binary has no kernel for the operator, or None where it has one.
     """
 
@@ -46,6 +47,7 @@ class Operator(Generic[Args, Result]):
     portable: Callable[[Args], Result]
     cuda: Callable[[Args], Result]
     unsupported: Callable[[Args], str | None]
+    kernels: tuple[str, ...] = ()
     missing: Callable[[], str | None] = _nothing_missing
 
 
@@ -55,9 +57,10 @@ class Explanation:
 
     Attributes:
         backend (str): "cuda", "torch" or "reference".
-        kernel (str): The kernels' family and the form of the call, for example "sm90, packed". The families are "sm90"
-            (Hopper's kernels, and sm80's for sizes that those do not take), "sm80", "PyTorch" and "definition". The
-            forms are "packed", "decode" and "by position".
+        kernel (str): The kernels' family and the form of the call, for example "sm90, packed". The family is a folder
+            of `csrc`, "PyTorch" or "definition". The folder is "sm80", or that of the GPU's own architecture, whose
+            calls run sm80's kernels for sizes that its own do not take. The forms are "packed", "decode" and "by
+            position".
         reason (str): Why this backend runs the call.
     """
 
@@ -106,7 +109,7 @@ def resolve_backend(backend: str, operator: Operator[Args, Result], args: Args) 
         _warned.add(choice.reason)
         warnings.warn(f"MSA runs on the `torch` backend: {choice.reason}", stacklevel=2)
     if call_log.is_on():
-        explanation, queries = _explanation(choice, args), args.queries
+        explanation, queries = _explanation(choice, operator, args), args.queries
         dtype = str(queries.dtype).removeprefix("torch.")
         call_log.log_once(
             f"{operator.name} ({dtype}, {queries.device}) runs on `{explanation.backend}` ({explanation.kernel}): "
@@ -117,7 +120,7 @@ def resolve_backend(backend: str, operator: Operator[Args, Result], args: Args) 
 
 def explain_choice(backend: str, operator: Operator[Args, Result], args: Args) -> Explanation:
     """What would run a call. Builds nothing, and raises as `resolve_backend` does."""
-    return _explanation(_choose(backend, operator, args, build=False), args)
+    return _explanation(_choose(backend, operator, args, build=False), operator, args)
 
 
 def run_on_backend(backend: str, operator: Operator[Args, Result], args: Args) -> Result:
@@ -155,13 +158,13 @@ def _choose(backend: str, operator: Operator[Args, Result], args: Args, build: b
     return _Choice("torch", reason, lacks_binary=missing is not None)
 
 
-def _explanation(choice: _Choice, args: Arguments) -> Explanation:
+def _explanation(choice: _Choice, operator: Operator[Args, Result], args: Args) -> Explanation:
     if choice.backend == "reference":
         return Explanation(choice.backend, "definition", choice.reason)
     is_cuda = choice.backend == "cuda"
     form = args.form(cuda.MAX_DECODE_TOKENS if is_cuda else portable.MAX_DECODE_TOKENS)
     family = "PyTorch"
     if is_cuda:
-        # Hopper has kernels of its own for packed sequences only.
-        family = "sm90" if form == "packed" and extension.takes_hopper_kernels(args.queries.device) else "sm80"
+        kinds = ("decode",) if form == "decode" else operator.kernels
+        family = extension.kernel_family(args.queries.device, kinds)
     return Explanation(choice.backend, f"{family}, {form}", choice.reason)

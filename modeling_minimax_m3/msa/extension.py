@@ -16,6 +16,7 @@ import functools
 import os
 import sys
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -74,9 +75,11 @@ def device_reason(index: int) -> str | None:
     )
 
 
-def takes_hopper_kernels(device: torch.device) -> bool:
-    """Whether calls on `device`, a GPU, may run kernels that only Hopper has."""
-    return mode() != "portable" and torch.cuda.get_device_capability(device) == (9, 0)
+def kernel_family(device: torch.device, kinds: Collection[str]) -> str:
+    """The newest family of kernels that calls on `device`, a GPU, may run; `kinds` as in `kernel_build.kernel_family`."""
+    if mode() == "portable":
+        return kernel_build.PORTABLE_FAMILY
+    return kernel_build.kernel_family(torch.cuda.get_device_capability(device), kinds)
 
 
 @functools.cache

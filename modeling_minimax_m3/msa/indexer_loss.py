@@ -18,6 +18,7 @@ ATTENTION_LSE = Operator(
     portable=portable.attention_lse,
     cuda=cuda.attention_lse,
     unsupported=cuda.attention_lse_unsupported,
+    kernels=("forward_query_major", "forward_kv_major"),
 )
 INDEXER_KL_LOSS = Operator(
     name="indexer_kl_loss",
@@ -25,6 +26,7 @@ INDEXER_KL_LOSS = Operator(
     portable=portable.indexer_kl_loss,
     cuda=cuda.indexer_kl_loss,
     unsupported=cuda.indexer_kl_loss_unsupported,
+    kernels=("indexer_loss",),
     missing=cuda.indexer_kl_loss_missing,
 )
 INDEXER_KL_LOSS_BACKWARD = Operator(
@@ -33,6 +35,7 @@ INDEXER_KL_LOSS_BACKWARD = Operator(
     portable=portable.indexer_kl_loss_backward,
     cuda=cuda.indexer_kl_loss_backward,
     unsupported=cuda.indexer_kl_loss_backward_unsupported,
+    kernels=("indexer_loss",),
     missing=cuda.indexer_kl_loss_backward_missing,
 )
 

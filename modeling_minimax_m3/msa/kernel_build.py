@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,13 +28,14 @@ COMMON_FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10
 )  # fmt: skip
 DEVICE_FLAGS = ("--expt-relaxed-constexpr", "-Xptxas", "-v")
-# Machine code of sm_80 runs on every 8.x GPU; newer ones compile the PTX. Hopper gets machine code of its own, which
-# saves the first call that wait and lets kernels use what sm_90 adds where they ask for it.
+# Machine code of sm_80 runs on every 8.x GPU; newer ones compile the PTX. Hopper gets its own machine code: the first
+# call then compiles nothing, and kernels can use sm_90 features.
 PORTABLE_TARGETS = (
     "-gencode", "arch=compute_80,code=[sm_80,compute_80]", "-gencode", "arch=compute_90,code=sm_90",
 )  # fmt: skip
 # The folders of kernels for every GPU. Any other folder of kernels is named after the one architecture it is for.
 PORTABLE_FOLDERS = ("smxx", "sm80")
+PORTABLE_FAMILY = "sm80"
 LINK_FLAGS = (
     "-shared", "-cudart", "static", "-ltorch_cpu", "-ltorch_cuda", "-Xlinker", "--no-undefined",
     "-Xlinker", "--allow-shlib-undefined", "-Xlinker", "--exclude-libs,ALL",
@@ -154,6 +155,21 @@ def folder_targets(folder: str) -> tuple[str, ...]:
     return ("-gencode", f"arch=compute_{named[1]}a,code=sm_{named[1]}a")
 
 
+def kernel_family(capability: tuple[int, int], kinds: Collection[str] | None = None, csrc: Path = CSRC) -> str:
+    """The newest family of kernels that a device runs: the folder of its own architecture, else that for every GPU.
+
+    A folder of one architecture runs on that one only, as in `kernel_tables.h`: nothing of sm100 runs on an sm_103.
+
+    Args:
+        capability: The device's compute capability, as (9, 0).
+        kinds: Sub-folders such as "selection", of which the family must have one; None for any.
+        csrc: The source folder.
+    """
+    own = csrc / f"sm{capability[0]}{capability[1]}"
+    has_kernels = own.is_dir() if kinds is None else any((own / kind).is_dir() for kind in kinds)
+    return own.name if has_kernels else PORTABLE_FAMILY
+
+
 def _targets(path: Path, csrc: Path) -> tuple[str, ...]:
     return folder_targets(path.relative_to(csrc).parts[0]) if path.suffix == ".cu" else ()
 
@@ -211,7 +227,7 @@ class Builder:
         cache: Folder of objects and assembler reports; may be shared by builds of different sources.
         csrc: The source folder.
         say: Takes a line of progress.
-        allow_spills: Whether kernels may spill registers without saying why, as with another nvcc they might.
+        allow_spills: Whether kernels may spill registers without a reason, as they might with another nvcc.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ SELECT_BLOCKS = Operator(
     portable=portable.select_blocks,
     cuda=cuda.select_blocks,
     unsupported=cuda.select_blocks_unsupported,
+    kernels=("selection",),
 )
 SELECT_BLOCKS_WITH_KVCACHE = Operator(
     name="select_blocks_with_kvcache",
@@ -19,6 +20,7 @@ SELECT_BLOCKS_WITH_KVCACHE = Operator(
     portable=portable.select_blocks_with_kvcache,
     cuda=cuda.select_blocks_with_kvcache,
     unsupported=cuda.select_blocks_with_kvcache_unsupported,
+    kernels=("selection",),
 )
 
 

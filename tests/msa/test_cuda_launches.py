@@ -11,6 +11,7 @@ from modeling_minimax_m3.msa import (
     block_sparse_attention,
     block_sparse_attention_with_kvcache,
     indexer_kl_loss,
+    kernel_build,
     select_blocks,
     select_blocks_with_kvcache,
     structured_blocks_of,
@@ -23,7 +24,15 @@ pytestmark = [
 ]
 
 MOST_SHARED_MEMORY = 99 * 1024  # of a thread block on Ada and consumer Ampere GPUs
-CALLS = ("selection", "forward", "backward", "indexer loss", "decoding", "structured")
+# Calls, and the folders that hold their kernels in the folder of an architecture.
+CALLS = {
+    "selection": ("selection",),
+    "forward": ("forward_query_major", "forward_kv_major"),
+    "backward": ("backward",),
+    "indexer loss": ("indexer_loss",),
+    "decoding": ("decode",),
+    "structured": (),
+}
 LENGTH = 2304  # enough queries for both orders of the forward
 
 
@@ -94,11 +103,13 @@ def launched(call, tmp_path):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_kernels_are_those_of_the_parameter(kernels, tmp_path, name):
-    """Otherwise tests of the portable kernels would test Hopper's, or the other way round."""
+    """Otherwise tests of the portable kernels would test the GPU's own, or the other way round."""
     names = launched(prepare(name, torch.bfloat16, 128, 128, 16, 16), tmp_path)
     assert names
-    of_hopper = [kernel for kernel in names if "sm90" in kernel]
-    assert bool(of_hopper) == (kernels == "hopper" and name not in ("decoding", "structured")), names
+    newest = kernel_build.kernel_family(torch.cuda.get_device_capability(), CALLS[name])
+    expected = {newest if kernels == "newest" else kernel_build.PORTABLE_FAMILY} - {kernel_build.PORTABLE_FAMILY}
+    not_portable = {path.name for path in kernel_build.CSRC.glob("sm[0-9]*")} - {kernel_build.PORTABLE_FAMILY}
+    assert {family for family in not_portable if any(family in kernel for kernel in names)} == expected, names
 
 
 @pytest.mark.parametrize("block_size", [64, 128])

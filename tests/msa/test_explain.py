@@ -1,5 +1,6 @@
 """`explain` and MINIMAX_M3_MSA_LOG: which backend and kernels run a call, and why."""
 
+import functools
 import logging
 import os
 import subprocess
@@ -11,12 +12,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_minimax_m3 import msa
-from modeling_minimax_m3.msa import backends, call_log, extension
+from modeling_minimax_m3.msa import (
+    attention,
+    backends,
+    call_log,
+    extension,
+    indexer_loss,
+    kernel_build,
+    selection,
+    structured,
+)
 from modeling_minimax_m3.msa.reference import SelectBlocksArgs
 from modeling_minimax_m3.msa.selection import SELECT_BLOCKS
 
 from .pretended_gpu import on_device
 
+MODULES = (attention, indexer_loss, selection, structured)
 NOT_ON_CUDA = "the tensors must be on a CUDA device, they are on cpu"
 PATTERN = {"local_blocks": 1, "anchor_blocks": 1, "anchor_stride": 2, "random_blocks": 1, "seed": 0}
 
@@ -138,10 +149,31 @@ def explain_decode():
     return msa.explain(msa.select_blocks_with_kvcache, query, cache, cache_seqlens=cache_seqlens)
 
 
+def explain_attend():
+    offsets = on_device(2, dtype=torch.int32)
+    query, key, ids = on_device(8, 16, 128), on_device(8, 1, 128), on_device(8, 1, 16, dtype=torch.int32)
+    lengths = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+    return msa.explain(msa.block_sparse_attention, query, key, key, ids, **lengths)
+
+
+def explain_structured():
+    pattern = msa.StructuredPattern(**PATTERN)
+    return msa.explain(msa.structured_blocks_of, on_device(9, dtype=torch.int64), 2, 0, pattern)
+
+
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(extension, "device_reason", lambda index: None)
+
+
+@pytest.fixture
+def csrc_with_sm100(tmp_path):
+    """Folders as in `csrc`, and kernels of sm_100 for selection alone."""
+    for folder in kernel_build.CSRC.glob("sm*/*"):
+        (tmp_path / folder.relative_to(kernel_build.CSRC)).mkdir(parents=True)
+    (tmp_path / "sm100" / "selection").mkdir(parents=True)
+    return tmp_path
 
 
 def test_kernels_of_a_gpu(hopper, monkeypatch):
@@ -153,9 +185,54 @@ def test_kernels_of_a_gpu(hopper, monkeypatch):
     assert "96 for `index_query`" in explain_select(head_dim=96).reason
     monkeypatch.setenv("MINIMAX_M3_MSA_CUDA", "portable")
     assert explain_select().kernel == "sm80, packed"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    monkeypatch.delenv("MINIMAX_M3_MSA_CUDA")
+
+
+@pytest.mark.parametrize(
+    "capability, with_sm100, select, attend",
+    [
+        ((8, 0), False, "sm80", "sm80"),
+        ((8, 0), True, "sm80", "sm80"),
+        ((8, 9), True, "sm80", "sm80"),
+        ((9, 0), False, "sm90", "sm90"),
+        ((9, 0), True, "sm90", "sm90"),
+        ((10, 0), False, "sm80", "sm80"),
+        ((10, 0), True, "sm100", "sm80"),
+        ((10, 3), True, "sm80", "sm80"),
+    ],
+)
+def test_the_family_follows_the_folders(hopper, monkeypatch, csrc_with_sm100, capability, with_sm100, select, attend):
+    csrc = csrc_with_sm100 if with_sm100 else kernel_build.CSRC
+    monkeypatch.setattr(kernel_build, "kernel_family", functools.partial(kernel_build.kernel_family, csrc=csrc))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(extension, "load", lambda build: None)
+    assert explain_select().kernel == f"{select}, packed"
+    assert explain_attend().kernel == f"{attend}, packed"
+    assert explain_decode().kernel == "sm80, decode"
+    assert explain_structured().kernel == "sm80, by position"
+    # The fixture `kernels` asks for any kernels of the architecture.
+    assert kernel_build.kernel_family(capability) == select
+    monkeypatch.setenv("MINIMAX_M3_MSA_CUDA", "portable")
     assert explain_select().kernel == "sm80, packed"
+
+
+def test_a_family_with_decoding_kernels_decodes(hopper, monkeypatch, csrc_with_sm100):
+    (csrc_with_sm100 / "sm90" / "decode").mkdir()
+    monkeypatch.setattr(
+        kernel_build, "kernel_family", functools.partial(kernel_build.kernel_family, csrc=csrc_with_sm100)
+    )
+    monkeypatch.setattr(extension, "load", lambda build: None)
+    assert explain_decode().kernel == "sm90, decode"
+
+
+def test_every_folder_of_kernels_belongs_to_an_operator():
+    """A family that has a folder which no operator names would run it unseen."""
+    operators = [
+        value for module in MODULES for value in vars(module).values() if isinstance(value, backends.Operator)
+    ]
+    named = {kind for operator in operators for kind in operator.kernels} | {"decode"}
+    for family in kernel_build.CSRC.glob("sm[0-9]*"):
+        with_kernels = {path.relative_to(family).parts[0] for path in family.rglob("*.cu")}
+        assert with_kernels <= named, family
 
 
 def test_nothing_is_built_and_nobody_is_warned(hopper, monkeypatch):

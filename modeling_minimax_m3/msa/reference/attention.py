@@ -106,7 +106,14 @@ class BlockSparseAttentionWithKVCacheArgs(Arguments):
     ) -> BlockSparseAttentionArgs:
         """The same attention over packed sequences."""
         return BlockSparseAttentionArgs(
-            query, key, value, block_indices, cu_seqlens_q, cu_seqlens_k, self.block_size, self.softmax_scale
+            query=query,
+            key=key,
+            value=value,
+            block_indices=block_indices,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            block_size=self.block_size,
+            softmax_scale=self.softmax_scale,
         )
 
 

@@ -70,9 +70,15 @@ class SelectBlocksWithKVCacheArgs(Arguments):
     ) -> SelectBlocksArgs:
         """The same selection over packed sequences."""
         return SelectBlocksArgs(
-            index_query, index_key, cu_seqlens_q, cu_seqlens_k, self.block_size, self.topk, self.local_blocks,
-            self.init_blocks,
-        )  # fmt: skip
+            index_query=index_query,
+            index_key=index_key,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            block_size=self.block_size,
+            topk=self.topk,
+            local_blocks=self.local_blocks,
+            init_blocks=self.init_blocks,
+        )
 
 
 def select_blocks(args: SelectBlocksArgs) -> torch.Tensor:
