@@ -31,7 +31,6 @@ def list_files() -> list[str]:
 
 
 FILES = list_files()
-NAMES = {Path(name).name for name in FILES}
 PAGES = [name for name in FILES if name.endswith(".md")]
 
 
@@ -49,12 +48,22 @@ def anchors(text: str) -> set[str]:
     return found
 
 
+def names_near(page: str) -> set[str]:
+    """The files that a page may mean by a name without a folder.
+
+    They stand in the package of the page or in the root. Pages of the root and of `docs/` may mean any file.
+    """
+    package = page.split("/")[0]
+    is_general = package in (page, "docs")
+    return {Path(name).name for name in FILES if is_general or "/" not in name or name.startswith(f"{package}/")}
+
+
 def is_missing(page: str, name: str) -> bool:
     """Whether `name`, which the page writes as code, looks like a file or a folder of the repository that is not there."""
     if name in WRITTEN or name.split("/")[0] in WRITTEN:
         return False
     if FILE_NAME.fullmatch(name):
-        return name not in NAMES
+        return name not in names_near(page)
     if "/" not in name or not PATH.fullmatch(name):
         return False
     bases = [ROOT, (ROOT / page).parent, *(ROOT / base for base in BASES)]
@@ -86,6 +95,8 @@ def test_broken_links_are_found():
     assert is_missing("README.md", "docs/no_such_page.md")
     assert is_missing("docs/attention.md", "no_such_module.py")
     assert is_missing("docs/attention.md", "msa/csrc/sm80/no_such_folder/")
+    assert is_missing("modeling_minimax_m3/msa/csrc/smxx/README.md", "cuda.py"), "only another package has it"
     assert not is_missing("docs/attention.md", "msa/README.md")
+    assert not is_missing("docs/attention.md", "cuda.py")
     assert not is_missing("docs/attention.md", "key/value")
     assert anchors("# What `it` does\n```\n# no heading\n```\n## A, b") == {"what-it-does", "a-b"}

@@ -165,7 +165,7 @@ def check_cache(
     Args:
         names_and_caches (Caches): A contiguous cache starts with the axes (B, S), a paged one with (pages, page_size).
         query (B, T, ...): Queries.
-        cache_seqlens, cache_leftpad, block_table: As in `arguments.SelectBlocksWithKVCacheArgs`.
+        cache_seqlens, cache_leftpad, block_table: As in `reference.SelectBlocksWithKVCacheArgs`.
     """
     batch, device = query.shape[0], query.device
     leading = (batch, "S_max") if block_table is None else ("pages", "page_size")
@@ -287,7 +287,7 @@ def check_block_indices_values(block_indices: torch.Tensor) -> None:
         return
     lowest = int(block_indices.min())
     if lowest < -1:
-        raise ValueError(f"`block_indices` must hold block ids, or -1 for unused slots, got {lowest}")
+        raise ValueError(f"`block_indices` must hold block ids, or -1 for unused places, got {lowest}")
     unused = block_indices < 0
     misplaced = unused[..., :-1] & ~unused[..., 1:]
     if bool(misplaced.any()):

@@ -65,8 +65,8 @@ def check_has_definition(name: str, backend: str) -> None:
     """
     if backend == "cuda":
         raise NotImplementedError(
-            f"`backend`='cuda' has no derivatives of `{name}` but the gradient by reverse mode, once: "
-            "`backend`='auto', 'torch' or 'reference' has forward mode, `torch.func` and gradients of gradients"
+            f"`backend`='cuda' supports only first-order reverse-mode gradients of `{name}`. Use `backend`='auto', "
+            "'torch' or 'reference' for forward mode, `torch.func` and gradients of gradients"
         )
 
 
@@ -76,9 +76,15 @@ def gradient_of_gradient(
     states: Sequence[torch.Tensor],
     grad_grads: Sequence[torch.Tensor | None],
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of `upstream` and `states`, given those of the gradient that `upstream` has with respect to `states`.
+    """Gradients with respect to `upstream` and `states`, for the gradient of a gradient.
 
     The result is differentiable where gradients are being recorded, so that any order works.
+
+    Args:
+        function (callable): Computes the output from `states`.
+        upstream (tensor): The upstream gradient of the output.
+        states (sequence of tensors): What the output was differentiated with respect to.
+        grad_grads (sequence of tensors or None): Gradients of the loss with respect to the first-order gradients.
     """
     is_recorded = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(upstream.device.type, enabled=False):

@@ -52,7 +52,7 @@ def cached_sequences(
     Args:
         caches (each (B, S, ...), or (pages, page_size, ...) with `block_table`): The caches.
         num_new (int): New tokens per row.
-        cache_seqlens, cache_leftpad, block_table: As in `arguments.SelectBlocksWithKVCacheArgs`.
+        cache_seqlens, cache_leftpad, block_table: As in `reference.SelectBlocksWithKVCacheArgs`.
     """
     leftpads = [0] * len(cache_seqlens) if cache_leftpad is None else cache_leftpad.tolist()
     for row, (used, leftpad) in enumerate(zip(cache_seqlens.tolist(), leftpads)):

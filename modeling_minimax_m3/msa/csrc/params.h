@@ -108,7 +108,7 @@ struct IndexerLossParams {
   float index_scale;
   // The attention's mean probabilities of the first `saved_tokens` query tokens, times
   // kSavedProbsScale in float16, which the value leaves for the gradient: (saved_tokens,
-  // num_kv_heads, topk, block_size), contiguous; not written for slots that name no block with a
+  // num_kv_heads, topk, block_size), contiguous; not written for places that name no block with a
   // key that the query sees.
   void* saved_probs;
   int saved_tokens;

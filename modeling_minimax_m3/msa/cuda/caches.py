@@ -22,7 +22,7 @@ def rows_as_sequences(
     Args:
         caches (each (B, S, ...), or (pages, page_size, ...) with `block_table`): The caches.
         num_new (int): New tokens per row.
-        cache_seqlens, cache_leftpad, block_table: As in `arguments.SelectBlocksWithKVCacheArgs`.
+        cache_seqlens, cache_leftpad, block_table: As in `reference.SelectBlocksWithKVCacheArgs`.
 
     Returns:
         Each cache as (tokens, ...), cu_seqlens_q and cu_seqlens_k.
@@ -42,7 +42,7 @@ def rows_as_sequences(
     leftpad = torch.zeros_like(used) if cache_leftpad is None else torch.minimum(cache_leftpad.clamp(min=0), used)
     padding = (num_new - (used - leftpad)).clamp(0, num_new)
     row = torch.arange(batch, dtype=torch.int32, device=used.device)
-    # Per row, where these end: padding queries; left padding; the row's own tokens; its unused slots.
+    # For each row, the ends of four sequences: padding queries, left padding, its own tokens, unused slots.
     all_new = torch.full_like(padding, num_new)
     ends_q = row[:, None] * num_new + torch.stack((padding, padding, all_new, all_new), dim=1)
     all_slots = torch.full_like(used, distance)

@@ -41,7 +41,7 @@ def saved_tokens(block_indices: torch.Tensor, block_size: int) -> int:
     """The number of query tokens, from the first, whose mean probabilities the loss saves for its gradient.
 
     The probabilities are those of the main attention, times `SAVED_SCALE`, in float16. `saved_probs` holds them as
-    (saved tokens, H_kv, topk, block_size), in the slots of `block_indices`; its values for keys that a query does not
+    (saved tokens, H_kv, topk, block_size), in the places of `block_indices`; its values for keys that a query does not
     see are unspecified. The gradient computes those of the other tokens once more.
     """
     total_q, num_heads, topk = block_indices.shape

@@ -59,8 +59,8 @@ Tensor fill_workspace(Params& params, const Tensor& like, int64_t elements) {
   return workspace;
 }
 
-// Attention over packed sequences but for its values and outputs. Without `block_indices` it goes
-// over all keys, and topk is the number of blocks that a sequence of all of them would have.
+// All params of packed attention except values and outputs. Without `block_indices` it goes over
+// all keys, and topk is the number of blocks that a sequence of all of them would have.
 ForwardParams packed_attention_params(const Tensor& query, const Tensor& key,
                                       const std::optional<Tensor>& block_indices,
                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,

@@ -29,7 +29,7 @@ struct OneGroupShared {
   float4 maxima[kMaxQHeadsPerKv];                 // one a warp
 };
 
-// The words of a few columns that this kernel reads once.
+// Loads a few columns that are read only once, bypassing L1.
 __device__ __forceinline__ void load_streamed(uint32_t (&data)[2], const void* source) {
   asm volatile("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];\n"
                : "=r"(data[0]), "=r"(data[1])
@@ -40,7 +40,8 @@ __device__ __forceinline__ void load_streamed(uint32_t (&data)[1], const void* s
   asm volatile("ld.global.L1::no_allocate.L2::128B.u32 %0, [%1];\n" : "=r"(data[0]) : "l"(source));
 }
 
-// `count` rows on. Opaque, or the compiler multiplies sums of counts in 64 bits.
+// `count` rows on. In assembly, because the compiler would otherwise multiply sums of counts in 64
+// bits.
 __device__ __forceinline__ const char* advance(const char* base, int count, int stride) {
   const char* result;
   asm("mad.wide.s32 %0, %1, %2, %3;\n" : "=l"(result) : "r"(count), "r"(stride), "l"(base));
@@ -139,8 +140,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
         }
       }
     }
-    // Keys after the last attended one reread that one. A warp past it reads the last group, whose
-    // values are zeros. All their weights are zero.
+    // Lanes past the last attended key reread that key, and warps past its group reread that group.
+    // Their weights are 0.
     const int key_group = min(warp, last / kGroupKeys);
     int key_page = page[0], key_slot = slot[0];
 #pragma unroll

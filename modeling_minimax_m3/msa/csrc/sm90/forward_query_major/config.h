@@ -26,7 +26,7 @@ struct QueryMajorConfig {
   static constexpr int kQueryPanelBytes = kRows * 128;
   static constexpr int kQueryBytes = kPanels * kQueryPanelBytes;
   static constexpr int kKeyPanelBytes = kBlockSize * 128;
-  static constexpr int kKeyBytes = kPanels * kKeyPanelBytes;  // a slot: keys or values of a block
+  static constexpr int kKeyBytes = kPanels * kKeyPanelBytes;  // a stage of the ring: keys or values
   static constexpr int kBuffers = 2;                          // of queries and their block lists
   static constexpr int kMaxSlots = 5;
   static constexpr int kSharedLimit = 227 * 1024 - 1024;  // less what is allocated statically
@@ -53,8 +53,8 @@ struct QueryMajorBarriers {
   uint64_t planned[QueryMajorConfig::kBuffers];   // a tile's list is there
   uint64_t queried[QueryMajorConfig::kBuffers];   // its queries are
   uint64_t finished[QueryMajorConfig::kBuffers];  // its buffer may be used again
-  uint64_t full[QueryMajorConfig::kMaxSlots];     // a slot has been filled
-  uint64_t empty[QueryMajorConfig::kMaxSlots];    // a slot may be filled
+  uint64_t full[QueryMajorConfig::kMaxSlots];     // a stage has been filled
+  uint64_t empty[QueryMajorConfig::kMaxSlots];    // a stage may be filled
 };
 static_assert(QueryMajorConfig::kBuffers * sizeof(TilePlan) + sizeof(QueryMajorBarriers) <= 1024,
               "kSharedLimit leaves as much");

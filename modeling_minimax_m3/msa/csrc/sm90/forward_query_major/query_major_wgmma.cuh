@@ -2,9 +2,10 @@
 //
 // A thread block takes tiles of eight query tokens of one key/value head, one after the other, and
 // walks the union of their blocks. One warp makes the list of the next tile's union, one thread
-// copies its queries and, into a ring of slots, keys and values; two warpgroups attend, four tokens
-// each. They share nothing but the slots, and pass over blocks that none of their tokens chose. The
-// product of one block's weights and values runs while the softmax of the next block is computed.
+// copies its queries and, into a ring of stages (`slots` in the code), keys and values; two
+// warpgroups attend, four tokens each. They share nothing but the stages, and pass over blocks that
+// none of their tokens chose. The product of one block's weights and values runs while the softmax
+// of the next block is computed.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,12 +35,12 @@ struct QueryMajorArguments {
   int num_tiles;     // of all key/value heads
   int entry_count;   // power of two, at least the tokens of a tile times topk
   int num_slots;
-  const int32_t* tiles = nullptr;       // the tiles to take; nullptr: all
-  const int32_t* num_listed = nullptr;  // how many they are
-  int32_t* next_listed = nullptr;       // 0 at launch
+  const int32_t* tiles = nullptr;       // tiles to take (nullptr: all)
+  const int32_t* num_listed = nullptr;  // number of entries of `tiles`
+  int32_t* next_listed = nullptr;       // next entry of `tiles` to take; 0 at launch
 };
 
-// A place in the ring of slots, and the parity of its present use.
+// A stage of the ring, and the parity of its present use.
 struct RingPlace {
   uint32_t slot = 0;
   uint32_t parity = 0;
@@ -51,10 +52,10 @@ struct RingPlace {
 // Where everything lies in shared memory.
 struct QueryMajorMemory {
   TilePlan* plans;
-  unsigned char* bytes;  // of the operands
-  uint32_t queries;      // of each buffer
-  uint32_t slots;        // keys or values of a block
-  uint32_t* lists;       // of each buffer, the union of a tile
+  unsigned char* bytes;  // start of shared memory
+  uint32_t queries;      // address of the first query buffer
+  uint32_t slots;        // address of the first stage of the ring: keys or values of a block
+  uint32_t* lists;       // for each buffer, the union of a tile
   uint32_t planned;      // barriers, see QueryMajorBarriers
   uint32_t queried;
   uint32_t finished;
@@ -127,7 +128,7 @@ __device__ __forceinline__ void plan_tiles(const QueryMajorArguments& arguments,
   }
 }
 
-// Copies queries, and keys and values to the ring of slots; one thread.
+// Copies queries, and keys and values to the ring of stages; one thread.
 template <typename Config>
 __device__ __forceinline__ void copy_tiles(const QueryMajorArguments& arguments,
                                            const QueryMajorMemory& memory) {

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (valid && lane == 0) delta[row] = sum;
 }
 
-// Adds up the partial gradients of a (query token, key/value head) of the part, slot by slot, and
+// Adds up the partial gradients of a (query token, key/value head) of the part, place by place, and
 // puts the channels in order; by all lanes of a warp.
 template <typename Element, int kHeadDim>
 __device__ __forceinline__ void add_query_gradients(const BackwardParams& params,

@@ -19,8 +19,9 @@ struct BackwardSchedule {
   int32_t* bucket_turn;  // (num_buckets), 0 at launch: tiles of the bucket that have added theirs
 
   const float* delta;  // (total_q, num_heads), sum over channels of out * grad_out
-  // (pairs, group, head_dim), 16-bit, times softmax_scale; pairs without bucket are not written.
-  // Channels lie in accumulator order: channel 32 i + 8 n + 2 q + e at 32 i + 8 q + 2 n + e.
+  // (pairs, q_heads_per_kv, head_dim), 16-bit, times softmax_scale; pairs without bucket are not
+  // written. Channels lie in accumulator order: channel 32 i + 8 n + 2 q + e at 32 i + 8 q + 2 n +
+  // e.
   void* partial_grad_query;
   // (total_k, num_kv_heads, head_dim), zeros at the first part; every tile adds its sums.
   float* grad_key;  // times softmax_scale

@@ -29,8 +29,8 @@ __device__ __forceinline__ bool is_query_major(const ForwardParams& params,
                                  head] != 0;
 }
 
-// A pair's bucket, or -1 where the slot names no block that its query sees. Without block_indices,
-// slot j names block j.
+// A pair's bucket, or -1 if the place names no block that its query sees. Without block_indices,
+// place j names block j.
 __device__ __forceinline__ int bucket_of_pair(const ForwardParams& params,
                                               const KvSchedule& schedule, int64_t pair) {
   const int slot = static_cast<int>(pair % params.topk);

@@ -1,7 +1,7 @@
 // Adds up a query's partial outputs, each weighted by its share of the softmax sum.
 //
 // A warp takes one half of the channels of a (query token, key/value head); a lane keeps the
-// fragment that schedule.h describes. The slots are added in their order, so that results repeat
+// fragment that schedule.h describes. The places are added in their order, so that results repeat
 // bit for bit.
 #pragma once
 

@@ -11,7 +11,7 @@
 
 namespace msa {
 
-// A "pair" is one slot of block_indices: (query token, key/value head, slot), counted from the
+// A "pair" is one place of block_indices: (query token, key/value head, place), counted from the
 // first token of the part. A "bucket" is one block of one sequence for one key/value head.
 //
 // A pair's partial output lies in fragment order, so that a warp writes and combines it in whole
@@ -109,8 +109,8 @@ inline void take_buckets(KvSchedule& schedule, const ForwardParams& params, Work
   schedule.tile_begin = workspace.take_integers(places);
 }
 
-// Thread blocks of a launch over the tiles when each takes tiles from grid to grid. So few, that
-// they cost little where the part turns out to have no tile.
+// Thread blocks of a launch over the tiles when each takes tiles from grid to grid. Few enough to
+// cost little if the part has no tile.
 inline unsigned tile_grid(const ForwardParams& params, const KvSchedule& schedule) {
   constexpr int64_t kMost = 4096;
   const int64_t tiles =

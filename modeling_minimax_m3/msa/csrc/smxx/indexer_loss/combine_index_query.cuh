@@ -1,4 +1,4 @@
-// The gradient of the index queries: sums over a query's slots.
+// The gradient of the index queries: sums over the places of a query's list.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 
 namespace msa {
 
-// grad_index_query from the partial sums of the slots, in their order. One warp per (query token,
+// grad_index_query from the partial sums of the places, in their order. One warp per (query token,
 // head), 4 or 2 channels a lane.
 template <typename Element, int kIndexDim>
 __global__ void __launch_bounds__(32 * kCombineRowWarps)

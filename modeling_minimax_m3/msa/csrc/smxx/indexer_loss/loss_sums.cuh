@@ -15,7 +15,7 @@
 
 namespace msa {
 
-// kl and index_lse from the terms of the slots. One warp per (query token, head).
+// kl and index_lse from the terms of the places. One warp per (query token, head).
 __global__ void __launch_bounds__(32 * kCombineRowWarps)
     combine_terms_kernel(const IndexerLossParams params, const IndexerLossSchedule schedule) {
   const ForwardParams& attention = params.attention;
