@@ -42,10 +42,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const uint32_t values_address = shared_address(storage.values);
     const uint32_t queries_address = shared_address(storage.queries[warpgroup]);
 
-    copy_block<Element, Config>(
-        params, tile, Config::kBlockSize, keys_address, values_address, [](int row, int chunk) {
-          return chunk / 8 * Config::kKeyPanelBytes + swizzled_offset<8>(row, chunk % 8);
-        });
+    copy_block<Element, Config>(params, tile, int{Config::kBlockSize}, keys_address, values_address,
+                                [](int row, int chunk) {
+                                  return chunk / 8 * Config::kKeyPanelBytes +
+                                         swizzled_offset<8>(row, chunk % 8);
+                                });
 
     // A warp copies the 16 heads of its own token.
     const int pairs_per_token = params.num_kv_heads * params.topk;

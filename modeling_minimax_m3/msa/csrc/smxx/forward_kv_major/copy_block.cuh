@@ -9,10 +9,11 @@
 namespace msa {
 
 // All threads of the block copy; `offset_of(row, chunk)` is where 16 bytes of a row go. Rows past
-// the end of the sequence become zeros.
+// the end of the sequence become zeros. `block_size` is a reference, so that the loop reads a
+// kernel's parameter itself.
 template <typename Element, typename Config, typename Offset>
 __device__ __forceinline__ void copy_block(const ForwardParams& params, const KvTile& tile,
-                                           int block_size, uint32_t keys_address,
+                                           const int& block_size, uint32_t keys_address,
                                            uint32_t values_address, Offset offset_of) {
   constexpr int kRowChunks = Config::kHeadDim / 8;          // 16-byte chunks of a row
   constexpr int kCopyRows = Config::kThreads / kRowChunks;  // rows that all threads copy at once
