@@ -16,10 +16,14 @@ struct BackwardConfig {
   static constexpr int kRows =
       4096 / kHeadDim;  // query rows of a step: tokens x heads of a key/value head
   static constexpr int kRowsBytes = kRows * kRowBytes;  // of queries; as much of output gradients
+  static constexpr int kCopyRows = kThreads / kRowChunks;  // rows that all threads copy at once
+  static constexpr int kCopies = kRows / kCopyRows;
+  static_assert(kCopyRows % 8 == 0, "the rows of a thread must share one swizzle");
   static constexpr int kStages = 2;
   static constexpr int kStageBytes = 2 * kRowsBytes;
   static constexpr int kKeyBytes = kBlockSize * kRowBytes;
   static constexpr int kScoreBytes = kRows * kBlockSize * 2;  // gradients of a step's scores
+  static constexpr int kScoreTileBytes = kBlockSize * 32;     // of 16 rows
   static constexpr int kInfoSteps = 4;  // steps whose row infos exist at a time, a power of two
   static_assert(kKeyBytes <= kStages * kStageBytes, "values pass through the stages");
 };
