@@ -54,7 +54,7 @@ def obstacle_of_model(model: PreTrainedModel) -> str | None:
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         # Transformers' own hooks, which stay after the first call that asked for attention weights, do nothing here.
-        if any(hook.__module__ != output_capturing.__name__ for hook in hooks):
+        if any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks):
             return f"`{name or type(module).__name__}` has forward hooks, which a replay would not call"
     return None
 
