@@ -16,12 +16,12 @@ Dimensions: B rows, T new tokens, S slots of the cache, H_q and H_kv heads, D ch
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.utils import is_torchdynamo_compiling
 
+from ..msa.sequences import cached_sequences, cu_seqlens_of_one, flat_rows
 from ..runtime.sequence_layout import SequenceLayout
 
 # Elements of the largest mask that exists at a time.
@@ -82,7 +82,30 @@ def _flash_takes(query: torch.Tensor) -> bool:
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and torch.backends.cuda.flash_sdp_enabled()  # `torch.nn.attention.sdpa_kernel` may choose another kernel
     )
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    scaling: float,
+    is_causal: bool,
+    dropout: float = 0.0,
+    seqused_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's flash kernel on (total_q, H_q, D) and (total_k, H_kv, D): out and lse.
+
+    `offsets` and `longest` are those of the queries' and of the keys' sequences. With `is_causal`, the last query of a
+    sequence sees all its keys. `seqused_k` (sequences,) says how many keys of each sequence are in use.
+    """
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, *offsets, *longest, dropout, is_causal, False, scale=scaling, seqused_k=seqused_k
+    )
+    return out, lse
 
 
 # --- few new tokens ----------------------------------------------------------------------------------------------
@@ -92,37 +115,15 @@ def _few_tokens(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SequenceLayout, scaling: float
 ) -> torch.Tensor:
     (batch, num_new), slots = query.shape[:2], key.shape[1]
-    (key, value), distance = _flat_rows(key, value)
+    (key, value), distance = flat_rows((key, value))
     token = torch.arange(batch * num_new + 1, dtype=torch.int32, device=query.device)
     starts = token // num_new * distance
     if layout.cache_leftpad is not None:
         starts = starts + torch.nn.functional.pad(layout.cache_leftpad.repeat_interleave(num_new), (0, 1))
     # The number of keys comes from `seqused_k`; a token that is padding has none, and gives 0.
     used = (layout.cached_positions().flatten() + 1).clamp(min=0).int()
-    out = torch.ops.aten._flash_attention_forward(
-        query.flatten(0, 1), key, value, token, starts, 1, slots, 0.0, False, False, scale=scaling, seqused_k=used
-    )[0]
+    out, _ = _flash(query.flatten(0, 1), key, value, (token, starts), (1, slots), scaling, False, seqused_k=used)
     return out.view_as(query)
-
-
-def _flat_rows(*caches: torch.Tensor) -> tuple[list[torch.Tensor], int]:
-    """Each (B, S, H_kv, D) cache as (slots, H_kv, D), and how many slots lie between the starts of two rows.
-
-    A view of a longer buffer is not copied: the slots between the rows are then part of the result.
-    """
-    batch, slots = caches[0].shape[:2]
-    distance, *others = (_row_distance(cache) for cache in caches)
-    if distance is None or any(other != distance for other in others):
-        return [cache.flatten(0, 1) for cache in caches], slots
-    total = (batch - 1) * distance + slots
-    return [cache.as_strided((total, *cache.shape[2:]), cache.stride()[1:]) for cache in caches], distance
-
-
-def _row_distance(cache: torch.Tensor) -> int | None:
-    if cache.shape[0] == 1:
-        return cache.shape[1]
-    row, slot = cache.stride()[:2]
-    return row // slot if slot > 0 and row % slot == 0 and row // slot >= cache.shape[1] else None
 
 
 # --- packed sequences --------------------------------------------------------------------------------------------
@@ -140,27 +141,17 @@ def _packed(
     if torch.is_grad_enabled():
         key, value, distance = key.flatten(0, 1), value.flatten(0, 1), slots
     else:
-        (key, value), distance = _flat_rows(key, value)
+        (key, value), distance = flat_rows((key, value))
     offsets = layout.packed_offsets(distance)
     offsets_q = offsets["cu_seqlens_q"]
     offsets_k = offsets["cu_seqlens_k"].clamp(max=len(key))  # nothing follows the last row's slots
     # The longest sequence without queries may be longer than `slots`; no query reads it.
-    out = torch.ops.aten._flash_attention_forward(
-        query.flatten(0, 1), key, value, offsets_q, offsets_k, num_new, slots, dropout, True, False, scale=scaling
-    )[0]
+    longest = (num_new, slots)
+    out, _ = _flash(query.flatten(0, 1), key, value, (offsets_q, offsets_k), longest, scaling, True, dropout)
     return out.view_as(query)
 
 
 # --- pieces ------------------------------------------------------------------------------------------------------
-
-
-class _Row(NamedTuple):
-    """A row of the cache: its index, how many of its queries are padding, and its slots in use, `start` to `end`."""
-
-    row: int
-    padding: int
-    start: int
-    end: int
 
 
 def _cudnn_pays(query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -179,28 +170,17 @@ def _cudnn_pays(query: torch.Tensor, key: torch.Tensor) -> bool:
 def _in_pieces(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SequenceLayout, scaling: float
 ) -> torch.Tensor:
+    assert layout.cache_seqlens is not None
     out = torch.zeros_like(query)
-    for row in _rows(layout):
-        queries = query[row.row, row.padding :]
-        keys, values = (states[row.row, row.start : row.end] for states in (key, value))
+    # Waits for the device to tell the lengths, which takes little time beside a call in pieces.
+    rows = cached_sequences((key, value), query.shape[1], layout.cache_seqlens, layout.cache_leftpad, None)
+    for row, padding, (keys, values) in rows:
+        queries = query[row, padding:]
         past = len(keys) - len(queries)
         for piece in _query_pieces(len(queries)):
             end = past + piece.stop
-            out[row.row, row.padding :][piece] = _piece(queries[piece], keys[:end], values[:end], scaling)
+            out[row, padding:][piece] = _piece(queries[piece], keys[:end], values[:end], scaling)
     return out
-
-
-def _rows(layout: SequenceLayout) -> list[_Row]:
-    """The rows of a layout. Reading them waits for the device, which takes little time beside a call in pieces."""
-    assert layout.cache_seqlens is not None
-    used = layout.cache_seqlens.tolist()
-    leftpad = [0] * len(used) if layout.cache_leftpad is None else layout.cache_leftpad.tolist()
-    rows = []
-    for row, (start, end) in enumerate(zip(leftpad, used)):
-        padding = min(layout.num_new, max(0, layout.num_new - (end - start)))
-        if padding < layout.num_new:
-            rows.append(_Row(row, padding, start, end))
-    return rows
 
 
 def _query_pieces(num_queries: int) -> Iterator[slice]:
@@ -244,10 +224,8 @@ def _causal(
     """Causal attention of queries that are the last tokens of the keys: out (n, H_q, D) and lse (H_q, n)."""
     if len(query) == len(key) and len(query) % _QUERY_PIECE == 0 and len(query) ** 2 >= 2 * _PIECE_SCORES:
         return _whole(query, key, value, scaling, is_causal=True)
-    offsets = (torch.tensor([0, len(states)], dtype=torch.int32, device=query.device) for states in (query, key))
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, *offsets, len(query), len(key), 0.0, True, False, scale=scaling
-    )
+    longest = (len(query), len(key))
+    out, lse = _flash(query, key, value, cu_seqlens_of_one(*longest, query.device), longest, scaling, True)
     return out, lse.view(query.shape[1], len(query))
 
 

@@ -1,4 +1,4 @@
-"""Where sequences lie in packed tensors and in caches, read on the host: shared by the PyTorch backends."""
+"""Where sequences lie in packed tensors and in caches. All backends share this, and the layers too."""
 
 from collections.abc import Iterator
 
@@ -36,6 +36,32 @@ def cu_seqlens_of_one(len_q: int, len_k: int, device: torch.device) -> tuple[tor
     """`cu_seqlens_q` and `cu_seqlens_k` of a batch of one sequence."""
     q, k = (torch.tensor([0, length], dtype=torch.int32, device=device) for length in (len_q, len_k))
     return q, k
+
+
+def flat_rows(caches: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], int]:
+    """The rows of caches one after the other, without a copy where their strides allow it.
+
+    Args:
+        caches (each (B, S, ...)): The caches. They may be views of longer buffers: the slots between two rows are then
+            part of the result.
+
+    Returns:
+        Each cache as (slots, ...), and how many slots lie between the starts of two rows.
+    """
+    batch, slots = caches[0].shape[:2]
+    distance, *others = (_row_distance(cache) for cache in caches)
+    if distance is None or any(other != distance for other in others):
+        return [cache.flatten(0, 1) for cache in caches], slots
+    total = (batch - 1) * distance + slots
+    return [cache.as_strided((total, *cache.shape[2:]), cache.stride()[1:]) for cache in caches], distance
+
+
+def _row_distance(cache: torch.Tensor) -> int | None:
+    """How many slots lie between the starts of two rows of a cache (B, S, ...); None if that is no whole number."""
+    if cache.shape[0] <= 1:
+        return cache.shape[1]
+    row, slot = cache.stride()[:2]
+    return row // slot if slot > 0 and row % slot == 0 and row // slot >= cache.shape[1] else None
 
 
 def cached_sequences(

@@ -46,12 +46,15 @@ def obstacle_of_model(model: PreTrainedModel) -> str | None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         return f"{type(quantizer).__name__} says that its layers cannot be captured"
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, DTensor):
-            return f"`{name}` is spread over several processes"
-        if tensor.device != model.device:
-            return f"`{name}` is on {tensor.device}, other weights are on {model.device}"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on"
+    device = model.device
     for name, module in model.named_modules():
+        for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if isinstance(tensor, DTensor):
+                return f"`{name}.{tensor_name}` is spread over several processes"
+            if tensor is not None and tensor.device != device:
+                return f"`{name}.{tensor_name}` is on {tensor.device}, other weights are on {device}"
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         # Transformers' own hooks, which stay after the first call that asked for attention weights, do nothing here.
         if any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks):
@@ -80,8 +83,8 @@ def _obstacle_of_inputs(model: PreTrainedModel, inputs: dict[str, Any]) -> str |
             return f"the cache has a {type(layer).__name__}, or holds no tokens"
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
         return "`attention_mask` has another form than (B, S)"
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
-        return "gradients or autocast are on"
+    if torch.is_grad_enabled():
+        return "gradients are on"
     if torch.cuda.is_current_stream_capturing():
         return "the caller captures a graph"
     if any(isinstance(value, torch.Tensor) for name, value in inputs.items() if name not in _CHANGING):

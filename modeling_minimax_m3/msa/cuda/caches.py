@@ -2,6 +2,8 @@
 
 import torch
 
+from ..sequences import flat_rows
+
 # Up to this many new tokens per row the cached forms have kernels of their own; above, rows run as packed sequences.
 MAX_DECODE_TOKENS = 16
 
@@ -30,13 +32,8 @@ def rows_as_sequences(
     if block_table is not None:
         pages = block_table.long().clamp(0, caches[0].shape[0] - 1)  # unused entries may hold anything
         caches = tuple(cache[pages].flatten(1, 2) for cache in caches)
-    distance = _common_row_distance(caches)
-    if distance is None:
-        caches = tuple(cache.contiguous() for cache in caches)
-        distance = caches[0].shape[1]
     batch, slots = caches[0].shape[:2]
-    num_tokens = (batch - 1) * distance + slots
-    tokens = [cache.as_strided((num_tokens, *cache.shape[2:]), cache.stride()[1:]) for cache in caches]
+    tokens, distance = flat_rows(caches)
 
     used = cache_seqlens.clamp(0, slots)
     leftpad = torch.zeros_like(used) if cache_leftpad is None else torch.minimum(cache_leftpad.clamp(min=0), used)
@@ -48,22 +45,6 @@ def rows_as_sequences(
     all_slots = torch.full_like(used, distance)
     ends_k = row[:, None] * distance + torch.stack((torch.zeros_like(used), leftpad, used, all_slots), dim=1)
     cu_seqlens_q, cu_seqlens_k = (
-        torch.nn.functional.pad(ends.flatten(), (1, 0)) for ends in (ends_q, ends_k.clamp(max=num_tokens))
+        torch.nn.functional.pad(ends.flatten(), (1, 0)) for ends in (ends_q, ends_k.clamp(max=len(tokens[0])))
     )
     return tokens, cu_seqlens_q, cu_seqlens_k
-
-
-def _common_row_distance(caches: tuple[torch.Tensor, ...]) -> int | None:
-    """How many slots lie between the starts of two rows; None unless all caches have the same whole number."""
-    distances = {_row_distance(cache) for cache in caches}
-    return distances.pop() if len(distances) == 1 else None
-
-
-def _row_distance(cache: torch.Tensor) -> int | None:
-    """How many slots lie between the starts of two rows of a cache (B, S, ...); None if that is no whole number."""
-    if cache.shape[0] <= 1:
-        return cache.shape[1]
-    row, slot = cache.stride()[:2]
-    if slot <= 0 or row % slot or row // slot < cache.shape[1]:
-        return None
-    return row // slot
