@@ -5,7 +5,8 @@ ways compute that:
 
 - Few new tokens: PyTorch's flash kernel for one query splits the keys over the whole GPU, and each token counts as a row
   of its own. The lengths stay on the device, so that a CUDA graph can capture the call.
-- Many new tokens behind a long past, without gradients: cuDNN is 1.8 times as fast as PyTorch's flash kernel on Hopper.
+- Many new tokens behind a long past, without gradients: cuDNN is 1.8 times as fast as PyTorch's flash kernel on Hopper
+  (`benchmarks/results/cached_attention.txt`).
   But it knows no causal mask for more keys than queries, and spends 60 to 70 ms on the first call of every new shape. So
   queries and keys are cut into pieces of a few sizes. cuDNN takes each pair of pieces whole, and the results are merged.
 - All else: PyTorch's flash kernel for packed sequences. Padding and unused slots become sequences of their own.

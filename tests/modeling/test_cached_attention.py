@@ -36,7 +36,7 @@ def flash(query, key, value, offsets, longest, scaling, is_causal, dropout=0.0, 
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def calls_of_kernels(monkeypatch):
     """Lists the calls of each kernel. Pieces are so small that a short cache has several."""
     calls = []
     monkeypatch.setattr(cached, "_flash_takes", lambda query: True)
@@ -54,18 +54,18 @@ def kernels(monkeypatch):
 
 @pytest.mark.parametrize("num_new", [1, 2, 16, 17, 300])
 @pytest.mark.parametrize("name", CASES)
-def test_layouts(kernels, relative_error, name, num_new):
+def test_layouts(calls_of_kernels, relative_error, name, num_new):
     query, key, value, layout = random_case(**CASES[name], num_new=num_new, device="cpu")
     with torch.no_grad():
         out = cached.cached_attention(query, key, value, layout, 0.2)
     expected, real = by_rows(query, key, value, layout, 0.2)
     assert relative_error(out[real], expected[real]) < 5e-3
-    assert kernels == ["flash"]
+    assert calls_of_kernels == ["flash"]
 
 
 @pytest.mark.parametrize("length", [64, 127, 128, 500])
 @pytest.mark.parametrize("past", [0, 100, 128, 1000, 1024, 1333])
-def test_pieces(kernels, monkeypatch, relative_error, past, length):
+def test_pieces(calls_of_kernels, monkeypatch, relative_error, past, length):
     monkeypatch.setattr(cached, "_cudnn_pays", lambda query, key: True)
     monkeypatch.setattr(cached, "_QUERY_PIECE", 64)
     monkeypatch.setattr(cached, "_LARGEST_QUERY_PIECE", 128)
@@ -77,4 +77,4 @@ def test_pieces(kernels, monkeypatch, relative_error, past, length):
         out = cached.cached_attention(*case, 0.2)
     expected, real = by_rows(*case, 0.2)
     assert relative_error(out[real], expected[real]) < 6e-3
-    assert "cudnn" in kernels or past < 128
+    assert "cudnn" in calls_of_kernels or past < 128
