@@ -278,6 +278,15 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """The config's field of that name. Stock's class has it as an attribute, which callers may set."""
+        return self.config.router_aux_loss_coef
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, value: float) -> None:
+        self.config.router_aux_loss_coef = value
+
     @takes_cache
     @can_return_tuple
     def forward(

@@ -12,6 +12,7 @@ from modeling_minimax_m3.layers.moe import (
     MiniMaxM3VLTopKRouter,
     swiglu_oai,
 )
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.runtime.layout_building import real_tokens
 from modeling_minimax_m3.training.router_loss import load_balancing_loss
 
@@ -178,3 +179,16 @@ class TestLoadBalancingLoss:
     def test_model_without_experts(self):
         with pytest.raises(ValueError, match="router_logits is empty"):
             load_balancing_loss((), self.num_experts, self.top_k)
+
+
+def test_balance_coefficient_of_the_text_model(text_config):
+    """An attribute in stock, which callers set; here it changes the config that the loss reads."""
+    text_config.output_router_logits = True
+    model = MiniMaxM3VLForCausalLM(text_config)
+    tokens = torch.arange(20)[None]
+    model.router_aux_loss_coef = 0.0
+    without = model(tokens, labels=tokens).loss
+    model.router_aux_loss_coef = 2.0
+    output = model(tokens, labels=tokens)
+    torch.testing.assert_close(output.loss, without + 2.0 * output.aux_loss)
+    assert model.config.router_aux_loss_coef == 2.0
