@@ -82,9 +82,14 @@ def _flash_takes(query: torch.Tensor) -> bool:
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and torch.backends.cuda.flash_sdp_enabled()  # `torch.nn.attention.sdpa_kernel` may choose another kernel
+        and _flash_is_on(query.device.index)
     )
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot trace either question
+def _flash_is_on(device_index: int) -> bool:
+    # `torch.nn.attention.sdpa_kernel` may have chosen another kernel.
+    return torch.backends.cuda.flash_sdp_enabled() and torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 
 def _flash(
@@ -158,12 +163,12 @@ def _packed(
 def _cudnn_pays(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether some piece may be large enough. The host knows only S, which may count slots that are not in use."""
     return (
-        query.shape[1] >= _QUERY_PIECE
+        not is_torchdynamo_compiling()
+        and query.shape[1] >= _QUERY_PIECE
         and query.shape[1] * key.shape[1] >= _PIECE_SCORES
         and query.shape[-1] <= 128
         and torch.cuda.get_device_capability(query.device) >= (9, 0)
         and torch.backends.cuda.cudnn_sdp_enabled()
-        and not is_torchdynamo_compiling()
         and not torch.cuda.is_current_stream_capturing()
     )
 

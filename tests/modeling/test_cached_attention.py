@@ -63,6 +63,18 @@ def test_layouts(calls_of_kernels, relative_error, name, num_new):
     assert calls_of_kernels == ["flash"]
 
 
+def test_the_choice_compiles_into_one_graph(monkeypatch):
+    """The compiler cannot trace what PyTorch says about kernels and devices."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+
+    def choose(states):
+        return states + 1 if cached._flash_is_on(0) else states
+
+    assert torch.compile(choose, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert not cached._flash_is_on(0)
+
+
 @pytest.mark.parametrize("length", [64, 127, 128, 500])
 @pytest.mark.parametrize("past", [0, 100, 128, 1000, 1024, 1333])
 def test_pieces(calls_of_kernels, monkeypatch, relative_error, past, length):
