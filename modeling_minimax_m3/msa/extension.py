@@ -120,6 +120,11 @@ def unavailable() -> str | None:
     return device_reason(torch.cuda.current_device()) or find_library()[1] or None
 
 
+def is_loaded() -> bool:
+    """Whether the binary is loaded and not switched off."""
+    return _outcome == "" and mode() != "off"
+
+
 def load(build: bool) -> str | None:
     """Loads the binary unless it is loaded.
 
