@@ -33,3 +33,16 @@ def _library_is_loaded() -> bool:
         _looked_for_library = True
         extension.load(build=False)
     return extension.is_loaded()
+
+
+def runs_as_written(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
+    """Whether a call of `module` runs the forward of `kind` alone: no adapter, no hook, no replaced forward."""
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and not module._backward_pre_hooks
+        and not module._backward_hooks
+        and not torch.nn.modules.module._has_any_global_hook()
+    )

@@ -1,0 +1,208 @@
+// Linear layers, MLPs and attention inputs of a few tokens.
+#include <torch/csrc/stable/library.h>
+
+#include <initializer_list>
+#include <optional>
+#include <utility>
+
+#include "smxx/fused/attention_input.h"
+#include "smxx/fused/few_token_linear.h"
+#include "smxx/fused/few_token_mlp.h"
+#include "tensors.h"
+
+namespace msa::api {
+
+namespace {
+
+const void* contiguous_data(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), "`", name, "` must be contiguous");
+  return vector_data(name, tensor);
+}
+
+const void* contiguous_data(const char* name, const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? contiguous_data(name, *tensor) : nullptr;
+}
+
+// The weight of a linear layer of `channels` inputs.
+const void* weight_data(const char* name, const Tensor& weight, const Tensor& x, int64_t channels) {
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && weight.dim() >= 2 &&
+                      weight.size(weight.dim() - 1) == channels,
+                  "`", name, "` must have the dtype of `x` and ", channels, " inputs");
+  return contiguous_data(name, weight);
+}
+
+Tensor few_token_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& second,
+                        const std::optional<Tensor>& third, const std::optional<Tensor>& fourth,
+                        const std::optional<Tensor>& fifth) {
+  FewTokenLinearParams params{};
+  params.dtype = dtype_of("x", x);
+  params.x = contiguous_data("x", x);
+  params.num_tokens = to_int("tokens", x.size(0));
+  params.channels = to_int("channels", x.size(1));
+  int64_t rows = 0;
+  for (const Tensor* matrix : {&weight, second ? &*second : nullptr, third ? &*third : nullptr,
+                               fourth ? &*fourth : nullptr, fifth ? &*fifth : nullptr}) {
+    if (matrix == nullptr) break;
+    params.weights[params.num_weights] = weight_data("weight", *matrix, x, x.size(1));
+    params.first_rows[params.num_weights++] = to_int("rows", rows);
+    rows += matrix->size(0);
+  }
+  params.num_rows = to_int("rows", rows);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), rows});
+  params.out = out.mutable_data_ptr();
+  const DeviceScope device(x);
+  launch_few_token_linear(params, device.stream());
+  return out;
+}
+
+Tensor few_token_mlp(const Tensor& x, const std::optional<Tensor>& gate_up,
+                     const std::optional<Tensor>& down, const std::optional<Tensor>& expert_gate_up,
+                     const std::optional<Tensor>& expert_down,
+                     const std::optional<Tensor>& expert_ids,
+                     const std::optional<Tensor>& expert_weights, double expert_scale, double alpha,
+                     double limit) {
+  FewTokenMlpParams params{};
+  params.dtype = dtype_of("x", x);
+  params.x = contiguous_data("x", x);
+  params.num_tokens = to_int("tokens", x.size(0));
+  params.hidden = to_int("hidden", x.size(1));
+  params.alpha = static_cast<float>(alpha);
+  params.limit = static_cast<float>(limit);
+  params.expert_scale = static_cast<float>(expert_scale);
+  if (gate_up.has_value()) {
+    STD_TORCH_CHECK(
+        down.has_value() && down->size(0) == x.size(1) && gate_up->size(0) == 2 * down->size(1),
+        "`gate_up` and `down` must belong together");
+    params.width = to_int("width", down->size(1));
+    params.gate_up = weight_data("gate_up", *gate_up, x, x.size(1));
+    params.down = weight_data("down", *down, x, params.width);
+  }
+  if (expert_gate_up.has_value()) {
+    STD_TORCH_CHECK(expert_down.has_value() && expert_ids.has_value() &&
+                        expert_weights.has_value() && expert_down->dim() == 3 &&
+                        expert_down->size(0) == expert_gate_up->size(0) &&
+                        expert_down->size(1) == x.size(1) &&
+                        expert_gate_up->size(1) == 2 * expert_down->size(2),
+                    "the experts' weights must belong together");
+    params.num_experts = to_int("experts", expert_gate_up->size(0));
+    params.expert_width = to_int("expert_width", expert_down->size(2));
+    params.expert_gate_up = weight_data("expert_gate_up", *expert_gate_up, x, x.size(1));
+    params.expert_down = weight_data("expert_down", *expert_down, x, params.expert_width);
+    STD_TORCH_CHECK(expert_ids->scalar_type() == ScalarType::Long &&
+                        expert_weights->scalar_type() == ScalarType::Float &&
+                        expert_ids->is_contiguous() && expert_weights->is_contiguous() &&
+                        expert_ids->dim() == 2 && expert_ids->size(0) == x.size(0) &&
+                        expert_weights->numel() == expert_ids->numel(),
+                    "`expert_ids` must be int64 and `expert_weights` float32, (tokens, choices)");
+    params.num_choices = to_int("choices", expert_ids->size(1));
+    params.expert_ids = static_cast<const int64_t*>(expert_ids->const_data_ptr());
+    params.expert_weights = static_cast<const float*>(expert_weights->const_data_ptr());
+  }
+  const int64_t pairs = x.size(0) * params.num_choices;
+  const Tensor activations =
+      torch::stable::new_empty(x, {pairs * params.expert_width + x.size(0) * params.width});
+  params.activations = activations.mutable_data_ptr();
+  const Tensor lists = allocate_workspace_bytes(x, few_token_mlp_lists_bytes());
+  params.experts = lists.mutable_data_ptr();
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  params.out = out.mutable_data_ptr();
+  const DeviceScope device(x);
+  launch_few_token_mlp(params, device.stream());
+  return out;
+}
+
+CacheSlots cache_slots(const char* name, const Tensor& cache, const Tensor& projected,
+                       int64_t heads, int64_t head_dim) {
+  STD_TORCH_CHECK(cache.scalar_type() == projected.scalar_type() && cache.dim() == 4 &&
+                      cache.size(2) == heads && cache.size(3) == head_dim,
+                  "`", name, "` must be (batch, slots, heads, head_dim) in the projections' dtype");
+  CacheSlots slots{};
+  slots.data = const_cast<void*>(vector_data(name, cache));
+  slots.row_stride = cache.stride(0);
+  slots.slot_stride = cache.stride(1);
+  slots.head_stride = cache.stride(2);
+  return slots;
+}
+
+std::tuple<Tensor, Tensor> attention_input(
+    const Tensor& projected, const Tensor& query_norm, const Tensor& key_norm,
+    const std::optional<Tensor>& index_query_norm, const std::optional<Tensor>& index_key_norm,
+    const Tensor& cos, const Tensor& sin, double eps, const Tensor& length, const Tensor& key_cache,
+    const Tensor& value_cache, const std::optional<Tensor>& index_key_cache) {
+  AttentionInputParams params{};
+  params.dtype = dtype_of("projected", projected);
+  params.projected = contiguous_data("projected", projected);
+  params.query_norm = contiguous_data("query_norm", query_norm);
+  params.key_norm = contiguous_data("key_norm", key_norm);
+  params.index_query_norm = contiguous_data("index_query_norm", index_query_norm);
+  params.index_key_norm = contiguous_data("index_key_norm", index_key_norm);
+  params.cos = contiguous_data("cos", cos);
+  params.sin = contiguous_data("sin", sin);
+  const bool has_index = index_key_cache.has_value();
+  const int64_t head_dim = query_norm.size(0), batch = projected.size(0);
+  const int64_t num_new = projected.size(1), num_kv_heads = key_cache.size(2);
+  // Query heads, and the index heads, which are as many as key/value heads.
+  const int64_t heads = projected.size(2) / head_dim;
+  const int64_t num_index_heads = has_index ? num_kv_heads : 0;
+  const int64_t num_heads = heads - 2 * num_kv_heads - (has_index ? num_index_heads + 1 : 0);
+  STD_TORCH_CHECK(heads * head_dim == projected.size(2) && num_heads > 0,
+                  "`projected` must hold heads of ", head_dim, " channels");
+  const bool is_float = cos.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK((is_float || cos.scalar_type() == projected.scalar_type()) &&
+                      sin.scalar_type() == cos.scalar_type() && cos.numel() == sin.numel() &&
+                      cos.dim() == 3 && cos.size(1) == num_new &&
+                      (cos.size(0) == 1 || cos.size(0) == batch),
+                  "`cos` and `sin` must be (batch or 1, new tokens, channels)");
+  STD_TORCH_CHECK(length.scalar_type() == ScalarType::Long && length.numel() == 1,
+                  "`length` must be one int64");
+  params.rotary_is_float = is_float;
+  params.rotary_channels = to_int("rotary channels", cos.size(2));
+  params.rotary_row_stride = cos.size(0) == 1 ? 0 : cos.size(1) * cos.size(2);
+  params.length = static_cast<const int64_t*>(length.const_data_ptr());
+  params.eps = static_cast<float>(eps);
+  params.batch = to_int("batch", batch);
+  params.num_new = to_int("new tokens", num_new);
+  params.num_heads = to_int("heads", num_heads);
+  params.num_kv_heads = to_int("key/value heads", num_kv_heads);
+  params.num_index_heads = to_int("index heads", num_index_heads);
+  params.head_dim = to_int("head_dim", head_dim);
+  params.slots = to_int("slots", key_cache.size(1));
+  params.key = cache_slots("key_cache", key_cache, projected, num_kv_heads, head_dim);
+  params.value = cache_slots("value_cache", value_cache, projected, num_kv_heads, head_dim);
+  if (has_index) {
+    params.index_key = cache_slots("index_key_cache", *index_key_cache, projected, 1, head_dim);
+  }
+  Tensor query = torch::stable::new_empty(projected, {batch, num_new, num_heads, head_dim});
+  Tensor index_query =
+      torch::stable::new_empty(projected, {batch, num_new, num_index_heads, head_dim});
+  params.query = query.mutable_data_ptr();
+  params.index_query = index_query.mutable_data_ptr();
+  const DeviceScope device(projected);
+  launch_attention_input(params, device.stream());
+  return {query, index_query};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minimax_m3_msa_cuda, library) {
+  library.def(
+      "few_token_linear(Tensor x, Tensor weight, Tensor? second, Tensor? third, Tensor? fourth, "
+      "Tensor? fifth) -> Tensor");
+  library.def(
+      "few_token_mlp(Tensor x, Tensor? gate_up, Tensor? down, Tensor? expert_gate_up, "
+      "Tensor? expert_down, Tensor? expert_ids, Tensor? expert_weights, float expert_scale, "
+      "float alpha, float limit) -> Tensor");
+  library.def(
+      "attention_input(Tensor projected, Tensor query_norm, Tensor key_norm, "
+      "Tensor? index_query_norm, Tensor? index_key_norm, Tensor cos, Tensor sin, float eps, "
+      "Tensor length, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor(c!)? index_key_cache) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minimax_m3_msa_cuda, CUDA, library) {
+  library.impl("few_token_linear", TORCH_BOX(&few_token_linear));
+  library.impl("few_token_mlp", TORCH_BOX(&few_token_mlp));
+  library.impl("attention_input", TORCH_BOX(&attention_input));
+}
+
+}  // namespace msa::api

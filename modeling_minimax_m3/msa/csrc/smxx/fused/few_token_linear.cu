@@ -1,0 +1,132 @@
+#include "few_token_linear.h"
+
+#include <stdexcept>
+
+#include "few_tokens.cuh"
+#include "smxx/common/dependent_launch.cuh"
+#include "smxx/common/device.h"
+#include "smxx/common/dispatch.h"
+
+namespace msa {
+
+namespace {
+
+using namespace few_tokens;
+
+// A thread block computes kTiles tiles of eight outputs for all tokens.
+template <typename Element, int kHalves, int kTiles>
+__global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, kTiles))
+    few_token_linear_kernel(const FewTokenLinearParams params) {
+  constexpr int kSteps = kLoads / kTiles;
+  __shared__ WarpSums<kHalves, kTiles> warp_sums;
+  let_next_kernel_start();
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int group = lane / 4;
+  const int channels = params.channels, num_tokens = params.num_tokens;
+  const int num_rows = params.num_rows;
+  const int lane_channel = warp * kChannels + lane % 4 * 8;
+  const int first_row = blockIdx.x * kRows * kTiles;
+
+  const Element* weights[kTiles];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int row = min(first_row + tile * kRows + group, num_rows - 1);
+    const void* matrix = params.weights[0];
+    int matrix_row = row;
+#pragma unroll
+    for (int i = 1; i < kMaxLinearWeights; ++i) {
+      if (i < params.num_weights && row >= params.first_rows[i]) {
+        matrix = params.weights[i];
+        matrix_row = row - params.first_rows[i];
+      }
+    }
+    weights[tile] =
+        static_cast<const Element*>(matrix) + int64_t{matrix_row} * channels + lane_channel;
+  }
+  const Element* x = static_cast<const Element*>(params.x) + lane_channel;
+  const bool has_low = group < num_tokens;
+  const bool has_high = kHalves == 2 && group + 8 < num_tokens;
+
+  float sums[kTiles][4] = {};
+  constexpr int kStride = kWarps * kChannels;
+  bool is_first = true;
+  for (int begin = 0; begin + warp * kChannels < channels; begin += kSteps * kStride) {
+    uint4 loaded[kSteps][kTiles];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int channel = begin + step * kStride;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        loaded[step][tile] =
+            channel + warp * kChannels < channels ? load_weights(weights[tile] + channel) : uint4{};
+      }
+    }
+    if (is_first) wait_for_kernels_before();
+    is_first = false;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int channel = begin + step * kStride;
+      const bool is_inside = channel + warp * kChannels < channels;
+      uint4 low{}, high{};
+      if (is_inside && has_low) low = load_states(x + int64_t{group} * channels + channel);
+      if (is_inside && has_high) high = load_states(x + int64_t{group + 8} * channels + channel);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        add_products<Element>(sums[tile], low, high, loaded[step][tile]);
+      }
+    }
+  }
+  if (is_first) wait_for_kernels_before();  // a warp without channels
+
+  warp_sums.store(sums);
+  __syncthreads();
+  constexpr int kColumns = WarpSums<kHalves, kTiles>::kColumns;
+  for (int i = threadIdx.x; i < num_tokens * kColumns; i += kThreads) {
+    const int token = i / kColumns, column = i % kColumns;
+    if (first_row + column < num_rows) {
+      static_cast<Element*>(params.out)[int64_t{token} * num_rows + first_row + column] =
+          to_element<Element>(warp_sums.total(token, column));
+    }
+  }
+}
+
+template <typename Element, int kHalves, int kTiles>
+void launch(const FewTokenLinearParams& params, cudaStream_t stream) {
+  const int rows = params.num_rows;
+  const unsigned grid = (rows + kRows * kTiles - 1) / (kRows * kTiles);
+  launch_dependent<few_token_linear_kernel<Element, kHalves, kTiles>>(dim3(grid), kThreads, stream,
+                                                                      params);
+}
+
+}  // namespace
+
+void launch_few_token_linear(const FewTokenLinearParams& params, cudaStream_t stream) {
+  if (params.num_tokens < 1 || params.num_tokens > 16 || params.channels % kChannels != 0 ||
+      params.num_weights < 1 || params.num_weights > kMaxLinearWeights) {
+    throw std::runtime_error(
+        "few_token_linear takes 1 to 16 tokens, 1 to 5 weights and channels that are a multiple "
+        "of 32");
+  }
+  if (params.num_rows == 0) return;
+  // The more tokens, the more weight rows must share what is read of them. For few, what counts is
+  // that the last round of thread blocks leaves few places empty.
+  const auto filled = [&](int tiles) {
+    const int blocks = (params.num_rows + kRows * tiles - 1) / (kRows * tiles);
+    const int places = num_multiprocessors() * thread_blocks_per_sm(1, tiles);
+    const int rounds = (blocks + places - 1) / places;
+    return static_cast<float>(blocks) / (static_cast<float>(rounds) * places);
+  };
+  dispatch_dtype(params.dtype, [&](auto element) {
+    using Element = decltype(element);
+    if (params.num_tokens <= 2 && filled(1) >= filled(2)) {
+      launch<Element, 1, 1>(params, stream);
+    } else if (params.num_tokens <= 8) {
+      launch<Element, 1, 2>(params, stream);
+    } else {
+      launch<Element, 2, 4>(params, stream);
+    }
+  });
+}
+
+}  // namespace msa
