@@ -58,9 +58,7 @@ def linear_of_weights(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch
     return torch.ops.minimax_m3_msa_cuda.few_token_linear(flat, *padded).view(*x.shape[:-1], -1)
 
 
-def takes_mlp(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], expert_ids: torch.Tensor | None = None
-) -> bool:
+def takes_mlp(x: torch.Tensor, weights: Sequence[torch.Tensor], expert_ids: torch.Tensor | None = None) -> bool:
     """Whether `mlp` takes `x` (tokens, hidden) and these weights of projections."""
     return takes_weights(x, weights) and (expert_ids is None or expert_ids.numel() <= _MAX_CHOICES)
 

@@ -8,6 +8,10 @@ from transformers.utils import logging
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from .. import msa
+from ..fused import few_tokens
+from ..fused.attention_input import attention_input, takes_attention_input
+from ..fused.support import runs_as_written
+from ..runtime.cache import MiniMaxM3VLStaticLayer
 from ..runtime.sequence_layout import SequenceLayout
 from ..runtime.transformers_versions import takes_cache
 from .dense_attention import dense_attention
@@ -82,26 +86,9 @@ class MiniMaxM3VLAttention(nn.Module):
             NotImplementedError: `output_indexer_loss` together with a 4-D mask.
         """
         layout = attention_mask
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
-        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
-        projected_dtype, dtype = query.dtype, self._attention_dtype(query)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-
-        if cache is not None:
-            cached = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
-            if layout.is_cached or layout.allowed is not None:
-                key, value = (states.transpose(1, 2) for states in cached)
-
-        index = None
-        if self.indexer is not None:
-            index_query, index_key = (states.to(dtype) for states in self.indexer(hidden_states, position_embeddings))
-            if cache is not None:
-                cached = cache.layers[self.layer_idx].update_index(index_key.unsqueeze(1))
-                if layout.is_cached or layout.allowed is not None:
-                    index_key = cached.squeeze(1)
-            index = (index_query, index_key)
+        query, key, value, index = self._states_of_few_tokens(
+            hidden_states, position_embeddings, layout, cache
+        ) or self._states(hidden_states, position_embeddings, layout, cache)
 
         output_indexer_loss = output_indexer_loss and index is not None
         if output_indexer_loss and layout.allowed is not None:
@@ -126,9 +113,75 @@ class MiniMaxM3VLAttention(nn.Module):
                 query, key, value, index, layout, output_attentions, output_indexer_loss
             )
         is_trained = output_indexer_loss and self.config.indexer_loss_coef > 0
-        if index is not None and not is_trained and torch.is_grad_enabled() and index_query.requires_grad:
-            out = with_zero_gradients(out, index_query, index_key)
-        return self.o_proj(out.flatten(2).to(projected_dtype)), weights, indexer_kl
+        if index is not None and not is_trained and torch.is_grad_enabled() and index[0].requires_grad:
+            out = with_zero_gradients(out, *index)
+        return few_tokens.linear(out.flatten(2).to(hidden_states.dtype), [self.o_proj]), weights, indexer_kl
+
+    def _states(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        layout: SequenceLayout,
+        cache: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """What this pass attends with and to, in the caller's order, after the cache has received its part.
+
+        Returns:
+            Queries (B, T, H_q, D), keys and values (B, S, H_kv, D), and the index queries (B, T, H_idx, D_idx) and
+            keys (B, S, D_idx), or None where there is no indexer.
+        """
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        dtype = self._attention_dtype(query)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if cache is not None:
+            cached = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+            if layout.is_cached or layout.allowed is not None:
+                key, value = (states.transpose(1, 2) for states in cached)
+        if self.indexer is None:
+            return query, key, value, None
+        index_query, index_key = (states.to(dtype) for states in self.indexer(hidden_states, position_embeddings))
+        if cache is not None:
+            cached = cache.layers[self.layer_idx].update_index(index_key.unsqueeze(1))
+            if layout.is_cached or layout.allowed is not None:
+                index_key = cached.squeeze(1)
+        return query, key, value, (index_query, index_key)
+
+    def _states_of_few_tokens(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        layout: SequenceLayout,
+        cache: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None] | None:
+        """As `_states`, by one product and one kernel that writes to a static cache. None where they do not take it."""
+        layer = cache.layers[self.layer_idx] if cache is not None and layout.is_cached else None
+        if not isinstance(layer, MiniMaxM3VLStaticLayer) or not layer.is_initialized or layout.allowed is not None:
+            return None
+        projections, norms = [self.q_proj, self.k_proj, self.v_proj], [self.q_norm, self.k_norm]
+        slots = layer.slots()
+        indexer = self.indexer
+        if indexer is not None:
+            if slots.index_keys is None or not runs_as_written(indexer, MiniMaxM3VLIndexer):
+                return None
+            projections += [indexer.q_proj, indexer.k_proj]
+            norms += [indexer.q_norm, indexer.k_norm]
+            if indexer.q_proj.weight.shape[0] != slots.keys.shape[2] * self.head_dim:  # as many heads as keys have
+                return None
+        if not few_tokens.takes_linear(hidden_states, projections):
+            return None
+        if not all(runs_as_written(norm, MiniMaxM3VLRMSNorm) for norm in norms):
+            return None
+        weights = [norm.weight for norm in norms]
+        if not takes_attention_input(hidden_states, weights, position_embeddings, slots):
+            return None
+        projected = few_tokens.linear(hidden_states, projections)
+        query, index_query = attention_input(projected, weights, position_embeddings, self.q_norm.eps, slots)
+        layer.count_tokens(hidden_states.shape[1])
+        index = None if slots.index_keys is None else (index_query, slots.index_keys.squeeze(2))
+        return query, slots.keys, slots.values, index
 
     def _attention_dtype(self, query: torch.Tensor) -> torch.dtype:
         """The dtype of attention and cache: that of the projected `query`, but half precision for a quantized model.

@@ -6,6 +6,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
+from ..fused.attention_input import rotary_table, takes_rotary_table
+
 
 class MiniMaxM3VLRotaryEmbedding(nn.Module):
     """Cosines and sines of every position, for the channels that rotate.
@@ -37,6 +39,8 @@ class MiniMaxM3VLRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (B, T, R) in the dtype of `x`, for integer `position_ids` (B, T)."""
+        if takes_rotary_table(x, position_ids, self.inv_freq):
+            return rotary_table(x, position_ids, self.inv_freq, self.attention_scaling)
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling

@@ -12,6 +12,8 @@ import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
+from ..fused.attention_input import CacheSlots
+
 
 class _GrowingBuffer:
     """Tokens along dim 1 of a (B, capacity, ...) tensor, of which the first `length` are in use."""
@@ -210,6 +212,7 @@ class MiniMaxM3VLStaticLayer(StaticLayer):
     """Preallocated cache layer of keys and values, written in place so that CUDA graphs can replay it."""
 
     is_croppable = True
+    counts_tokens = True  # False: whoever lends the memory adds new tokens to `cumulative_length`
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -231,7 +234,21 @@ class MiniMaxM3VLStaticLayer(StaticLayer):
         # long.
         if key_states.device.type == "cpu" and not is_torchdynamo_compiling():
             self.check_room(int(self.cumulative_length) + key_states.shape[-2])
-        return super().update(key_states, value_states, *args, **kwargs)
+        length = self.cumulative_length
+        if not self.counts_tokens:
+            self.cumulative_length = length.clone()
+        states = super().update(key_states, value_states, *args, **kwargs)
+        self.cumulative_length = length
+        return states
+
+    def slots(self) -> CacheSlots:
+        """The memory, token-major, for a kernel that writes the next tokens; `count_tokens` follows."""
+        return CacheSlots(self.cumulative_length, self.keys.transpose(1, 2), self.values.transpose(1, 2), None)
+
+    def count_tokens(self, num_new: int) -> None:
+        """Count tokens that a kernel has written."""
+        if self.counts_tokens:
+            self.cumulative_length.add_(num_new)
 
     def check_room(self, tokens: int) -> None:
         """Raise ValueError unless the layer can hold `tokens` tokens in all."""
@@ -292,9 +309,15 @@ class MiniMaxM3VLSparseStaticLayer(MiniMaxM3VLStaticLayer):
         if self.index_keys is None:
             self.index_keys = index_key.new_zeros((batch, 1, self.max_cache_len, index_dim))
             _mark_static(self.index_keys)
-        slots = self.cumulative_length - num_new + torch.arange(num_new, device=index_key.device)
+        slots = self.cumulative_length + torch.arange(num_new, device=index_key.device)
+        if self.counts_tokens:
+            slots = slots - num_new
         self.index_keys.index_copy_(2, slots, index_key)
         return self.index_keys
+
+    def slots(self) -> CacheSlots:
+        index_keys = None if self.index_keys is None else self.index_keys.transpose(1, 2)
+        return super().slots()._replace(index_keys=index_keys)
 
     def adopt_memory(self, keys: torch.Tensor, values: torch.Tensor, index_keys: torch.Tensor, length: int) -> None:
         """Use these tensors as this layer's own, (B, 1, S, D_idx) index keys among them."""

@@ -157,6 +157,7 @@ class _CapturedPass:
         self._model, self._cache = model, inputs["cache"]
         self._memory = [_LayerMemory(layer) for layer in self._cache.layers]
         self._graph_cache = Cache(layers=[memory.static_layer for memory in self._memory])
+        self._counter = self._share_counter()
         # The values of the last pass, because each pass first counts its own token.
         self._seqlens, self._leftpad = cache_seqlens - 1, cache_leftpad
         self._tokens = inputs["input_ids"].clone()
@@ -179,6 +180,15 @@ class _CapturedPass:
             return None
         assert layout.cache_seqlens is not None  # the cache holds tokens
         return cls(model, inputs, layout.cache_seqlens, layout.cache_leftpad)
+
+    def _share_counter(self) -> torch.Tensor | None:
+        """Makes the layers that we lend memory to read one counter of tokens, which a pass then raises once."""
+        layers = [memory.static_layer for memory in self._memory if memory.can_grow]
+        if len(layers) < len(self._memory) or len({memory.length for memory in self._memory}) > 1:
+            return None
+        for layer in layers:
+            layer.cumulative_length, layer.counts_tokens = layers[0].cumulative_length, False
+        return layers[0].cumulative_length
 
     def continues_with(self, inputs: dict[str, Any]) -> bool:
         """Whether `inputs` are those of the next token of the same rows, and the cache is as this pass left it."""
@@ -225,6 +235,8 @@ class _CapturedPass:
             cache=self._graph_cache,
             **self._constants,
         )
+        if self._counter is not None:
+            self._counter.add_(1)
         self._output_class, self._logits = type(outputs), outputs.logits
 
     def _capture(self) -> None:

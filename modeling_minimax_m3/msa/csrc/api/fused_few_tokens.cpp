@@ -3,7 +3,7 @@
 
 #include <initializer_list>
 #include <optional>
-#include <utility>
+#include <tuple>
 
 #include "smxx/fused/attention_input.h"
 #include "smxx/fused/few_token_linear.h"
@@ -182,6 +182,29 @@ std::tuple<Tensor, Tensor> attention_input(
   return {query, index_query};
 }
 
+std::tuple<Tensor, Tensor> rotary_table(const Tensor& positions, const Tensor& frequencies,
+                                        double scaling, const Tensor& like) {
+  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.is_contiguous() &&
+                      frequencies.scalar_type() == ScalarType::Float &&
+                      frequencies.is_contiguous() && positions.dim() == 2,
+                  "`positions` must be int64 (batch, tokens) and `frequencies` float32");
+  RotaryTableParams params{};
+  params.dtype = dtype_of("like", like);
+  const int64_t channels = 2 * frequencies.numel();
+  Tensor cos = torch::stable::new_empty(like, {positions.size(0), positions.size(1), channels});
+  Tensor sin = torch::stable::new_empty(like, {positions.size(0), positions.size(1), channels});
+  params.positions = static_cast<const int64_t*>(positions.const_data_ptr());
+  params.frequencies = static_cast<const float*>(frequencies.const_data_ptr());
+  params.cos = cos.mutable_data_ptr();
+  params.sin = sin.mutable_data_ptr();
+  params.scaling = static_cast<float>(scaling);
+  params.num_positions = to_int("positions", positions.numel());
+  params.channels = to_int("channels", channels);
+  const DeviceScope device(positions);
+  launch_rotary_table(params, device.stream());
+  return {cos, sin};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minimax_m3_msa_cuda, library) {
@@ -197,12 +220,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minimax_m3_msa_cuda, library) {
       "Tensor? index_query_norm, Tensor? index_key_norm, Tensor cos, Tensor sin, float eps, "
       "Tensor length, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor(c!)? index_key_cache) -> (Tensor, Tensor)");
+  library.def(
+      "rotary_table(Tensor positions, Tensor frequencies, float scaling, Tensor like) -> "
+      "(Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minimax_m3_msa_cuda, CUDA, library) {
   library.impl("few_token_linear", TORCH_BOX(&few_token_linear));
   library.impl("few_token_mlp", TORCH_BOX(&few_token_mlp));
   library.impl("attention_input", TORCH_BOX(&attention_input));
+  library.impl("rotary_table", TORCH_BOX(&rotary_table));
 }
 
 }  // namespace msa::api

@@ -138,7 +138,34 @@ __global__ void __launch_bounds__(kThreads)
         values);
 }
 
+// A thread computes one angle, which two channels share.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads) rotary_table_kernel(const RotaryTableParams params) {
+  wait_for_previous_kernel(params.positions, params.frequencies);
+  const int half = params.channels / 2;
+  const int64_t item = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (item >= int64_t{params.num_positions} * half) return;
+  const int64_t row = item / half, channel = item % half;
+  const float angle = static_cast<float>(params.positions[row]) * params.frequencies[channel];
+  float sine, cosine;
+  sincosf(angle, &sine, &cosine);
+  const int64_t first = row * params.channels + channel;
+  auto* cos = static_cast<Element*>(params.cos);
+  auto* sin = static_cast<Element*>(params.sin);
+  cos[first] = cos[first + half] = Element(cosine * params.scaling);
+  sin[first] = sin[first + half] = Element(sine * params.scaling);
+}
+
 }  // namespace
+
+void launch_rotary_table(const RotaryTableParams& params, cudaStream_t stream) {
+  const int64_t angles = int64_t{params.num_positions} * (params.channels / 2);
+  if (angles == 0) return;
+  const dim3 grid(static_cast<unsigned>((angles + kThreads - 1) / kThreads));
+  dispatch_dtype(params.dtype, [&](auto element) {
+    launch_dependent<rotary_table_kernel<decltype(element)>>(grid, kThreads, stream, params);
+  });
+}
 
 void launch_attention_input(const AttentionInputParams& params, cudaStream_t stream) {
   if (params.rotary_channels % (2 * kVector) != 0 || params.rotary_channels > params.head_dim) {

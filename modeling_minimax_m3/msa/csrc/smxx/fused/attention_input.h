@@ -46,6 +46,20 @@ struct AttentionInputParams {
   bool rotary_is_float;  // cos and sin are float32 instead of the states' dtype
 };
 
+// Cosines and sines of positions.
+struct RotaryTableParams {
+  const int64_t* positions;  // (num_positions)
+  const float* frequencies;  // (channels / 2)
+  void* cos;                 // (num_positions, channels), contiguous outputs
+  void* sin;
+  float scaling;  // factor of both
+  int num_positions;
+  int channels;
+  Dtype dtype;
+};
+
+void launch_rotary_table(const RotaryTableParams& params, cudaStream_t stream);
+
 // Throws std::runtime_error for sizes that the kernel does not take.
 void launch_attention_input(const AttentionInputParams& params, cudaStream_t stream);
 
