@@ -1,10 +1,12 @@
 """How `generate` handles images and videos: which of them still have to be read, and which tokens are placeholders.
 
-`generate` encodes all pixels before its first pass and gives the features to the passes that read the prompt. Two
-rules are left to the model. Images that a cache already holds are not encoded again. And a placeholder token outside
+`generate` encodes all pixels before its first pass and gives the features to the passes that read the prompt. Three
+rules are left to the model. Images that a cache already holds are not encoded again. A pass that reads a piece of the
+prompt gets the features of the piece's placeholders, which may be a part of an image. And a placeholder token outside
 the prompt (generated, or a candidate that prompt lookup copied from the prompt) is a token like any other.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..runtime.transformers_versions import CACHE_NAME
-from .text_generation import MiniMaxM3GenerationMixin
+from .text_generation import MiniMaxM3GenerationMixin, PromptPiece, count_cached_tokens
 
 # What `mm_token_type_ids` holds at the placeholders of each modality; 0 is text.
 TOKEN_TYPES = {"image": 1, "video": 2}
@@ -38,7 +39,7 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
         generation_config: GenerationConfig,
     ) -> dict[str, Any]:
         model_kwargs["mm_encoder_outputs"] = dict(model_kwargs.get("mm_encoder_outputs") or {})
-        num_cached = self._count_cached_tokens(inputs_tensor, model_kwargs, generation_config)
+        num_cached = count_cached_tokens(inputs_tensor, model_kwargs, generation_config)
         if num_cached:
             self._drop_cached_media(inputs_tensor, model_kwargs, num_cached)
         model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
@@ -52,19 +53,6 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
                     pooler_output=output.pooler_output, prompt_length=inputs_tensor.shape[1]
                 )
         return model_kwargs
-
-    @staticmethod
-    def _count_cached_tokens(
-        prompt: torch.Tensor, model_kwargs: dict[str, Any], generation_config: GenerationConfig
-    ) -> int:
-        """How many of the prompt's first tokens the cache holds. 0 where the prompt continues the cache."""
-        cache = model_kwargs.get(CACHE_NAME)
-        if cache is None:
-            return 0
-        mask = model_kwargs.get("attention_mask")
-        # `generate` drops a mask without zeros and notes its length.
-        mask_length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-        return int(cache.get_seq_length()) if mask_length == prompt.shape[1] else 0
 
     def _drop_cached_media(self, prompt: torch.Tensor, model_kwargs: dict[str, Any], num_cached: int) -> None:
         """Keep the images and videos (or features) that have placeholders after the first `num_cached` tokens."""
@@ -95,6 +83,57 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
                     continue
                 kept = [features for features, is_kept in zip(output.pooler_output, keep) if is_kept]
                 encoded[modality] = BaseModelOutputWithPooling(pooler_output=kept) if kept else None
+
+    def _pieces(
+        self,
+        input_ids: torch.LongTensor,
+        model_kwargs: dict[str, Any],
+        num_new: int,
+        size: int,
+        is_first_iteration: bool,
+    ) -> Iterator[PromptPiece]:
+        types, embeddings = model_kwargs.get("mm_token_type_ids"), model_kwargs.get("inputs_embeds")
+        if types is not None and embeddings is None:  # tokens after them are text
+            num_behind = max(0, input_ids.shape[1] - types.shape[1])
+            model_kwargs = {**model_kwargs, "mm_token_type_ids": torch.nn.functional.pad(types, (0, num_behind))}
+        pieces = list(super()._pieces(input_ids, model_kwargs, num_new, size, is_first_iteration))
+        encoded = model_kwargs.get("mm_encoder_outputs") or {}
+        encoded = {modality: output for modality, output in encoded.items() if output is not None}
+        # An assistant drafts without features. The model refuses other modalities.
+        if is_first_iteration and encoded and encoded.keys() <= TOKEN_TYPES.keys():
+            for piece in pieces:
+                piece.model_kwargs["mm_encoder_outputs"] = {}
+            for modality, output in encoded.items():
+                prompt_length = getattr(output, "prompt_length", None)
+                for piece, features in zip(pieces, self._share_features(modality, output.pooler_output, pieces)):
+                    if features:
+                        piece.model_kwargs["mm_encoder_outputs"][modality] = PromptFeatures(
+                            pooler_output=features, prompt_length=prompt_length
+                        )
+        yield from pieces
+
+    def _share_features(
+        self, modality: str, features: Sequence[torch.Tensor], pieces: list[PromptPiece]
+    ) -> list[list[torch.Tensor]]:
+        """For each piece, the features of its placeholders: of row after row, and in a row of token after token."""
+        counts, types = [], None
+        for piece in pieces:
+            types, embeddings = (piece.model_kwargs.get(name) for name in ("mm_token_type_ids", "inputs_embeds"))
+            if types is not None:
+                types = types[:, -piece.num_tokens :]
+            if embeddings is not None:
+                embeddings = embeddings[:, -piece.num_tokens :].to(self.device)
+            input_ids = piece.input_ids[:, -piece.num_tokens :] if embeddings is None else None
+            counts.append(self.model.locate_placeholders(modality, input_ids, embeddings, types).sum(1))
+        by_row = torch.stack(counts, dim=1)
+        self.model.check_number_of_features(
+            modality,
+            by_row.sum(),
+            sum(len(part) for part in features),
+            found_by_embedding=types is None and pieces[0].model_kwargs.get("inputs_embeds") is not None,
+        )
+        shares = split_rows(features, by_row.flatten().tolist())
+        return [[part for share in shares[index :: len(pieces)] for part in share] for index in range(len(pieces))]
 
     def prepare_inputs_for_generation(
         self,
@@ -164,3 +203,18 @@ def find_new_entries(is_new: torch.Tensor, num_tokens: list[int]) -> list[bool] 
     if sum(num_tokens) != len(is_new):
         return None
     return [bool(part.any()) for part in is_new.split(num_tokens)]
+
+
+def split_rows(parts: Sequence[torch.Tensor], sizes: list[int]) -> list[list[torch.Tensor]]:
+    """Views of the rows of `parts`, all in their order: `sizes[i]` rows in the list of index i."""
+    shares, start = [], 0
+    for size in sizes:
+        share, offset = [], 0
+        for part in parts:
+            rows = part[max(0, start - offset) : max(0, start + size - offset)]
+            if len(rows):
+                share.append(rows)
+            offset += len(part)
+        shares.append(share)
+        start += size
+    return shares
