@@ -106,10 +106,9 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
             for modality, output in encoded.items():
                 prompt_length = getattr(output, "prompt_length", None)
                 for piece, features in zip(pieces, self._share_features(modality, output.pooler_output, pieces)):
-                    if features:
-                        piece.model_kwargs["mm_encoder_outputs"][modality] = PromptFeatures(
-                            pooler_output=features, prompt_length=prompt_length
-                        )
+                    piece.model_kwargs["mm_encoder_outputs"][modality] = PromptFeatures(
+                        pooler_output=features, prompt_length=prompt_length
+                    )
         yield from pieces
 
     def _share_features(
@@ -206,7 +205,7 @@ def find_new_entries(is_new: torch.Tensor, num_tokens: list[int]) -> list[bool] 
 
 
 def split_rows(parts: Sequence[torch.Tensor], sizes: list[int]) -> list[list[torch.Tensor]]:
-    """Views of the rows of `parts`, all in their order: `sizes[i]` rows in the list of index i."""
+    """Views of the rows of `parts`, all in their order: `sizes[i]` rows in the list of index i, which is never empty."""
     shares, start = [], 0
     for size in sizes:
         share, offset = [], 0
@@ -215,6 +214,6 @@ def split_rows(parts: Sequence[torch.Tensor], sizes: list[int]) -> list[list[tor
             if len(rows):
                 share.append(rows)
             offset += len(part)
-        shares.append(share)
+        shares.append(share or [part[:0] for part in parts[:1]])
         start += size
     return shares

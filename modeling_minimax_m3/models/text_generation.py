@@ -210,7 +210,7 @@ class MiniMaxM3GenerationMixin(GenerationMixin):
         num_new = prompt.shape[1] - count_cached_tokens(prompt, model_kwargs, generation_config)
         if num_new <= size:
             return None
-        obstacle = self._obstacle_of_pieces(generation_config, model_kwargs)
+        obstacle = self._obstacle_of_pieces(generation_config)
         if obstacle is not None:
             if not is_automatic:
                 logger.warning_once(
@@ -222,16 +222,13 @@ class MiniMaxM3GenerationMixin(GenerationMixin):
             return None
         return self._pieces(input_ids, model_kwargs, num_new, int(size), is_first_iteration)
 
-    def _obstacle_of_pieces(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> str | None:
+    def _obstacle_of_pieces(self, generation_config: GenerationConfig) -> str | None:
         """Why one pass must read the whole prompt; None where several can."""
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(generation_config, name):
                 return f"`{name}` returns those of all its tokens"
         if generation_config.use_mtp or generation_config.speculation_type is not None:
             return "the drafts are made from the hidden states of all its tokens"
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            return f"`attention_mask` has {mask.dim()} dimensions, not 2"
         # PEFT puts its method in front of the model's. It finds its virtual tokens by the length of the cache.
         if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
             return "PEFT puts virtual tokens in front of it"
