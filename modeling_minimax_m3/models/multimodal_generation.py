@@ -40,8 +40,7 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
     ) -> dict[str, Any]:
         model_kwargs["mm_encoder_outputs"] = dict(model_kwargs.get("mm_encoder_outputs") or {})
         num_cached = count_cached_tokens(inputs_tensor, model_kwargs, generation_config)
-        if num_cached:
-            self._drop_cached_media(inputs_tensor, model_kwargs, num_cached)
+        is_new = self._drop_cached_media(inputs_tensor, model_kwargs, num_cached) if num_cached else {}
         model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
             inputs_tensor, model_kwargs, model_input_name, generation_config
         )
@@ -49,40 +48,56 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
         for modality, output in encoded.items():
             # An assistant gets features that the model it drafts for has prepared already.
             if modality in TOKEN_TYPES and output is not None and not isinstance(output, PromptFeatures):
-                encoded[modality] = PromptFeatures(
-                    pooler_output=output.pooler_output, prompt_length=inputs_tensor.shape[1]
-                )
+                features = output.pooler_output
+                if modality in is_new:
+                    features = [part[mask.to(part.device)] for part, mask in zip(features, is_new[modality])]
+                encoded[modality] = PromptFeatures(pooler_output=features, prompt_length=inputs_tensor.shape[1])
         return model_kwargs
 
-    def _drop_cached_media(self, prompt: torch.Tensor, model_kwargs: dict[str, Any], num_cached: int) -> None:
-        """Keep the images and videos (or features) that have placeholders after the first `num_cached` tokens."""
+    def _drop_cached_media(
+        self, prompt: torch.Tensor, model_kwargs: dict[str, Any], num_cached: int
+    ) -> dict[str, list[torch.Tensor]]:
+        """Keep the images and videos (or features) that have placeholders after the first `num_cached` tokens.
+
+        Returns:
+            For each modality that the cache holds a part of, which tokens of each image or video kept are new.
+        """
         input_ids, embeddings = (prompt, None) if prompt.ndim == 2 else (None, prompt)
-        encoded = model_kwargs["mm_encoder_outputs"]
+        encoded, new_tokens = model_kwargs["mm_encoder_outputs"], {}
         for modality, pixel_name in PIXEL_NAMES.items():
             placeholders = self.model.locate_placeholders(modality, input_ids, embeddings)
             positions = torch.arange(placeholders.shape[1], device=placeholders.device).expand_as(placeholders)
             is_new = positions[placeholders] >= num_cached
 
             grid_name = f"{modality}_grid_thw"
-            pixels, grid_thw = model_kwargs.get(pixel_name), model_kwargs.get(grid_name)
+            pixels, grid_thw, output = model_kwargs.get(pixel_name), model_kwargs.get(grid_name), encoded.get(modality)
             if pixels is not None and grid_thw is not None:
                 num_patches = grid_thw.prod(-1).tolist()
                 merge = self.config.vision_config.spatial_merge_size**2
-                keep = find_new_entries(is_new, [count // merge for count in num_patches])
-                if keep is None or sum(num_patches) != len(pixels):
+                num_tokens = [count // merge for count in num_patches]
+                if sum(num_patches) != len(pixels):
                     continue
+            elif output is not None and not isinstance(output, PromptFeatures):
+                num_tokens = [len(features) for features in output.pooler_output]
+            else:
+                continue
+            if sum(num_tokens) != len(is_new):  # the caller gave the new ones alone, or the model will raise
+                continue
+
+            masks = is_new.split(num_tokens)
+            keep = [bool(mask.any()) for mask in masks]
+            new_tokens[modality] = [mask for mask in masks if mask.any()]
+            if pixels is not None and grid_thw is not None:
                 kept = [part for part, is_kept in zip(pixels.split(num_patches), keep) if is_kept]
                 if kept:
                     model_kwargs[pixel_name] = torch.cat(kept)
                     model_kwargs[grid_name] = grid_thw[torch.tensor(keep, device=grid_thw.device)]
                 else:
                     del model_kwargs[pixel_name], model_kwargs[grid_name]
-            elif (output := encoded.get(modality)) is not None and not isinstance(output, PromptFeatures):
-                keep = find_new_entries(is_new, [len(features) for features in output.pooler_output])
-                if keep is None:
-                    continue
+            else:
                 kept = [features for features, is_kept in zip(output.pooler_output, keep) if is_kept]
                 encoded[modality] = BaseModelOutputWithPooling(pooler_output=kept) if kept else None
+        return new_tokens
 
     def _pieces(
         self,
@@ -187,21 +202,6 @@ class MultimodalGenerationMixin(MiniMaxM3GenerationMixin):
         if prompt_length is not None:
             types[:, prompt_length:] = 0
         return types
-
-
-def find_new_entries(is_new: torch.Tensor, num_tokens: list[int]) -> list[bool] | None:
-    """For each image or video, whether any of its placeholders is new.
-
-    Args:
-        is_new (`torch.Tensor`): (placeholders,), of all images or videos, one after the other.
-        num_tokens (`list[int]`): Placeholders of each of them.
-
-    Returns:
-        One flag for each. None where the counts differ: the caller gave the new ones alone, or the model will raise.
-    """
-    if sum(num_tokens) != len(is_new):
-        return None
-    return [bool(part.any()) for part in is_new.split(num_tokens)]
 
 
 def split_rows(parts: Sequence[torch.Tensor], sizes: list[int]) -> list[list[torch.Tensor]]:

@@ -223,6 +223,22 @@ class TestCacheThatHoldsTokens:
         assert torch.equal(output.sequences[:, -NEW:], expected.sequences[:, -NEW:])
         assert passes == [7] * 5 + [5] + [1] * (NEW - 1)
 
+    @pytest.mark.parametrize("size", [None, 7])
+    @pytest.mark.parametrize("given", ["pixels", "features"])
+    @pytest.mark.parametrize("num_cached", [5, 10, 24])
+    def test_part_of_an_image(self, model, inputs, num_cached, given, size):
+        """The cache ends within the first image, the second one and the last video."""
+        cache = DynamicCache(config=model.config)
+        expected = model.generate(**inputs, **GREEDY, cache=cache)
+        cache.crop(num_cached - cache.get_seq_length())
+        if given == "features":
+            inputs["mm_encoder_outputs"] = {
+                "image": model.get_image_features(inputs.pop("pixel_values"), inputs.pop("image_grid_thw")),
+                "video": model.get_video_features(inputs.pop("pixel_values_videos"), inputs.pop("video_grid_thw")),
+            }
+        output = model.generate(**inputs, **GREEDY, cache=cache, prefill_chunk_size=size)
+        assert_equal(output, expected)
+
     @pytest.mark.parametrize("size", [None, 7, 100])
     @pytest.mark.parametrize("drafts", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}], ids=str)
     def test_assisted_decoding(self, text_model, make_tokens, size, drafts):
