@@ -17,23 +17,6 @@ from .multimodal_generation import TOKEN_TYPES
 logger = logging.get_logger(__name__)
 
 
-def _check_one_feature_per_placeholder(
-    modality: str, num_placeholders: torch.Tensor, num_features: int, token_id: int, hint: str
-) -> None:
-    # The beginning is Transformers' wording, by which other tools recognise the error.
-    mismatch = f"{modality.capitalize()} features and {modality} tokens do not match"
-    place = f"one {modality} token (id {token_id}) for each {modality} feature"
-    expected = f"input_ids (or inputs_embeds) must hold {place}.{hint}"
-    agree = num_placeholders == num_features
-    if torch.compiler.is_compiling():
-        # Transformers' check makes a symbol of the number. PyTorch 2.10 to 2.12 cannot compile that.
-        torch._assert_async(agree, f"{mismatch}: {expected}")
-        return
-    torch_compilable_check(
-        agree, lambda: f"{mismatch}, tokens: {int(num_placeholders)}, features: {num_features}: {expected}"
-    )
-
-
 class PlaceholderMixin:
     """Finds and fills the placeholders of a model that has `config.image_token_id` and `config.video_token_id`."""
 
@@ -69,6 +52,39 @@ class PlaceholderMixin:
         token = torch.tensor(token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
+    def check_number_of_features(
+        self, modality: str, num_placeholders: torch.Tensor, num_features: int, found_by_embedding: bool
+    ) -> None:
+        """Raise where there is not one feature for each placeholder of one modality.
+
+        Args:
+            modality (`str`): "image" or "video".
+            num_placeholders (`torch.Tensor`): Scalar.
+            num_features (`int`): Rows of the features.
+            found_by_embedding (`bool`): Whether neither ids nor token types said where the placeholders are.
+
+        Raises:
+            ValueError: The numbers differ.
+        """
+        # The beginning is Transformers' wording, by which other tools recognise the error.
+        mismatch = f"{modality.capitalize()} features and {modality} tokens do not match"
+        token_id = getattr(self.config, f"{modality}_token_id")
+        place = f"one {modality} token (id {token_id}) for each {modality} feature"
+        expected = f"input_ids (or inputs_embeds) must hold {place}."
+        if found_by_embedding:
+            expected += (
+                " In inputs_embeds they are found by the embedding of that token, which another token may share: "
+                "mm_token_type_ids (1 at image, 2 at video tokens) says which are meant."
+            )
+        agree = num_placeholders == num_features
+        if torch.compiler.is_compiling():
+            # Transformers' check makes a symbol of the number. PyTorch 2.10 to 2.12 cannot compile that.
+            torch._assert_async(agree, f"{mismatch}: {expected}")
+            return
+        torch_compilable_check(
+            agree, lambda: f"{mismatch}, tokens: {int(num_placeholders)}, features: {num_features}: {expected}"
+        )
+
     def get_placeholder_mask(
         self,
         input_ids: torch.LongTensor | None,
@@ -92,17 +108,12 @@ class PlaceholderMixin:
         Raises:
             ValueError: The numbers of placeholders and of feature rows differ.
         """
-        masks, hint = [], ""
-        if input_ids is None and mm_token_type_ids is None:
-            hint = (
-                " In inputs_embeds they are found by the embedding of that token, which another token may share: "
-                "mm_token_type_ids (1 at image, 2 at video tokens) says which are meant."
-            )
+        masks = []
+        found_by_embedding = input_ids is None and mm_token_type_ids is None
         for modality, features in (("image", image_features), ("video", video_features)):
             mask = self.locate_placeholders(modality, input_ids, inputs_embeds, mm_token_type_ids)
             if features is not None:
-                token_id = getattr(self.config, f"{modality}_token_id")
-                _check_one_feature_per_placeholder(modality, mask.sum(), features.shape[0], token_id, hint)
+                self.check_number_of_features(modality, mask.sum(), features.shape[0], found_by_embedding)
             masks.append(mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device))
         return masks[0], masks[1]
 

@@ -10,6 +10,7 @@ from transformers.utils.generic import accepts_precomputed_kwargs, can_return_tu
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig
 
+from ..runtime.gathered_weights import gathers_weights
 from .multimodal_generation import PIXEL_NAMES
 from .vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
 
@@ -124,16 +125,11 @@ class VisionFeaturesMixin:
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
             return False
-        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # not there in every build of PyTorch
-
         parts = (self.vision_tower, self.multi_modal_projector)
         parameters = [parameter for part in parts for parameter in part.parameters()]
         if self.training and torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             return True
-        if any(hasattr(parameter, "ds_id") for parameter in parameters):  # sharded by ZeRO-3
-            return True
-        sharded = (FSDPModule, FullyShardedDataParallel)
-        return any(isinstance(module, sharded) for part in parts for module in part.modules())
+        return gathers_weights(*parts)
 
     def _nothing_seen(self, device: torch.device) -> torch.Tensor:
         """A scalar zero that depends on every weight of tower and projector, on `device`."""

@@ -180,6 +180,16 @@ def test_models_that_are_not_captured(model, monkeypatch):
     assert captured.obstacle_of_model(model) == "MINIMAX_M3_CUDA_GRAPHS is 0"
 
 
+def test_models_of_several_processes_that_are_not_captured(model, monkeypatch):
+    """`parallel_generation_worker.py` has those that are."""
+    monkeypatch.setattr(captured, "_DEVICE_TYPE", "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(captured, "gathers_weights", lambda model: True)
+        assert captured.obstacle_of_model(model) == "each pass gathers weights from all processes"
+    model._pp_forward_wrapped = True
+    assert captured.obstacle_of_model(model) == "the layers are stages of a pipeline"
+
+
 def test_attention_weights_once_do_not_prevent_captures(model, make_tokens, monkeypatch):
     """Transformers leaves hooks behind that do nothing afterwards."""
     monkeypatch.setattr(captured, "_DEVICE_TYPE", "cpu")
