@@ -15,7 +15,7 @@ from .indexer import MiniMaxM3VLIndexer, with_zero_gradients
 from .layer_types import attention_type
 from .materialized import materialized_attention
 from .normalization import MiniMaxM3VLRMSNorm
-from .rotary import apply_rotary
+from .rotary import normalize_and_rotate
 
 logger = logging.get_logger(__name__)
 
@@ -82,10 +82,11 @@ class MiniMaxM3VLAttention(nn.Module):
             NotImplementedError: `output_indexer_loss` together with a 4-D mask.
         """
         layout = attention_mask
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
-        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        query = normalize_and_rotate(self.q_norm, query, *position_embeddings)
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        key = normalize_and_rotate(self.k_norm, key, *position_embeddings)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
         projected_dtype, dtype = query.dtype, self._attention_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
