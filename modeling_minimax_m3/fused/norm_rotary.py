@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from ..msa import derivatives
-from .rms_norm import as_vectors, rms_norm_reference, starts_vectors
-from .support import HALF_DTYPES, kernels_take
+from .rms_norm import KERNEL_DTYPES, as_vectors, is_vector_block, rms_norm_reference, starts_vectors
+from .support import kernels_take
 
 MAX_HEAD_DIM = 256
 
@@ -59,25 +59,28 @@ def norm_rotary(
 
 
 def _are_supported(states: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    if states.dim() != 4 or cos.dim() != 3:
+    shape, angle_shape = states.shape, cos.shape
+    if len(shape) != 4 or len(angle_shape) != 3 or sin.shape != angle_shape:
         return False
-    batch, num_new, _, head_dim = states.shape
-    channels = cos.shape[2]
+    dtype, weight_dtype, angle_dtype = states.dtype, weight.dtype, cos.dtype
+    batch, num_new, heads, head_dim = shape
+    angle_batch, angle_num_new, channels = angle_shape
     return (
-        (states.dtype in HALF_DTYPES or states.dtype == torch.float32)
-        and weight.dtype in (states.dtype, torch.float32)
-        and cos.dtype in (states.dtype, torch.float32)
-        and sin.dtype == cos.dtype
+        dtype in KERNEL_DTYPES
+        and (weight_dtype == dtype or weight_dtype == torch.float32)
+        and (angle_dtype == dtype or angle_dtype == torch.float32)
+        and sin.dtype == angle_dtype
         and weight.shape == (head_dim,)
-        and cos.shape == sin.shape
-        and cos.shape[0] in (1, batch)
-        and cos.shape[1] == num_new
+        and (angle_batch == batch or angle_batch == 1)
+        and angle_num_new == num_new
         and head_dim % 8 == 0
         and channels % 16 == 0
         and 0 < channels <= head_dim <= MAX_HEAD_DIM
-        and states.numel() // head_dim < 2**31
+        and batch * num_new * heads < 2**31
         and starts_vectors(states)
-        and all(tensor.is_contiguous() and starts_vectors(tensor) for tensor in (weight, cos, sin))
+        and is_vector_block(weight)
+        and is_vector_block(cos)
+        and is_vector_block(sin)
     )
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from ..msa import derivatives
 from .support import HALF_DTYPES, kernels_take
 
+KERNEL_DTYPES = {*HALF_DTYPES, torch.float32}
 MAX_WIDTH = 16384
 
 
@@ -68,26 +69,31 @@ def add_rms_norm(
 
 
 def starts_vectors(tensor: torch.Tensor) -> bool:
-    """Whether kernels can read the tensor's last dimension 16 bytes at a time."""
+    """Whether kernels can read the tensor's last dimension, a multiple of 8, 16 bytes at a time."""
     if tensor.data_ptr() % 16 != 0:
         return False
     if tensor.is_contiguous():
-        return tensor.shape[-1] * tensor.element_size() % 16 == 0
+        return True
     *strides, last = tensor.stride()
-    return last == 1 and all(stride * tensor.element_size() % 16 == 0 for stride in strides)
+    vector = 16 // tensor.element_size()
+    return last == 1 and all(stride % vector == 0 for stride in strides)
+
+
+def is_vector_block(tensor: torch.Tensor) -> bool:
+    """The same, of tensors that must be contiguous."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
 def _are_supported(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    width = x.shape[-1]
+    dtype, weight_dtype, width = x.dtype, weight.dtype, x.shape[-1]
     return (
-        (x.dtype in HALF_DTYPES or x.dtype == torch.float32)
-        and (weight.dtype in (x.dtype, torch.float32))
+        dtype in KERNEL_DTYPES
+        and (weight_dtype == dtype or weight_dtype == torch.float32)
         and weight.shape == (width,)
         and 0 < width <= MAX_WIDTH
         and width % 8 == 0
         and starts_vectors(x)
-        and weight.is_contiguous()
-        and starts_vectors(weight)
+        and is_vector_block(weight)
     )
 
 

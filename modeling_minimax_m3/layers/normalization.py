@@ -1,5 +1,7 @@
 """Gemma-style RMS normalisation, shared by the decoder layers, the per-head QK-norm and the indexer."""
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
@@ -28,7 +30,7 @@ class MiniMaxM3VLRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
-def is_plain_norm(norm: nn.Module) -> bool:
+def is_plain_norm(norm: nn.Module) -> TypeGuard[MiniMaxM3VLRMSNorm]:
     """Whether a call of `norm` is `rms_norm` and nothing else, so that a larger operator may take its place.
 
     A norm is not plain if it is of another class (a sub-class, a wrapper), if its `forward` is replaced on the instance

@@ -17,7 +17,7 @@ using namespace fused;
 // t, t + threads, ... With few rows the latency counts, so each thread has one unit. With many, the
 // bytes in flight do, so each has four.
 constexpr int kFewRows = 256;
-constexpr int kUnits = 4;
+constexpr int kMostUnits = 4;
 
 constexpr int max_threads(int units) {
   return units == 1 ? 1024 : kMaxNormWidth / 8 / units;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(max_threads(kUnits)) rms_norm_kernel(const Rms
 // A thread block takes every gridDim.x-th row, and sums its share of the weight's gradient in
 // registers.
 template <typename Element>
-__global__ void __launch_bounds__(max_threads(kUnits))
+__global__ void __launch_bounds__(max_threads(kMostUnits))
     rms_norm_gradient_kernel(const RmsNormGradientParams params) {
   __shared__ float warp_sums[2][2][32];  // of this row and of the one before
   const int step = blockDim.x * 8;
@@ -127,14 +127,14 @@ __global__ void __launch_bounds__(max_threads(kUnits))
   const auto* grad_rows = static_cast<const Element*>(params.grad_normed) + first;
   wait_for_previous_kernel(x_rows, grad_rows);
 
-  float weight_sums[kUnits][8] = {};
+  float weight_sums[kMostUnits][8] = {};
   int parity = 0;
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x, parity ^= 1) {
     const Element* x = x_rows + row * params.x_stride;
     const Element* grad = grad_rows + row * params.grad_normed_stride;
-    Eight<Element> states[kUnits] = {}, grads[kUnits] = {};
+    Eight<Element> states[kMostUnits] = {}, grads[kMostUnits] = {};
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
+    for (int i = 0; i < kMostUnits; ++i) {
       if (first + i * step < params.width) {
         states[i] = load_eight(x + i * step);
         grads[i] = load_eight(grad + i * step);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(max_threads(kUnits))
     }
     float sums[2] = {0.0f, 0.0f};  // of x * x, and of x * the gradient of x / rms(x)
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
+    for (int i = 0; i < kMostUnits; ++i) {
       if (first + i * step >= params.width) break;
       float values[8], upstream[8], gains[8];
       load_eight_floats<Element>(params.weight, params.weight_is_float, first + i * step, gains);
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(max_threads(kUnits))
     const float mean_product = sums[1] * inverse_rms / params.width;
 
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
+    for (int i = 0; i < kMostUnits; ++i) {
       if (first + i * step >= params.width) break;
       float values[8], upstream[8];
       unpack_eight(states[i], values);
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(max_threads(kUnits))
   if (params.partial_sums != nullptr) {
     float* partial_sums = params.partial_sums + int64_t{blockIdx.x} * params.width + first;
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
+    for (int i = 0; i < kMostUnits; ++i) {
       if (first + i * step < params.width) {
         store_eight(partial_sums + i * step, pack_eight<float>(weight_sums[i]));
       }
@@ -208,16 +208,16 @@ void launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
   dispatch_float_dtype(params.dtype, [&](auto element) {
     using Element = decltype(element);
     const bool is_one_unit = params.rows <= kFewRows && params.width <= 8 * max_threads(1);
-    const int threads = num_threads(params.width, is_one_unit ? 1 : kUnits);
+    const int threads = num_threads(params.width, is_one_unit ? 1 : kMostUnits);
     const dim3 grid(params.rows);
     if (is_one_unit && params.residual == nullptr) {
       launch_dependent<rms_norm_kernel<Element, 1, false>>(grid, threads, stream, params);
     } else if (is_one_unit) {
       launch_dependent<rms_norm_kernel<Element, 1, true>>(grid, threads, stream, params);
     } else if (params.residual == nullptr) {
-      launch_dependent<rms_norm_kernel<Element, kUnits, false>>(grid, threads, stream, params);
+      launch_dependent<rms_norm_kernel<Element, kMostUnits, false>>(grid, threads, stream, params);
     } else {
-      launch_dependent<rms_norm_kernel<Element, kUnits, true>>(grid, threads, stream, params);
+      launch_dependent<rms_norm_kernel<Element, kMostUnits, true>>(grid, threads, stream, params);
     }
   });
 }
@@ -226,7 +226,7 @@ int rms_norm_gradient_thread_blocks(const RmsNormGradientParams& params, int num
   int per_sm = 0;
   dispatch_float_dtype(params.dtype, [&](auto element) {
     MSA_CHECK_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &per_sm, rms_norm_gradient_kernel<decltype(element)>, num_threads(params.width, kUnits),
+        &per_sm, rms_norm_gradient_kernel<decltype(element)>, num_threads(params.width, kMostUnits),
         0));
   });
   return std::min(params.rows, num_sms * std::max(per_sm, 1));
@@ -236,7 +236,7 @@ void launch_rms_norm_gradient(const RmsNormGradientParams& params, int thread_bl
                               cudaStream_t stream) {
   dispatch_float_dtype(params.dtype, [&](auto element) {
     launch_dependent<rms_norm_gradient_kernel<decltype(element)>>(
-        dim3(thread_blocks), num_threads(params.width, kUnits), stream, params);
+        dim3(thread_blocks), num_threads(params.width, kMostUnits), stream, params);
   });
   if (params.grad_weight != nullptr) {
     launch_column_sums(params.partial_sums, thread_blocks, params.width,
