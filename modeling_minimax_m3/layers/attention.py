@@ -1,5 +1,7 @@
 """The attention layer: projections, QK-norm, rotary, cache update, then dense or MiniMax Sparse Attention."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -19,9 +21,26 @@ from .indexer import MiniMaxM3VLIndexer, with_zero_gradients
 from .layer_types import attention_type
 from .materialized import materialized_attention
 from .normalization import MiniMaxM3VLRMSNorm
-from .rotary import apply_rotary
+from .rotary import normalize_and_rotate
 
 logger = logging.get_logger(__name__)
+
+
+class _States(NamedTuple):
+    """What a pass attends with and to, in the caller's order.
+
+    Attributes:
+        query (B, T, H_q, D): Queries.
+        key, value (B, S, H_kv, D): Keys and values, those of the cache included.
+        index (tuple or None): The indexer's queries (B, T, H_idx, D_idx) and keys (B, S, D_idx).
+        projected_dtype (dtype): That of the projections' outputs, which the output projection expects.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    index: tuple[torch.Tensor, torch.Tensor] | None
+    projected_dtype: torch.dtype
 
 
 class MiniMaxM3VLAttention(nn.Module):
@@ -86,9 +105,9 @@ class MiniMaxM3VLAttention(nn.Module):
             NotImplementedError: `output_indexer_loss` together with a 4-D mask.
         """
         layout = attention_mask
-        query, key, value, index = self._states_of_few_tokens(
-            hidden_states, position_embeddings, layout, cache
-        ) or self._states(hidden_states, position_embeddings, layout, cache)
+        projected = (hidden_states, position_embeddings, layout, cache)
+        states = self._states_of_few_tokens(*projected) or self._states(*projected)
+        query, key, value, index, projected_dtype = states
 
         output_indexer_loss = output_indexer_loss and index is not None
         if output_indexer_loss and layout.allowed is not None:
@@ -115,7 +134,7 @@ class MiniMaxM3VLAttention(nn.Module):
         is_trained = output_indexer_loss and self.config.indexer_loss_coef > 0
         if index is not None and not is_trained and torch.is_grad_enabled() and index[0].requires_grad:
             out = with_zero_gradients(out, *index)
-        return few_tokens.linear(out.flatten(2).to(hidden_states.dtype), [self.o_proj]), weights, indexer_kl
+        return few_tokens.linear(out.flatten(2).to(projected_dtype), [self.o_proj]), weights, indexer_kl
 
     def _states(
         self,
@@ -123,31 +142,27 @@ class MiniMaxM3VLAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         layout: SequenceLayout,
         cache: Cache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        """What this pass attends with and to, in the caller's order, after the cache has received its part.
-
-        Returns:
-            Queries (B, T, H_q, D), keys and values (B, S, H_kv, D), and the index queries (B, T, H_idx, D_idx) and
-            keys (B, S, D_idx), or None where there is no indexer.
-        """
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
-        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+    ) -> "_States":
+        """What this pass attends with and to, after the cache has received its part."""
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        query = normalize_and_rotate(self.q_norm, query, *position_embeddings)
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        key = normalize_and_rotate(self.k_norm, key, *position_embeddings)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
-        dtype = self._attention_dtype(query)
+        projected_dtype, dtype = query.dtype, self._attention_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if cache is not None:
             cached = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
             if layout.is_cached or layout.allowed is not None:
                 key, value = (states.transpose(1, 2) for states in cached)
         if self.indexer is None:
-            return query, key, value, None
+            return _States(query, key, value, None, projected_dtype)
         index_query, index_key = (states.to(dtype) for states in self.indexer(hidden_states, position_embeddings))
         if cache is not None:
             cached = cache.layers[self.layer_idx].update_index(index_key.unsqueeze(1))
             if layout.is_cached or layout.allowed is not None:
                 index_key = cached.squeeze(1)
-        return query, key, value, (index_query, index_key)
+        return _States(query, key, value, (index_query, index_key), projected_dtype)
 
     def _states_of_few_tokens(
         self,
@@ -155,7 +170,7 @@ class MiniMaxM3VLAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         layout: SequenceLayout,
         cache: Cache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None] | None:
+    ) -> "_States | None":
         """As `_states`, by one product and one kernel that writes to a static cache. None where they do not take it."""
         layer = cache.layers[self.layer_idx] if cache is not None and layout.is_cached else None
         if not isinstance(layer, MiniMaxM3VLStaticLayer) or not layer.is_initialized or layout.allowed is not None:
@@ -181,7 +196,7 @@ class MiniMaxM3VLAttention(nn.Module):
         query, index_query = attention_input(projected, weights, position_embeddings, self.q_norm.eps, slots)
         layer.count_tokens(hidden_states.shape[1])
         index = None if slots.index_keys is None else (index_query, slots.index_keys.squeeze(2))
-        return query, slots.keys, slots.values, index
+        return _States(query, slots.keys, slots.values, index, hidden_states.dtype)
 
     def _attention_dtype(self, query: torch.Tensor) -> torch.dtype:
         """The dtype of attention and cache: that of the projected `query`, but half precision for a quantized model.

@@ -15,7 +15,7 @@ from torch import nn
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from .normalization import MiniMaxM3VLRMSNorm
-from .rotary import apply_rotary
+from .rotary import normalize_and_rotate
 
 
 class MiniMaxM3VLIndexer(nn.Module):
@@ -44,11 +44,10 @@ class MiniMaxM3VLIndexer(nn.Module):
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, each (B, T, rotary channels).
         """
         hidden_states = hidden_states.detach()
-        index_query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
-        index_key = self.k_norm(self.k_proj(hidden_states)).unsqueeze(2)
-        return apply_rotary(index_query, *position_embeddings), apply_rotary(index_key, *position_embeddings).squeeze(
-            2
-        )
+        index_query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        index_query = normalize_and_rotate(self.q_norm, index_query, *position_embeddings)
+        index_key = normalize_and_rotate(self.k_norm, self.k_proj(hidden_states), *position_embeddings)
+        return index_query, index_key.squeeze(2)
 
 
 class _ZeroGradients(torch.autograd.Function):

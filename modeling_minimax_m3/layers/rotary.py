@@ -7,6 +7,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from ..fused.attention_input import rotary_table, takes_rotary_table
+from ..fused.norm_rotary import apply_rotary, norm_rotary
+from .normalization import is_plain_norm
 
 
 class MiniMaxM3VLRotaryEmbedding(nn.Module):
@@ -47,14 +49,19 @@ class MiniMaxM3VLRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first R channels of `states` (B, T, heads, D) by `cos` and `sin` (B, T, R), keeping the dtype.
+def normalize_and_rotate(norm: nn.Module, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`apply_rotary(norm(states), cos, sin)`, of shape (B, T, heads, D).
 
-    Under autocast `cos` and `sin` are float32 while `states` come from a projection in half precision.
+    Args:
+        norm (`nn.Module`): `MiniMaxM3VLRMSNorm`, or what stands in its place.
+        states (`torch.Tensor`): (B, T, heads, D), or (B, T, D) of a single head.
+        cos (`torch.Tensor`): Cosines (B, T, R) of the first R channels.
+        sin (`torch.Tensor`): Their sines.
     """
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    width = cos.shape[-1]
-    rotated, passed = states[..., :width], states[..., width:]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((rotated.to(states.dtype), passed), dim=-1)
+    if is_plain_norm(norm):
+        return norm_rotary(_with_heads(states), norm.weight, cos, sin, norm.eps)
+    return apply_rotary(_with_heads(norm(states)), cos, sin)
+
+
+def _with_heads(states: torch.Tensor) -> torch.Tensor:
+    return states.unsqueeze(2) if states.dim() == 3 else states

@@ -10,9 +10,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
+from ..fused.rms_norm import add_rms_norm
 from ..layers.attention import MiniMaxM3VLAttention
 from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter
-from ..layers.normalization import MiniMaxM3VLRMSNorm
+from ..layers.normalization import MiniMaxM3VLRMSNorm, is_plain_norm
 from ..layers.rotary import MiniMaxM3VLRotaryEmbedding
 from ..runtime.layout_building import build_layout
 from ..runtime.sequence_layout import SequenceLayout
@@ -60,8 +61,13 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
             output_indexer_loss=output_indexer_loss,
             **kwargs,
         )
-        hidden_states = hidden_states + attended
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        norm = self.post_attention_layernorm
+        if is_plain_norm(norm):
+            normalized, hidden_states = add_rms_norm(hidden_states, attended, norm.weight, norm.eps)
+        else:
+            hidden_states = hidden_states + attended
+            normalized = norm(hidden_states)
+        hidden_states = hidden_states + self.mlp(normalized)
         # Gradient checkpointing sees what is returned alone, not what a hook or an attribute collects.
         return (hidden_states, indexer_kl) if output_indexer_loss else hidden_states
 

@@ -1,0 +1,91 @@
+"""The layers call the fused norms only where a call of the module is nothing else: hooks and replacements still run."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3.layers import rotary
+from modeling_minimax_m3.layers.normalization import MiniMaxM3VLRMSNorm, is_plain_norm
+from modeling_minimax_m3.layers.rotary import apply_rotary, normalize_and_rotate
+from modeling_minimax_m3.models import text
+
+
+class Replacement(MiniMaxM3VLRMSNorm):
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
+HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")
+HOOKS += ("register_full_backward_pre_hook",)
+GLOBAL_HOOKS = ("register_module_forward_hook", "register_module_forward_pre_hook")
+GLOBAL_HOOKS += ("register_module_full_backward_hook", "register_module_full_backward_pre_hook")
+
+
+@pytest.mark.parametrize("hook", HOOKS + GLOBAL_HOOKS)
+def test_a_norm_with_a_hook_is_not_plain(hook):
+    norm = MiniMaxM3VLRMSNorm(16)
+    assert is_plain_norm(norm)
+    register = getattr(norm, hook) if hook in HOOKS else getattr(torch_module, hook)
+    handle = register(lambda *args: None)
+    try:
+        assert not is_plain_norm(norm)
+    finally:
+        handle.remove()
+    assert is_plain_norm(norm)
+
+
+def test_replaced_norms_are_not_plain():
+    assert not is_plain_norm(Replacement(16))
+    assert not is_plain_norm(nn.LayerNorm(16))
+    norm = MiniMaxM3VLRMSNorm(16)
+    norm.forward = norm.forward
+    assert not is_plain_norm(norm)
+    parametrized = MiniMaxM3VLRMSNorm(16)
+    torch.nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    assert not is_plain_norm(parametrized)
+    compiled = MiniMaxM3VLRMSNorm(16)
+    compiled.compile()
+    assert not is_plain_norm(compiled)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 32), (2, 5, 32)])
+def test_heads_with_and_without_a_hook(monkeypatch, shape):
+    fused_calls = []
+    operator = rotary.norm_rotary
+    monkeypatch.setattr(rotary, "norm_rotary", lambda *args: fused_calls.append(args) or operator(*args))
+    norm = MiniMaxM3VLRMSNorm(32)
+    nn.init.normal_(norm.weight)
+    states = torch.randn(shape).bfloat16()
+    cos, sin = torch.randn(2, 2, 5, 16).bfloat16()
+    expected = norm(states)
+    expected = apply_rotary(expected if len(shape) == 4 else expected.unsqueeze(2), cos, sin)
+    assert torch.equal(normalize_and_rotate(norm, states, cos, sin), expected)
+    assert len(fused_calls) == 1
+    seen = []
+    norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert torch.equal(normalize_and_rotate(norm, states, cos, sin), expected)
+    assert seen == [states.shape]
+    assert len(fused_calls) == 1
+
+
+def test_decoder_layers_with_and_without_a_hook(monkeypatch):
+    fused_calls = []
+    operator = text.add_rms_norm
+    monkeypatch.setattr(text, "add_rms_norm", lambda *args: fused_calls.append(args) or operator(*args))
+    config = tiny_config().text_config
+    model = text.MiniMaxM3VLTextModel(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(3, config.vocab_size, (2, 20))
+    with torch.no_grad():
+        expected = model(tokens).last_hidden_state
+        assert len(fused_calls) == config.num_hidden_layers
+        names = [name for name, module in model.named_modules() if isinstance(module, MiniMaxM3VLRMSNorm)]
+        seen = []
+        for name in names:
+            model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+        assert torch.equal(model(tokens).last_hidden_state, expected)
+        assert sorted(seen) == sorted(names)
+        assert len(fused_calls) == config.num_hidden_layers
