@@ -10,22 +10,8 @@ from transformers.integrations import use_experts_implementation
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
-
-def swiglu_oai(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """Gated activation `gate * sigmoid(alpha * gate) * (up + 1)` with both halves clamped to `limit`.
-
-    Args:
-        gate_up (`torch.Tensor`): (..., 2F), the gate half first. The gate is bounded from above only.
-        alpha (`float`): Gain inside the sigmoid.
-        limit (`float`): Clamp bound.
-
-    Returns:
-        (..., F), in the dtype of `gate_up`.
-    """
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.clamp(max=limit)
-    up = up.clamp(min=-limit, max=limit)
-    return (up + 1.0) * (gate * torch.sigmoid(alpha * gate))
+from ..fused.router import route
+from ..fused.swiglu import swiglu_oai
 
 
 class MiniMaxM3VLDenseMLP(nn.Module):
@@ -119,10 +105,8 @@ class MiniMaxM3VLTopKRouter(nn.Module):
         """
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
         router_logits = F.linear(hidden_states.to(self.weight.dtype), self.weight)
-        scores = router_logits.float().sigmoid()
-        top_k_index = torch.topk(scores + self.e_score_correction_bias, self.top_k, dim=-1, sorted=False).indices
-        top_k_weights = scores.gather(-1, top_k_index)
-        return router_logits, top_k_weights / top_k_weights.sum(dim=-1, keepdim=True), top_k_index
+        top_k_weights, top_k_index = route(router_logits, self.e_score_correction_bias, self.top_k)
+        return router_logits, top_k_weights, top_k_index
 
 
 class MiniMaxM3VLSparseMoeBlock(nn.Module):
