@@ -19,8 +19,9 @@ fused::SwigluParams swiglu_params(const Tensor& gate_up, double alpha, double li
   fused::SwigluParams params{};
   params.type = element_type_of("gate_up", gate_up);
   const int vector_elements = 16 / fused::element_bytes(params.type);
-  STD_TORCH_CHECK(last % (2 * vector_elements) == 0, "each half of `gate_up` must be a multiple of ",
-                  vector_elements, " wide, got ", last);
+  STD_TORCH_CHECK(last % (2 * vector_elements) == 0,
+                  "each half of `gate_up` must be a multiple of ", vector_elements, " wide, got ",
+                  last);
   params.gate_up = vector_data("gate_up", gate_up);
   params.row_stride = dim == 2 ? gate_up.stride(0) : last;
   params.rows = to_int("rows", last == 0 ? 0 : gate_up.numel() / last);

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(const SwigluParams par
   store_vector(static_cast<T*>(params.out) + place.row * params.width + place.column, out);
 }
 
-// The gradient passes a clamp where the value lies within the bounds, both included; a NaN does not.
+// A clamp passes the gradient strictly within its bounds: at a bound, PyTorch's releases differ.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     swiglu_backward_kernel(const SwigluParams params, int slices) {
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kThreads)
     const float up = at_least(at_most(raw_up, limit), -limit);
     const float share = sigmoid<T>(params.alpha * gate);
     const float slope = share + params.alpha * (gate * (share * (1.0f - share)));
-    grad_gates.values[i] = from_float<T>(raw_gate <= limit ? grad * (up + 1.0f) * slope : 0.0f);
-    const bool up_passes = raw_up >= -limit && raw_up <= limit;
+    grad_gates.values[i] = from_float<T>(raw_gate < limit ? grad * (up + 1.0f) * slope : 0.0f);
+    const bool up_passes = raw_up > -limit && raw_up < limit;
     grad_ups.values[i] = from_float<T>(up_passes ? grad * (gate * share) : 0.0f);
   }
   T* out = static_cast<T*>(params.out) + place.row * (2 * int64_t{params.width}) + place.column;
