@@ -7,7 +7,6 @@ import torch
 from ..msa import derivatives
 from .support import HALF_DTYPES, kernels_take
 
-_DTYPES = (*HALF_DTYPES, torch.float32)
 _MAX_EXPERTS = 512
 _MAX_EXPERTS_PER_TOKEN = 16
 
@@ -47,8 +46,8 @@ def _weights_of(scores: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor
 def _has_kernel(router_logits: torch.Tensor, bias: torch.Tensor, top_k: int) -> bool:
     return (
         router_logits.dim() == 2
-        and router_logits.dtype in _DTYPES
-        and bias.dtype in _DTYPES
+        and (router_logits.dtype in HALF_DTYPES or router_logits.dtype == torch.float32)
+        and bias.dtype in (router_logits.dtype, torch.float32)
         and bias.shape == router_logits.shape[1:]
         and 1 <= top_k <= min(router_logits.shape[1], _MAX_EXPERTS_PER_TOKEN)
         and router_logits.shape[1] <= _MAX_EXPERTS

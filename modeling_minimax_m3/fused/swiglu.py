@@ -7,9 +7,6 @@ import torch
 from ..msa import derivatives
 from .support import HALF_DTYPES, kernels_take
 
-_DTYPES = (*HALF_DTYPES, torch.float32)
-_VECTOR_BYTES = 16
-
 
 def swiglu_oai(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
     """Gated activation `gate * sigmoid(alpha * gate) * (up + 1)` with both halves clamped to `limit`.
@@ -38,15 +35,14 @@ def swiglu_oai_reference(gate_up: torch.Tensor, alpha: float, limit: float) -> t
 
 
 def _has_kernel(gate_up: torch.Tensor) -> bool:
-    """Whether dtype, strides and alignment are such that the kernel reads 16 bytes at a time."""
-    if gate_up.dtype not in _DTYPES or gate_up.data_ptr() % _VECTOR_BYTES:
+    """Whether the kernel, which reads eight elements at a time, can read the tensor."""
+    if not (gate_up.dtype in HALF_DTYPES or gate_up.dtype == torch.float32):
         return False
-    width, item = gate_up.shape[-1], gate_up.element_size()
-    if width * item % (2 * _VECTOR_BYTES):
+    if gate_up.shape[-1] % 16 or gate_up.data_ptr() % 16:
         return False
     if gate_up.is_contiguous():
         return True
-    return gate_up.dim() == 2 and gate_up.stride(1) == 1 and gate_up.stride(0) * item % _VECTOR_BYTES == 0
+    return gate_up.dim() == 2 and gate_up.stride(1) == 1 and gate_up.stride(0) * gate_up.element_size() % 16 == 0
 
 
 @torch.library.custom_op("minimax_m3_fused::swiglu_oai", mutates_args=())
@@ -67,7 +63,7 @@ def _swiglu_oai_backward(grad_out: torch.Tensor, gate_up: torch.Tensor, alpha: f
 def _readable(grad_out: torch.Tensor) -> torch.Tensor:
     """The gradient as the kernel reads it: contiguous, from a multiple of 16 bytes on."""
     grad_out = grad_out.contiguous()
-    return grad_out.clone() if grad_out.data_ptr() % _VECTOR_BYTES else grad_out
+    return grad_out.clone() if grad_out.data_ptr() % 16 else grad_out
 
 
 @_swiglu_oai_backward.register_fake

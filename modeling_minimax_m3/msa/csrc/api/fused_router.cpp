@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "element_types.h"
+#include "fused_tensors.h"
 #include "smxx/fused/router.h"
 
 namespace msa::api {
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, const Tensor& bias, int64
   if (tokens == 0) return {weights, indices};
 
   const DeviceScope device(logits);
-  fused::RouterParams params{};
+  RouterParams params{};
   params.logits = logits.const_data_ptr();
   params.bias = bias.const_data_ptr();
   params.weights = static_cast<float*>(weights.mutable_data_ptr());
@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, const Tensor& bias, int64
   params.tokens = to_int("tokens", tokens);
   params.num_experts = to_int("experts", logits.size(1));
   params.top_k = to_int("top_k", top_k);
-  params.type = element_type_of("router_logits", logits);
-  params.bias_type = element_type_of("bias", bias);
+  params.dtype = float_dtype_of("router_logits", logits);
+  params.bias_is_float = is_float_beside("bias", bias, params.dtype);
   launch_router(params, device.stream());
   return {weights, indices};
 }
@@ -56,7 +56,7 @@ Tensor route_backward(const Tensor& grad_weights, const Tensor& logits, const Te
   if (tokens == 0) return grad_logits;
 
   const DeviceScope device(logits);
-  fused::RouterBackwardParams params{};
+  RouterBackwardParams params{};
   params.grad_weights = static_cast<const float*>(grad_weights.const_data_ptr());
   params.logits = logits.const_data_ptr();
   params.weights = static_cast<const float*>(weights.const_data_ptr());
@@ -66,7 +66,7 @@ Tensor route_backward(const Tensor& grad_weights, const Tensor& logits, const Te
   params.tokens = to_int("tokens", tokens);
   params.num_experts = to_int("experts", logits.size(1));
   params.top_k = to_int("top_k", top_k);
-  params.type = element_type_of("router_logits", logits);
+  params.dtype = float_dtype_of("router_logits", logits);
   launch_router_backward(params, device.stream());
   return grad_logits;
 }

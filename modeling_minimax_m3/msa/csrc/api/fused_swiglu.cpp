@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "element_types.h"
+#include "fused_tensors.h"
 #include "smxx/fused/swiglu.h"
 
 namespace msa::api {
@@ -11,17 +11,14 @@ namespace msa::api {
 namespace {
 
 // What the forward and the backward share; rows are those of a contiguous or a 2-D tensor.
-fused::SwigluParams swiglu_params(const Tensor& gate_up, double alpha, double limit) {
+SwigluParams swiglu_params(const Tensor& gate_up, double alpha, double limit) {
   const int64_t dim = gate_up.dim();
   STD_TORCH_CHECK(dim == 2 || (dim >= 1 && gate_up.is_contiguous()),
                   "`gate_up` must be 2-D or contiguous");
   const int64_t last = gate_up.size(dim - 1);
-  fused::SwigluParams params{};
-  params.type = element_type_of("gate_up", gate_up);
-  const int vector_elements = 16 / fused::element_bytes(params.type);
-  STD_TORCH_CHECK(last % (2 * vector_elements) == 0,
-                  "each half of `gate_up` must be a multiple of ", vector_elements, " wide, got ",
-                  last);
+  SwigluParams params{};
+  params.dtype = float_dtype_of("gate_up", gate_up);
+  STD_TORCH_CHECK(last % 16 == 0, "`gate_up` must be a multiple of 16 wide, got ", last);
   params.gate_up = vector_data("gate_up", gate_up);
   params.row_stride = dim == 2 ? gate_up.stride(0) : last;
   params.rows = to_int("rows", last == 0 ? 0 : gate_up.numel() / last);
@@ -39,7 +36,7 @@ std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
 }
 
 Tensor swiglu_oai(const Tensor& gate_up, double alpha, double limit) {
-  fused::SwigluParams params = swiglu_params(gate_up, alpha, limit);
+  SwigluParams params = swiglu_params(gate_up, alpha, limit);
   Tensor out = torch::stable::new_empty(gate_up, sizes_with_last(gate_up, params.width));
   if (out.numel() == 0) return out;
   const DeviceScope device(gate_up);
@@ -50,14 +47,14 @@ Tensor swiglu_oai(const Tensor& gate_up, double alpha, double limit) {
 
 Tensor swiglu_oai_backward(const Tensor& grad_out, const Tensor& gate_up, double alpha,
                            double limit) {
-  fused::SwigluParams params = swiglu_params(gate_up, alpha, limit);
-  STD_TORCH_CHECK(grad_out.scalar_type() == gate_up.scalar_type() && grad_out.is_contiguous() &&
-                      2 * grad_out.numel() == gate_up.numel(),
-                  "`grad_out` must be contiguous, half as wide as `gate_up` and of its dtype");
+  SwigluParams params = swiglu_params(gate_up, alpha, limit);
+  STD_TORCH_CHECK(
+      grad_out.scalar_type() == gate_up.scalar_type() && 2 * grad_out.numel() == gate_up.numel(),
+      "`grad_out` must be half as wide as `gate_up` and of its dtype");
   Tensor grad = torch::stable::new_empty(gate_up, sizes_with_last(gate_up, 2 * params.width));
   if (grad.numel() == 0) return grad;
   const DeviceScope device(gate_up);
-  params.grad_out = vector_data("grad_out", grad_out);
+  params.grad_out = contiguous_data("grad_out", grad_out);
   params.out = grad.mutable_data_ptr();
   launch_swiglu_backward(params, device.stream());
   return grad;

@@ -6,14 +6,14 @@
 
 #include "smxx/common/dependent_launch.cuh"
 #include "smxx/common/ordered_bits.cuh"
-#include "vectors.cuh"
 
-namespace msa::fused {
+namespace msa {
 
 namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTokens = kThreads / 32;  // of a thread block, a warp each
+constexpr int kVectorBytes = 16;
 constexpr unsigned kWholeWarp = 0xffffffff;
 
 // As torch.sigmoid computes it, so that both choose the same experts.
@@ -21,32 +21,39 @@ __device__ __forceinline__ float sigmoid(float x) {
   return 1.0f / (1.0f + expf(-x));
 }
 
-__device__ __forceinline__ float load_float(const void* data, int index, ElementType type) {
-  switch (type) {
-    case ElementType::kFloat16:
-      return to_float(static_cast<const __half*>(data)[index]);
-    case ElementType::kBFloat16:
-      return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
-    default:
-      return static_cast<const float*>(data)[index];
-  }
+__device__ __forceinline__ float to_float(float value) {
+  return value;
 }
+__device__ __forceinline__ float to_float(__half value) {
+  return __half2float(value);
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
+
+// Elements that one instruction moves.
+template <typename Element, int kCount>
+struct alignas(kCount * sizeof(Element)) Vector {
+  static_assert(kCount * sizeof(Element) <= kVectorBytes);
+  Element values[kCount];
+};
 
 // Elements first .. first + kCount - 1 of a row as floats, those past its end as 0. `is_aligned`
 // says that a lane's elements start at a multiple of a vector and lie all in the row, or none.
-template <int kCount, typename T>
-__device__ __forceinline__ void load_floats(const T* row, int first, int length, bool is_aligned,
-                                            float (&values)[kCount]) {
+template <int kCount, typename Element>
+__device__ __forceinline__ void load_floats(const Element* row, int first, int length,
+                                            bool is_aligned, float (&values)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) values[i] = 0.0f;
   if (is_aligned) {
-    constexpr int kVector = kCount < kVectorElements<T> ? kCount : kVectorElements<T>;
+    constexpr int kWidest = kVectorBytes / static_cast<int>(sizeof(Element));
+    constexpr int kWidth = kCount < kWidest ? kCount : kWidest;
     if (first >= length) return;
 #pragma unroll
-    for (int i = 0; i < kCount; i += kVector) {
-      const auto vector = load_vector<kVector>(row + first + i);
+    for (int i = 0; i < kCount; i += kWidth) {
+      const auto vector = *reinterpret_cast<const Vector<Element, kWidth>*>(row + first + i);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) values[i + j] = to_float(vector.values[j]);
+      for (int j = 0; j < kWidth; ++j) values[i + j] = to_float(vector.values[j]);
     }
   } else {
 #pragma unroll
@@ -58,7 +65,7 @@ __device__ __forceinline__ void load_floats(const T* row, int first, int length,
 
 // A warp routes a token. Lane l holds the experts l * kPerLane to (l + 1) * kPerLane - 1, so that
 // of equal ranks the first lane and its first expert have the lowest id.
-template <typename T, int kPerLane>
+template <typename Element, int kPerLane>
 __global__ void __launch_bounds__(kThreads)
     router_kernel(const RouterParams params, bool is_aligned) {
   wait_for_previous_kernel(params.logits, params.bias);
@@ -66,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = int64_t{blockIdx.x} * kTokens + threadIdx.x / 32;
   if (token >= params.tokens) return;
   const int first = lane * kPerLane;
-  const T* row = static_cast<const T*>(params.logits) + token * params.row_stride;
+  const Element* row = static_cast<const Element*>(params.logits) + token * params.row_stride;
   float scores[kPerLane];
   load_floats(row, first, params.num_experts, is_aligned, scores);
   uint32_t ranks[kPerLane];  // 0 for experts that are taken or do not exist, more for all others
@@ -75,7 +82,10 @@ __global__ void __launch_bounds__(kThreads)
     scores[i] = sigmoid(scores[i]);
     ranks[i] = 0;
     if (first + i < params.num_experts) {
-      ranks[i] = ordered_bits(scores[i] + load_float(params.bias, first + i, params.bias_type));
+      const float bias = params.bias_is_float
+                             ? static_cast<const float*>(params.bias)[first + i]
+                             : to_float(static_cast<const Element*>(params.bias)[first + i]);
+      ranks[i] = ordered_bits(scores[i] + bias);
     }
   }
 
@@ -114,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp writes the gradient of a token's logits. With s the chosen scores and w = s / sum(s):
 // d w_j / d s_k = ((j == k) - w_j) / sum(s), and d s_k / d logit_k = s_k * (1 - s_k).
-template <typename T>
+template <typename Element>
 __global__ void __launch_bounds__(kThreads)
     router_backward_kernel(const RouterBackwardParams params, bool is_aligned) {
   wait_for_previous_kernel(params.grad_weights, params.logits, params.weights, params.indices);
@@ -129,28 +139,22 @@ __global__ void __launch_bounds__(kThreads)
     id = params.indices[place];
     weight = params.weights[place];
     grad_weight = params.grad_weights[place];
-    const T* row = static_cast<const T*>(params.logits) + token * params.row_stride;
+    const Element* row = static_cast<const Element*>(params.logits) + token * params.row_stride;
     complement = sigmoid(-to_float(row[id]));
   }
   float mean = weight * grad_weight;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) mean += __shfl_xor_sync(kWholeWarp, mean, step);
 
-  T* grad_row = static_cast<T*>(params.grad_logits) + token * params.num_experts;
-  const T zero = from_float<T>(0.0f);
-  if (is_aligned) {
-    constexpr int kCount = kVectorElements<T>;
-    Vector<T, kCount> zeros;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) zeros.values[i] = zero;
-    for (int i = lane * kCount; i < params.num_experts; i += 32 * kCount) {
-      store_vector(grad_row + i, zeros);
-    }
+  Element* grad_row = static_cast<Element*>(params.grad_logits) + token * params.num_experts;
+  if (is_aligned) {  // all bits of a zero are 0
+    const int vectors = params.num_experts * static_cast<int>(sizeof(Element)) / kVectorBytes;
+    for (int i = lane; i < vectors; i += 32) reinterpret_cast<uint4*>(grad_row)[i] = uint4{};
   } else {
-    for (int i = lane; i < params.num_experts; i += 32) grad_row[i] = zero;
+    for (int i = lane; i < params.num_experts; i += 32) grad_row[i] = Element(0.0f);
   }
   __syncwarp();  // orders the zeros before what replaces them
-  if (has_expert) grad_row[id] = from_float<T>(weight * (grad_weight - mean) * complement);
+  if (has_expert) grad_row[id] = Element(weight * (grad_weight - mean) * complement);
 }
 
 void check_sizes(int num_experts, int top_k) {
@@ -163,46 +167,48 @@ void check_sizes(int num_experts, int top_k) {
   }
 }
 
-bool rows_are_aligned(const void* data, int64_t row_stride, ElementType type) {
+template <typename Element>
+bool rows_are_aligned(const void* data, int64_t row_stride) {
   return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
-         row_stride * element_bytes(type) % kVectorBytes == 0;
+         row_stride * static_cast<int64_t>(sizeof(Element)) % kVectorBytes == 0;
 }
 
 unsigned grid_size(int tokens) {
   return static_cast<unsigned>((int64_t{tokens} + kTokens - 1) / kTokens);
 }
 
-template <typename T, int kPerLane>
+template <typename Element, int kPerLane>
 void launch_router_of(const RouterParams& params, cudaStream_t stream) {
   const bool is_aligned = params.num_experts % kPerLane == 0 &&
-                          rows_are_aligned(params.logits, params.row_stride, params.type);
-  launch_dependent<router_kernel<T, kPerLane>>(grid_size(params.tokens), kThreads, stream, params,
-                                               is_aligned);
+                          rows_are_aligned<Element>(params.logits, params.row_stride);
+  launch_dependent<router_kernel<Element, kPerLane>>(grid_size(params.tokens), kThreads, stream,
+                                                     params, is_aligned);
 }
 
 }  // namespace
 
 void launch_router(const RouterParams& params, cudaStream_t stream) {
   check_sizes(params.num_experts, params.top_k);
-  dispatch_element_type(params.type, [&](auto element) {
-    using T = decltype(element);
+  dispatch_float_dtype(params.dtype, [&](auto element) {
+    using Element = decltype(element);
     if (params.num_experts <= 128) {
-      launch_router_of<T, 4>(params, stream);
+      launch_router_of<Element, 4>(params, stream);
     } else if (params.num_experts <= 256) {
-      launch_router_of<T, 8>(params, stream);
+      launch_router_of<Element, 8>(params, stream);
     } else {
-      launch_router_of<T, 16>(params, stream);
+      launch_router_of<Element, 16>(params, stream);
     }
   });
 }
 
 void launch_router_backward(const RouterBackwardParams& params, cudaStream_t stream) {
   check_sizes(params.num_experts, params.top_k);
-  const bool is_aligned = rows_are_aligned(params.grad_logits, params.num_experts, params.type);
-  dispatch_element_type(params.type, [&](auto element) {
-    launch_dependent<router_backward_kernel<decltype(element)>>(grid_size(params.tokens), kThreads,
-                                                                stream, params, is_aligned);
+  dispatch_float_dtype(params.dtype, [&](auto element) {
+    using Element = decltype(element);
+    const bool is_aligned = rows_are_aligned<Element>(params.grad_logits, params.num_experts);
+    launch_dependent<router_backward_kernel<Element>>(grid_size(params.tokens), kThreads, stream,
+                                                      params, is_aligned);
   });
 }
 
-}  // namespace msa::fused
+}  // namespace msa

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "element_type.h"
+#include "float_dtype.h"
 
-namespace msa::fused {
+namespace msa {
 
 constexpr int kMaxExperts = 512;
 constexpr int kMaxExpertsPerToken = 16;
@@ -21,8 +21,8 @@ struct RouterParams {
   int tokens;
   int num_experts;
   int top_k;  // at most num_experts
-  ElementType type;
-  ElementType bias_type;
+  FloatDtype dtype;
+  bool bias_is_float;  // float32; else of the dtype of the logits
 };
 
 struct RouterBackwardParams {
@@ -35,11 +35,11 @@ struct RouterBackwardParams {
   int tokens;
   int num_experts;
   int top_k;
-  ElementType type;
+  FloatDtype dtype;
 };
 
 // Asynchronous on `stream`; they throw std::runtime_error on unsupported sizes or a CUDA error.
 void launch_router(const RouterParams& params, cudaStream_t stream);
 void launch_router_backward(const RouterBackwardParams& params, cudaStream_t stream);
 
-}  // namespace msa::fused
+}  // namespace msa

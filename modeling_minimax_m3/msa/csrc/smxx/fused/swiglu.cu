@@ -4,10 +4,10 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "eight_elements.cuh"
 #include "smxx/common/dependent_launch.cuh"
-#include "vectors.cuh"
 
-namespace msa::fused {
+namespace msa {
 
 namespace {
 
@@ -15,94 +15,95 @@ constexpr int kThreads = 128;
 
 // In half precision the special functions' own accuracy is enough: the rounding of the result hides
 // their error.
-template <typename T>
+template <typename Element>
 __device__ __forceinline__ float sigmoid(float x) {
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<Element, float>) {
     return 1.0f / (1.0f + expf(-x));
   } else {
     return __fdividef(1.0f, 1.0f + __expf(-x));
   }
 }
 
-// Comparisons that leave NaN as it is.
-__device__ __forceinline__ float at_most(float value, float limit) {
-  return value > limit ? limit : value;
-}
-__device__ __forceinline__ float at_least(float value, float limit) {
-  return value < limit ? limit : value;
-}
-
-// The elements of one row that a thread computes: a vector of each half.
-template <typename T>
-struct Place {
-  __device__ __forceinline__ Place(const SwigluParams& params, int slices)
-      : row(blockIdx.x / slices),
-        column((static_cast<int>(blockIdx.x % slices) * kThreads + static_cast<int>(threadIdx.x)) *
-               kVectorElements<T>) {}
-
+// The eight elements of each half of a row that a thread reads, as they are and clamped. A NaN
+// stays a NaN. The limit is rounded to the element type, as PyTorch rounds it.
+template <typename Element>
+struct GateUp {
+  float raw_gates[8], raw_ups[8], limit;
   int64_t row;
   int column;
+
+  // Whether the thread has any; a thread block computes a slice of one row.
+  __device__ __forceinline__ bool load(const SwigluParams& params, int slices) {
+    row = blockIdx.x / slices;
+    column = (static_cast<int>(blockIdx.x % slices) * kThreads + static_cast<int>(threadIdx.x)) * 8;
+    if (column >= params.width) return false;
+    const Element* gates =
+        static_cast<const Element*>(params.gate_up) + row * params.row_stride + column;
+    const auto gate_words = fused::load_eight(gates);
+    const auto up_words = fused::load_eight(gates + params.width);
+    fused::unpack_eight(gate_words, raw_gates);
+    fused::unpack_eight(up_words, raw_ups);
+    limit = params.limit;
+    if constexpr (!std::is_same_v<Element, float>) {
+      limit = unpack<Element>(pack<Element>(limit, limit)).x;
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ float gate(int i) const {
+    return raw_gates[i] > limit ? limit : raw_gates[i];
+  }
+  __device__ __forceinline__ float up(int i) const {
+    const float bounded = raw_ups[i] > limit ? limit : raw_ups[i];
+    return bounded < -limit ? -limit : bounded;
+  }
 };
 
-// A thread block computes a slice of one row. The bounds are rounded to the element type, as the
-// bounds of torch.clamp are where its gradient compares with them.
-template <typename T>
+template <typename Element>
 __global__ void __launch_bounds__(kThreads) swiglu_kernel(const SwigluParams params, int slices) {
-  constexpr int kCount = kVectorElements<T>;
   wait_for_previous_kernel(params.gate_up);
-  const Place<T> place(params, slices);
-  if (place.column >= params.width) return;
-  const T* gate_address =
-      static_cast<const T*>(params.gate_up) + place.row * params.row_stride + place.column;
-  const auto gates = load_vector<kCount>(gate_address);
-  const auto ups = load_vector<kCount>(gate_address + params.width);
-  const float limit = to_float(from_float<T>(params.limit));
-  Vector<T, kCount> out;
+  GateUp<Element> in;
+  if (!in.load(params, slices)) return;
+  float out[8];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float gate = at_most(to_float(gates.values[i]), limit);
-    const float up = at_least(at_most(to_float(ups.values[i]), limit), -limit);
-    out.values[i] = from_float<T>((up + 1.0f) * (gate * sigmoid<T>(params.alpha * gate)));
+  for (int i = 0; i < 8; ++i) {
+    const float gate = in.gate(i);
+    out[i] = (in.up(i) + 1.0f) * (gate * sigmoid<Element>(params.alpha * gate));
   }
-  store_vector(static_cast<T*>(params.out) + place.row * params.width + place.column, out);
+  fused::store_eight(static_cast<Element*>(params.out) + in.row * params.width + in.column,
+                     fused::pack_eight<Element>(out));
 }
 
 // A clamp passes the gradient strictly within its bounds: at a bound, PyTorch's releases differ.
-template <typename T>
+template <typename Element>
 __global__ void __launch_bounds__(kThreads)
     swiglu_backward_kernel(const SwigluParams params, int slices) {
-  constexpr int kCount = kVectorElements<T>;
   wait_for_previous_kernel(params.gate_up, params.grad_out);
-  const Place<T> place(params, slices);
-  if (place.column >= params.width) return;
-  const T* gate_address =
-      static_cast<const T*>(params.gate_up) + place.row * params.row_stride + place.column;
-  const auto gates = load_vector<kCount>(gate_address);
-  const auto ups = load_vector<kCount>(gate_address + params.width);
-  const auto grads = load_vector<kCount>(static_cast<const T*>(params.grad_out) +
-                                         place.row * params.width + place.column);
-  const float limit = to_float(from_float<T>(params.limit));
-  Vector<T, kCount> grad_gates, grad_ups;
+  GateUp<Element> in;
+  if (!in.load(params, slices)) return;
+  float grads[8], grad_gates[8], grad_ups[8];
+  fused::unpack_eight(fused::load_eight(static_cast<const Element*>(params.grad_out) +
+                                        in.row * params.width + in.column),
+                      grads);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float raw_gate = to_float(gates.values[i]), raw_up = to_float(ups.values[i]);
-    const float grad = to_float(grads.values[i]);
-    const float gate = at_most(raw_gate, limit);
-    const float up = at_least(at_most(raw_up, limit), -limit);
-    const float share = sigmoid<T>(params.alpha * gate);
+  for (int i = 0; i < 8; ++i) {
+    const float gate = in.gate(i);
+    const float share = sigmoid<Element>(params.alpha * gate);
     const float slope = share + params.alpha * (gate * (share * (1.0f - share)));
-    grad_gates.values[i] = from_float<T>(raw_gate < limit ? grad * (up + 1.0f) * slope : 0.0f);
-    const bool up_passes = raw_up > -limit && raw_up < limit;
-    grad_ups.values[i] = from_float<T>(up_passes ? grad * (gate * share) : 0.0f);
+    const bool gate_passes = in.raw_gates[i] < in.limit;
+    const bool up_passes = in.raw_ups[i] > -in.limit && in.raw_ups[i] < in.limit;
+    grad_gates[i] = gate_passes ? grads[i] * (in.up(i) + 1.0f) * slope : 0.0f;
+    grad_ups[i] = up_passes ? grads[i] * (gate * share) : 0.0f;
   }
-  T* out = static_cast<T*>(params.out) + place.row * (2 * int64_t{params.width}) + place.column;
-  store_vector(out, grad_gates);
-  store_vector(out + params.width, grad_ups);
+  Element* out =
+      static_cast<Element*>(params.out) + in.row * (2 * int64_t{params.width}) + in.column;
+  fused::store_eight(out, fused::pack_eight<Element>(grad_gates));
+  fused::store_eight(out + params.width, fused::pack_eight<Element>(grad_ups));
 }
 
 int slices_of_row(const SwigluParams& params) {
-  const int elements = kThreads * kVectorBytes / element_bytes(params.type);
-  return (params.width + elements - 1) / elements;
+  constexpr int kElements = 8 * kThreads;
+  return (params.width + kElements - 1) / kElements;
 }
 
 unsigned grid_size(const SwigluParams& params, int slices) {
@@ -117,7 +118,7 @@ unsigned grid_size(const SwigluParams& params, int slices) {
 
 void launch_swiglu(const SwigluParams& params, cudaStream_t stream) {
   const int slices = slices_of_row(params);
-  dispatch_element_type(params.type, [&](auto element) {
+  dispatch_float_dtype(params.dtype, [&](auto element) {
     launch_dependent<swiglu_kernel<decltype(element)>>(grid_size(params, slices), kThreads, stream,
                                                        params, slices);
   });
@@ -125,10 +126,10 @@ void launch_swiglu(const SwigluParams& params, cudaStream_t stream) {
 
 void launch_swiglu_backward(const SwigluParams& params, cudaStream_t stream) {
   const int slices = slices_of_row(params);
-  dispatch_element_type(params.type, [&](auto element) {
+  dispatch_float_dtype(params.dtype, [&](auto element) {
     launch_dependent<swiglu_backward_kernel<decltype(element)>>(grid_size(params, slices), kThreads,
                                                                 stream, params, slices);
   });
 }
 
-}  // namespace msa::fused
+}  // namespace msa

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "element_type.h"
+#include "float_dtype.h"
 
-namespace msa::fused {
+namespace msa {
 
 struct SwigluParams {
   const void* gate_up;   // (rows, 2 * width), strided; the gate half first
@@ -15,14 +15,14 @@ struct SwigluParams {
   void* out;             // (rows, width), of the backward (rows, 2 * width); contiguous output
   int64_t row_stride;    // of gate_up
   int rows;
-  int width;  // a multiple of the elements of 16 bytes, as the row stride is
+  int width;  // a multiple of 8
   float alpha;
   float limit;
-  ElementType type;
+  FloatDtype dtype;
 };
 
 // Both write params.out. Asynchronous on `stream`; they throw std::runtime_error on a CUDA error.
 void launch_swiglu(const SwigluParams& params, cudaStream_t stream);
 void launch_swiglu_backward(const SwigluParams& params, cudaStream_t stream);
 
-}  // namespace msa::fused
+}  // namespace msa
