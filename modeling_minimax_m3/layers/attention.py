@@ -128,6 +128,7 @@ class MiniMaxM3VLAttention(nn.Module):
         is_trained = output_indexer_loss and self.config.indexer_loss_coef > 0
         if index is not None and not is_trained and torch.is_grad_enabled() and index_query.requires_grad:
             out = with_zero_gradients(out, index_query, index_key)
+        del query, key, value  # the queries are larger than the hidden states
         return self.o_proj(out.flatten(2).to(projected_dtype)), weights, indexer_kl
 
     def _attention_dtype(self, query: torch.Tensor) -> torch.dtype:

@@ -3,6 +3,8 @@
 E is the number of experts, K of experts per token, F an intermediate size. `tokens` counts those of a pass, B * T.
 """
 
+from itertools import chain
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,6 +14,7 @@ from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from ..fused.router import route
 from ..fused.swiglu import swiglu_oai
+from .token_parts import may_run_in_parts, parts_of
 
 
 class MiniMaxM3VLDenseMLP(nn.Module):
@@ -32,6 +35,16 @@ class MiniMaxM3VLDenseMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(swiglu_oai(self.gate_up_proj(hidden_states), self.swiglu_alpha, self.swiglu_limit))
+
+    def runs_in_parts(self, num_tokens: int) -> bool:
+        """Whether a layer calls `add_in_parts` in place of the module."""
+        return may_run_in_parts(num_tokens, self.modules())
+
+    def add_in_parts(self, total: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Add `self(hidden_states)` to `total`, which is contiguous, in place. Both are (..., hidden)."""
+        total, tokens = (states.reshape(-1, states.shape[-1]) for states in (total, hidden_states))
+        for part in parts_of(len(tokens)):
+            total[part] += self(tokens[part])
 
 
 @use_experts_implementation
@@ -122,5 +135,22 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(tokens)
+        return self._combine(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+
+    def _combine(self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         routed = self.experts(tokens, top_k_index, top_k_weights)
-        return (routed * self.routed_scaling_factor + self.shared_experts(tokens)).view_as(hidden_states)
+        return routed * self.routed_scaling_factor + self.shared_experts(tokens)
+
+    def runs_in_parts(self, num_tokens: int) -> bool:
+        """Whether a layer calls `add_in_parts` in place of the module."""
+        return may_run_in_parts(num_tokens, chain((self,), self.experts.modules(), self.shared_experts.modules()))
+
+    def add_in_parts(self, total: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Add `self(hidden_states)` to `total`, which is contiguous, in place. Both are (..., hidden).
+
+        The router takes all tokens at once: a product of another size may round its logits in another way.
+        """
+        total, tokens = (states.reshape(-1, states.shape[-1]) for states in (total, hidden_states))
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        for part in parts_of(len(tokens)):
+            total[part] += self._combine(tokens[part], top_k_index[part], top_k_weights[part])

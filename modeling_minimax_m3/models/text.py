@@ -14,6 +14,7 @@ from ..layers.attention import MiniMaxM3VLAttention
 from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter
 from ..layers.normalization import MiniMaxM3VLRMSNorm
 from ..layers.rotary import MiniMaxM3VLRotaryEmbedding
+from ..layers.token_parts import is_watched
 from ..runtime.layout_building import build_layout
 from ..runtime.sequence_layout import SequenceLayout
 from ..runtime.transformers_versions import output_fields, takes_cache
@@ -61,9 +62,23 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + attended
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        del attended  # as large as the hidden states
+        normalized = self.post_attention_layernorm(hidden_states)
+        if self._adds_in_parts(normalized):
+            hidden_states = hidden_states.contiguous()
+            self.mlp.add_in_parts(hidden_states, normalized)
+        else:
+            hidden_states = hidden_states + self.mlp(normalized)
         # Gradient checkpointing sees what is returned alone, not what a hook or an attribute collects.
         return (hidden_states, indexer_kl) if output_indexer_loss else hidden_states
+
+    def _adds_in_parts(self, normalized: torch.Tensor) -> bool:
+        """Whether the MLP adds to the residual in place. Only a hook of the norm could hold that sum too."""
+        return (
+            type(self.mlp) in (MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock)
+            and self.mlp.runs_in_parts(normalized.shape[:-1].numel())
+            and not is_watched(self.post_attention_layernorm)
+        )
 
 
 class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
@@ -178,6 +193,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             )
 
         hidden_states = inputs_embeds
+        del inputs_embeds  # so that they are freed after the first layer
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         if output_indexer_loss is None:
             output_indexer_loss = self.training and self.config.indexer_loss_coef > 0
