@@ -12,6 +12,7 @@ from torch import nn
 from .support import HALF_DTYPES, kernels_take, runs_as_written
 
 MAX_TOKENS = 16
+MAX_TOKENS_OF_ONE_LAYER = 8  # beyond, cuBLAS is as fast (benchmarks/results/few_tokens.txt)
 _MAX_WEIGHTS = 5
 _MAX_CHOICES = 256  # of all tokens
 _MULTIPLE = 32  # of the channels that a kernel takes at a time
@@ -20,7 +21,7 @@ _MULTIPLE = 32  # of the channels that a kernel takes at a time
 def takes_linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> bool:
     """Whether `linear` runs these layers, which read `x` (..., channels), as one kernel."""
     return (
-        _are_few(x)
+        _are_few(x, MAX_TOKENS if len(layers) > 1 else MAX_TOKENS_OF_ONE_LAYER)
         and len(layers) <= _MAX_WEIGHTS
         and all(runs_as_written(layer, nn.Linear) and layer.bias is None for layer in layers)
         and takes_weights(x, [layer.weight for layer in layers])
@@ -48,18 +49,24 @@ def linear(x: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
     """Outputs of linear layers side by side: (..., outputs of all layers), for (..., channels) that they all read."""
     if not takes_linear(x, layers):
         return torch.cat([layer(x) for layer in layers], dim=-1) if len(layers) > 1 else layers[0](x)
-    return linear_of_weights(x, [layer.weight for layer in layers])
+    return _product(x, [layer.weight for layer in layers])
 
 
-def linear_of_weights(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """As `linear`, of weights (outputs, channels) that `takes_weights` accepts."""
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`torch.nn.functional.linear` of (..., channels) and (outputs, channels)."""
+    if not (_are_few(x, MAX_TOKENS_OF_ONE_LAYER) and takes_weights(x, [weight])):
+        return nn.functional.linear(x, weight)
+    return _product(x, [weight])
+
+
+def _product(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     padded = [*weights, *[None] * (_MAX_WEIGHTS - len(weights))]
     return torch.ops.minimax_m3_msa_cuda.few_token_linear(flat, *padded).view(*x.shape[:-1], -1)
 
 
 def takes_mlp(x: torch.Tensor, weights: Sequence[torch.Tensor], expert_ids: torch.Tensor | None = None) -> bool:
-    """Whether `mlp` takes `x` (tokens, hidden) and these weights of projections."""
+    """Whether `mlp` takes `x` (..., hidden) and these weights of projections."""
     return takes_weights(x, weights) and (expert_ids is None or expert_ids.numel() <= _MAX_CHOICES)
 
 
@@ -80,7 +87,7 @@ def mlp(
     The caller has asked `takes_mlp`.
 
     Args:
-        x (tokens, hidden): Inputs.
+        x (..., hidden): Inputs.
         gate_up ((2 * F, hidden) or None), down ((hidden, F) or None): The MLP of every token.
         alpha, limit (float): Constants of the activation.
         expert_gate_up ((E, 2 * F, hidden) or None), expert_down ((E, hidden, F) or None): The experts.
@@ -89,15 +96,15 @@ def mlp(
         expert_scale (float): Factor of the weights.
 
     Returns:
-        (tokens, hidden).
+        (..., hidden).
     """
     if expert_ids is not None:
         expert_ids, expert_weights = expert_ids.contiguous(), expert_weights.float().contiguous()
     return torch.ops.minimax_m3_msa_cuda.few_token_mlp(
-        x.contiguous(), gate_up, down, expert_gate_up, expert_down, expert_ids, expert_weights, expert_scale, alpha,
-        limit,
-    )  # fmt: skip
+        x.reshape(-1, x.shape[-1]).contiguous(), gate_up, down, expert_gate_up, expert_down, expert_ids,
+        expert_weights, expert_scale, alpha, limit,
+    ).view_as(x)  # fmt: skip
 
 
-def _are_few(x: torch.Tensor) -> bool:
-    return x.is_cuda and x.dtype in HALF_DTYPES and 0 < x.numel() <= MAX_TOKENS * x.shape[-1]
+def _are_few(x: torch.Tensor, most: int = MAX_TOKENS) -> bool:
+    return x.is_cuda and x.dtype in HALF_DTYPES and 0 < x.numel() <= most * x.shape[-1]

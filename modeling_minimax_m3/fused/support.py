@@ -1,10 +1,14 @@
 """Whether the compiled kernels take a call. Every other call runs the definition in plain PyTorch."""
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch.autograd import forward_ad
 from transformers.utils import is_torchdynamo_compiling
 
 from ..msa import extension
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -35,14 +39,25 @@ def _library_is_loaded() -> bool:
     return extension.is_loaded()
 
 
-def runs_as_written(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
-    """Whether a call of `module` runs the forward of `kind` alone: no adapter, no hook, no replaced forward."""
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and not module._backward_pre_hooks
-        and not module._backward_hooks
-        and not torch.nn.modules.module._has_any_global_hook()
+def runs_as_written(module: torch.nn.Module, kind: type[Module]) -> TypeGuard[Module]:
+    """Whether a call of `module` runs the forward of `kind` alone, so that a larger operator may take its place.
+
+    While a compiler traces, the answer is no: it fuses the modules by itself.
+    """
+    return not is_torchdynamo_compiling() and type(module) is kind and not is_watched(module)
+
+
+def is_watched(module: torch.nn.Module) -> bool:
+    """Whether a call of `module` does more than its class says.
+
+    Its forward is replaced on the instance (as Accelerate does for offloaded weights), or hooks wait for the call.
+    """
+    return bool(
+        "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or torch.nn.modules.module._has_any_global_hook()
     )

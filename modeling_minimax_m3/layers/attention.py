@@ -134,6 +134,7 @@ class MiniMaxM3VLAttention(nn.Module):
         is_trained = output_indexer_loss and self.config.indexer_loss_coef > 0
         if index is not None and not is_trained and torch.is_grad_enabled() and index[0].requires_grad:
             out = with_zero_gradients(out, *index)
+        del states, query, key, value  # the queries are larger than the hidden states
         return few_tokens.linear(out.flatten(2).to(projected_dtype), [self.o_proj]), weights, indexer_kl
 
     def _states(

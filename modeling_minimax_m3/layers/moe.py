@@ -3,6 +3,8 @@
 E is the number of experts, K of experts per token, F an intermediate size. `tokens` counts those of a pass, B * T.
 """
 
+from itertools import chain
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,22 +12,11 @@ from transformers.integrations import use_experts_implementation
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
-
-def swiglu_oai(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """Gated activation `gate * sigmoid(alpha * gate) * (up + 1)` with both halves clamped to `limit`.
-
-    Args:
-        gate_up (`torch.Tensor`): (..., 2F), the gate half first. The gate is bounded from above only.
-        alpha (`float`): Gain inside the sigmoid.
-        limit (`float`): Clamp bound.
-
-    Returns:
-        (..., F), in the dtype of `gate_up`.
-    """
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.clamp(max=limit)
-    up = up.clamp(min=-limit, max=limit)
-    return (up + 1.0) * (gate * torch.sigmoid(alpha * gate))
+from ..fused import few_tokens
+from ..fused.router import route
+from ..fused.support import runs_as_written
+from ..fused.swiglu import swiglu_oai
+from .token_parts import may_run_in_parts, parts_of
 
 
 class MiniMaxM3VLDenseMLP(nn.Module):
@@ -45,7 +36,28 @@ class MiniMaxM3VLDenseMLP(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu_oai(self.gate_up_proj(hidden_states), self.swiglu_alpha, self.swiglu_limit))
+        constants = (self.swiglu_alpha, self.swiglu_limit)
+        weights = self.plain_weights()
+        if weights is not None and few_tokens.takes_mlp(hidden_states, weights):
+            return few_tokens.mlp(hidden_states, *weights, *constants)
+        return self.down_proj(swiglu_oai(self.gate_up_proj(hidden_states), *constants))
+
+    def plain_weights(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The weights of both projections, or None where the projections do more than multiply by them."""
+        projections = (self.gate_up_proj, self.down_proj)
+        if not all(runs_as_written(projection, nn.Linear) for projection in projections):
+            return None
+        return self.gate_up_proj.weight, self.down_proj.weight
+
+    def runs_in_parts(self, num_tokens: int) -> bool:
+        """Whether a layer calls `add_in_parts` in place of the module."""
+        return may_run_in_parts(num_tokens, self.modules())
+
+    def add_in_parts(self, total: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Add `self(hidden_states)` to `total`, which is contiguous, in place. Both are (..., hidden)."""
+        total, tokens = (states.reshape(-1, states.shape[-1]) for states in (total, hidden_states))
+        for part in parts_of(len(tokens)):
+            total[part] += self(tokens[part])
 
 
 @use_experts_implementation
@@ -118,11 +130,9 @@ class MiniMaxM3VLTopKRouter(nn.Module):
             the chosen experts; and expert ids (tokens, K) in no particular order.
         """
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
-        router_logits = F.linear(hidden_states.to(self.weight.dtype), self.weight)
-        scores = router_logits.float().sigmoid()
-        top_k_index = torch.topk(scores + self.e_score_correction_bias, self.top_k, dim=-1, sorted=False).indices
-        top_k_weights = scores.gather(-1, top_k_index)
-        return router_logits, top_k_weights / top_k_weights.sum(dim=-1, keepdim=True), top_k_index
+        router_logits = few_tokens.product(hidden_states.to(self.weight.dtype), self.weight)
+        top_k_weights, top_k_index = route(router_logits, self.e_score_correction_bias, self.top_k)
+        return router_logits, top_k_weights, top_k_index
 
 
 class MiniMaxM3VLSparseMoeBlock(nn.Module):
@@ -138,5 +148,40 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(tokens)
+        return self._combine(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+
+    def _combine(self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        shared = self._plain_weights_of_shared_expert()
+        if shared is not None:
+            experts, routed = self.experts, (top_k_index, top_k_weights, self.routed_scaling_factor)
+            expert_weights = (experts.gate_up_proj, experts.down_proj)
+            if few_tokens.takes_mlp(tokens, (*shared, *expert_weights), top_k_index):
+                constants = (experts.swiglu_alpha, experts.swiglu_limit)
+                return few_tokens.mlp(tokens, *shared, *constants, *expert_weights, *routed)
         routed = self.experts(tokens, top_k_index, top_k_weights)
-        return (routed * self.routed_scaling_factor + self.shared_experts(tokens)).view_as(hidden_states)
+        return routed * self.routed_scaling_factor + self.shared_experts(tokens)
+
+    def _plain_weights_of_shared_expert(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """None unless all experts do what their classes and our choice of Transformers' kernels say."""
+        names = (None, "grouped_mm", "batched_mm")  # any other name is a user's choice
+        if (
+            runs_as_written(self.experts, MiniMaxM3VLExperts)
+            and getattr(self.experts.config, "_experts_implementation", None) in names
+            and runs_as_written(self.shared_experts, MiniMaxM3VLDenseMLP)
+        ):
+            return self.shared_experts.plain_weights()
+        return None
+
+    def runs_in_parts(self, num_tokens: int) -> bool:
+        """Whether a layer calls `add_in_parts` in place of the module."""
+        return may_run_in_parts(num_tokens, chain((self,), self.experts.modules(), self.shared_experts.modules()))
+
+    def add_in_parts(self, total: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Add `self(hidden_states)` to `total`, which is contiguous, in place. Both are (..., hidden).
+
+        The router takes all tokens at once: a product of another size may round its logits in another way.
+        """
+        total, tokens = (states.reshape(-1, states.shape[-1]) for states in (total, hidden_states))
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        for part in parts_of(len(tokens)):
+            total[part] += self._combine(tokens[part], top_k_index[part], top_k_weights[part])

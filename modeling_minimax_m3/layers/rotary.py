@@ -8,7 +8,8 @@ from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from ..fused.attention_input import rotary_table, takes_rotary_table
 from ..fused.norm_rotary import apply_rotary, norm_rotary
-from .normalization import is_plain_norm
+from ..fused.support import runs_as_written
+from .normalization import MiniMaxM3VLRMSNorm
 
 
 class MiniMaxM3VLRotaryEmbedding(nn.Module):
@@ -58,7 +59,7 @@ def normalize_and_rotate(norm: nn.Module, states: torch.Tensor, cos: torch.Tenso
         cos (`torch.Tensor`): Cosines (B, T, R) of the first R channels.
         sin (`torch.Tensor`): Their sines.
     """
-    if is_plain_norm(norm):
+    if runs_as_written(norm, MiniMaxM3VLRMSNorm):
         return norm_rotary(_with_heads(states), norm.weight, cos, sin, norm.eps)
     return apply_rotary(_with_heads(norm(states)), cos, sin)
 

@@ -11,9 +11,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from ..fused.rms_norm import add_rms_norm
+from ..fused.support import is_watched, runs_as_written
 from ..layers.attention import MiniMaxM3VLAttention
 from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter
-from ..layers.normalization import MiniMaxM3VLRMSNorm, is_plain_norm
+from ..layers.normalization import MiniMaxM3VLRMSNorm
 from ..layers.rotary import MiniMaxM3VLRotaryEmbedding
 from ..runtime.layout_building import build_layout
 from ..runtime.sequence_layout import SequenceLayout
@@ -62,14 +63,27 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         norm = self.post_attention_layernorm
-        if is_plain_norm(norm):
+        if runs_as_written(norm, MiniMaxM3VLRMSNorm):
             normalized, hidden_states = add_rms_norm(hidden_states, attended, norm.weight, norm.eps)
         else:
             hidden_states = hidden_states + attended
             normalized = norm(hidden_states)
-        hidden_states = hidden_states + self.mlp(normalized)
+        del attended  # as large as the hidden states
+        if self._adds_in_parts(normalized):
+            hidden_states = hidden_states.contiguous()
+            self.mlp.add_in_parts(hidden_states, normalized)
+        else:
+            hidden_states = hidden_states + self.mlp(normalized)
         # Gradient checkpointing sees what is returned alone, not what a hook or an attribute collects.
         return (hidden_states, indexer_kl) if output_indexer_loss else hidden_states
+
+    def _adds_in_parts(self, normalized: torch.Tensor) -> bool:
+        """Whether the MLP adds to the residual in place. Only a hook of the norm could hold that sum too."""
+        return (
+            type(self.mlp) in (MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock)
+            and self.mlp.runs_in_parts(normalized.shape[:-1].numel())
+            and not is_watched(self.post_attention_layernorm)
+        )
 
 
 class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
@@ -184,6 +198,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             )
 
         hidden_states = inputs_embeds
+        del inputs_embeds  # so that they are freed after the first layer
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         if output_indexer_loss is None:
             output_indexer_loss = self.training and self.config.indexer_loss_coef > 0

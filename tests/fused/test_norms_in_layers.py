@@ -7,7 +7,8 @@ from torch.nn.modules import module as torch_module
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.layers import rotary
-from modeling_minimax_m3.layers.normalization import MiniMaxM3VLRMSNorm, is_plain_norm
+from modeling_minimax_m3.fused.support import runs_as_written
+from modeling_minimax_m3.layers.normalization import MiniMaxM3VLRMSNorm
 from modeling_minimax_m3.layers.rotary import apply_rotary, normalize_and_rotate
 from modeling_minimax_m3.models import text
 
@@ -26,28 +27,28 @@ GLOBAL_HOOKS += ("register_module_full_backward_hook", "register_module_full_bac
 @pytest.mark.parametrize("hook", HOOKS + GLOBAL_HOOKS)
 def test_a_norm_with_a_hook_is_not_plain(hook):
     norm = MiniMaxM3VLRMSNorm(16)
-    assert is_plain_norm(norm)
+    assert runs_as_written(norm, MiniMaxM3VLRMSNorm)
     register = getattr(norm, hook) if hook in HOOKS else getattr(torch_module, hook)
     handle = register(lambda *args: None)
     try:
-        assert not is_plain_norm(norm)
+        assert not runs_as_written(norm, MiniMaxM3VLRMSNorm)
     finally:
         handle.remove()
-    assert is_plain_norm(norm)
+    assert runs_as_written(norm, MiniMaxM3VLRMSNorm)
 
 
 def test_replaced_norms_are_not_plain():
-    assert not is_plain_norm(Replacement(16))
-    assert not is_plain_norm(nn.LayerNorm(16))
+    assert not runs_as_written(Replacement(16), MiniMaxM3VLRMSNorm)
+    assert not runs_as_written(nn.LayerNorm(16), MiniMaxM3VLRMSNorm)
     norm = MiniMaxM3VLRMSNorm(16)
     norm.forward = norm.forward
-    assert not is_plain_norm(norm)
+    assert not runs_as_written(norm, MiniMaxM3VLRMSNorm)
     parametrized = MiniMaxM3VLRMSNorm(16)
     torch.nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
-    assert not is_plain_norm(parametrized)
+    assert not runs_as_written(parametrized, MiniMaxM3VLRMSNorm)
     compiled = MiniMaxM3VLRMSNorm(16)
     compiled.compile()
-    assert not is_plain_norm(compiled)
+    assert not runs_as_written(compiled, MiniMaxM3VLRMSNorm)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 32), (2, 5, 32)])

@@ -1,0 +1,47 @@
+"""Feed-forward parts of a layer on some of the tokens at a time, where no gradient is recorded.
+
+Without gradients, the activations of one layer are all that a pass holds, and those of the experts are the largest. A
+pass over a long prompt, or over many packed sequences, would be limited by them.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from transformers.utils import is_torchdynamo_compiling
+
+from ..fused.support import is_watched
+
+# Tokens that take their experts at a time. For the released model (6144 channels, 4 experts for a token, bfloat16) the
+# `grouped_mm` of Transformers holds for each pair of a token and an expert, at its largest moment: the token (12 KiB),
+# the expert's output (12 KiB), and in float32 the weighted output in two orders (24 KiB each). That is 288 KiB for a
+# token: 2.3 GiB for 8192 tokens, and 36 GiB for 128k. Each expert then has 256 tokens on average, whose products take
+# longer than reading its weights. The dense MLP (12288 wide) holds less: 84 KiB for a token.
+TOKENS_OF_A_PART = 8192
+
+
+def may_run_in_parts(num_tokens: int, modules: Iterable[nn.Module]) -> bool:
+    """Whether `modules` are to be called for one part of the tokens after the other.
+
+    Hooks would see the parts, so there may be none: among them are those that move weights and those that split them
+    among processes. Processes that share a model call all modules equally often, but may have different numbers of
+    tokens.
+    """
+    return (
+        not is_torchdynamo_compiling()  # first, so that no graph is guarded on the number of tokens
+        and num_tokens > TOKENS_OF_A_PART
+        and not torch.is_grad_enabled()
+        and not _has_several_processes()
+        and not any(is_watched(module) for module in modules)
+    )
+
+
+def _has_several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def parts_of(num_tokens: int) -> Iterator[slice]:
+    """The parts, one after the other."""
+    for start in range(0, num_tokens, TOKENS_OF_A_PART):
+        yield slice(start, start + TOKENS_OF_A_PART)

@@ -1,0 +1,164 @@
+"""Feed-forward parts of layers on some of the tokens at a time, in passes without gradients."""
+
+import pytest
+import torch
+
+from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3.layers import token_parts
+from modeling_minimax_m3.layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+
+PART = 16
+
+
+@pytest.fixture
+def model(make_pair):
+    return make_pair(MiniMaxM3VLForCausalLM, tiny_config().text_config)[1]
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(token_parts, "TOKENS_OF_A_PART", PART)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """Tokens of each call of experts."""
+    seen = []
+    forward = MiniMaxM3VLExperts.forward
+
+    def counted(self, hidden_states, *args):
+        seen.append(len(hidden_states))
+        return forward(self, hidden_states, *args)
+
+    monkeypatch.setattr(MiniMaxM3VLExperts, "forward", counted)
+    return seen
+
+
+@pytest.mark.parametrize("shape", [(1, 49), (2, 33), (3, 16), (1, 16)], ids=str)
+def test_logits_are_those_of_one_call(model, make_tokens, monkeypatch, calls, shape):
+    tokens = make_tokens(model.config, *shape)
+    with torch.no_grad():
+        whole = model(tokens).logits
+        num_layers = len(calls)
+        assert calls == [tokens.numel()] * num_layers
+        calls.clear()
+        monkeypatch.setattr(token_parts, "TOKENS_OF_A_PART", PART)
+        parts = model(tokens).logits
+    full, rest = divmod(tokens.numel(), PART)
+    assert calls == [PART] * full * num_layers if not rest else ([PART] * full + [rest]) * num_layers
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_parts")
+@torch.no_grad()
+def test_the_router_takes_all_tokens_at_once(model, make_tokens, calls):
+    """So parts do not change which experts a token takes, and router logits are recorded as they are without parts."""
+    tokens = make_tokens(model.config, 1, 3 * PART)
+    logits = model(tokens, output_router_logits=True).router_logits
+    assert [len(layer) for layer in logits] == [3 * PART] * (len(calls) // 3)
+    assert set(calls) == {PART}
+
+
+@pytest.mark.usefixtures("small_parts")
+class TestOneCall:
+    """Where a layer calls its feed-forward part once, whatever the number of tokens."""
+
+    num_tokens = 3 * PART
+
+    def run(self, model, make_tokens, **kwargs):
+        return model(make_tokens(model.config, 1, self.num_tokens), **kwargs)
+
+    def test_with_gradients(self, model, make_tokens, calls):
+        self.run(model, make_tokens)
+        assert set(calls) == {self.num_tokens}
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+    def test_with_a_hook(self, model, make_tokens, calls, register):
+        sizes = []
+        for layer in model.model.layers:
+            shared = getattr(layer.mlp, "shared_experts", layer.mlp)
+            getattr(shared.down_proj, register)(lambda module, args, *output: sizes.append(args[0].shape[-2]))
+        self.run(model, make_tokens)
+        assert set(sizes) == {self.num_tokens} == set(calls)
+
+    @torch.no_grad()
+    def test_with_a_hook_of_the_norm(self, model, make_tokens, calls):
+        """It may keep the sum that would be changed in place."""
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: None)
+        self.run(model, make_tokens)
+        assert set(calls) == {self.num_tokens}
+
+    @torch.no_grad()
+    def test_with_a_hook_on_all_modules(self, model, make_tokens, calls):
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+        try:
+            self.run(model, make_tokens)
+        finally:
+            handle.remove()
+        assert set(calls) == {self.num_tokens}
+
+    @torch.no_grad()
+    def test_with_a_replaced_forward(self, model, make_tokens, calls):
+        """As Accelerate replaces it to fetch offloaded weights, and expert parallelism to exchange tokens."""
+        for layer in model.model.layers[1:]:
+            layer.mlp.experts.forward = layer.mlp.experts.forward
+        self.run(model, make_tokens)
+        assert set(calls) == {self.num_tokens}
+
+    @torch.no_grad()
+    def test_among_several_processes(self, model, make_tokens, calls, monkeypatch):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        self.run(model, make_tokens)
+        assert set(calls) == {self.num_tokens}
+
+
+@pytest.mark.usefixtures("small_parts")
+@torch.no_grad()
+def test_what_a_hook_of_the_layer_sees_stays_as_it_was(model, make_tokens):
+    """The sum of the residual connection is made in place: in a tensor that nothing else holds."""
+    layer, seen = model.model.layers[1], {}
+    layer.register_forward_pre_hook(lambda module, args: seen.update(input=args[0], copy=args[0].clone()))
+    layer.self_attn.register_forward_hook(
+        lambda module, args, output: seen.update(attended=output[0], attended_copy=output[0].clone())
+    )
+    model(make_tokens(model.config, 1, 3 * PART))
+    assert torch.equal(seen["input"], seen["copy"])
+    assert torch.equal(seen["attended"], seen["attended_copy"])
+
+
+def test_activations_of_the_released_model_are_bounded():
+    """The arithmetic of the comment at `TOKENS_OF_A_PART`."""
+    channels, experts_of_a_token, dense_width = 6144, 4, 12288
+    of_a_pair = channels * (2 + 2 + 4 + 4)
+    assert experts_of_a_token * of_a_pair == 288 * 1024
+    assert 2 * (2 * dense_width + dense_width + channels) == 84 * 1024
+    assert token_parts.TOKENS_OF_A_PART * experts_of_a_token * of_a_pair < 2.5 * 2**30
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("module", [MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLDenseMLP])
+@torch.no_grad()
+def test_on_a_gpu(module):
+    """Memory does not grow with the tokens, but for the routing; the result is that of one call but for rounding."""
+    config = tiny_config(text={"hidden_size": 512, "intermediate_size": 256}).text_config
+    block = module(config).to("cuda", torch.bfloat16)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    peaks = []
+    for parts in (2, 8):
+        states = torch.randn(1, parts * token_parts.TOKENS_OF_A_PART, 512, device="cuda", dtype=torch.bfloat16)
+        total = torch.randn_like(states)
+        expected = total + block(states)
+        assert block.runs_in_parts(states.shape[1])
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        block.add_in_parts(total, states)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        assert (total - expected).float().norm() < 5e-3 * expected.float().norm()
+    assert peaks[1] < 1.2 * peaks[0]
