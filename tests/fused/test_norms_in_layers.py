@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3.layers import rotary
 from modeling_minimax_m3.fused.support import runs_as_written
+from modeling_minimax_m3.layers import rotary
 from modeling_minimax_m3.layers.normalization import MiniMaxM3VLRMSNorm
 from modeling_minimax_m3.layers.rotary import apply_rotary, normalize_and_rotate
 from modeling_minimax_m3.models import text
