@@ -1,0 +1,373 @@
+"""The works that `model_step` measures on a model: each function takes a model and a case, and returns figures."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import Cache, DynamicCache, StaticCache
+
+from modeling_minimax_m3.runtime.captured_decoding import CapturedDecoding
+from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
+
+from . import kernel_parts
+from .gpu import time_ms
+from .implementations import OURS, STOCK, classes, text_config
+from .model_step_floors import layers_config
+
+# dense layers, sparse layers, experts (None: the released number)
+MODELS: dict[str, tuple[int, int, int | None]] = {
+    "4 layers": (1, 3, None),
+    "7 layers": (1, 6, None),
+    "training": (1, 2, 64),
+    "small": (1, 1, 8),
+}
+CHUNK = 32768  # tokens in which a long prompt is read
+PIECE = 2048  # tokens of a row in which a batch is read
+CALLS = 1000  # of `generate`, in which a leak would show
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the record.
+
+    Args:
+        group (str): Name in `--cases`.
+        model (str): Key of `MODELS`.
+        work (str): What is measured, for readers.
+        measure (Callable): Takes the model and this case, and returns the figures.
+        new (int): Tokens of a row that a pass reads.
+        past (int): Tokens of a row that the cache holds before.
+        batch (int): Rows.
+        stock (bool): Whether stock can do it in the time and memory that there is.
+    """
+
+    group: str
+    model: str
+    work: str
+    measure: Callable[[Any, "Case"], dict[str, Any]]
+    new: int = 1
+    past: int = 0
+    batch: int = 1
+    stock: bool = False
+
+    def key(self) -> dict[str, Any]:
+        names = ("group", "model", "work", "new", "past", "batch")
+        return {name: getattr(self, name) for name in names}
+
+
+def build(implementation: str, model: str) -> Any:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        config = text_config(implementation, layers_config(*MODELS[model]))
+        built = classes(implementation).MiniMaxM3VLForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    # Stock's module enters its cache layers into the table that ours are in. Ours also replace those of stock in use.
+    if implementation == STOCK and type(DynamicCache(config=config).layers[-1]).__module__.startswith("modeling_"):
+        raise RuntimeError("stock's model would run with our cache: import it after ours")
+    return built.eval()
+
+
+def measured(implementation: str, model: Any, case: Case) -> dict[str, Any]:
+    """The figures of a case. Stock gets the better of two settings.
+
+    PyTorch prefers cuDNN's attention on Hopper, which prepares a plan for each new length. In stock's `generate` every
+    token has a new length. So stock is measured with cuDNN's attention on (PyTorch's default) and off.
+    """
+    if implementation == OURS or "static" in case.work:  # a static cache has one length, and compiling takes long
+        return case.measure(model, case)
+    found = {}
+    for setting, is_on in (("cuDNN", True), ("no cuDNN", False)):
+        torch.backends.cuda.enable_cudnn_sdp(is_on)
+        found[setting] = case.measure(model, case)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    best = min(found.values(), key=lambda figures: figures["ms"])
+    return best | {"ms_by_setting": {setting: figures["ms"] for setting, figures in found.items()}}
+
+
+# --- decoding ----------------------------------------------------------------------------------------------------
+
+
+def tokens_of(*shape: int) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randint(0, 200_000, shape, device="cuda")
+
+
+@torch.no_grad()
+def read(model: Any, tokens: torch.Tensor, cache: Cache | None = None, chunk: int = CHUNK) -> Cache:
+    """A cache that holds `tokens` (B, S)."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    for piece in tokens.split(chunk, dim=1):
+        model(piece, logits_to_keep=1, **{CACHE_NAME: cache})
+    return cache
+
+
+def captured_step(model: Any, case: Case) -> tuple[CapturedDecoding, dict[str, Any]]:
+    """What `generate` calls for a token, and the arguments of that call."""
+    cache = read(model, tokens_of(case.batch, case.past), chunk=PIECE if case.batch > 1 else CHUNK)
+    inputs = {"input_ids": tokens_of(case.batch, 1), "use_cache": True, "logits_to_keep": 1, "return_dict": True}
+    return CapturedDecoding(model), inputs | {"cache": cache}
+
+
+def graph_of(captured: CapturedDecoding) -> torch.cuda.CUDAGraph:
+    graph = captured._pass and captured._pass._graph
+    if graph is None:
+        raise RuntimeError(f"the step was not captured: {captured._told}")
+    return graph
+
+
+@torch.no_grad()
+def graph_step(model: Any, case: Case) -> dict[str, Any]:
+    """A replay of the captured step, without the loop of `generate`."""
+    captured, inputs = captured_step(model, case)
+    with model._optimize_model_for_decode():
+        for _ in range(2):  # the first prepares, the second captures
+            captured(**inputs)
+    graph = graph_of(captured)
+    ms = time_ms(graph.replay)
+    return {"ms": ms, "kernels": sum(kernel.is_kernel for kernel in kernel_parts.profile(graph.replay))}
+
+
+class Clock:
+    """A logits processor that takes the time between two tokens, each after the GPU has finished it."""
+
+    def __init__(self, first: int, last: int):
+        self._first, self._last = first, last
+        self._count = 0
+        self._times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._count += 1
+        if self._count in (self._first, self._last):
+            torch.cuda.synchronize()
+            self._times.append(time.perf_counter())
+        return scores
+
+    def ms(self) -> float:
+        start, stop = self._times
+        return 1e3 * (stop - start) / (self._last - self._first)
+
+
+def generate(model: Any, case: Case) -> dict[str, Any]:
+    """Milliseconds of a token of `generate`, the better of two runs, and how long the first run took in all."""
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 96}
+    if "static" in case.work:
+        options |= {"cache_implementation": "static"}
+    tokens = tokens_of(case.batch, case.past)
+    clocks = [Clock(32, 96) for _ in range(2)]
+    seconds = [
+        synchronized_ms(lambda clock=clock: model.generate(tokens, logits_processor=[clock], **options)) / 1e3
+        for clock in clocks
+    ]
+    return {"ms": min(clock.ms() for clock in clocks), "first_run_s": seconds[0], "second_run_s": seconds[1]}
+
+
+@torch.no_grad()
+def experts_of_a_layer(model: Any, case: Case) -> dict[str, Any]:
+    """The routed experts of one layer for one token of each row, in a CUDA graph."""
+    block = model.model.layers[-1].mlp
+    torch.manual_seed(1)
+    states = torch.randn(case.batch, model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    _, top_weights, top_index = block.gate(states)
+    with model._optimize_model_for_decode():
+        graph = in_graph(lambda: block.experts(states, top_index, top_weights))
+    return {"ms": time_ms(graph.replay), "experts_hit": int(top_index.unique().numel())}
+
+
+def in_graph(function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
+@torch.no_grad()
+def head(model: Any, case: Case) -> dict[str, Any]:
+    states = torch.randn(1, 1, model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    return {"ms": time_ms(lambda: model.lm_head(states))}
+
+
+# --- passes over many tokens -------------------------------------------------------------------------------------
+
+
+def synchronized_ms(function: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def pass_over(model: Any, case: Case) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A pass of `new` tokens behind `past` ones, and what forgets those tokens again."""
+    tokens = tokens_of(1, case.past + case.new)
+    cache = DynamicCache(config=model.config)
+    if case.past:
+        read(model, tokens[:, : case.past], cache)
+
+    @torch.no_grad()
+    def run() -> None:
+        model(tokens[:, case.past :], logits_to_keep=1, **{CACHE_NAME: cache})
+
+    return run, lambda: cache.crop(-case.new)
+
+
+def one_pass(model: Any, case: Case) -> dict[str, Any]:
+    """The median of three passes after one."""
+    run, forget = pass_over(model, case)
+    times = []
+    for _ in range(4):
+        times.append(synchronized_ms(run))
+        forget()
+    return {"ms": sorted(times[1:])[1]}
+
+
+@torch.no_grad()
+def prefill_memory(model: Any, case: Case) -> dict[str, Any]:
+    """Time of one call that reads a whole prompt, and the most memory that it holds beyond the weights."""
+    tokens = tokens_of(1, case.new)
+    model(tokens[:, :256], logits_to_keep=1)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ms = synchronized_ms(lambda: model(tokens, logits_to_keep=1, use_cache=True))
+    return {"ms": ms, "extra_gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
+
+
+@torch.no_grad()
+def chunked_prefill(model: Any, case: Case, limit_s: float = 240.0) -> dict[str, Any]:
+    """A prompt in chunks into a static cache, as `prefill_chunk_size` reads it. Ends early after `limit_s` seconds."""
+    cache = StaticCache(config=model.config, max_cache_len=case.new)
+    tokens = tokens_of(1, case.new)
+    read(model, tokens[:, :CHUNK], StaticCache(config=model.config, max_cache_len=CHUNK))  # prepares libraries
+    times: list[float] = []
+    for piece in tokens.split(CHUNK, dim=1):
+        times.append(synchronized_ms(lambda piece=piece: model(piece, logits_to_keep=1, **{CACHE_NAME: cache})))
+        if sum(times) > 1e3 * limit_s:
+            break
+    return {"ms": sum(times), "chunks": len(times), "ms_of_chunks": [round(ms, 1) for ms in times]}
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def training_step(model: Any, tokens: int) -> Callable[[], None]:
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens_of(1, tokens)
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def training(model: Any, case: Case) -> dict[str, Any]:
+    """The median of three steps of forward and backward after one."""
+    run = training_step(model, case.new)
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    times = sorted(synchronized_ms(run) for _ in range(3))
+    return {"ms": times[1], "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+# --- leaks -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counted_captures() -> Iterator[list[None]]:
+    found: list[None] = []
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def counting(graph: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
+        found.append(None)
+        begin(graph, *args, **kwargs)
+
+    with mock.patch.object(torch.cuda.CUDAGraph, "capture_begin", counting):
+        yield found
+
+
+def leak(model: Any, case: Case, calls: int = CALLS, limit_s: float = 240.0) -> dict[str, Any]:
+    """Memory before and after many calls of `generate` with prompts and answers of different lengths."""
+    lengths = random.Random(0)
+
+    def call() -> None:
+        prompt, new = lengths.randint(1, 64), lengths.randint(3, 10)
+        model.generate(tokens_of(1, prompt), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    for _ in range(20):
+        call()
+    before = _memory_mib()
+    started, done = time.monotonic(), 0
+    with counted_captures() as found:
+        while done < calls and time.monotonic() - started < limit_s:
+            call()
+            done += 1
+    seconds = time.monotonic() - started
+    return {
+        "ms": 1e3 * seconds / done,
+        "calls": done,
+        "captures": len(found),
+        "before_mib": before,
+        "after_mib": _memory_mib(),
+    }
+
+
+def _memory_mib() -> dict[str, float]:
+    """Memory in use by tensors, held by PyTorch, and taken from the card by anyone."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    held = {"tensors": torch.cuda.memory_allocated(), "held": torch.cuda.memory_reserved(), "card": total - free}
+    return {name: round(size / 2**20, 1) for name, size in held.items()}
+
+
+# --- breakdowns --------------------------------------------------------------------------------------------------
+
+
+def _eager_breakdown(model: Any, run: Callable[[], Any], forget: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+    times = []
+    for _ in range(4):
+        times.append(synchronized_ms(run))
+        forget()
+    with kernel_parts.model_ranges(model):
+        kernels = kernel_parts.profile(run)
+    forget()
+    parts = [kernel_parts.part_of(kernel) for kernel in kernels]
+    return kernel_parts.breakdown(kernels, parts, sorted(times[1:])[1])
+
+
+@torch.no_grad()
+def step_breakdown(model: Any, case: Case) -> dict[str, Any]:
+    """By part, a captured step: the parts of an eager run of the same pass, the times of a replay."""
+    captured, inputs = captured_step(model, case)
+    with model._optimize_model_for_decode():
+        captured(**inputs)
+        step = captured._pass
+        if step is None:
+            raise RuntimeError(f"the step was not captured: {captured._told}")
+        with kernel_parts.model_ranges(model):
+            eager = kernel_parts.profile(lambda: step._on_side_stream(step._forward))
+        captured(**inputs)
+    graph = graph_of(captured)
+    ms = time_ms(graph.replay)
+    replayed = kernel_parts.profile(graph.replay)
+    return kernel_parts.breakdown(replayed, kernel_parts.parts_by_order(replayed, eager), ms)
+
+
+def pass_breakdown(model: Any, case: Case) -> dict[str, Any]:
+    return _eager_breakdown(model, *pass_over(model, case))
+
+
+def training_breakdown(model: Any, case: Case) -> dict[str, Any]:
+    return _eager_breakdown(model, training_step(model, case.new))
