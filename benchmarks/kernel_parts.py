@@ -205,8 +205,8 @@ def parts_by_order(replayed: Sequence[Kernel], eager: Sequence[Kernel]) -> list[
     decide the others.
     """
     parts = [part_of(Kernel(kernel.name, 0.0, 0.0)) for kernel in replayed]
-    names = [[kernel.name for kernel in kernels] for kernels in (replayed, eager)]
-    for run in SequenceMatcher(None, *names, autojunk=False).get_matching_blocks():
+    names, other_names = ([kernel.name for kernel in kernels] for kernels in (replayed, eager))
+    for run in SequenceMatcher(None, names, other_names, autojunk=False).get_matching_blocks():
         for offset in range(run.size):
             parts[run.a + offset] = part_of(eager[run.b + offset])
     return parts
@@ -274,7 +274,7 @@ def model_ranges(model: torch.nn.Module) -> Iterator[None]:
 def _owner(path: str) -> tuple[Any, str]:
     module, _, name = path.partition(":")
     *classes, name = name.split(".")
-    owner = importlib.import_module(module)
+    owner: Any = importlib.import_module(module)
     for class_name in classes:
         owner = getattr(owner, class_name, None)
     return owner, name

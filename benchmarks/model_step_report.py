@@ -83,6 +83,16 @@ def label(row: Row) -> str:
     return text + (f", {length(row['past'])} cached" if row["past"] else "")
 
 
+def size(row: Row) -> str:
+    dense, sparse, experts = MODELS[row["model"]]
+    return f"{dense + sparse} layers" + (f" with {experts} experts" if experts else "")
+
+
+def figure(number: float) -> str:
+    """Three digits, and all digits before the point."""
+    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
+
+
 def _measured(record: dict, implementation: str, *groups: str) -> dict[tuple, Row]:
     """The rows of an implementation that have a time, by what `key_of` names beside it."""
     return {
@@ -107,7 +117,7 @@ def times_table(record: dict) -> str:
             continue
         kernels = str(row["kernels"]) if "kernels" in row else ""
         floor = row["floor_ms"]
-        rows.append([label(row), row["model"], *_cells(ours.get(key), stock.get(key), floor), kernels])
+        rows.append([label(row), size(row), *_cells(ours.get(key), stock.get(key), floor), kernels])
         layer = _sparse_layer(ours, key)
         if layer is not None:
             rows.append(["one sparse layer of it: a third of the difference to 4 layers", "", *layer, ""])
@@ -117,9 +127,9 @@ def times_table(record: dict) -> str:
 
 def _cells(ours: Row | None, stock: Row | None, floor: float) -> list[str]:
     times = [row and row["ms"] for row in (ours, stock)]
-    figures = [f"{ms:.3g}" if ms else "-" for ms in times]
-    ratio = f"{times[1] / times[0]:.3g}" if times[0] and times[1] else "-"
-    return [*figures, f"{floor:.3g}", ratio, f"{times[0] / floor:.2f}" if times[0] else "-"]
+    figures = [figure(ms) if ms else "-" for ms in times]
+    ratio = figure(times[1] / times[0]) if times[0] and times[1] else "-"
+    return [*figures, figure(floor), ratio, f"{times[0] / floor:.2f}" if times[0] else "-"]
 
 
 def _both_sizes(ours: dict[tuple, Row], key: tuple) -> dict[int, Row] | None:
@@ -144,14 +154,14 @@ def figures_table(record: dict) -> str:
     rows = []
     for key, row in _measured(record, OURS).items():
         other = _measured(record, STOCK).get(key, {})
-        name = f"{label(row)}, {row['model']}"
+        name = f"{label(row)}, {size(row)}"
         if "extra_gib" in row:
-            gib = f"{row['extra_gib']:.3g}", "-", f"{row['floor_gib']:.3g}"
+            gib = figure(row["extra_gib"]), "-", figure(row["floor_gib"])
             rows.append([f"{name}: GiB beyond the weights", *gib])
         if "share_by_6n" in row:
             shares = (f"{of['share_by_6n']:.0%}" if of else "-" for of in (row, other))
             rows.append([f"{name}: share of the matmul rate by 6N", *shares, ""])
-            peaks = (f"{of['peak_gib']:.3g}" if of else "-" for of in (row, other))
+            peaks = (figure(of["peak_gib"]) if of else "-" for of in (row, other))
             rows.append([f"{name}: peak GiB", *peaks, ""])
         if "captures" in row:
             before, after = row["before_mib"], row["after_mib"]
@@ -159,7 +169,10 @@ def figures_table(record: dict) -> str:
             rows.append([f"{row['calls']} calls of generate, {row['captures']} captures: MiB more", growth, "-", "0"])
         if "chunks" in row and row["chunks"] * CHUNK < row["new"]:
             rows.append([f"{name}: chunks done before the time limit", str(row["chunks"]), "-", ""])
-        if "first_run_s" in row:
+        if "ms_by_setting" in other:
+            with_cudnn, without = (figure(ms) for ms in other["ms_by_setting"].values())
+            rows.append([f"{name}: ms with cuDNN's attention / without", "", f"{with_cudnn} / {without}", ""])
+        if "static" in row["work"] and "first_run_s" in row:
             waits = (f"{of['first_run_s'] - of['second_run_s']:.1f}" if of else "-" for of in (row, other))
             rows.append([f"{name}: seconds that the first run takes longer", *waits, ""])
     return as_table(["", "ours", "stock", "floor"], rows) if rows else ""
@@ -177,15 +190,15 @@ def breakdown_table(record: dict) -> str:
     for part in PARTS:
         cells = [_with_floor(row["parts_ms"].get(part, 0.0), row["floor_parts_ms"].get(part)) for row in found]
         rows.append([part, *cells])
-    rows.append(["gaps", *(f"{row['gaps_ms']:.3g}" for row in found)])
-    rows.append(["all", *(f"{row['wall_ms']:.3g}" for row in found)])
+    rows.append(["gaps", *(figure(row["gaps_ms"]) for row in found)])
+    rows.append(["all", *(figure(row["wall_ms"]) for row in found)])
     rows.append(["kernels", *(str(row["kernels"]) for row in found)])
     text = "Milliseconds by part, with the floor of the part in brackets. In a gap, no kernel runs.\n\n"
-    return text + as_table(["", *(f"{label(row)}, {row['model']}" for row in found)], rows)
+    return text + as_table(["", *(f"{label(row)}, {size(row)}" for row in found)], rows)
 
 
 def _with_floor(ms: float, floor: float | None) -> str:
-    return f"{ms:.3g} ({floor:.3g})" if floor else f"{ms:.3g}"
+    return f"{figure(ms)} ({figure(floor)})" if floor else figure(ms)
 
 
 def released_table(record: dict) -> str:
@@ -200,7 +213,7 @@ def released_table(record: dict) -> str:
         if pair is not None and row["group"] in ("decode", "turns", "prefill"):
             ms = floors.released_ms({layers: of["ms"] for layers, of in pair.items()}, head)
             sparse = floors.sparse_layer_ms({layers: of["ms"] for layers, of in pair.items()})
-            rows.append([label(row), f"{ms:.3g}", f"{sparse:.3g}", f"{pair[4]['ms'] - 3 * sparse - head:.3g}"])
+            rows.append([label(row), figure(ms), figure(sparse), figure(pair[4]["ms"] - 3 * sparse - head)])
     text = (
         "An extrapolation, not a measurement: milliseconds of the released 60 layers, of which 3 are dense, on a card "
         f"with enough memory. It adds up the times of the layers and of the output head ({head:.2f}).\n\n"
@@ -244,9 +257,9 @@ def plot(record: dict, path: Path) -> None:
     if not found:
         raise ValueError("the record has no breakdown")
     with matplotlib.rc_context({"svg.hashsalt": "model_step"}):  # the same record gives the same file
-        figure = Figure(figsize=(10, 1.6 + 0.7 * len(found)), layout="constrained")
-        axes = figure.subplots()
-        names = [f"{label(row)}\n{row['model']}, {row['wall_ms']:.3g} ms" for row in found]
+        picture = Figure(figsize=(10, 1.6 + 0.7 * len(found)), layout="constrained")
+        axes = picture.subplots()
+        names = [f"{label(row)}\n{size(row)}, {figure(row['wall_ms'])} ms" for row in found]
         left = [0.0] * len(found)
         colours = matplotlib.colormaps["tab20"]
         for number, part in enumerate((*PARTS, "gaps")):
@@ -261,6 +274,6 @@ def plot(record: dict, path: Path) -> None:
             left = [start + share for start, share in zip(left, shares)]
         axes.set(xlabel="percent of the time", xlim=(0, max(100.0, *left)))
         axes.invert_yaxis()
-        figure.legend(loc="outside lower center", ncols=5, fontsize="small")
+        picture.legend(loc="outside lower center", ncols=5, fontsize="small")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})
+        picture.savefig(path, metadata={"Date": None})

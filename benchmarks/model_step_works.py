@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -93,9 +94,14 @@ def measured(implementation: str, model: Any, case: Case) -> dict[str, Any]:
 # --- decoding ----------------------------------------------------------------------------------------------------
 
 
-def tokens_of(*shape: int) -> torch.Tensor:
+def tokens_of(model: Any, *shape: int) -> torch.Tensor:
     torch.manual_seed(1)
-    return torch.randint(0, 200_000, shape, device="cuda")
+    return torch.randint(0, model.config.vocab_size, shape, device=model.device)
+
+
+def states_of(model: Any, *shape: int) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(*shape, model.config.hidden_size, device=model.device, dtype=model.dtype)
 
 
 @torch.no_grad()
@@ -109,16 +115,21 @@ def read(model: Any, tokens: torch.Tensor, cache: Cache | None = None, chunk: in
 
 def captured_step(model: Any, case: Case) -> tuple[CapturedDecoding, dict[str, Any]]:
     """What `generate` calls for a token, and the arguments of that call."""
-    cache = read(model, tokens_of(case.batch, case.past), chunk=PIECE if case.batch > 1 else CHUNK)
-    inputs = {"input_ids": tokens_of(case.batch, 1), "use_cache": True, "logits_to_keep": 1, "return_dict": True}
+    cache = read(model, tokens_of(model, case.batch, case.past), chunk=PIECE if case.batch > 1 else CHUNK)
+    inputs = {
+        "input_ids": tokens_of(model, case.batch, 1),
+        "use_cache": True,
+        "logits_to_keep": 1,
+        "return_dict": True,
+    }
     return CapturedDecoding(model), inputs | {"cache": cache}
 
 
 def graph_of(captured: CapturedDecoding) -> torch.cuda.CUDAGraph:
-    graph = captured._pass and captured._pass._graph
-    if graph is None:
+    step = captured._pass
+    if step is None or step._graph is None:
         raise RuntimeError(f"the step was not captured: {captured._told}")
-    return graph
+    return step._graph
 
 
 @torch.no_grad()
@@ -158,11 +169,10 @@ def generate(model: Any, case: Case) -> dict[str, Any]:
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 96}
     if "static" in case.work:
         options |= {"cache_implementation": "static"}
-    tokens = tokens_of(case.batch, case.past)
+    tokens = tokens_of(model, case.batch, case.past)
     clocks = [Clock(32, 96) for _ in range(2)]
     seconds = [
-        synchronized_ms(lambda clock=clock: model.generate(tokens, logits_processor=[clock], **options)) / 1e3
-        for clock in clocks
+        synchronized_ms(partial(model.generate, tokens, logits_processor=[clock], **options)) / 1e3 for clock in clocks
     ]
     return {"ms": min(clock.ms() for clock in clocks), "first_run_s": seconds[0], "second_run_s": seconds[1]}
 
@@ -171,8 +181,7 @@ def generate(model: Any, case: Case) -> dict[str, Any]:
 def experts_of_a_layer(model: Any, case: Case) -> dict[str, Any]:
     """The routed experts of one layer for one token of each row, in a CUDA graph."""
     block = model.model.layers[-1].mlp
-    torch.manual_seed(1)
-    states = torch.randn(case.batch, model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    states = states_of(model, case.batch)
     _, top_weights, top_index = block.gate(states)
     with model._optimize_model_for_decode():
         graph = in_graph(lambda: block.experts(states, top_index, top_weights))
@@ -193,7 +202,7 @@ def in_graph(function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 @torch.no_grad()
 def head(model: Any, case: Case) -> dict[str, Any]:
-    states = torch.randn(1, 1, model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    states = states_of(model, 1, 1)
     return {"ms": time_ms(lambda: model.lm_head(states))}
 
 
@@ -210,7 +219,7 @@ def synchronized_ms(function: Callable[[], Any]) -> float:
 
 def pass_over(model: Any, case: Case) -> tuple[Callable[[], None], Callable[[], None]]:
     """A pass of `new` tokens behind `past` ones, and what forgets those tokens again."""
-    tokens = tokens_of(1, case.past + case.new)
+    tokens = tokens_of(model, 1, case.past + case.new)
     cache = DynamicCache(config=model.config)
     if case.past:
         read(model, tokens[:, : case.past], cache)
@@ -235,7 +244,7 @@ def one_pass(model: Any, case: Case) -> dict[str, Any]:
 @torch.no_grad()
 def prefill_memory(model: Any, case: Case) -> dict[str, Any]:
     """Time of one call that reads a whole prompt, and the most memory that it holds beyond the weights."""
-    tokens = tokens_of(1, case.new)
+    tokens = tokens_of(model, 1, case.new)
     model(tokens[:, :256], logits_to_keep=1)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -248,11 +257,11 @@ def prefill_memory(model: Any, case: Case) -> dict[str, Any]:
 def chunked_prefill(model: Any, case: Case, limit_s: float = 240.0) -> dict[str, Any]:
     """A prompt in chunks into a static cache, as `prefill_chunk_size` reads it. Ends early after `limit_s` seconds."""
     cache = StaticCache(config=model.config, max_cache_len=case.new)
-    tokens = tokens_of(1, case.new)
+    tokens = tokens_of(model, 1, case.new)
     read(model, tokens[:, :CHUNK], StaticCache(config=model.config, max_cache_len=CHUNK))  # prepares libraries
     times: list[float] = []
     for piece in tokens.split(CHUNK, dim=1):
-        times.append(synchronized_ms(lambda piece=piece: model(piece, logits_to_keep=1, **{CACHE_NAME: cache})))
+        times.append(synchronized_ms(partial(model, piece, logits_to_keep=1, **{CACHE_NAME: cache})))
         if sum(times) > 1e3 * limit_s:
             break
     return {"ms": sum(times), "chunks": len(times), "ms_of_chunks": [round(ms, 1) for ms in times]}
@@ -264,7 +273,7 @@ def chunked_prefill(model: Any, case: Case, limit_s: float = 240.0) -> dict[str,
 def training_step(model: Any, tokens: int) -> Callable[[], None]:
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = tokens_of(1, tokens)
+    ids = tokens_of(model, 1, tokens)
 
     def run() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -304,7 +313,9 @@ def leak(model: Any, case: Case, calls: int = CALLS, limit_s: float = 240.0) -> 
 
     def call() -> None:
         prompt, new = lengths.randint(1, 64), lengths.randint(3, 10)
-        model.generate(tokens_of(1, prompt), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+        model.generate(
+            tokens_of(model, 1, prompt), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
 
     for _ in range(20):
         call()
