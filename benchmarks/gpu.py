@@ -28,7 +28,7 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def clustered_blocks(tokens: int, stay: int = 16, device: str = "cuda") -> torch.Tensor:
+def clustered_blocks(tokens: int, stay: int = 16, device: str | torch.device = "cuda") -> torch.Tensor:
     """Block lists (tokens, KV_HEADS, TOPK) in which each entry keeps its block for `stay` tokens.
 
     A list is as long as a selection: it holds every visible block where TOPK or fewer are visible.

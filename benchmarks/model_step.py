@@ -12,12 +12,13 @@ Groups of cases, and about how many seconds each takes on an H200, without the 1
 - `prefill` (15): one call that reads a prompt.
 - `memory` (20): memory of a prefill of 128k tokens in one call.
 - `million` (60 to 240, then it ends): 1M tokens in chunks of 32k, static cache, 7 layers.
+- `sharing` (15): block attention alone, with lists that neighbouring queries share.
 - `training` (20): forward and backward with gradient checkpointing.
 - `leak` (60 to 240): memory around 1000 calls of `generate`.
 - `breakdown` (40): the time of each part of the model, from a profile.
 
 Floors are in `model_step_floors.py`; the rates that they use are measured at the start of the same run. Runs of some
-groups each join to one record by `--merge A.json B.json`. `--plot` makes the picture of a record, and `--docs` the
+groups each join to one record by `--merge FILE FILE`. `--plot` makes the picture of a record, and `--docs` the
 tables in docs/performance.md. These three need no GPU.
 """
 
@@ -26,13 +27,16 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from . import model_step_breakdown as breakdown
 from . import model_step_works as works
 from .gpu import Run, parse_arguments, record_text, require_gpu
 from .implementations import OURS, STOCK
+from .model_step_leak import leak
 from .model_step_report import key_of, merge, plot, tables, with_floor, write_docs
 from .model_step_works import Case
 
@@ -42,6 +46,7 @@ def _decoding(model: str) -> list[Case]:
     return [
         # before the profiler runs, which might slow the host down
         Case("decode", model, loop, works.generate, past=8192, stock=True),
+        *([Case("decode", model, loop, works.generate, past=131072)] if model == "4 layers" else []),
         Case("decode", model, f"{loop}, static cache", works.generate, past=8192, stock=model == "4 layers"),
         Case("decode", model, step, works.graph_step, past=8192),
         Case("decode", model, step, works.graph_step, past=131072),
@@ -69,12 +74,23 @@ CASES = (
     *_passes("4 layers"),
     *_passes("7 layers"),
     Case("million", "7 layers", "prefill in chunks of 32k", works.chunked_prefill, new=2**20),
+    *(
+        Case(
+            "sharing",
+            "small",
+            f"block attention alone, lists shared by {queries}",
+            partial(works.shared_lists, queries=queries),
+            new=tokens,
+        )
+        for tokens in (32768, 131072)
+        for queries in (1, 2, 3, 4, 8)
+    ),
     Case("training", "training", "training step", works.training, new=8192, stock=True),
-    Case("leak", "small", "call of generate", works.leak),
-    Case("breakdown", "4 layers", "decode step in a CUDA graph", works.step_breakdown, past=8192),
-    Case("breakdown", "4 layers", "prefill", works.pass_breakdown, new=8192),
-    Case("breakdown", "4 layers", "later turn", works.pass_breakdown, new=4096, past=32768),
-    Case("breakdown", "training", "training step", works.training_breakdown, new=8192),
+    Case("leak", "small", "call of generate", leak),
+    Case("breakdown", "4 layers", "decode step in a CUDA graph", breakdown.step_breakdown, past=8192),
+    Case("breakdown", "4 layers", "prefill", breakdown.pass_breakdown, new=8192),
+    Case("breakdown", "4 layers", "later turn", breakdown.pass_breakdown, new=4096, past=32768),
+    Case("breakdown", "training", "training step", breakdown.training_breakdown, new=8192),
 )
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))
 DOCS = Path(__file__).parents[1] / "docs"

@@ -1,9 +1,11 @@
 """Floors, tables and picture of a record of `model_step`. Nothing here needs a GPU."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from . import model_step_floors as floors
+from .gpu import selected_flops
 from .implementations import OURS, STOCK
 from .kernel_parts import PARTS
 from .model_step_works import CHUNK, MODELS
@@ -23,6 +25,8 @@ def with_floor(row: Row, machine: dict[str, Any]) -> Row:
     """The row with its floors, at the rates that the same run measured."""
     if "failed" in row or row["group"] == "leak":
         return row
+    if row["group"] == "sharing":
+        return row | {"floor_ms": selected_flops(row["new"]) / machine["matmul_tflops"] / 1e9}
     config = floors.layers_config(*MODELS[row["model"]])
     rates = floors.Rates(machine["matmul_tflops"], machine["read_bytes_per_second"])
     new, past, batch = row["new"], row["past"], row["batch"]
@@ -117,7 +121,8 @@ def times_table(record: dict) -> str:
             continue
         kernels = str(row["kernels"]) if "kernels" in row else ""
         floor = row["floor_ms"]
-        rows.append([label(row), size(row), *_cells(ours.get(key), stock.get(key), floor), kernels])
+        of = "" if row["group"] == "sharing" else size(row)
+        rows.append([label(row), of, *_cells(ours.get(key), stock.get(key), floor), kernels])
         layer = _sparse_layer(ours, key)
         if layer is not None:
             rows.append(["one sparse layer of it: a third of the difference to 4 layers", "", *layer, ""])
@@ -210,7 +215,8 @@ def released_table(record: dict) -> str:
     rows = []
     for key, row in ours.items():
         pair = _both_sizes(ours, key)
-        if pair is not None and row["group"] in ("decode", "turns", "prefill"):
+        # The loop of `generate` is no layer, so its tokens are left out.
+        if pair is not None and row["work"] in ("decode step in a CUDA graph", "later turn", "prefill"):
             ms = floors.released_ms({layers: of["ms"] for layers, of in pair.items()}, head)
             sparse = floors.sparse_layer_ms({layers: of["ms"] for layers, of in pair.items()})
             rows.append([label(row), figure(ms), figure(sparse), figure(pair[4]["ms"] - 3 * sparse - head)])
@@ -228,11 +234,15 @@ def docs_text(record: dict) -> str:
         f"{machine['gpu']}, torch {machine['torch']}, Transformers {machine['transformers']}, "
         f"{machine['date'].split()[0]}; {machine['matmul_tflops']:.0f} TFLOP/s matmul, "
         f"{machine['read_bytes_per_second'] / 1e12:.2f} TB/s read.",
-        tables(record),
+        _wrapped(tables(record)),
     ]
     if _breakdowns(record):
         parts.append(f"![Share of each part in the time of a pass]({PICTURE})")
     return "\n\n".join([*parts, END])
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(line if line.startswith("|") else textwrap.fill(line, 120) for line in text.splitlines())
 
 
 def write_docs(record: dict, page: Path) -> None:
@@ -277,3 +287,5 @@ def plot(record: dict, path: Path) -> None:
         picture.legend(loc="outside lower center", ncols=5, fontsize="small")
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.savefig(path, metadata={"Date": None})
+        text = path.read_text(encoding="utf-8")
+        path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")

@@ -1,22 +1,20 @@
 """The works that `model_step` measures on a model: each function takes a model and a case, and returns figures."""
 
-import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache
 
+from modeling_minimax_m3 import msa
 from modeling_minimax_m3.runtime.captured_decoding import CapturedDecoding
 from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
 from . import kernel_parts
-from .gpu import time_ms
+from .gpu import BLOCK, DIM, HEADS, KV_HEADS, clustered_blocks, time_ms
 from .implementations import OURS, STOCK, classes, text_config
 from .model_step_floors import layers_config
 
@@ -29,7 +27,6 @@ MODELS: dict[str, tuple[int, int, int | None]] = {
 }
 CHUNK = 32768  # tokens in which a long prompt is read
 PIECE = 2048  # tokens of a row in which a batch is read
-CALLS = 1000  # of `generate`, in which a leak would show
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,8 @@ def measured(implementation: str, model: Any, case: Case) -> dict[str, Any]:
     PyTorch prefers cuDNN's attention on Hopper, which prepares a plan for each new length. In stock's `generate` every
     token has a new length. So stock is measured with cuDNN's attention on (PyTorch's default) and off.
     """
-    if implementation == OURS or "static" in case.work:  # a static cache has one length, and compiling takes long
+    # A static cache has one length, and compiling for it takes long.
+    if implementation == OURS or "static" in case.work or case.measure in (head, experts_of_a_layer):
         return case.measure(model, case)
     found = {}
     for setting, is_on in (("cuDNN", True), ("no cuDNN", False)):
@@ -267,6 +265,21 @@ def chunked_prefill(model: Any, case: Case, limit_s: float = 240.0) -> dict[str,
     return {"ms": sum(times), "chunks": len(times), "ms_of_chunks": [round(ms, 1) for ms in times]}
 
 
+# --- block attention alone ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def shared_lists(model: Any, case: Case, queries: int = 1) -> dict[str, Any]:
+    """Block attention at the released head geometry, with lists that `queries` neighbouring queries share."""
+    torch.manual_seed(1)
+    shape = {"device": model.device, "dtype": model.dtype}
+    query, key, value = (torch.randn(case.new, heads, DIM, **shape) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    blocks = clustered_blocks(case.new, queries, device=model.device)
+    offsets = torch.tensor([0, case.new], dtype=torch.int32, device=model.device)
+    attend = partial(msa.block_sparse_attention, cu_seqlens_q=offsets, cu_seqlens_k=offsets, block_size=BLOCK)
+    return {"ms": time_ms(lambda: attend(query, key, value, blocks))}
+
+
 # --- training ----------------------------------------------------------------------------------------------------
 
 
@@ -289,96 +302,3 @@ def training(model: Any, case: Case) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     times = sorted(synchronized_ms(run) for _ in range(3))
     return {"ms": times[1], "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
-
-
-# --- leaks -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def counted_captures() -> Iterator[list[None]]:
-    found: list[None] = []
-    begin = torch.cuda.CUDAGraph.capture_begin
-
-    def counting(graph: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
-        found.append(None)
-        begin(graph, *args, **kwargs)
-
-    with mock.patch.object(torch.cuda.CUDAGraph, "capture_begin", counting):
-        yield found
-
-
-def leak(model: Any, case: Case, calls: int = CALLS, limit_s: float = 240.0) -> dict[str, Any]:
-    """Memory before and after many calls of `generate` with prompts and answers of different lengths."""
-    lengths = random.Random(0)
-
-    def call() -> None:
-        prompt, new = lengths.randint(1, 64), lengths.randint(3, 10)
-        model.generate(
-            tokens_of(model, 1, prompt), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-
-    for _ in range(20):
-        call()
-    before = _memory_mib()
-    started, done = time.monotonic(), 0
-    with counted_captures() as found:
-        while done < calls and time.monotonic() - started < limit_s:
-            call()
-            done += 1
-    seconds = time.monotonic() - started
-    return {
-        "ms": 1e3 * seconds / done,
-        "calls": done,
-        "captures": len(found),
-        "before_mib": before,
-        "after_mib": _memory_mib(),
-    }
-
-
-def _memory_mib() -> dict[str, float]:
-    """Memory in use by tensors, held by PyTorch, and taken from the card by anyone."""
-    torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
-    held = {"tensors": torch.cuda.memory_allocated(), "held": torch.cuda.memory_reserved(), "card": total - free}
-    return {name: round(size / 2**20, 1) for name, size in held.items()}
-
-
-# --- breakdowns --------------------------------------------------------------------------------------------------
-
-
-def _eager_breakdown(model: Any, run: Callable[[], Any], forget: Callable[[], Any] = lambda: None) -> dict[str, Any]:
-    times = []
-    for _ in range(4):
-        times.append(synchronized_ms(run))
-        forget()
-    with kernel_parts.model_ranges(model):
-        kernels = kernel_parts.profile(run)
-    forget()
-    parts = [kernel_parts.part_of(kernel) for kernel in kernels]
-    return kernel_parts.breakdown(kernels, parts, sorted(times[1:])[1])
-
-
-@torch.no_grad()
-def step_breakdown(model: Any, case: Case) -> dict[str, Any]:
-    """By part, a captured step: the parts of an eager run of the same pass, the times of a replay."""
-    captured, inputs = captured_step(model, case)
-    with model._optimize_model_for_decode():
-        captured(**inputs)
-        step = captured._pass
-        if step is None:
-            raise RuntimeError(f"the step was not captured: {captured._told}")
-        with kernel_parts.model_ranges(model):
-            eager = kernel_parts.profile(lambda: step._on_side_stream(step._forward))
-        captured(**inputs)
-    graph = graph_of(captured)
-    ms = time_ms(graph.replay)
-    replayed = kernel_parts.profile(graph.replay)
-    return kernel_parts.breakdown(replayed, kernel_parts.parts_by_order(replayed, eager), ms)
-
-
-def pass_breakdown(model: Any, case: Case) -> dict[str, Any]:
-    return _eager_breakdown(model, *pass_over(model, case))
-
-
-def training_breakdown(model: Any, case: Case) -> dict[str, Any]:
-    return _eager_breakdown(model, training_step(model, case.new))
