@@ -48,13 +48,13 @@ def _patterns(*pairs: tuple[str, str]) -> tuple[tuple[re.Pattern, str], ...]:
 # A kernel or operator whose name matches belongs to the part, wherever it is called. The first match counts.
 NAMES = _patterns(
     (r"swiglu", "activation"),
-    (r"rms_?norm|RmsNorm|norm_rotary", "norms and rotary"),
+    (r"rms_?norm|RmsNorm|norm_rotary|attention_input", "norms and rotary"),
     (r"route(?!d)", "router"),
     (r"select_blocks|structured_blocks|index_scores|block_scores|top_blocks|indexer_kl", "index and selection"),
 )
 # The same for what no range surrounds.
 NAMES_WITHOUT_RANGE = _patterns(
-    (r"few_token_experts|grouped_mm|grouped_gemm", "routed experts"),
+    (r"few_token_experts|few_token_mlp|few_token_gate_up|few_token_down|list_experts|grouped_mm", "routed experts"),
     (r"block_sparse_attention|split_attention|one_group_attention|query_major_kernel", "block attention"),
     (r"packed_causal|scaled_dot_product|flash_attention|flash_fwd|flash_bwd|cudnn.*sdpa", "dense attention"),
 )
@@ -87,7 +87,7 @@ FUNCTIONS = (
 _MATRIX = r"linear|matmul|::mm|::addmm|gemm"
 SCOPES = {
     "attention layer": ((re.compile(_MATRIX), "projections"), "rest"),
-    "MLP": ((re.compile(r"$^"), ""), "routed experts"),  # scales the routed experts and adds the shared one
+    "MLP": ((re.compile(r"$^"), ""), "routed experts"),  # one kernel may compute the shared expert too
     "model": ((re.compile(_MATRIX + "|softmax|cross_entropy|nll_loss"), "head"), "rest"),
 }
 
@@ -253,22 +253,30 @@ def breakdown(kernels: Sequence[Kernel], parts: Sequence[str], wall_ms: float) -
 
 @contextmanager
 def model_ranges(model: torch.nn.Module) -> Iterator[None]:
-    """Puts a range around the modules of `MODULES` and the functions of `FUNCTIONS` while it is active."""
-    hooks = []
+    """Puts a range around the modules of `MODULES` and the functions of `FUNCTIONS` while it is active.
+
+    The model has no hooks meanwhile: fused operators take the place of plain modules only where these have none.
+    """
+    parts = {module: _part_of_module(name, module) for name, module in model.named_modules()}
+    call = torch.nn.Module.__call__
+
+    def call_in_range(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        part = parts.get(module)
+        function = call if part is None else _in_range(call, part)
+        return function(module, *args, **kwargs)
+
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            part = _first_match(MODULES, [name])
-            if part is not None:
-                hooks += _range_hooks(module, "dense MLP" if part == "MLP" and not hasattr(module, "gate") else part)
+        stack.enter_context(mock.patch.object(torch.nn.Module, "__call__", call_in_range))
         for path, part in FUNCTIONS:
             owner, name = _owner(path)
             if owner is not None and hasattr(owner, name):
                 stack.enter_context(mock.patch.object(owner, name, _in_range(getattr(owner, name), part)))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        yield
+
+
+def _part_of_module(name: str, module: torch.nn.Module) -> str | None:
+    part = _first_match(MODULES, [name])
+    return "dense MLP" if part == "MLP" and not hasattr(module, "gate") else part
 
 
 def _owner(path: str) -> tuple[Any, str]:
@@ -287,19 +295,6 @@ def _in_range(function: Callable, part: str) -> Callable:
             return function(*args, **kwargs)
 
     return in_range
-
-
-def _range_hooks(module: torch.nn.Module, part: str) -> list[Any]:
-    ranges = []
-
-    def enter(*_: Any) -> None:
-        ranges.append(torch.profiler.record_function(RANGE + part))
-        ranges[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        ranges.pop().__exit__(None, None, None)
-
-    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
 def profile(function: Callable[[], Any]) -> list[Kernel]:

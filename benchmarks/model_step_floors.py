@@ -122,6 +122,13 @@ def experts_ms(config: MiniMaxM3VLTextConfig, rates: Rates, tokens: int, hit: fl
     return rates.ms(Cost(2 * tokens * config.num_experts_per_tok * size, BYTES * hit * size))
 
 
+def router_and_shared_ms(config: MiniMaxM3VLTextConfig, rates: Rates, tokens: int) -> float:
+    """Floor of the router and the shared expert of one layer."""
+    sizes = (config.num_local_experts, 3 * config.shared_intermediate_size)
+    numbers = config.hidden_size * sum(sizes)
+    return rates.ms(Cost(2 * tokens * numbers, BYTES * numbers))
+
+
 # Forward passes that a training step with gradient checkpointing computes: the forward, its recomputation, and a
 # backward of twice (matrices) or 2.5 times (attention, which computes its probabilities again) the operations. The head
 # is not recomputed, and a selection has no gradient.

@@ -78,7 +78,7 @@ def measured(implementation: str, model: Any, case: Case) -> dict[str, Any]:
     token has a new length. So stock is measured with cuDNN's attention on (PyTorch's default) and off.
     """
     # A static cache has one length, and compiling for it takes long.
-    if implementation == OURS or "static" in case.work or case.measure in (head, experts_of_a_layer):
+    if implementation == OURS or "static" in case.work or case.group == "batch" or case.measure is head:
         return case.measure(model, case)
     found = {}
     for setting, is_on in (("cuDNN", True), ("no cuDNN", False)):
@@ -176,13 +176,19 @@ def generate(model: Any, case: Case) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def experts_of_a_layer(model: Any, case: Case) -> dict[str, Any]:
-    """The routed experts of one layer for one token of each row, in a CUDA graph."""
+def experts_of_a_layer(model: Any, case: Case, whole: bool = False) -> dict[str, Any]:
+    """The routed experts of one layer for one token of each row, in a CUDA graph.
+
+    With `whole` also the router and the shared expert, which one kernel may compute beside the routed ones.
+    """
     block = model.model.layers[-1].mlp
     states = states_of(model, case.batch)
     _, top_weights, top_index = block.gate(states)
     with model._optimize_model_for_decode():
-        graph = in_graph(lambda: block.experts(states, top_index, top_weights))
+        if whole:
+            graph = in_graph(lambda: block(states[:, None]))
+        else:
+            graph = in_graph(lambda: block.experts(states, top_index, top_weights))
     return {"ms": time_ms(graph.replay), "experts_hit": int(top_index.unique().numel())}
 
 
