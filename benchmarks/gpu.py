@@ -28,7 +28,7 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def clustered_blocks(tokens: int, stay: int = 16, device: str = "cuda") -> torch.Tensor:
+def clustered_blocks(tokens: int, stay: int = 16, device: str | torch.device = "cuda") -> torch.Tensor:
     """Block lists (tokens, KV_HEADS, TOPK) in which each entry keeps its block for `stay` tokens.
 
     A list is as long as a selection: it holds every visible block where TOPK or fewer are visible.
@@ -175,21 +175,26 @@ class Run:
             os.replace(unfinished, output.with_suffix(suffix))
 
     def text(self) -> str:
-        machine = self.record["machine"]
-        parts = [
-            f"{machine['gpu']}, torch {machine['torch']}, Transformers {machine['transformers']}, {machine['date']}; "
-            f"an 8192^3 bf16 matmul runs at {machine['matmul_tflops']:.0f} TFLOP/s, a copy reads and writes "
-            f"{machine['copy_bytes_per_second'] / 1e12:.2f} TB/s, a sum reads "
-            f"{machine['read_bytes_per_second'] / 1e12:.2f} TB/s.",
-            self._tables(self.record),
-        ]
-        if self.record["state"] != "complete":
-            parts.insert(1, f"Not complete: {self.record['state']}.")
-        parts += [f"Failed: {label}: {reason}" for label, reason in self.record["failed"].items()]
-        return "\n\n".join(parts)
+        return record_text(self.record, self._tables)
 
     def finish(self) -> None:
         """Prints the tables. Exits with an error if a case failed."""
         print("\n" + self.text(), flush=True)
         if self.record["failed"]:
             raise SystemExit(f"{len(self.record['failed'])} cases failed")
+
+
+def record_text(record: dict[str, Any], tables: Callable[[dict], str]) -> str:
+    """The card, the tables and the failures of a record."""
+    machine = record["machine"]
+    parts = [
+        f"{machine['gpu']}, torch {machine['torch']}, Transformers {machine['transformers']}, {machine['date']}; "
+        f"an 8192^3 bf16 matmul runs at {machine['matmul_tflops']:.0f} TFLOP/s, a copy reads and writes "
+        f"{machine['copy_bytes_per_second'] / 1e12:.2f} TB/s, a sum reads "
+        f"{machine['read_bytes_per_second'] / 1e12:.2f} TB/s.",
+        tables(record),
+    ]
+    if record["state"] != "complete":
+        parts.insert(1, f"Not complete: {record['state']}.")
+    parts += [f"Failed: {label}: {reason}" for label, reason in record["failed"].items()]
+    return "\n\n".join(parts)

@@ -1,9 +1,25 @@
-"""A whole model at work on one GPU, ours and stock's: `python -m benchmarks.model_step [--output NAME]`.
+"""A whole model at work on one GPU, ours and stock's: `python -m benchmarks.model_step [--cases GROUP,GROUP] ...`.
 
-Four layers of the released geometry (one dense, three sparse with 128 experts), bf16, batch 1, random weights. Timed are
-what a user calls: a token of `generate`, a prefill, and a later turn of a chat, which reads new tokens behind cached ones.
-Each implementation runs in a process of its own. The floor of a token is the time to read the bytes that it uses, at the
-rate of a large sum in the same run. The floor of a prefill is that of its matrix products at the rate of a large one.
+Layers of the released geometry with 128 experts, bf16, batch 1, random weights: "4 layers" are one dense and three
+sparse, "7 layers" one and six. A training step has one and two, with 64 experts. Each implementation and each size of
+the model runs in a process of its own. Each result is printed as a line of JSON as soon as it is there, and recorded.
+
+Groups of cases, and about how many seconds each takes on an H200, without the 15 to 30 of building each model:
+
+- `decode` (60, and 90 for stock, which compiles for its static cache): steps in a CUDA graph, and tokens of `generate`.
+- `batch` (15): a step of 16 rows, and the routed experts of one of its layers.
+- `turns` (15): new tokens behind cached ones.
+- `prefill` (15): one call that reads a prompt.
+- `memory` (20): memory of a prefill of 128k tokens in one call.
+- `million` (60 to 240, then it ends): 1M tokens in chunks of 32k, static cache, 7 layers.
+- `sharing` (15): block attention alone, with lists that neighbouring queries share.
+- `training` (20): forward and backward with gradient checkpointing.
+- `leak` (60 to 240): memory around 1000 calls of `generate`.
+- `breakdown` (40): the time of each part of the model, from a profile.
+
+Floors are in `model_step_floors.py`; the rates that they use are measured at the start of the same run. Runs of some
+groups each join to one record by `--merge FILE FILE`. `--plot` makes the picture of a record, and `--docs` the
+tables in docs/performance.md. These three need no GPU.
 """
 
 import gc
@@ -11,181 +27,182 @@ import json
 import subprocess
 import sys
 import time
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 import torch
-from transformers import DynamicCache
 
-from configuration_minimax_m3 import MiniMaxM3VLTextConfig
-from configuration_minimax_m3.presets import released_config
+from . import model_step_breakdown as breakdown
+from . import model_step_works as works
+from .gpu import Run, parse_arguments, record_text, require_gpu
+from .implementations import OURS, STOCK
+from .model_step_leak import leak
+from .model_step_report import WHOLE_BLOCK, key_of, merge, plot, tables, with_floor, write_docs
+from .model_step_works import Case
 
-from .gpu import Run, parse_arguments, require_gpu
-from .implementations import OURS, STOCK, classes, text_config
-from .report import as_table
 
-NUM_LAYERS, NUM_DENSE = 4, 1
-# work, new tokens, tokens behind which they come
+def _decoding(model: str) -> list[Case]:
+    step, loop = "decode step in a CUDA graph", "token of generate"
+    return [
+        # before the profiler runs, which might slow the host down
+        Case("decode", model, loop, works.generate, past=8192, stock=True),
+        *([Case("decode", model, loop, works.generate, past=131072)] if model == "4 layers" else []),
+        Case("decode", model, f"{loop}, static cache", works.generate, past=8192, stock=model == "4 layers"),
+        Case("decode", model, step, works.graph_step, past=8192),
+        Case("decode", model, step, works.graph_step, past=131072),
+    ]
+
+
+def _passes(model: str) -> list[Case]:
+    return [
+        Case("turns", model, "later turn", works.one_pass, new=4096, past=32768),
+        Case("turns", model, "later turn", works.one_pass, new=1024, past=131072),
+        Case("prefill", model, "prefill", works.one_pass, new=8192, stock=model == "4 layers"),
+        Case("prefill", model, "prefill", works.one_pass, new=32768),
+        Case("memory", model, "prefill in one call", works.prefill_memory, new=131072),
+    ]
+
+
+# In the order of the tables. Of what has no `stock`, stock needs minutes, or more memory than the card has, or it has
+# no such thing.
 CASES = (
-    ("token of generate", 1, 8192),
-    ("token of generate, static cache", 1, 8192),
-    ("token of generate", 1, 131072),
-    ("later turn", 4096, 32768),
-    ("later turn", 1024, 131072),
-    ("prefill", 8192, 0),
-    ("prefill", 32768, 0),
+    *_decoding("4 layers"),
+    *_decoding("7 layers"),
+    Case("decode", "4 layers", "output head of a token", works.head, stock=True),
+    Case("batch", "4 layers", "routed experts of a layer", works.experts_of_a_layer, batch=16, stock=True),
+    Case("batch", "4 layers", WHOLE_BLOCK, partial(works.experts_of_a_layer, whole=True), batch=16, stock=True),
+    Case("batch", "4 layers", "decode step in a CUDA graph", works.graph_step, past=8192, batch=16),
+    *_passes("4 layers"),
+    *_passes("7 layers"),
+    Case("million", "7 layers", "prefill in chunks of 32k", works.chunked_prefill, new=2**20),
+    *(
+        Case(
+            "sharing",
+            "small",
+            f"block attention alone, lists shared by {queries}",
+            partial(works.shared_lists, queries=queries),
+            new=tokens,
+        )
+        for tokens in (32768, 131072)
+        for queries in (1, 2, 3, 4, 8)
+    ),
+    Case("training", "training", "training step", works.training, new=8192, stock=True),
+    Case("leak", "small", "call of generate", leak),
+    Case("breakdown", "4 layers", "decode step in a CUDA graph", breakdown.step_breakdown, past=8192),
+    Case("breakdown", "4 layers", "prefill", breakdown.pass_breakdown, new=8192),
+    Case("breakdown", "4 layers", "later turn", breakdown.pass_breakdown, new=4096, past=32768),
+    Case("breakdown", "training", "training step", breakdown.training_breakdown, new=8192),
 )
-STOCK_CASES = (CASES[0], CASES[5])  # of the others, stock needs minutes or more memory than the card has
-CHUNK = 32768  # in which the tokens before a case are read
+GROUPS = tuple(dict.fromkeys(case.group for case in CASES))
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-def config() -> MiniMaxM3VLTextConfig:
-    released = released_config().text_config.to_dict()
-    released |= {"num_hidden_layers": NUM_LAYERS}
-    for name in ("layer_types", "mlp_layer_types"):
-        released[name] = released[name][:NUM_DENSE] + released[name][-(NUM_LAYERS - NUM_DENSE) :]
-    return MiniMaxM3VLTextConfig(**released)
+def chosen(implementation: str, model: str, groups: list[str]) -> list[Case]:
+    return [
+        case
+        for case in CASES
+        if case.model == model and case.group in groups and (implementation == OURS or case.stock)
+    ]
 
 
-def build(implementation: str) -> Any:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = classes(implementation).MiniMaxM3VLForCausalLM(text_config(implementation, config()))
-    torch.set_default_dtype(torch.float32)
-    return model.eval()
-
-
-def synchronized_ms(function) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
-
-
-@torch.no_grad()
-def measure(model: Any, work: str, new: int, past: int) -> float:
-    """Milliseconds: of a token of `generate`, the median over 64; of a pass, the median of three after one."""
-    torch.manual_seed(1)
-    tokens = torch.randint(0, 200_000, (1, past + new), device="cuda")
-    if work.startswith("token"):
-        options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        if "static" in work:
-            options |= {"cache_implementation": "static"}
-        clock = Clock()
-        model.generate(tokens, max_new_tokens=96, logits_processor=[clock], **options)
-        return clock.median_ms(last=64)
-    cache = DynamicCache(config=model.config)
-    for start in range(0, past, CHUNK):
-        model(tokens[:, start : min(start + CHUNK, past)], logits_to_keep=1, **{cache_name(): cache})
-
-    def run() -> None:
-        model(tokens[:, past:], logits_to_keep=1, **{cache_name(): cache})
-
-    times = []
-    for _ in range(4):
-        times.append(synchronized_ms(run))
-        cache.crop(-new)
-    return sorted(times[1:])[1]
-
-
-class Clock:
-    """A logits processor that notes when each token is due, after the GPU has finished it."""
-
-    def __init__(self):
-        self._times = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        torch.cuda.synchronize()
-        self._times.append(time.perf_counter())
-        return scores
-
-    def median_ms(self, last: int) -> float:
-        steps = sorted(1e3 * (b - a) for a, b in zip(self._times[-last - 1 :], self._times[-last:]))
-        return steps[len(steps) // 2]
-
-
-def cache_name() -> str:
-    from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
-
-    return CACHE_NAME
-
-
-def floor_ms(machine: dict[str, float], new: int, past: int) -> float:
-    """Milliseconds of the bytes that a token uses, or of the matrix products of a pass over several."""
-    c = config()
-    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    indexer = c.hidden_size * c.index_head_dim * (c.index_n_heads + 1)
-    expert = 3 * c.hidden_size * c.intermediate_size
-    num_sparse = NUM_LAYERS - NUM_DENSE
-    weights = NUM_LAYERS * attention + NUM_DENSE * 3 * c.hidden_size * c.dense_intermediate_size
-    weights += num_sparse * (indexer + c.num_experts_per_tok * expert + 3 * c.hidden_size * c.shared_intermediate_size)
-    head = c.hidden_size * c.vocab_size
-    kv_bytes = 2 * 2 * c.num_key_value_heads * c.head_dim
-    if new == 1:
-        selected = min(past, c.index_topk_blocks * c.index_block_size)
-        cached = NUM_DENSE * past * kv_bytes + num_sparse * (past * 2 * c.index_head_dim + selected * kv_bytes)
-        return 1e3 * (2 * (weights + head) + cached) / machine["read_bytes_per_second"]
-    pairs = new * past + new * (new + 1) / 2
-    selected_pairs = min(pairs, new * c.index_topk_blocks * c.index_block_size)
-    dense_flops = 4 * c.num_attention_heads * c.head_dim * (NUM_DENSE * pairs + num_sparse * selected_pairs)
-    index_flops = 2 * c.index_n_heads * c.index_head_dim * num_sparse * pairs
-    return (2 * new * weights + 2 * head + dense_flops + index_flops) / machine["matmul_tflops"] / 1e9
-
-
-def run_all(implementation: str, seconds: float) -> None:
-    """Prints a line of JSON for each case."""
+def run_all(implementation: str, model: str, groups: list[str], seconds: float) -> None:
+    """Prints a line of JSON for each case of one model."""
     started = time.monotonic()
-    model = build(implementation)
-    for work, new, past in CASES if implementation == OURS else STOCK_CASES:
+    built = works.build(implementation, model)
+    for case in chosen(implementation, model, groups):
         if time.monotonic() - started > seconds:
             break
+        row = {"implementation": implementation, **case.key()}
+        begun = time.monotonic()
         try:
-            print(json.dumps([work, new, past, measure(model, work, new, past)]), flush=True)
+            row |= works.measured(implementation, built, case)
         except Exception as reason:
-            print(json.dumps([work, new, past, f"{type(reason).__name__}: {reason}"[:300]]), flush=True)
+            row["failed"] = f"{type(reason).__name__}: {reason}"[:300]
+        print(json.dumps(row | {"seconds": round(time.monotonic() - begun, 1)}), flush=True)
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def tables(record: dict) -> str:
-    rows = []
-    for work, new, past in CASES:
-        found = {row["implementation"]: row["ms"] for row in record["rows"] if row["case"] == [work, new, past]}
-        floor = floor_ms(record["machine"], new, past)
-        ours, stock = found.get(OURS), found.get(STOCK)
-        figures = [f"{ms:.2f}" if isinstance(ms, float) else "-" for ms in (ours, stock)]
-        ratio = f"{ours / floor:.2f}" if isinstance(ours, float) else "-"
-        rows.append([work, str(new), str(past), *figures, f"{floor:.2f}", ratio])
-    return as_table(["", "new tokens", "cached", "ours, ms", "stock, ms", "floor, ms", "ours over floor"], rows)
+def groups_of(text: str) -> list[str]:
+    groups = text.split(",")
+    unknown = set(groups) - set(GROUPS)
+    if unknown:
+        raise ValueError(f"no such group of cases: {', '.join(sorted(unknown))}")
+    return groups
 
 
 def main() -> None:
     def add(parser) -> None:
-        parser.add_argument("--only", choices=(STOCK, OURS), help="measure one implementation and print lines of JSON")
+        parser.add_argument("--cases", type=groups_of, default=list(GROUPS), help=f"groups of {','.join(GROUPS)}")
+        parser.add_argument("--implementation", choices=(OURS, STOCK), help="measure only one")
+        parser.add_argument("--model", choices=tuple(works.MODELS), help="measure only models of this size")
+        parser.add_argument("--child", action="store_true", help="measure in this process and only print lines")
+        parser.add_argument("--merge", type=Path, nargs="+", help="join records into --output")
+        parser.add_argument("--plot", action="store_true", help="make the picture of the record --output")
+        parser.add_argument(
+            "--docs", action="store_true", help="write the tables of --output into docs/performance.md"
+        )
 
     arguments = parse_arguments("model_step", "Time a whole model beside stock's.", add)
-    if arguments.only:
+    if arguments.merge or arguments.plot or arguments.docs:
+        _without_gpu(arguments)
+        return
+    if arguments.child:
         require_gpu()
-        run_all(arguments.only, arguments.seconds)
+        run_all(arguments.implementation, arguments.model, arguments.cases, arguments.seconds)
         return
     run = Run("model_step", arguments, tables)
     run.record["rows"] = []
+    started = time.monotonic()
 
-    def case(implementation: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.model_step", "--only", implementation]
-        command += ["--seconds", str(arguments.seconds)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        for line in filter(lambda line: line.startswith("["), done.stdout.splitlines()):
-            *found, ms = json.loads(line)
-            run.record["rows"].append({"implementation": implementation, "case": found, "ms": ms})
-            if isinstance(ms, str):
-                run.record["failed"][f"{implementation}: {', '.join(map(str, found))}"] = ms
-        if done.returncode:
-            raise RuntimeError(done.stderr[-1000:])
+    def case(implementation: str, model: str) -> None:
+        left = arguments.seconds - (time.monotonic() - started)
+        command = [sys.executable, "-m", "benchmarks.model_step", "--child", "--implementation", implementation]
+        command += ["--model", model, "--cases", ",".join(arguments.cases), "--seconds", str(left)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if not line.startswith('{"implementation"'):
+                    continue
+                row = with_floor(json.loads(line), run.record["machine"])
+                print(json.dumps({name: value for name, value in row.items() if name != "longest"}), flush=True)
+                run.record["rows"].append(row)
+                if "failed" in row:
+                    run.record["failed"][", ".join(map(str, key_of(row)))] = row["failed"]
+                run.write()
+        if child.returncode:
+            raise RuntimeError(f"the process ended with {child.returncode}")
 
-    run.cases([(OURS,), (STOCK,)], case)
+    pairs = [
+        (implementation, model)
+        for implementation in (OURS, STOCK)
+        for model in works.MODELS
+        if arguments.implementation in (None, implementation) and arguments.model in (None, model)
+    ]
+    run.cases([pair for pair in pairs if chosen(*pair, arguments.cases)], case)
     run.finish()
+
+
+def _without_gpu(arguments) -> None:
+    output: Path = arguments.output
+    if arguments.merge:
+        record = merge([json.loads(path.read_text(encoding="utf-8")) for path in arguments.merge], expected_rows())
+        output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        output.with_suffix(".md").write_text(record_text(record, tables) + "\n", encoding="utf-8")
+    record = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    if arguments.plot:
+        plot(record, DOCS / "images" / "model_step.svg")
+    if arguments.docs:
+        write_docs(record, DOCS / "performance.md")
+
+
+def expected_rows() -> list[tuple]:
+    return [
+        key_of({"implementation": implementation, **case.key()})
+        for implementation in (OURS, STOCK)
+        for model in works.MODELS
+        for case in chosen(implementation, model, list(GROUPS))
+    ]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPTS = ["cuda", "cuda_training", "cuda_structured", "cuda_decode", "cuda_layer", "cuda_model", "language_loss"]
+SCRIPTS = [
+    "cuda",
+    "cuda_training",
+    "cuda_structured",
+    "cuda_decode",
+    "cuda_layer",
+    "cuda_model",
+    "model_step",
+    "language_loss",
+]
 
 
 @pytest.fixture
