@@ -22,7 +22,7 @@ TOKENS_OF_A_PART = 8192
 # Tokens that pass a layer at a time, where a cache lets the attention run on parts as well: as many as `generate` reads
 # at a time. For the released model and 128k tokens the attention would hold, in GiB: the layer's input and its norm
 # (1.5 each), queries and output (2 each), partial outputs of the kernel (1.5), keys and index (0.5). That is 9 GiB
-# beside the cache, and with parts 4 GiB: the hidden states (1.5), and a quarter of the rest but for partial outputs.
+# beside the cache, and with parts 5 GiB: the hidden states, partial outputs (1.5 each) and a quarter of the rest (1.9).
 TOKENS_OF_A_LAYER = 32768
 
 
