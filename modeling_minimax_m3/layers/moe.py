@@ -16,6 +16,7 @@ from ..fused import few_tokens
 from ..fused.router import route
 from ..fused.support import runs_as_written
 from ..fused.swiglu import swiglu_oai
+from . import token_parts
 from .token_parts import may_run_in_parts, parts_of
 
 
@@ -51,12 +52,12 @@ class MiniMaxM3VLDenseMLP(nn.Module):
 
     def runs_in_parts(self, num_tokens: int) -> bool:
         """Whether a layer calls `add_in_parts` in place of the module."""
-        return may_run_in_parts(num_tokens, self.modules())
+        return may_run_in_parts(num_tokens, token_parts.TOKENS_OF_A_PART, self.modules())
 
     def add_in_parts(self, total: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """Add `self(hidden_states)` to `total`, which is contiguous, in place. Both are (..., hidden)."""
         total, tokens = (states.reshape(-1, states.shape[-1]) for states in (total, hidden_states))
-        for part in parts_of(len(tokens)):
+        for part in parts_of(len(tokens), token_parts.TOKENS_OF_A_PART):
             total[part] += self(tokens[part])
 
 
@@ -174,7 +175,11 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
 
     def runs_in_parts(self, num_tokens: int) -> bool:
         """Whether a layer calls `add_in_parts` in place of the module."""
-        return may_run_in_parts(num_tokens, chain((self,), self.experts.modules(), self.shared_experts.modules()))
+        return may_run_in_parts(
+            num_tokens,
+            token_parts.TOKENS_OF_A_PART,
+            chain((self,), self.experts.modules(), self.shared_experts.modules()),
+        )
 
     def add_in_parts(self, total: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """Add `self(hidden_states)` to `total`, which is contiguous, in place. Both are (..., hidden).
@@ -183,5 +188,5 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
         """
         total, tokens = (states.reshape(-1, states.shape[-1]) for states in (total, hidden_states))
         _, top_k_weights, top_k_index = self.gate(tokens)
-        for part in parts_of(len(tokens)):
+        for part in parts_of(len(tokens), token_parts.TOKENS_OF_A_PART):
             total[part] += self._combine(tokens[part], top_k_index[part], top_k_weights[part])

@@ -1,4 +1,4 @@
-"""Feed-forward parts of a layer on some of the tokens at a time, where no gradient is recorded.
+"""Parts of the tokens of a pass, one after the other, where no gradient is recorded.
 
 Without gradients, the activations of one layer are all that a pass holds, and those of the experts are the largest. A
 pass over a long prompt, or over many packed sequences, would be limited by them.
@@ -19,9 +19,15 @@ from ..fused.support import is_watched
 # longer than reading its weights. The dense MLP (12288 wide) holds less: 84 KiB for a token.
 TOKENS_OF_A_PART = 8192
 
+# Tokens that pass a layer at a time, where a cache lets the attention run on parts as well: as many as `generate` reads
+# at a time. For the released model and 128k tokens the attention would hold, in GiB: the layer's input and its norm
+# (1.5 each), queries and output (2 each), partial outputs of the kernel (1.5), keys and index (0.5). That is 9 GiB
+# beside the cache, and with parts 5 GiB: the hidden states, partial outputs (1.5 each) and a quarter of the rest (1.9).
+TOKENS_OF_A_LAYER = 32768
 
-def may_run_in_parts(num_tokens: int, modules: Iterable[nn.Module]) -> bool:
-    """Whether `modules` are to be called for one part of the tokens after the other.
+
+def may_run_in_parts(num_tokens: int, most: int, modules: Iterable[nn.Module]) -> bool:
+    """Whether `modules` are to be called for one part of `most` tokens after the other.
 
     Hooks would see the parts, so there may be none: among them are those that move weights and those that split them
     among processes. Processes that share a model call all modules equally often, but may have different numbers of
@@ -29,7 +35,7 @@ def may_run_in_parts(num_tokens: int, modules: Iterable[nn.Module]) -> bool:
     """
     return (
         not is_torchdynamo_compiling()  # first, so that no graph is guarded on the number of tokens
-        and num_tokens > TOKENS_OF_A_PART
+        and num_tokens > most
         and not torch.is_grad_enabled()
         and not _has_several_processes()
         and not any(is_watched(module) for module in modules)
@@ -41,7 +47,7 @@ def _has_several_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def parts_of(num_tokens: int) -> Iterator[slice]:
+def parts_of(num_tokens: int, most: int) -> Iterator[slice]:
     """The parts, one after the other."""
-    for start in range(0, num_tokens, TOKENS_OF_A_PART):
-        yield slice(start, start + TOKENS_OF_A_PART)
+    for start in range(0, num_tokens, most):
+        yield slice(start, min(start + most, num_tokens))

@@ -12,12 +12,15 @@ from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from ..fused.rms_norm import add_rms_norm
 from ..fused.support import is_watched, runs_as_written
+from ..layers import token_parts
 from ..layers.attention import MiniMaxM3VLAttention
 from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter
 from ..layers.normalization import MiniMaxM3VLRMSNorm
 from ..layers.rotary import MiniMaxM3VLRotaryEmbedding
+from ..layers.token_parts import may_run_in_parts, parts_of
+from ..runtime.cache import MiniMaxM3VLDynamicLayer
 from ..runtime.layout_building import build_layout
-from ..runtime.sequence_layout import SequenceLayout
+from ..runtime.sequence_layout import SequenceLayout, uniform_layout
 from ..runtime.transformers_versions import output_fields, takes_cache
 from .cache_adoption import adopt_cache
 from .language_modeling_head import LanguageModelingHead
@@ -211,7 +214,12 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
                     "`Trainer`, or set the coefficient to 0."
                 )
         indexer_kls = []
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        layers = self.layers[: self.config.num_hidden_layers]
+        if not output_indexer_loss and self._runs_in_parts(layout, cache, kwargs["output_attentions"]):
+            hidden_states = hidden_states.clone()  # they may be the caller's
+            self._run_in_parts(hidden_states, position_embeddings, cache, use_cache, **kwargs)
+            layers = ()
+        for layer in layers:
             outputs = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -231,6 +239,51 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         return MiniMaxM3VLTextModelOutputWithPast(
             **output_fields(last_hidden_state=self.norm(hidden_states), cache=cache, indexer_divergence=indexer_kl)
         )
+
+    def _runs_in_parts(self, layout: SequenceLayout, cache: Cache | None, output_attentions: bool) -> bool:
+        """Whether each layer reads the tokens in parts, whose keys the cache holds for the parts after them."""
+        return (
+            not is_torchdynamo_compiling()  # first, so that no graph is guarded on the number of rows
+            and cache is not None
+            and layout.is_uniform
+            and not output_attentions
+            and may_run_in_parts(layout.num_new, self._part_of_row(layout.batch), self.layers.modules())
+            and not getattr(cache, "offloading", False)
+            and all(isinstance(layer, MiniMaxM3VLDynamicLayer) for layer in cache.layers)
+        )
+
+    @staticmethod
+    def _part_of_row(batch: int) -> int:
+        """Tokens of each row that pass a layer at a time."""
+        return max(token_parts.TOKENS_OF_A_LAYER // batch, token_parts.TOKENS_OF_A_LAYER // 8)
+
+    def _run_in_parts(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache,
+        use_cache: bool | None,
+        **kwargs,
+    ) -> None:
+        """Put the layers' output in place of their input. A layer reads all parts before the next layer does."""
+        batch, num_new = hidden_states.shape[:2]
+        for layer, cache_layer in zip(self.layers[: self.config.num_hidden_layers], cache.layers):
+            for part in parts_of(num_new, self._part_of_row(batch)):
+                num_part = part.stop - part.start
+                if part.start == 0:
+                    layout = uniform_layout(batch, num_part, hidden_states.device)
+                else:
+                    lengths = torch.full((batch,), part.stop, dtype=torch.int32, device=hidden_states.device)
+                    layout = SequenceLayout(batch, num_part, cache_seqlens=lengths, num_keys=part.stop)
+                hidden_states[:, part] = layer(
+                    hidden_states[:, part],
+                    position_embeddings=tuple(states[:, part] for states in position_embeddings),
+                    attention_mask=layout,
+                    cache=cache,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
+                cache_layer.reserve(num_new)
 
     def _layer_types(self) -> list[str]:
         # `generate` lowers the number of layers while the first ones draft for all of them.

@@ -75,14 +75,18 @@ class MiniMaxM3VLDynamicLayer(DynamicLayer):
         """All buffers of the layer. Each holds the same tokens."""
         return list(self._buffers.values())
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all, once the layer holds some."""
+        for buffer in self.buffers():
+            buffer.reserve(tokens)
+
     def as_static_layer(self, room: int) -> "MiniMaxM3VLStaticLayer":
         """A static layer over the memory of this one, with room for at least `room` more tokens.
 
         Its tokens become tokens of this layer when the caller raises the length of every buffer.
         """
         buffers = self.buffers()
-        for buffer in buffers:
-            buffer.reserve(buffer.length + room)
+        self.reserve(self.get_seq_length() + room)
         layer = self._new_static_layer(min(buffer.data.shape[1] for buffer in buffers))
         layer.adopt_memory(*(buffer.data.transpose(1, 2) for buffer in buffers), length=self.get_seq_length())
         return layer

@@ -1,10 +1,12 @@
-"""Feed-forward parts of layers on some of the tokens at a time, in passes without gradients."""
+"""Parts of the tokens of a pass, one after the other, in passes without gradients."""
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.layers import token_parts
+from modeling_minimax_m3.layers.attention import MiniMaxM3VLAttention
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
@@ -58,6 +60,73 @@ def test_the_router_takes_all_tokens_at_once(model, make_tokens, calls):
     logits = model(tokens, output_router_logits=True).router_logits
     assert [len(layer) for layer in logits] == [3 * PART] * (len(calls) // 3)
     assert set(calls) == {PART}
+
+
+@pytest.fixture
+def layer_calls(monkeypatch) -> list[int]:
+    """Tokens of a row of each call of a layer."""
+    seen = []
+    forward = MiniMaxM3VLAttention.forward
+
+    def counted(self, hidden_states, *args, **kwargs):
+        seen.append(hidden_states.shape[1])
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(MiniMaxM3VLAttention, "forward", counted)
+    return seen
+
+
+class TestLayers:
+    """Layers that read a prompt in parts."""
+
+    @pytest.fixture(autouse=True)
+    def small_parts_of_a_layer(self, monkeypatch):
+        monkeypatch.setattr(token_parts, "TOKENS_OF_A_LAYER", 32)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("shape", "parts"), [((1, 70), [32, 32, 6]), ((2, 64), [16] * 4), ((1, 33), [32, 1])], ids=str
+    )
+    def test_a_prompt_and_what_follows(self, model, make_tokens, monkeypatch, layer_calls, shape, parts):
+        tokens, more = make_tokens(model.config, *shape), make_tokens(model.config, shape[0], 3, seed=1)
+        in_parts = model(tokens)
+        num_layers = model.config.num_hidden_layers
+        assert layer_calls == parts * num_layers
+        assert [layer.get_seq_length() for layer in in_parts.cache.layers] == [shape[1]] * num_layers
+        room = {buffer.data.shape[1] for layer in in_parts.cache.layers for buffer in layer.buffers()}
+        assert room == {max(shape[1], 2 * parts[0])}, "no more than for all tokens, or for two parts"
+        next_logits = model(more, cache=in_parts.cache).logits
+        monkeypatch.setattr(token_parts, "TOKENS_OF_A_LAYER", 10**6)
+        whole = model(tokens)
+        torch.testing.assert_close(in_parts.logits, whole.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(next_logits, model(more, cache=whole.cache).logits, rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
+    def test_embeddings_of_the_caller_stay_as_they_are(self, model, make_tokens, layer_calls):
+        embeddings = model.get_input_embeddings()(make_tokens(model.config, 1, 70))
+        copy = embeddings.clone()
+        model(inputs_embeds=embeddings)
+        assert set(layer_calls) == {32, 6}
+        assert torch.equal(embeddings, copy)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("obstacle", ["padding", "packed", "no cache", "static cache", "weights", "hidden states"])
+    def test_one_call(self, model, make_tokens, layer_calls, obstacle):
+        tokens = make_tokens(model.config, 1, 70)
+        options = {
+            "padding": {"attention_mask": (torch.arange(70) > 3).long()[None]},
+            "packed": {"cu_seq_lens_q": torch.tensor([0, 30, 70], dtype=torch.int32)},
+            "no cache": {"use_cache": False},
+            "static cache": {"cache": StaticCache(config=model.config, max_cache_len=80)},
+            "weights": {"output_attentions": True},
+            "hidden states": {"output_hidden_states": True},
+        }[obstacle]
+        model(tokens, **options)
+        assert set(layer_calls) == {70}
+
+    def test_with_gradients(self, model, make_tokens, layer_calls):
+        model(make_tokens(model.config, 1, 70))
+        assert set(layer_calls) == {70}
 
 
 @pytest.mark.usefixtures("small_parts")
