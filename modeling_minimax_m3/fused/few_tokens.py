@@ -24,7 +24,7 @@ def takes_linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> bool:
         _are_few(x, MAX_TOKENS if len(layers) > 1 else MAX_TOKENS_OF_ONE_LAYER)
         and len(layers) <= _MAX_WEIGHTS
         and all(runs_as_written(layer, nn.Linear) and layer.bias is None for layer in layers)
-        and takes_weights(x, [layer.weight for layer in layers])
+        and takes_weights(x, _weights(layers))
     )
 
 
@@ -49,7 +49,11 @@ def linear(x: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
     """Outputs of linear layers side by side: (..., outputs of all layers), for (..., channels) that they all read."""
     if not takes_linear(x, layers):
         return torch.cat([layer(x) for layer in layers], dim=-1) if len(layers) > 1 else layers[0](x)
-    return _product(x, [layer.weight for layer in layers])
+    return _product(x, _weights(layers))
+
+
+def _weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
+    return [layer.weight for layer in layers if isinstance(layer.weight, torch.Tensor)]
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -98,7 +102,7 @@ def mlp(
     Returns:
         (..., hidden).
     """
-    if expert_ids is not None:
+    if expert_ids is not None and expert_weights is not None:
         expert_ids, expert_weights = expert_ids.contiguous(), expert_weights.float().contiguous()
     return torch.ops.minimax_m3_msa_cuda.few_token_mlp(
         x.reshape(-1, x.shape[-1]).contiguous(), gate_up, down, expert_gate_up, expert_down, expert_ids,

@@ -38,7 +38,7 @@ def _has_kernel(gate_up: torch.Tensor) -> bool:
     """Whether the kernel, which reads eight elements at a time, can read the tensor."""
     if not (gate_up.dtype in HALF_DTYPES or gate_up.dtype == torch.float32):
         return False
-    if gate_up.shape[-1] % 16 or gate_up.data_ptr() % 16:
+    if gate_up.numel() == 0 or gate_up.shape[-1] % 16 or gate_up.data_ptr() % 16:
         return False
     if gate_up.is_contiguous():
         return True

@@ -154,11 +154,12 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
     def _combine(self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         shared = self._plain_weights_of_shared_expert()
         if shared is not None:
-            experts, routed = self.experts, (top_k_index, top_k_weights, self.routed_scaling_factor)
+            experts = self.experts
             expert_weights = (experts.gate_up_proj, experts.down_proj)
             if few_tokens.takes_mlp(tokens, (*shared, *expert_weights), top_k_index):
                 constants = (experts.swiglu_alpha, experts.swiglu_limit)
-                return few_tokens.mlp(tokens, *shared, *constants, *expert_weights, *routed)
+                scale = float(self.routed_scaling_factor)
+                return few_tokens.mlp(tokens, *shared, *constants, *expert_weights, top_k_index, top_k_weights, scale)
         routed = self.experts(tokens, top_k_index, top_k_weights)
         return routed * self.routed_scaling_factor + self.shared_experts(tokens)
 

@@ -22,7 +22,9 @@ on_gpu = [
 
 def random_inputs(*shape, dtype=torch.float32, seed=0, scale=4.0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+    states = (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+    # Not on the bounds: whether a gradient passes there depends on the release of PyTorch.
+    return torch.where(states.abs() == LIMIT, torch.ones_like(states), states)
 
 
 def special_pairs(dtype, device="cpu"):
