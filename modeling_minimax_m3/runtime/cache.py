@@ -238,9 +238,10 @@ class MiniMaxM3VLStaticLayer(StaticLayer):
         # long.
         if key_states.device.type == "cpu" and not is_torchdynamo_compiling():
             self.check_room(int(self.cumulative_length) + key_states.shape[-2])
+        if self.counts_tokens:
+            return super().update(key_states, value_states, *args, **kwargs)
         length = self.cumulative_length
-        if not self.counts_tokens:
-            self.cumulative_length = length.clone()
+        self.cumulative_length = length.clone()
         states = super().update(key_states, value_states, *args, **kwargs)
         self.cumulative_length = length
         return states
