@@ -83,20 +83,20 @@ __global__ void __launch_bounds__(kThreads)
   float values[kVector];
   load(values, static_cast<const Element*>(params.projected) +
                    (int64_t{token} * heads + head) * kHeadDim + channel);
+  // All lanes take part in both exchanges: a warp may hold a value and another head.
+  float squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) squares += values[i] * values[i];
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    squares += __shfl_xor_sync(kWholeWarp, squares, offset);
+  }
   if (!is_value) {
-    float squares = 0.f;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) squares += values[i] * values[i];
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      squares += __shfl_xor_sync(kWholeWarp, squares, offset);
-    }
     const float scale = rsqrtf(squares / kHeadDim + params.eps);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] = values[i] * scale * (1.f + factors[i]);
   }
-  // All lanes take part in the exchange. The first half of the rotary channels and the second
-  // half are partners.
+  // The first half of the rotary channels and the second half are partners.
   const int half = params.rotary_channels / 2;
   const int shift = half / kVector;
   const bool is_first = channel < half;
