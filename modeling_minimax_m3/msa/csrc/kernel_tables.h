@@ -62,14 +62,14 @@ inline constexpr TableRow<SelectParams, ScoreKernel> kScoreKernels[] = {
 
 // Attention forward. A step of the query-major kernel is one product of 64 rows, so of four tokens,
 // with wgmma; with mma.sync a warp passes over what its tokens did not choose, and loads are made
-// for eight. The READMEs have the figures behind the shares.
+// for eight. The READMEs have the figures behind the costs.
 inline constexpr TableRow<ForwardParams, ForwardKernels> kForwardKernels[] = {
     {{9, 0},
      sm90::supports_forward,
-     {{4, 0.42f}, sm90::launch_query_major, sm90::launch_partial_attention}},
+     {{4, 1.15f, 2.15f}, sm90::launch_query_major, sm90::launch_partial_attention}},
     {kPortable,
      supports_all,
-     {{8, 0.42f}, sm80::launch_query_major, sm80::launch_partial_attention}},
+     {{8, 3.36f, 0.f}, sm80::launch_query_major, sm80::launch_partial_attention}},
 };
 
 // Attention backward.

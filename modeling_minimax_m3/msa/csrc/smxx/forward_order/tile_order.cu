@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     }
     steps = __reduce_add_sync(0xffffffffu, steps);
     pairs = __reduce_add_sync(0xffffffffu, pairs);
-    goes_query_major = pairs >= rule.min_use * rule.step_tokens * steps;
+    goes_query_major = pairs >= rule.step_cost * steps + rule.load_cost * num_blocks;
     if (lane == 0) {
       output.is_query_major[number] = goes_query_major;
       // Every writer writes the same.

@@ -19,11 +19,13 @@ struct TileOrder {
   const int32_t* has_kv;     // of each part of the queries: whether any of its tiles is KV-major
 };
 
-// When a tile goes query-major. Its kernel works in steps of one block for `step_tokens` tokens (4
-// or 8); of these, at least the share `min_use` must have chosen the block.
+// When a tile goes query-major: where that costs no more than its pairs of a query and a block cost
+// KV-major. The query-major kernel loads each block of the tile's union once, and works in steps of
+// one block for `step_tokens` tokens (4 or 8).
 struct OrderRule {
   int step_tokens;
-  float min_use;
+  float step_cost;  // in units of what a pair costs KV-major
+  float load_cost;
 };
 
 // Bytes of scratch for the choice, when the KV-major kernels take `part_tokens` tokens at a time.
