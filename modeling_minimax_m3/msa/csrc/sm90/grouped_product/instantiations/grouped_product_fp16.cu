@@ -1,0 +1,10 @@
+#include "sm90/grouped_product/launch_grouped_product.cuh"
+
+namespace msa::sm90 {
+
+template void launch_grouped_product_kernel<__half, true>(const GroupedProductParams&,
+                                                          cudaStream_t);
+template void launch_grouped_product_kernel<__half, false>(const GroupedProductParams&,
+                                                           cudaStream_t);
+
+}  // namespace msa::sm90
