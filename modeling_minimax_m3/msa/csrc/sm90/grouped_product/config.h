@@ -5,23 +5,24 @@
 
 namespace msa::sm90 {
 
-// 128 rows x 256 outputs: two warpgroups own 64 rows each. The last rows of a group, if they are at
-// most 64, are a tile of their own, whose outputs the warpgroups share. A third warpgroup copies.
+// 192 rows x 192 outputs: three warpgroups own 64 rows each, and do nothing where a group has no
+// rows for them. A fourth warpgroup copies.
 struct GroupedProductConfig {
-  static constexpr int kHalfRows = 64;
-  static constexpr int kRows = 2 * kHalfRows;
-  static constexpr int kHalfOutputs = 128;
+  static constexpr int kPartRows = 64;  // of a warpgroup
+  static constexpr int kParts = 3;
+  static constexpr int kRows = kParts * kPartRows;
+  static constexpr int kHalfOutputs = 96;
   static constexpr int kOutputs = 2 * kHalfOutputs;
   static constexpr int kChannels = 64;  // of a stage: the width of the 128-byte swizzle
   static constexpr int kStages = 4;
-  static constexpr int kConsumers = 256;
+  static constexpr int kConsumers = 128 * kParts;
   static constexpr int kThreads = kConsumers + 128;
-  static constexpr int kHalfRowBytes = kHalfRows * 128;
+  static constexpr int kPartBytes = kPartRows * 128;
   static constexpr int kHalfOutputBytes = kHalfOutputs * 128;
 };
 
 struct GroupedProductStage {
-  unsigned char x[2 * GroupedProductConfig::kHalfRowBytes];
+  unsigned char x[GroupedProductConfig::kParts * GroupedProductConfig::kPartBytes];
   unsigned char weights[2 * GroupedProductConfig::kHalfOutputBytes];
 };
 

@@ -3,7 +3,7 @@
 
 #include "grouped_product_wgmma.cuh"
 #include "sm90/ptx/tensor_map.h"
-#include "smxx/common/cuda_check.h"
+#include "smxx/common/launch.h"
 
 namespace msa::sm90 {
 
@@ -15,29 +15,15 @@ void launch_grouped_product_kernel(const GroupedProductParams& params, cudaStrea
   const TensorTiles<3> x{params.x,
                          {channels, static_cast<uint64_t>(params.num_rows), 1},
                          {params.channels, params.channels * params.num_rows},
-                         {Config::kChannels, Config::kHalfRows, 1}};
+                         {Config::kChannels, Config::kPartRows, 1}};
   const TensorTiles<3> weights{params.weights,
                                {channels, outputs, static_cast<uint64_t>(params.num_groups)},
                                {params.channels, int64_t{params.channels} * params.outputs},
                                {Config::kChannels, Config::kHalfOutputs, 1}};
   const GroupedProductArguments arguments{make_tensor_map(x, params.dtype),
                                           make_tensor_map(weights, params.dtype), params};
-  constexpr int kSharedBytes = static_cast<int>(sizeof(GroupedProductStorage)) + 1024;
-  auto* kernel = grouped_product_kernel<Element, kGated>;
-  MSA_CHECK_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = 2;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(params.num_sms / 2 * 2);
-  config.blockDim = dim3(Config::kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  MSA_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, arguments));
+  launch_kernel(grouped_product_kernel<Element, kGated>, dim3(params.num_sms), Config::kThreads,
+                static_cast<int>(sizeof(GroupedProductStorage)) + 1024, stream, arguments);
 }
 
 }  // namespace msa::sm90

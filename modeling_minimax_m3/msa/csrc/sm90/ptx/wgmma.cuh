@@ -68,14 +68,11 @@ __device__ __forceinline__ uint64_t transposed_descriptor(uint32_t address, int 
   ", "                                                                               \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MSA_PLACES_128                                                                     \
-  MSA_PLACES_64                                                                            \
-  ", "                                                                                     \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "       \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "       \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
-  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "   \
-  "%125, %126, %127"
+#define MSA_PLACES_96                                                                \
+  MSA_PLACES_64                                                                      \
+  ", "                                                                               \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define MSA_OPERANDS_32                                                                           \
   "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),    \
@@ -88,29 +85,24 @@ __device__ __forceinline__ uint64_t transposed_descriptor(uint32_t address, int 
       "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), \
       "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), \
       "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define MSA_OPERANDS_128                                                                         \
+#define MSA_OPERANDS_96                                                                          \
   MSA_OPERANDS_64, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), \
       "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), \
       "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), \
       "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), \
-      "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]), \
-      "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),          \
-      "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]),        \
-      "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]),        \
-      "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]),        \
-      "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+      "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
 
-// d = a * b or d += a * b: 64 rows, 256 columns, 16 channels, asynchronous, both from shared
+// d = a * b or d += a * b: 64 rows, 192 columns, 16 channels, asynchronous, both from shared
 // memory.
 template <typename Element>
-__device__ __forceinline__ void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b,
+__device__ __forceinline__ void wgmma_m64n192k16(float (&d)[96], uint64_t a, uint64_t b,
                                                  bool accumulates) {
-#define MSA_MULTIPLY(type)                                                             \
-  asm volatile(                                                                        \
-      "{\n.reg .pred accumulates;\nsetp.ne.b32 accumulates, %130, 0;\n"                \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" MSA_PLACES_128 \
-      "}, %128, %129, accumulates, 1, 1, 0, 0;\n}\n"                                   \
-      : MSA_OPERANDS_128                                                               \
+#define MSA_MULTIPLY(type)                                                            \
+  asm volatile(                                                                       \
+      "{\n.reg .pred accumulates;\nsetp.ne.b32 accumulates, %98, 0;\n"                \
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type " {" MSA_PLACES_96 \
+      "}, %96, %97, accumulates, 1, 1, 0, 0;\n}\n"                                    \
+      : MSA_OPERANDS_96                                                               \
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulates)))
   if constexpr (std::is_same_v<Element, __half>) {
     MSA_MULTIPLY("f16");
@@ -186,10 +178,10 @@ __device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint
 #undef MSA_MULTIPLY
 }
 
-#undef MSA_OPERANDS_128
+#undef MSA_OPERANDS_96
 #undef MSA_OPERANDS_64
 #undef MSA_OPERANDS_32
-#undef MSA_PLACES_128
+#undef MSA_PLACES_96
 #undef MSA_PLACES_64
 #undef MSA_PLACES_32
 
