@@ -188,7 +188,7 @@ class MiniMaxM3VLAttention(nn.Module):
             norms += [indexer.q_norm, indexer.k_norm]
         if not few_tokens.takes_linear(hidden_states, projections):
             return None
-        if indexer is not None and indexer.q_proj.out_features != slots.keys.shape[2] * self.head_dim:
+        if indexer is not None and indexer.q_proj.weight.shape[0] != slots.keys.shape[2] * self.head_dim:
             return None  # the kernel expects as many index heads as key/value heads
         if not all(runs_as_written(norm, MiniMaxM3VLRMSNorm) and norm.eps == self.q_norm.eps for norm in norms):
             return None
