@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .norm_rotary import norm_rotary_reference
+from .rms_norm import as_vectors, is_vector_block
 from .support import HALF_DTYPES, kernels_take
 
 _HEAD_DIMS = (64, 128)
@@ -36,8 +38,16 @@ def takes_attention_input(
     rotary: tuple[torch.Tensor, torch.Tensor],
     slots: CacheSlots,
 ) -> bool:
-    """Whether `attention_input` takes these tensors; `hidden_states` (B, T, hidden) are what is projected."""
+    """Whether `attention_input` takes these tensors, and no gradient is needed.
+
+    Args:
+        hidden_states (B, T, hidden): What is projected. The projections have their dtype.
+        norms (sequence of (D,)): Weights of the norms of queries and keys, and of the index ones.
+        rotary (tuple of (B or 1, T, R)): Cosines and sines.
+        slots (CacheSlots): Where keys and values go.
+    """
     cos, sin = rotary
+    batch, num_new = hidden_states.shape[:2]
     caches = [states for states in slots[1:] if states is not None]
     return (
         kernels_take(hidden_states, *norms, *rotary, *slots[:1], *caches)
@@ -45,10 +55,14 @@ def takes_attention_input(
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *norms)))
         and norms[0].shape[0] in _HEAD_DIMS
         and all(norm.dtype == hidden_states.dtype and norm.shape == norms[0].shape for norm in norms)
+        and all(is_vector_block(norm) for norm in norms)
+        and all(states.shape[:2] == slots.keys.shape[:2] and states.shape[0] == batch for states in caches)
         and all(states.dtype == hidden_states.dtype and states.shape[-1] == norms[0].shape[0] for states in caches)
         and all(stride % 8 == 0 for states in caches for stride in states.stride()[:-1])
         and all(states.stride(-1) == 1 and states.data_ptr() % 16 == 0 for states in caches)
         and cos.dtype == sin.dtype
+        and cos.shape == sin.shape
+        and cos.shape[:-1] in ((batch, num_new), (1, num_new))
         and cos.dtype in (hidden_states.dtype, torch.float32)
         and cos.shape[-1] % _ROTARY_MULTIPLE == 0
         and cos.shape[-1] <= norms[0].shape[0]
@@ -78,17 +92,51 @@ def attention_input(
         Queries (B, T, H_q, D) and index queries (B, T, H_kv, D), which are empty without an indexer.
     """
     index_norms = norms[2:] or (None, None)
-    cos, sin = (table.contiguous() for table in rotary)
+    cos, sin = (as_vectors(table.contiguous()) for table in rotary)
     return torch.ops.minimax_m3_msa_cuda.attention_input(
         projected, norms[0], norms[1], *index_norms, cos, sin, eps, slots.length, slots.keys, slots.values,
         slots.index_keys,
     )  # fmt: skip
 
 
+def attention_input_reference(
+    projected: torch.Tensor,
+    norms: Sequence[torch.Tensor],
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    eps: float,
+    slots: CacheSlots,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of `attention_input`, which also rounds between norm and rotary. What has no slot is dropped."""
+    num_kv_heads, head_dim = slots.keys.shape[2:]
+    heads = projected.unflatten(-1, (-1, head_dim))
+    index_heads = [] if slots.index_keys is None else [num_kv_heads, 1]
+    others = [num_kv_heads, num_kv_heads, *index_heads]
+    query, key, value, *index = heads.split([heads.shape[2] - sum(others), *others], dim=2)
+    new = slots.length + torch.arange(projected.shape[1], device=projected.device)
+    is_free = (new >= 0) & (new < slots.keys.shape[1])
+
+    def write(states: torch.Tensor, memory: torch.Tensor) -> None:
+        memory[:, new[is_free]] = states[:, is_free]
+
+    query, key = (
+        norm_rotary_reference(states, norm, *rotary, eps) for states, norm in zip((query, key), norms[:2], strict=True)
+    )
+    write(key, slots.keys)
+    write(value, slots.values)
+    if slots.index_keys is None:
+        return query, query[:, :, :0]
+    index_query, index_key = (
+        norm_rotary_reference(states, norm, *rotary, eps) for states, norm in zip(index, norms[2:], strict=True)
+    )
+    write(index_key, slots.index_keys)
+    return query, index_query
+
+
 def takes_rotary_table(x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> bool:
-    """Whether `rotary_table` takes these tensors."""
+    """Whether `rotary_table` runs as a kernel; its arguments."""
     return (
         positions.dtype == torch.int64
+        and positions.dim() == 2
         and frequencies.dtype == torch.float32
         and x.dtype in HALF_DTYPES
         and kernels_take(x, positions, frequencies)
@@ -98,5 +146,27 @@ def takes_rotary_table(x: torch.Tensor, positions: torch.Tensor, frequencies: to
 def rotary_table(
     x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (B, T, R) in the dtype of `x`, of positions (B, T) times frequencies (R / 2,)."""
+    """Cosines and sines of angles, which are positions times frequencies.
+
+    Args:
+        x (any shape): Gives dtype and device of the result.
+        positions (B, T): Integers.
+        frequencies (R / 2,): Of the first half of the channels, which the second half shares.
+        scaling (float): Factor of cosines and sines.
+
+    Returns:
+        Cosines (B, T, R) and sines (B, T, R).
+    """
+    if not takes_rotary_table(x, positions, frequencies):
+        return rotary_table_reference(x, positions, frequencies, scaling)
     return torch.ops.minimax_m3_msa_cuda.rotary_table(positions.contiguous(), frequencies.contiguous(), scaling, x)
+
+
+def rotary_table_reference(
+    x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of `rotary_table`, in float32 until the end."""
+    angles = positions[..., None].float() * frequencies.to(device=x.device, dtype=torch.float32)
+    angles = torch.cat((angles, angles), dim=-1)
+    cos, sin = angles.cos() * scaling, angles.sin() * scaling
+    return cos.to(x.dtype), sin.to(x.dtype)

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers.utils import is_torchdynamo_compiling
 
+from .rms_norm import as_vectors
 from .support import HALF_DTYPES, kernels_take, runs_as_written
+from .swiglu import swiglu_oai_reference
 
 MAX_TOKENS = 16
 MAX_TOKENS_OF_ONE_LAYER = 8  # beyond, cuBLAS is as fast (benchmarks/results/few_tokens.txt)
@@ -19,7 +22,12 @@ _MULTIPLE = 32  # of the channels that a kernel takes at a time
 
 
 def takes_linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> bool:
-    """Whether `linear` runs these layers, which read `x` (..., channels), as one kernel."""
+    """Whether `linear` runs these layers as one kernel.
+
+    Args:
+        x (..., channels): What all layers read.
+        layers (sequence of modules): One or more.
+    """
     return (
         _are_few(x, MAX_TOKENS if len(layers) > 1 else MAX_TOKENS_OF_ONE_LAYER)
         and len(layers) <= _MAX_WEIGHTS
@@ -29,10 +37,16 @@ def takes_linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> bool:
 
 
 def takes_weights(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
-    """Whether the kernels read these weights, whose last dimension is that of `x` (..., channels) or their own."""
+    """Whether the kernels read these weights, and no gradient is needed.
+
+    Args:
+        x (..., channels): Inputs.
+        weights (sequence of (..., channels or a width)): Weights of projections.
+    """
     return (
         _are_few(x)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)))
+        and not _autocast_changes(x)
         and kernels_take(x, *weights)
         and all(
             weight.dtype == x.dtype
@@ -45,11 +59,25 @@ def takes_weights(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def linear(x: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
-    """Outputs of linear layers side by side: (..., outputs of all layers), for (..., channels) that they all read."""
+def linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
+    """Outputs of linear layers side by side.
+
+    Args:
+        x (..., channels): What all layers read.
+        layers (sequence of modules): One or more: `torch.nn.Linear`, or what stands in its place.
+
+    Returns:
+        (..., outputs of all layers).
+    """
     if not takes_linear(x, layers):
-        return torch.cat([layer(x) for layer in layers], dim=-1) if len(layers) > 1 else layers[0](x)
+        return linear_reference(x, layers)
     return _product(x, _weights(layers))
+
+
+def linear_reference(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
+    """The definition of `linear`."""
+    outputs = [layer(x) for layer in layers]
+    return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
 
 
 def _weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
@@ -57,21 +85,45 @@ def _weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`torch.nn.functional.linear` of (..., channels) and (outputs, channels)."""
+    """`torch.nn.functional.linear`, which is its definition.
+
+    Args:
+        x (..., channels): Inputs.
+        weight (outputs, channels): A weight.
+
+    Returns:
+        (..., outputs).
+    """
     if not (_are_few(x, MAX_TOKENS_OF_ONE_LAYER) and takes_weights(x, [weight])):
         return nn.functional.linear(x, weight)
     return _product(x, [weight])
 
 
 def _product(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
     padded = [*weights, *[None] * (_MAX_WEIGHTS - len(weights))]
-    return torch.ops.minimax_m3_msa_cuda.few_token_linear(flat, *padded).view(*x.shape[:-1], -1)
+    return torch.ops.minimax_m3_msa_cuda.few_token_linear(_rows(x), *padded).view(*x.shape[:-1], -1)
 
 
-def takes_mlp(x: torch.Tensor, weights: Sequence[torch.Tensor], expert_ids: torch.Tensor | None = None) -> bool:
-    """Whether `mlp` takes `x` (..., hidden) and these weights of projections."""
-    return takes_weights(x, weights) and (expert_ids is None or expert_ids.numel() <= _MAX_CHOICES)
+def takes_mlp(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    expert_ids: torch.Tensor | None = None,
+    expert_weights: torch.Tensor | None = None,
+) -> bool:
+    """Whether `mlp` takes these tensors, and no gradient is needed.
+
+    Args:
+        x (..., hidden): Inputs.
+        weights (sequence of (..., hidden or a width)): Weights of all projections.
+        expert_ids ((tokens, K) or None): The chosen experts.
+        expert_weights ((tokens, K) or None): Their weights. A router's gradient passes through them alone where the
+            experts are frozen.
+    """
+    return (
+        takes_weights(x, weights)
+        and (expert_ids is None or expert_ids.numel() <= _MAX_CHOICES)
+        and not (expert_weights is not None and expert_weights.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def mlp(
@@ -105,10 +157,57 @@ def mlp(
     if expert_ids is not None and expert_weights is not None:
         expert_ids, expert_weights = expert_ids.contiguous(), expert_weights.float().contiguous()
     return torch.ops.minimax_m3_msa_cuda.few_token_mlp(
-        x.reshape(-1, x.shape[-1]).contiguous(), gate_up, down, expert_gate_up, expert_down, expert_ids,
-        expert_weights, expert_scale, alpha, limit,
-    ).view_as(x)  # fmt: skip
+        _rows(x), gate_up, down, expert_gate_up, expert_down, expert_ids, expert_weights, expert_scale, alpha, limit,
+    ).view(x.shape)  # fmt: skip
+
+
+def mlp_reference(
+    x: torch.Tensor,
+    gate_up: torch.Tensor | None,
+    down: torch.Tensor | None,
+    alpha: float,
+    limit: float,
+    expert_gate_up: torch.Tensor | None = None,
+    expert_down: torch.Tensor | None = None,
+    expert_ids: torch.Tensor | None = None,
+    expert_weights: torch.Tensor | None = None,
+    expert_scale: float = 1.0,
+) -> torch.Tensor:
+    """The definition of `mlp`, which rounds as the layers' own code does: after every operation."""
+    tokens = x.reshape(-1, x.shape[-1])
+    shared = routed = None
+    if gate_up is not None and down is not None:
+        shared = _one_mlp(tokens, gate_up, down, alpha, limit)
+    if expert_gate_up is not None and expert_down is not None:
+        assert expert_ids is not None and expert_weights is not None
+        routed = torch.zeros_like(tokens)
+        for expert in torch.unique(expert_ids).tolist():
+            if 0 <= expert < len(expert_gate_up):
+                token, choice = torch.nonzero(expert_ids == expert, as_tuple=True)
+                out = _one_mlp(tokens[token], expert_gate_up[expert], expert_down[expert], alpha, limit)
+                routed.index_add_(0, token, (out * expert_weights[token, choice, None]).to(routed.dtype))
+        routed = routed * expert_scale
+    parts = [part for part in (routed, shared) if part is not None]
+    return sum(parts[1:], parts[0]).view(x.shape)
+
+
+def _one_mlp(
+    tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, alpha: float, limit: float
+) -> torch.Tensor:
+    return nn.functional.linear(swiglu_oai_reference(nn.functional.linear(tokens, gate_up), alpha, limit), down)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(tokens, channels) as the kernels read them: contiguous, from a multiple of 16 bytes on."""
+    return as_vectors(x.reshape(-1, x.shape[-1]).contiguous())
 
 
 def _are_few(x: torch.Tensor, most: int = MAX_TOKENS) -> bool:
-    return x.is_cuda and x.dtype in HALF_DTYPES and 0 < x.numel() <= most * x.shape[-1]
+    # While a compiler traces, it must not see a comparison with the number of tokens.
+    return x.dtype in HALF_DTYPES and not is_torchdynamo_compiling() and 0 < x.numel() <= most * x.shape[-1]
+
+
+def _autocast_changes(x: torch.Tensor) -> bool:
+    """Whether a product of `x` gives another dtype, because autocast is on."""
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype

@@ -173,7 +173,9 @@ class MiniMaxM3VLAttention(nn.Module):
         cache: Cache | None,
     ) -> "_States | None":
         """As `_states`, by one product and one kernel that writes to a static cache. None where they do not take it."""
-        layer = cache.layers[self.layer_idx] if cache is not None and layout.is_cached else None
+        # The cache moves offloaded layers to the device and back in its own `update`.
+        is_used = cache is not None and layout.is_cached and not getattr(cache, "offloading", False)
+        layer = cache.layers[self.layer_idx] if cache is not None and is_used else None
         if not isinstance(layer, MiniMaxM3VLStaticLayer) or not layer.is_initialized or layout.allowed is not None:
             return None
         projections, norms = [self.q_proj, self.k_proj, self.v_proj], [self.q_norm, self.k_norm]
@@ -184,11 +186,11 @@ class MiniMaxM3VLAttention(nn.Module):
                 return None
             projections += [indexer.q_proj, indexer.k_proj]
             norms += [indexer.q_norm, indexer.k_norm]
-            if indexer.q_proj.weight.shape[0] != slots.keys.shape[2] * self.head_dim:  # as many heads as keys have
-                return None
         if not few_tokens.takes_linear(hidden_states, projections):
             return None
-        if not all(runs_as_written(norm, MiniMaxM3VLRMSNorm) for norm in norms):
+        if indexer is not None and indexer.q_proj.weight.shape[0] != slots.keys.shape[2] * self.head_dim:
+            return None  # the kernel expects as many index heads as key/value heads
+        if not all(runs_as_written(norm, MiniMaxM3VLRMSNorm) and norm.eps == self.q_norm.eps for norm in norms):
             return None
         weights = [norm.weight for norm in norms]
         if not takes_attention_input(hidden_states, weights, position_embeddings, slots):

@@ -46,7 +46,7 @@ class MiniMaxM3VLDenseMLP(nn.Module):
     def plain_weights(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The weights of both projections, or None where the projections do more than multiply by them."""
         projections = (self.gate_up_proj, self.down_proj)
-        if not all(runs_as_written(projection, nn.Linear) for projection in projections):
+        if not all(runs_as_written(layer, nn.Linear) and layer.bias is None for layer in projections):
             return None
         return self.gate_up_proj.weight, self.down_proj.weight
 
@@ -156,7 +156,7 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
         if shared is not None:
             experts = self.experts
             expert_weights = (experts.gate_up_proj, experts.down_proj)
-            if few_tokens.takes_mlp(tokens, (*shared, *expert_weights), top_k_index):
+            if few_tokens.takes_mlp(tokens, (*shared, *expert_weights), top_k_index, top_k_weights):
                 constants = (experts.swiglu_alpha, experts.swiglu_limit)
                 scale = float(self.routed_scaling_factor)
                 return few_tokens.mlp(tokens, *shared, *constants, *expert_weights, top_k_index, top_k_weights, scale)

@@ -6,7 +6,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
-from ..fused.attention_input import rotary_table, takes_rotary_table
+from ..fused.attention_input import rotary_table
 from ..fused.norm_rotary import apply_rotary, norm_rotary
 from ..fused.support import runs_as_written
 from .normalization import MiniMaxM3VLRMSNorm
@@ -42,12 +42,7 @@ class MiniMaxM3VLRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (B, T, R) in the dtype of `x`, for integer `position_ids` (B, T)."""
-        if takes_rotary_table(x, position_ids, self.inv_freq):
-            return rotary_table(x, position_ids, self.inv_freq, self.attention_scaling)
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return rotary_table(x, position_ids, self.inv_freq, self.attention_scaling)
 
 
 def normalize_and_rotate(norm: nn.Module, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
