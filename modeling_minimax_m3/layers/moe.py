@@ -12,6 +12,7 @@ from transformers.integrations import use_experts_implementation
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
+from ..fused import experts as many_tokens
 from ..fused import few_tokens
 from ..fused.router import route
 from ..fused.support import runs_as_written
@@ -109,6 +110,37 @@ class MiniMaxM3VLExperts(nn.Module):
         return output
 
 
+def experts_forward(
+    experts: MiniMaxM3VLExperts,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    scale: float,
+    shared_expert: nn.Module,
+) -> torch.Tensor:
+    """What a sparse block computes, on a GPU: the shared expert plus `scale` times the weighted sum of the routed ones.
+
+    The caller has asked `fused.experts.takes_experts`.
+
+    Args:
+        experts (`MiniMaxM3VLExperts`): The routed experts.
+        hidden_states (`torch.Tensor`): (tokens, hidden).
+        top_k_index (`torch.Tensor`): (tokens, K) expert ids. Ids outside of 0 to E - 1 add nothing.
+        top_k_weights (`torch.Tensor`): (tokens, K), float32.
+        scale (`float`): Factor of the weights.
+        shared_expert (`nn.Module`): Sees every token.
+
+    Returns:
+        (tokens, hidden).
+    """
+    order = many_tokens.plan(top_k_index, experts.num_experts)
+    # Each of these is freed when the next is there, unless autograd keeps it.
+    states = many_tokens.gathered_product(hidden_states, experts.gate_up_proj, order)
+    states = experts._apply_gate(states)
+    states = many_tokens.grouped_product(states, experts.down_proj, order)
+    return many_tokens.unpermute(states, top_k_weights, scale, order, shared_expert(hidden_states))
+
+
 class MiniMaxM3VLTopKRouter(nn.Module):
     """Sigmoid router: a learned bias takes part in choosing the experts, never in weighting them."""
 
@@ -152,27 +184,46 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
         return self._combine(tokens, top_k_index, top_k_weights).view_as(hidden_states)
 
     def _combine(self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        shared = self._plain_weights_of_shared_expert()
-        if shared is not None:
+        scale = float(self.routed_scaling_factor)
+        if self._runs_default_experts():
             experts = self.experts
             expert_weights = (experts.gate_up_proj, experts.down_proj)
-            if few_tokens.takes_mlp(tokens, (*shared, *expert_weights), top_k_index, top_k_weights):
+            shared = self._plain_weights_of_shared_expert()
+            if shared is not None and few_tokens.takes_mlp(
+                tokens, (*shared, *expert_weights), top_k_index, top_k_weights
+            ):
                 constants = (experts.swiglu_alpha, experts.swiglu_limit)
-                scale = float(self.routed_scaling_factor)
                 return few_tokens.mlp(tokens, *shared, *constants, *expert_weights, top_k_index, top_k_weights, scale)
+            if self._is_as_fast_grouped(tokens) and many_tokens.takes_experts(
+                tokens, *expert_weights, top_k_index, top_k_weights
+            ):
+                return experts_forward(experts, tokens, top_k_index, top_k_weights, scale, self.shared_experts)
         routed = self.experts(tokens, top_k_index, top_k_weights)
         return routed * self.routed_scaling_factor + self.shared_experts(tokens)
 
-    def _plain_weights_of_shared_expert(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """None unless all experts do what their classes and our choice of Transformers' kernels say."""
+    def _runs_default_experts(self) -> bool:
+        """Whether the experts do what their class and our choice of Transformers' kernels say."""
         names = (None, "grouped_mm", "batched_mm")  # any other name is a user's choice
-        if (
+        return (
             runs_as_written(self.experts, MiniMaxM3VLExperts)
             and getattr(self.experts.config, "_experts_implementation", None) in names
-            and runs_as_written(self.shared_experts, MiniMaxM3VLDenseMLP)
-        ):
+        )
+
+    def _plain_weights_of_shared_expert(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """None unless the shared expert does what its class says."""
+        if runs_as_written(self.shared_experts, MiniMaxM3VLDenseMLP):
             return self.shared_experts.plain_weights()
         return None
+
+    def _is_as_fast_grouped(self, tokens: torch.Tensor) -> bool:
+        """Whether grouped products may replace the kernel of Transformers that the configuration names.
+
+        `generate` names `batched_mm` for decoding, because it never reads values on the host. The grouped product reads
+        none either where the GPU has a kernel for it.
+        """
+        return self.experts.config._experts_implementation != "batched_mm" or (
+            tokens.is_cuda and torch.cuda.get_device_capability(tokens.device)[0] in (9, 10)
+        )
 
     def runs_in_parts(self, num_tokens: int) -> bool:
         """Whether a layer calls `add_in_parts` in place of the module."""
