@@ -135,8 +135,8 @@ def experts_forward(
     """
     order = many_tokens.plan(top_k_index, experts.num_experts)
     # Each of these is freed when the next is there, unless autograd keeps it.
-    states = many_tokens.gathered_product(hidden_states, experts.gate_up_proj, order)
-    states = experts._apply_gate(states)
+    constants = (experts.swiglu_alpha, experts.swiglu_limit)
+    states = many_tokens.gated_product(hidden_states, experts.gate_up_proj, order, *constants)
     states = many_tokens.grouped_product(states, experts.down_proj, order)
     return many_tokens.unpermute(states, top_k_weights, scale, order, shared_expert(hidden_states))
 
@@ -201,12 +201,16 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
         routed = self.experts(tokens, top_k_index, top_k_weights)
         return routed * self.routed_scaling_factor + self.shared_experts(tokens)
 
+    @property
+    def _experts_implementation(self) -> str | None:
+        return getattr(self.experts.config, "_experts_implementation", None)
+
     def _runs_default_experts(self) -> bool:
         """Whether the experts do what their class and our choice of Transformers' kernels say."""
         names = (None, "grouped_mm", "batched_mm")  # any other name is a user's choice
         return (
             runs_as_written(self.experts, MiniMaxM3VLExperts)
-            and getattr(self.experts.config, "_experts_implementation", None) in names
+            and self._experts_implementation in names
         )
 
     def _plain_weights_of_shared_expert(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -221,7 +225,7 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
         `generate` names `batched_mm` for decoding, because it never reads values on the host. The grouped product reads
         none either where the GPU has a kernel for it.
         """
-        return self.experts.config._experts_implementation != "batched_mm" or (
+        return self._experts_implementation != "batched_mm" or (
             tokens.is_cuda and torch.cuda.get_device_capability(tokens.device)[0] in (9, 10)
         )
 

@@ -23,9 +23,9 @@ struct GroupedProductArguments {
 // What a thread block computes at a time.
 struct GroupedTile {
   int group;
-  int row;      // first row
-  int row_end;  // of the group
-  int output;   // first output
+  int row;  // first row
+  int row_end;
+  int output;  // first output
 };
 
 // The tiles of all groups stand in one line: all those of some outputs of a group come before those
@@ -41,29 +41,38 @@ class GroupedTiles {
 
   // False behind the last.
   __device__ bool next(GroupedTile& tile) {
-    while (group_ < params_.num_groups && place_ >= output_tiles_ * row_tiles_) {
-      place_ -= output_tiles_ * row_tiles_;
+    while (group_ < params_.num_groups && place_ >= output_tiles_ * row_tiles()) {
+      place_ -= output_tiles_ * row_tiles();
       next_group();
     }
     if (group_ >= params_.num_groups) return false;
+    // As few tiles as possible, of rows as equal as possible.
+    const int tiles = row_tiles();
+    const int rows = (parts() + tiles - 1) / tiles * GroupedProductConfig::kPartRows;
     tile.group = group_;
-    tile.row = begin_ + place_ % row_tiles_ * GroupedProductConfig::kRows;
-    tile.row_end = end_;
-    tile.output = place_ / row_tiles_ * kStep;
+    tile.row = begin_ + place_ % tiles * rows;
+    tile.row_end = min(tile.row + rows, end_);
+    tile.output = place_ / tiles * kStep;
     place_ += gridDim.x;
     return true;
   }
 
  private:
+  __device__ int parts() const {
+    constexpr int kPartRows = GroupedProductConfig::kPartRows;
+    return (end_ - begin_ + kPartRows - 1) / kPartRows;
+  }
+  __device__ int row_tiles() const {
+    constexpr int kParts = GroupedProductConfig::kParts;
+    return (parts() + kParts - 1) / kParts;
+  }
   __device__ void next_group() {
-    constexpr int kRows = GroupedProductConfig::kRows;
     ++group_;
     begin_ = end_;
     if (group_ < params_.num_groups) {
       end_ =
           max(min(__ldg(params_.group_ends + group_), static_cast<int>(params_.num_rows)), begin_);
     }
-    row_tiles_ = (end_ - begin_ + kRows - 1) / kRows;
   }
 
   const GroupedProductParams& params_;
@@ -72,7 +81,6 @@ class GroupedTiles {
   int group_ = -1;
   int begin_ = 0;  // rows of the group
   int end_ = 0;
-  int row_tiles_ = 0;
 };
 
 template <bool kGated>
@@ -106,9 +114,8 @@ __device__ void copy_tiles(const GroupedProductArguments& arguments,
   GroupedTilesOf<kGated> tiles(params, num_outputs);
   StageTurn turn;
   for (GroupedTile tile; tiles.next(tile);) {
-    // As many warpgroups as have rows.
-    const int rows = min(tile.row_end - tile.row, Config::kRows);
-    const int parts = (rows + Config::kPartRows - 1) / Config::kPartRows;
+    // As many parts as warpgroups have rows.
+    const int parts = (tile.row_end - tile.row + Config::kPartRows - 1) / Config::kPartRows;
     const int bytes = parts * Config::kPartBytes + 2 * Config::kHalfOutputBytes;
     for (int channel = 0; channel < params.channels; channel += Config::kChannels) {
       barrier_wait(shared_address(&storage.emptied[turn.stage]), turn.parity ^ 1);
