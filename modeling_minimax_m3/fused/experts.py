@@ -330,12 +330,16 @@ def _backward_of_product_backward(
     ctx: Any, grad_grad_x: torch.Tensor, grad_grad_weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     grad_out, x, weight, *order = ctx.saved_tensors
-    grad_grads = (grad_grad_x if ctx.needs_x else None, grad_grad_weight if ctx.needs_weight else None)
+    # The grouped product takes no expanded tensors.
+    grad_grads = (
+        grad_grad_x.contiguous() if ctx.needs_x else None,
+        grad_grad_weight.contiguous() if ctx.needs_weight else None,
+    )
 
     def product_of(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return gathered_product_reference(x, weight, ExpertOrder(*order))
 
-    grads = derivatives.gradient_of_gradient(product_of, grad_out, (x, weight), grad_grads)
+    grads = derivatives.gradient_of_gradient(product_of, grad_out.contiguous(), (x, weight), grad_grads)
     return *grads, None, None, None, None
 
 

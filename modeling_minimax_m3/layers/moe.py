@@ -184,9 +184,8 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
         return self._combine(tokens, top_k_index, top_k_weights).view_as(hidden_states)
 
     def _combine(self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        scale = float(self.routed_scaling_factor)
         if self._runs_default_experts():
-            experts = self.experts
+            experts, scale = self.experts, float(self.routed_scaling_factor)
             expert_weights = (experts.gate_up_proj, experts.down_proj)
             shared = self._plain_weights_of_shared_expert()
             if shared is not None and few_tokens.takes_mlp(

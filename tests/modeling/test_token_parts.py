@@ -201,7 +201,8 @@ def test_what_a_hook_of_the_layer_sees_stays_as_it_was(model, make_tokens):
 
 def test_activations_of_the_released_model_are_bounded():
     """The arithmetic of the comment at `TOKENS_OF_A_PART`."""
-    channels, experts_of_a_token, dense_width = 6144, 4, 12288
+    channels, experts_of_a_token, expert_width, dense_width = 6144, 4, 3072, 12288
+    assert experts_of_a_token * 2 * (channels + 2 * expert_width) == 96 * 1024
     of_a_pair = channels * (2 + 2 + 4 + 4)
     assert experts_of_a_token * of_a_pair == 288 * 1024
     assert 2 * (2 * dense_width + dense_width + channels) == 84 * 1024
