@@ -101,6 +101,66 @@ def test_a_cache_that_changed_meanwhile(model, make_tokens, passes, kind):
 
 
 @pytest.mark.parametrize("kind", CACHES)
+def test_layers_that_lend_memory_share_a_counter(model, make_tokens, passes, kind):
+    """A pass raises it once, after the last layer. A static cache of the caller keeps its own counters."""
+    pair = Pair(model, make_tokens(model.config, 2, 40), lambda: CACHES[kind](model))
+    pair.step(0, LENGTH)
+    for position in range(LENGTH, 35):
+        pair.step(position, position + 1)
+        layers = passes[0]._graph_cache.layers
+        assert len(layers) == model.config.num_hidden_layers
+        counters = {id(layer.cumulative_length) for layer in layers}
+        if kind == "dynamic":
+            assert counters == {id(passes[0]._counter)} and not any(layer.counts_tokens for layer in layers)
+        else:
+            assert passes[0]._counter is None and len(counters) == len(layers)
+            assert layers == pair.cache.layers and all(layer.counts_tokens for layer in layers)
+        assert {int(layer.cumulative_length) for layer in layers} == {position + 1}
+    assert len(passes) == 1
+
+
+def test_layers_of_other_kinds_or_lengths_share_no_counter(model, make_tokens):
+    tokens = make_tokens(model.config, 1, 10)
+
+    def pass_over(prepare):
+        caches = [CACHES[kind](model) for kind in ("dynamic", "static")]
+        with torch.no_grad():
+            for cache in caches:
+                model(tokens, cache=cache)
+            layers = prepare(caches[0].layers, caches[1].layers)
+        one = captured._CapturedPass.__new__(captured._CapturedPass)
+        one._memory = [captured._LayerMemory(layer) for layer in layers]
+        return one._share_counter(), [memory.static_layer for memory in one._memory]
+
+    def crop_last(dynamic, static):
+        dynamic[-1].crop(-1)
+        return dynamic
+
+    counter, layers = pass_over(lambda dynamic, static: dynamic)
+    assert int(counter) == 10 and all(layer.cumulative_length is counter for layer in layers)
+    for prepare in (lambda dynamic, static: static, lambda dynamic, static: [*dynamic[:3], static[3]], crop_last):
+        counter, layers = pass_over(prepare)
+        assert counter is None and all(layer.counts_tokens for layer in layers)
+        assert len({id(layer.cumulative_length) for layer in layers}) == len(layers)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "left padding"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_generated_tokens_are_the_same(model, make_tokens, passes, monkeypatch, kind, padded):
+    tokens = make_tokens(model.config, 2, 40)
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1, :7] = 0
+    options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options |= {"attention_mask": mask} | ({"cache_implementation": "static"} if kind == "static" else {})
+    expected = model.generate(tokens, **options)
+    assert not passes
+    monkeypatch.setattr(captured, "_DEVICE_TYPE", "cpu")
+    assert torch.equal(model.generate(tokens, **options), expected)
+    assert len(passes) == (2 if kind == "dynamic" else 1)
+
+
+@pytest.mark.parametrize("kind", CACHES)
 def test_inference_mode(model, make_tokens, passes, kind):
     """Its tensors have no version."""
     with torch.inference_mode():
