@@ -135,6 +135,7 @@ def _has_own_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """
     return (
         not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and x.is_cuda
         and kernels_take(x, weight)
         and x.dtype == weight.dtype
         and x.dtype in HALF_DTYPES

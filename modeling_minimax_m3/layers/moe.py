@@ -207,10 +207,7 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
     def _runs_default_experts(self) -> bool:
         """Whether the experts do what their class and our choice of Transformers' kernels say."""
         names = (None, "grouped_mm", "batched_mm")  # any other name is a user's choice
-        return (
-            runs_as_written(self.experts, MiniMaxM3VLExperts)
-            and self._experts_implementation in names
-        )
+        return runs_as_written(self.experts, MiniMaxM3VLExperts) and self._experts_implementation in names
 
     def _plain_weights_of_shared_expert(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """None unless the shared expert does what its class says."""

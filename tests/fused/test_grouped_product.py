@@ -27,7 +27,11 @@ COUNTS = (
     [0, 0],
 )
 
-on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+on_hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("compiled_kernels"),
+]
 
 
 def order_of(counts, spare=0):
