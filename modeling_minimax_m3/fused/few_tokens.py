@@ -46,8 +46,8 @@ def takes_weights(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
     return (
         _are_few(x)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)))
-        and not _autocast_changes(x)
         and kernels_take(x, *weights)
+        and not _autocast_changes(x)
         and all(
             weight.dtype == x.dtype
             and weight.is_contiguous()

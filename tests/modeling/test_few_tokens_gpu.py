@@ -10,6 +10,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.fused import attention_input, few_tokens
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.msa import extension
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,6 +35,8 @@ def model(make_pair, request):
 @pytest.fixture
 def calls(monkeypatch):
     """Lists the kernels that are called. A replay of a graph calls none."""
+    reason = extension.load(build=True)
+    assert reason is None, reason
     made, namespace = [], torch.ops.minimax_m3_msa_cuda
 
     def recorded(name, kernel):
