@@ -20,6 +20,9 @@ from .swiglu import swiglu_oai
 _MAX_EXPERTS = 512
 _MAX_EXPERTS_PER_TOKEN = 16
 _MOST_PAIRS = 2**31 - 1
+# Rows an expert, on average, up to which our product is faster than PyTorch's: it reads a weight once for up to 192
+# rows. Beyond, both take about as long (benchmarks/results/grouped_product.txt).
+_ROWS_OF_OWN_PRODUCT = 192
 _MULTIPLE = 8  # of the channels that a kernel reads at a time
 
 
@@ -102,7 +105,7 @@ def permute_reference(x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
 
 def grouped_product(states: torch.Tensor, weight: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
     """Rows (tokens * K, channels) times the weights (E, outputs, channels) of their experts."""
-    if _has_own_product(states, weight):
+    if _has_own_product(states, weight, len(states)):
         return torch.ops.minimax_m3_msa_cuda.grouped_product(states, weight, order.offsets, False, 0.0, 0.0)
     return nn.functional.grouped_mm(states, weight.transpose(-2, -1), offs=order.offsets)
 
@@ -121,20 +124,17 @@ def gated_product(
     Returns:
         (tokens * K, F).
     """
-    if _has_own_product(x, gate_up) and kernels_take(*order) and _can_gather(x, gate_up, order):
+    if _has_own_product(x, gate_up, order.rows.numel()) and kernels_take(*order) and _can_gather(x, gate_up, order):
         states = torch.ops.minimax_m3_msa_cuda.gather_tokens(x, *order)
         return torch.ops.minimax_m3_msa_cuda.grouped_product(states, gate_up, order.offsets, True, alpha, limit)
     return swiglu_oai(gathered_product(x, gate_up, order), alpha, limit)
 
 
-def _has_own_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether our product of groups runs: on Hopper, where no gradient is recorded.
-
-    It is faster than PyTorch's where an expert has few rows, and as fast elsewhere
-    (`benchmarks/results/grouped_product.txt`).
-    """
+def _has_own_product(x: torch.Tensor, weight: torch.Tensor, num_rows: int) -> bool:
+    """Whether our product of groups runs: on Hopper, for few rows an expert, where no gradient is recorded."""
     return (
-        not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        num_rows <= _ROWS_OF_OWN_PRODUCT * len(weight)
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and x.is_cuda
         and kernels_take(x, weight)
         and x.dtype == weight.dtype

@@ -14,12 +14,12 @@ from ..fused.support import is_watched
 
 # Tokens that take their experts at a time. For the released model (6144 channels, 4 experts of width 3072 for a token,
 # bfloat16) our kernels hold for each pair of a token and an expert, at their largest moment: the token and its gates
-# and ups (12 KiB each). That is 96 KiB for a token, and 0.75 GiB for 8192 tokens. Where the kernels do not run, the
+# and ups (12 KiB each). That is 96 KiB for a token, and 1.5 GiB for 16384 tokens. Where the kernels do not run, the
 # `grouped_mm` of Transformers holds the token, the expert's output (12 KiB each), and in float32 the weighted output in
-# two orders (24 KiB each). That is 288 KiB for a token: 2.3 GiB for 8192 tokens, and 36 GiB for 128k. Each expert then
-# has 256 tokens on average, whose products take longer than reading its weights. The dense MLP (12288 wide) holds less:
-# 84 KiB for a token.
-TOKENS_OF_A_PART = 8192
+# two orders (24 KiB each). That is 288 KiB for a token: 4.5 GiB for 16384 tokens, and 36 GiB for 128k. Each expert then
+# has 512 tokens on average, whose products take longer than reading its weights, and fill the tiles of the products.
+# The dense MLP (12288 wide) holds less: 84 KiB for a token.
+TOKENS_OF_A_PART = 16384
 
 # Tokens that pass a layer at a time, where a cache lets the attention run on parts as well: as many as `generate` reads
 # at a time. For the released model and 128k tokens the attention would hold, in GiB: the layer's input and its norm

@@ -80,20 +80,6 @@ class TestKernel:
                     expected = swiglu_oai_reference(expected, ALPHA, LIMIT)
                 assert relative_error(out[start:end], expected) < TOLERANCES[dtype], group
 
-    def test_rows_of_no_group_are_not_written(self):
-        x = torch.randn(70, 64, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(1, 192, 64, device="cuda", dtype=torch.bfloat16)
-        del x, weight  # so that the output takes memory that held a pattern
-        x = torch.randn(70, 64, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(1, 192, 64, device="cuda", dtype=torch.bfloat16)
-        pattern = torch.full((70, 192), 7.0, device="cuda", dtype=torch.bfloat16)
-        address = pattern.data_ptr()
-        del pattern
-        with torch.no_grad():
-            out = grouped_product(x, weight, order_of([65], spare=5))
-        assert out.data_ptr() == address
-        assert torch.equal(out[65:], torch.full_like(out[65:], 7.0))
-
     def test_tokens_and_experts_by_a_router(self):
         generator = torch.Generator("cuda").manual_seed(0)
         x = torch.randn(500, 256, device="cuda", generator=generator).bfloat16()
@@ -122,5 +108,5 @@ class TestKernel:
         x = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         weight = torch.randn(2, 192, 128, device="cuda", dtype=torch.bfloat16)
         out = grouped_product(x, weight, order_of([30, 34]))
-        out.sum().backward()
+        out.backward(torch.randn_like(out))
         assert x.grad is not None

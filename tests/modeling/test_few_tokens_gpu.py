@@ -93,7 +93,8 @@ def assert_close(found, expected, relative_error):
     """An expert or a block near a tie may change a few steps."""
     assert len(found) == len(expected)
     errors = sorted(relative_error(*pair) for pair in zip(found, expected))
-    assert errors[len(errors) * 8 // 10] < 3e-2, errors
+    assert errors[len(errors) // 2] < 3e-2, errors
+    assert errors[len(errors) * 8 // 10] < 1e-1, errors
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["", "left padding"])

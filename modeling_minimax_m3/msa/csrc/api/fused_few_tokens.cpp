@@ -34,6 +34,7 @@ const void* weight_data(const char* name, const Tensor& weight, const Tensor& x,
 Tensor few_token_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& second,
                         const std::optional<Tensor>& third, const std::optional<Tensor>& fourth,
                         const std::optional<Tensor>& fifth) {
+  STD_TORCH_CHECK(x.dim() == 2, "`x` must be (tokens, channels)");
   FewTokenLinearParams params{};
   params.dtype = dtype_of("x", x);
   params.x = contiguous_data("x", x);
@@ -61,6 +62,7 @@ Tensor few_token_mlp(const Tensor& x, const std::optional<Tensor>& gate_up,
                      const std::optional<Tensor>& expert_ids,
                      const std::optional<Tensor>& expert_weights, double expert_scale, double alpha,
                      double limit) {
+  STD_TORCH_CHECK(x.dim() == 2, "`x` must be (tokens, hidden)");
   FewTokenMlpParams params{};
   params.dtype = dtype_of("x", x);
   params.x = contiguous_data("x", x);
@@ -112,8 +114,9 @@ Tensor few_token_mlp(const Tensor& x, const std::optional<Tensor>& gate_up,
 }
 
 CacheSlots cache_slots(const char* name, const Tensor& cache, const Tensor& projected,
-                       int64_t heads, int64_t head_dim) {
+                       int64_t slots_of_keys, int64_t heads, int64_t head_dim) {
   STD_TORCH_CHECK(cache.scalar_type() == projected.scalar_type() && cache.dim() == 4 &&
+                      cache.size(0) == projected.size(0) && cache.size(1) == slots_of_keys &&
                       cache.size(2) == heads && cache.size(3) == head_dim,
                   "`", name, "` must be (batch, slots, heads, head_dim) in the projections' dtype");
   CacheSlots slots{};
@@ -129,6 +132,15 @@ std::tuple<Tensor, Tensor> attention_input(
     const std::optional<Tensor>& index_query_norm, const std::optional<Tensor>& index_key_norm,
     const Tensor& cos, const Tensor& sin, double eps, const Tensor& length, const Tensor& key_cache,
     const Tensor& value_cache, const std::optional<Tensor>& index_key_cache) {
+  STD_TORCH_CHECK(projected.dim() == 3 && key_cache.dim() == 4,
+                  "`projected` must have 3 dimensions and `key_cache` 4");
+  for (const Tensor* norm :
+       {&query_norm, &key_norm, index_query_norm ? &*index_query_norm : nullptr,
+        index_key_norm ? &*index_key_norm : nullptr}) {
+    STD_TORCH_CHECK(norm == nullptr || (norm->scalar_type() == projected.scalar_type() &&
+                                        norm->numel() == query_norm.numel()),
+                    "the norms must have one size, and the projections' dtype");
+  }
   AttentionInputParams params{};
   params.dtype = dtype_of("projected", projected);
   params.projected = contiguous_data("projected", projected);
@@ -167,10 +179,13 @@ std::tuple<Tensor, Tensor> attention_input(
   params.num_index_heads = to_int("index heads", num_index_heads);
   params.head_dim = to_int("head_dim", head_dim);
   params.slots = to_int("slots", key_cache.size(1));
-  params.key = cache_slots("key_cache", key_cache, projected, num_kv_heads, head_dim);
-  params.value = cache_slots("value_cache", value_cache, projected, num_kv_heads, head_dim);
+  params.key =
+      cache_slots("key_cache", key_cache, projected, key_cache.size(1), num_kv_heads, head_dim);
+  params.value =
+      cache_slots("value_cache", value_cache, projected, key_cache.size(1), num_kv_heads, head_dim);
   if (has_index) {
-    params.index_key = cache_slots("index_key_cache", *index_key_cache, projected, 1, head_dim);
+    params.index_key =
+        cache_slots("index_key_cache", *index_key_cache, projected, key_cache.size(1), 1, head_dim);
   }
   Tensor query = torch::stable::new_empty(projected, {batch, num_new, num_heads, head_dim});
   Tensor index_query =

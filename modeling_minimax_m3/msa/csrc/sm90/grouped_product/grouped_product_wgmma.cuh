@@ -139,7 +139,7 @@ __device__ void copy_tiles(const GroupedProductArguments& arguments,
 __device__ __forceinline__ float grouped_swiglu(float gate, float up, float alpha, float limit) {
   gate = gate > limit ? limit : gate;
   up = up > limit ? limit : (up < -limit ? -limit : up);
-  return (up + 1.f) * gate * __frcp_rn(1.f + __expf(-alpha * gate));
+  return (up + 1.f) * (gate / (1.f + __expf(-alpha * gate)));
 }
 
 // Writes two neighbouring outputs of a row.

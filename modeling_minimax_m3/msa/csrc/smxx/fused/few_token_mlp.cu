@@ -32,7 +32,7 @@ struct Experts {
 __device__ __forceinline__ float swiglu_oai(float gate, float up, float alpha, float limit) {
   gate = gate > limit ? limit : gate;
   up = up > limit ? limit : (up < -limit ? -limit : up);
-  return (up + 1.f) * gate / (1.f + __expf(-alpha * gate));
+  return (up + 1.f) * (gate / (1.f + __expf(-alpha * gate)));
 }
 
 // Lists the experts of several tokens. One thread block, a thread a pair.
