@@ -37,7 +37,7 @@ from . import model_step_works as works
 from .gpu import Run, parse_arguments, record_text, require_gpu
 from .implementations import OURS, STOCK
 from .model_step_leak import leak
-from .model_step_report import WHOLE_BLOCK, key_of, merge, plot, tables, with_floor, write_docs
+from .model_step_report import key_of, merge, plot, tables, with_floor, write_docs
 from .model_step_works import Case
 
 
@@ -69,8 +69,7 @@ CASES = (
     *_decoding("4 layers"),
     *_decoding("7 layers"),
     Case("decode", "4 layers", "output head of a token", works.head, stock=True),
-    Case("batch", "4 layers", "routed experts of a layer", works.experts_of_a_layer, batch=16, stock=True),
-    Case("batch", "4 layers", WHOLE_BLOCK, partial(works.experts_of_a_layer, whole=True), batch=16, stock=True),
+    Case("batch", "4 layers", "router and experts of a layer", works.experts_of_a_layer, batch=16, stock=True),
     Case("batch", "4 layers", "decode step in a CUDA graph", works.graph_step, past=8192, batch=16),
     *_passes("4 layers"),
     *_passes("7 layers"),

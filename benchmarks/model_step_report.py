@@ -12,7 +12,6 @@ from .model_step_works import CHUNK, MODELS
 from .report import as_table
 
 BEGIN, END = "<!-- tables of benchmarks.model_step -->", "<!-- end of tables -->"
-WHOLE_BLOCK = "routed experts of a layer with router and shared expert"
 PICTURE = "images/model_step.svg"
 Row = dict[str, Any]
 
@@ -39,9 +38,7 @@ def with_floor(row: Row, machine: dict[str, Any]) -> Row:
         return row | {"floor_ms": rates.ms(floors.pass_costs(config, 1, 0)["head"])}
     if "experts_hit" in row:
         floor = floors.experts_ms(config, rates, batch, row["experts_hit"])
-        if row["work"] == WHOLE_BLOCK:
-            floor += floors.router_and_shared_ms(config, rates, batch)
-        return row | {"floor_ms": floor}
+        return row | {"floor_ms": floor + floors.router_and_shared_ms(config, rates, batch)}
     if row["group"] == "million":
         return row | {"floor_ms": floors.chunks_ms(config, rates, min(new, row["chunks"] * CHUNK), CHUNK)}
     if row["group"] == "training":

@@ -176,19 +176,13 @@ def generate(model: Any, case: Case) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def experts_of_a_layer(model: Any, case: Case, whole: bool = False) -> dict[str, Any]:
-    """The routed experts of one layer for one token of each row, in a CUDA graph.
-
-    With `whole` also the router and the shared expert, which one kernel may compute beside the routed ones.
-    """
+def experts_of_a_layer(model: Any, case: Case) -> dict[str, Any]:
+    """Router, routed experts and shared expert of one layer for one token of each row, in a CUDA graph."""
     block = model.model.layers[-1].mlp
     states = states_of(model, case.batch)
-    _, top_weights, top_index = block.gate(states)
+    _, _, top_index = block.gate(states)
     with model._optimize_model_for_decode():
-        if whole:
-            graph = in_graph(lambda: block(states[:, None]))
-        else:
-            graph = in_graph(lambda: block.experts(states, top_index, top_weights))
+        graph = in_graph(lambda: block(states[:, None]))
     return {"ms": time_ms(graph.replay), "experts_hit": int(top_index.unique().numel())}
 
 

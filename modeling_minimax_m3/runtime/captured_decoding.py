@@ -18,7 +18,6 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.distributed import DistributedConfig
 from transformers.utils import ModelOutput, logging, output_capturing
 
 from .cache import MiniMaxM3VLDynamicLayer, MiniMaxM3VLStaticLayer
@@ -32,7 +31,6 @@ logger = logging.get_logger(__name__)
 _CHANGING = {"input_ids", "position_ids", "attention_mask", "cache", "mm_token_type_ids"}
 
 _DEVICE_TYPE = "cuda"
-_COLLECTIVES = "nccl"  # the only ones that a graph can hold
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 _stream_lock = threading.Lock()  # two threads must not capture on one stream
@@ -55,40 +53,17 @@ def obstacle_of_model(model: PreTrainedModel) -> str | None:
         return "the layers are stages of a pipeline"
     if gathers_weights(model):
         return "each pass gathers weights from all processes"
-    device, meshes = model.device, set()
+    device = model.device
     for name, module in model.named_modules():
         for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if isinstance(tensor, DTensor) and tensor.device_mesh not in meshes:
-                meshes.add(tensor.device_mesh)
-                if (obstacle := _obstacle_of_shares(model, tensor)) is not None:
-                    return f"`{name}.{tensor_name}` is spread over several processes: {obstacle}"
+            if isinstance(tensor, DTensor):
+                return f"`{name}.{tensor_name}` is spread over several processes"
             if tensor is not None and tensor.device != device:
                 return f"`{name}.{tensor_name}` is on {tensor.device}, other weights are on {device}"
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         # Transformers' own hooks, which stay after the first call that asked for attention weights, do nothing here.
         if any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks):
             return f"`{name or type(module).__name__}` has forward hooks, which a replay would not call"
-    return None
-
-
-def _obstacle_of_shares(model: PreTrainedModel, weight: DTensor) -> str | None:
-    """Why no graph can hold what processes exchange that have shares of a weight; None where one can.
-
-    Tensor parallelism, and expert parallelism over the same processes, end in sums and gathers of fixed size. All
-    processes read the same tokens, so they capture in the same pass.
-    """
-    plan = getattr(model.config, "distributed_config", None)
-    if not isinstance(plan, DistributedConfig):
-        return "not by a plan of Transformers"
-    if (plan.ep_size or 1) > 1:
-        uses_sums = plan.ep_implementation in ("auto", "all_reduce") and plan.ep_size == plan.tp_size
-        if not uses_sums or model.config.get_text_config()._experts_implementation == "deepgemm_megamoe":
-            return "the experts exchange as many tokens as the host counts"
-    mesh = weight.device_mesh
-    for group in mesh.get_all_groups():
-        backends = torch.distributed.get_backend_config(group)
-        if f"{_DEVICE_TYPE}:{_COLLECTIVES}" not in backends:
-            return f"they exchange data by {backends}, not by {_COLLECTIVES}"
     return None
 
 

@@ -22,7 +22,6 @@ PLANS = {
 OPTIONS = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 OPTIONS |= {"return_dict_in_generate": True, "output_logits": True}
 ON_GPU = torch.cuda.is_available()
-IS_CAPTURED = {"tensor_parallel": True, "expert_and_tensor_parallel": True, "tokens_exchanged": False}
 
 
 def check_equal(output, expected) -> None:
@@ -44,31 +43,11 @@ def check_pieces(parts, inputs, expected) -> None:
     assert passes[:2] == [16, 16]
 
 
-def check_capture(parts, inputs, expected, is_captured: bool) -> None:
-    """On a GPU with graphs. On a CPU, passes in Python take the place of replays."""
-    if ON_GPU:
-        replays, replay = [], torch.cuda.CUDAGraph.replay
-        torch.cuda.CUDAGraph.replay = lambda graph: replays.append(graph) or replay(graph)
-    else:
-        captured._DEVICE_TYPE = "cpu"
-        obstacle = captured.obstacle_of_model(parts)
-        assert ("by cpu:gloo" in obstacle and obstacle.endswith("not by nccl")) or not is_captured, obstacle
-        captured._COLLECTIVES = "gloo"
-        replays, run = [], captured._CapturedPass.run
-        captured._CapturedPass.run = lambda self, inputs: replays.append(self) or run(self, inputs)
-        captured._CapturedPass._on_side_stream = lambda self, function: function()
-        captured._CapturedPass._capture = lambda self: None
-        torch.cuda.is_current_stream_capturing = lambda: False
+def check_without_graph(parts, inputs, expected) -> None:
     obstacle = captured.obstacle_of_model(parts)
-    assert (obstacle is None) == is_captured, obstacle
-    if not is_captured:
-        assert obstacle.endswith("the experts exchange as many tokens as the host counts")
+    assert obstacle is not None and (not ON_GPU or obstacle.endswith("is spread over several processes")), obstacle
     for options in ({}, {"cache_implementation": "static"}):
-        check_equal(parts.generate(**inputs, **OPTIONS, **options), expected)
-    assert bool(replays) == is_captured
-    if ON_GPU:
-        found = [parts.generate(**inputs, **OPTIONS).sequences for _ in range(20)]
-        assert all(torch.equal(sequences, expected.sequences) for sequences in found)
+        check_equal(parts.generate(**inputs, **OPTIONS, **options, disable_compile=True), expected)
 
 
 def main(plan: str, checkpoint: str, path: str) -> None:
@@ -77,12 +56,9 @@ def main(plan: str, checkpoint: str, path: str) -> None:
     parts = load(checkpoint, dtype=torch.float32, distributed_config=config).eval()
     whole = load(checkpoint, dtype=torch.float32).eval().to(parts.device)
     inputs = {name: tensor.to(parts.device) for name, tensor in torch.load(path).items()}
-    os.environ["MINIMAX_M3_CUDA_GRAPHS"] = "0"
     expected = whole.generate(**inputs, **OPTIONS)
-    check_equal(parts.generate(**inputs, **OPTIONS), expected)
-    del os.environ["MINIMAX_M3_CUDA_GRAPHS"]
-    check_capture(parts, inputs, expected, IS_CAPTURED[plan])
-    check_pieces(parts, inputs, expected)  # leaves a hook, which prevents captures
+    check_without_graph(parts, inputs, expected)
+    check_pieces(parts, inputs, expected)
     torch.distributed.barrier()
 
 

@@ -241,7 +241,6 @@ def test_models_that_are_not_captured(model, monkeypatch):
 
 
 def test_models_of_several_processes_that_are_not_captured(model, monkeypatch):
-    """`parallel_generation_worker.py` has those that are."""
     monkeypatch.setattr(captured, "_DEVICE_TYPE", "cpu")
     with monkeypatch.context() as patch:
         patch.setattr(captured, "gathers_weights", lambda model: True)

@@ -54,5 +54,4 @@ def test_two_processes(generate, plan):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("plan", PLANS)
 def test_two_gpus(generate, plan):
-    """Collectives of NCCL are captured with the step."""
     generate(plan)
