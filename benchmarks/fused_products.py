@@ -51,7 +51,7 @@ def weights(*shape: int) -> torch.Tensor:
 
 def few_token_linear(x: torch.Tensor, sets: list[list[torch.Tensor]], call: int) -> torch.Tensor:
     chosen = sets[call % len(sets)]
-    return torch.ops.minimax_m3_msa_cuda.few_token_linear(x, *chosen, *[None] * (5 - len(chosen)))
+    return torch.ops.minimax_m3_msa_cuda.few_token_linear(x, *chosen, *[None] * (5 - len(chosen)), True)
 
 
 def cublas_linear(x: torch.Tensor, sets: list[list[torch.Tensor]], call: int) -> list[torch.Tensor]:
@@ -82,7 +82,7 @@ def mlp(states: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torc
 def few_token_mlp(x: torch.Tensor, sets: list[torch.Tensor], *tensors: torch.Tensor, call: int) -> torch.Tensor:
     *matrices, shares = tensors
     return torch.ops.minimax_m3_msa_cuda.few_token_mlp(
-        x, *matrices, sets[call % len(sets)], shares, SCALE, ALPHA, LIMIT
+        x, *matrices, sets[call % len(sets)], shares, SCALE, ALPHA, LIMIT, True
     )
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import few_tokens
 from .norm_rotary import norm_rotary_reference
 from .rms_norm import as_vectors, is_vector_block
 from .support import HALF_DTYPES, kernels_take
@@ -90,12 +91,16 @@ def attention_input(
 
     Returns:
         Queries (B, T, H_q, D) and index queries (B, T, H_kv, D), which are empty without an indexer.
+
+    Raises:
+        RuntimeError: A token has no slot. As with PyTorch's own writes, the GPU reports it at a later call, and the
+            process can no longer use it.
     """
     index_norms = norms[2:] or (None, None)
     cos, sin = (as_vectors(table.contiguous()) for table in rotary)
     return torch.ops.minimax_m3_msa_cuda.attention_input(
         projected, norms[0], norms[1], *index_norms, cos, sin, eps, slots.length, slots.keys, slots.values,
-        slots.index_keys,
+        slots.index_keys, few_tokens.are_constant(norms),
     )  # fmt: skip
 
 
@@ -106,17 +111,16 @@ def attention_input_reference(
     eps: float,
     slots: CacheSlots,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition of `attention_input`, which also rounds between norm and rotary. What has no slot is dropped."""
+    """The definition of `attention_input`, which also rounds between norm and rotary."""
     num_kv_heads, head_dim = slots.keys.shape[2:]
     heads = projected.unflatten(-1, (-1, head_dim))
     index_heads = [] if slots.index_keys is None else [num_kv_heads, 1]
     others = [num_kv_heads, num_kv_heads, *index_heads]
     query, key, value, *index = heads.split([heads.shape[2] - sum(others), *others], dim=2)
     new = slots.length + torch.arange(projected.shape[1], device=projected.device)
-    is_free = (new >= 0) & (new < slots.keys.shape[1])
 
     def write(states: torch.Tensor, memory: torch.Tensor) -> None:
-        memory[:, new[is_free]] = states[:, is_free]
+        memory.index_copy_(1, new, states)
 
     query, key = (
         norm_rotary_reference(states, norm, *rotary, eps) for states, norm in zip((query, key), norms[:2], strict=True)

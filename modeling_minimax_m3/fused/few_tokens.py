@@ -1,7 +1,7 @@
 """Linear layers and MLPs of a few tokens, at the rate at which a GPU reads their weights. No gradients.
 
-Decoding reads every weight that a token uses once, so that nothing else costs time. Layers that read the same input run
-as one kernel, without a copy of their weights. The chosen experts and the shared expert run as two.
+A decoding step reads each weight that it uses once, and takes hardly longer than that. Layers that read the same input
+run as one kernel, without a copy of their weights. The chosen experts and the shared expert run as two.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .support import HALF_DTYPES, kernels_take, runs_as_written
 from .swiglu import swiglu_oai_reference
 
 MAX_TOKENS = 16
-MAX_TOKENS_OF_ONE_LAYER = 8  # beyond, cuBLAS is as fast (benchmarks/results/few_tokens.txt)
+MAX_TOKENS_OF_ONE_LAYER = 8  # beyond, cuBLAS is faster (benchmarks/results/few_tokens.txt)
 _MAX_WEIGHTS = 5
 _MAX_CHOICES = 256  # of all tokens
 _MULTIPLE = 32  # of the channels that a kernel takes at a time
@@ -81,7 +81,9 @@ def linear_reference(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tens
 
 
 def _weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
-    return [layer.weight for layer in layers if isinstance(layer.weight, torch.Tensor)]
+    weights = [layer.weight for layer in layers if isinstance(layer.weight, torch.Tensor)]
+    assert len(weights) == len(layers)
+    return weights
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -101,7 +103,18 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _product(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     padded = [*weights, *[None] * (_MAX_WEIGHTS - len(weights))]
-    return torch.ops.minimax_m3_msa_cuda.few_token_linear(_rows(x), *padded).view(*x.shape[:-1], -1)
+    out = torch.ops.minimax_m3_msa_cuda.few_token_linear(_rows(x), *padded, are_constant(weights))
+    return out.view(*x.shape[:-1], -1)
+
+
+def are_constant(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether kernels may read these weights before the kernels in front of them have ended.
+
+    That holds in a captured decoding step, whose weights are parameters that no kernel of the step writes. Elsewhere a
+    kernel in front may make a weight, as adapters do, or gather it, as FSDP does.
+    """
+    are_parameters = all(weight.is_cuda and isinstance(weight, nn.Parameter) for weight in weights)
+    return are_parameters and torch.cuda.is_current_stream_capturing()
 
 
 def takes_mlp(
@@ -120,9 +133,22 @@ def takes_mlp(
             experts are frozen.
     """
     return (
-        takes_weights(x, weights)
-        and (expert_ids is None or expert_ids.numel() <= _MAX_CHOICES)
+        (expert_ids is not None or _are_few(x, MAX_TOKENS_OF_ONE_LAYER))
+        and takes_weights(x, weights)
+        and (expert_ids is None or _are_choices(x, expert_ids, expert_weights))
         and not (expert_weights is not None and expert_weights.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _are_choices(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor | None) -> bool:
+    return (
+        expert_weights is not None
+        and expert_ids.dtype == torch.int64
+        and expert_ids.dim() == 2
+        and expert_ids.shape[0] == x.shape[:-1].numel()
+        and expert_ids.numel() <= _MAX_CHOICES
+        and expert_weights.shape == expert_ids.shape
+        and expert_ids.device == expert_weights.device == x.device
     )
 
 
@@ -156,9 +182,11 @@ def mlp(
     """
     if expert_ids is not None and expert_weights is not None:
         expert_ids, expert_weights = expert_ids.contiguous(), expert_weights.float().contiguous()
+    weights = (gate_up, down, expert_gate_up, expert_down)
+    constant = are_constant([weight for weight in weights if weight is not None])
     return torch.ops.minimax_m3_msa_cuda.few_token_mlp(
-        _rows(x), gate_up, down, expert_gate_up, expert_down, expert_ids, expert_weights, expert_scale, alpha, limit,
-    ).view(x.shape)  # fmt: skip
+        _rows(x), *weights, expert_ids, expert_weights, expert_scale, alpha, limit, constant
+    ).view(x.shape)
 
 
 def mlp_reference(

@@ -1,10 +1,11 @@
 """Whether the compiled kernels take a call. Every other call runs the definition in plain PyTorch."""
 
+from collections.abc import Callable
 from typing import TypeGuard, TypeVar
 
 import torch
 from torch.autograd import forward_ad
-from transformers.utils import is_torchdynamo_compiling
+from transformers.utils import is_torchdynamo_compiling, output_capturing
 
 from ..msa import extension
 
@@ -44,20 +45,33 @@ def runs_as_written(module: torch.nn.Module, kind: type[Module]) -> TypeGuard[Mo
 
     While a compiler traces, the answer is no: it fuses the modules by itself.
     """
-    return not is_torchdynamo_compiling() and type(module) is kind and not is_watched(module)
+    return (
+        not is_torchdynamo_compiling()
+        and type(module) is kind
+        and kind.forward.__module__ == kind.__module__  # libraries of kernels replace the forward of a class
+        and not is_watched(module)
+    )
 
 
 def is_watched(module: torch.nn.Module) -> bool:
     """Whether a call of `module` does more than its class says.
 
-    Its forward is replaced on the instance (as Accelerate does for offloaded weights), or hooks wait for the call.
+    Its forward is replaced on the instance (as Accelerate does for offloaded weights), or hooks wait for the call. The
+    hooks by which Transformers records outputs stay on a model, and do nothing while nothing is recorded.
     """
     return bool(
         "forward" in module.__dict__
         or module._compiled_call_impl is not None
         or module._forward_pre_hooks
-        or module._forward_hooks
+        or any(not is_idle_recorder(hook) for hook in module._forward_hooks.values())
         or module._backward_pre_hooks
         or module._backward_hooks
         or torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def is_idle_recorder(hook: Callable) -> bool:
+    """Whether `hook` is one of Transformers' for recording outputs, and no call records any now."""
+    return (
+        getattr(hook, "__module__", None) == output_capturing.__name__ and not output_capturing._active_collector.get()
     )

@@ -216,10 +216,10 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
         return None
 
     def _is_as_fast_grouped(self, tokens: torch.Tensor) -> bool:
-        """Whether grouped products may replace the kernel of Transformers that the configuration names.
+        """Whether our grouped path may run although the configuration names another kernel of Transformers.
 
-        `generate` names `batched_mm` for decoding, because it never reads values on the host. The grouped product reads
-        none either where the GPU has a kernel for it.
+        `generate` names `batched_mm` for decoding, because it never waits for the GPU. On these GPUs the grouped
+        product does not wait either.
         """
         return self._experts_implementation != "batched_mm" or (
             tokens.is_cuda and torch.cuda.get_device_capability(tokens.device)[0] in (9, 10)

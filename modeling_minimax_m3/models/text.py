@@ -81,7 +81,7 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
         return (hidden_states, indexer_kl) if output_indexer_loss else hidden_states
 
     def _adds_in_parts(self, normalized: torch.Tensor) -> bool:
-        """Whether the MLP adds to the residual in place. Only a hook of the norm could hold that sum too."""
+        """Whether the MLP adds to the residual in place. Nothing else holds that sum, unless the norm has a hook."""
         return (
             type(self.mlp) in (MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock)
             and self.mlp.runs_in_parts(normalized.shape[:-1].numel())
@@ -249,6 +249,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             and not output_attentions
             and may_run_in_parts(layout.num_new, self._part_of_row(layout.batch), self.layers.modules())
             and not getattr(cache, "offloading", False)
+            and len(cache.layers) >= self.config.num_hidden_layers
             and all(isinstance(layer, MiniMaxM3VLDynamicLayer) for layer in cache.layers)
         )
 

@@ -18,8 +18,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput, logging, output_capturing
+from transformers.utils import ModelOutput, logging
 
+from ..fused.support import is_idle_recorder
 from .cache import MiniMaxM3VLDynamicLayer, MiniMaxM3VLStaticLayer
 from .gathered_weights import gathers_weights
 from .layout_building import build_layout
@@ -61,8 +62,7 @@ def obstacle_of_model(model: PreTrainedModel) -> str | None:
             if tensor is not None and tensor.device != device:
                 return f"`{name}.{tensor_name}` is on {tensor.device}, other weights are on {device}"
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        # Transformers' own hooks, which stay after the first call that asked for attention weights, do nothing here.
-        if any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks):
+        if not all(is_idle_recorder(hook) for hook in hooks):
             return f"`{name or type(module).__name__}` has forward hooks, which a replay would not call"
     return None
 

@@ -22,16 +22,20 @@ def random(*shape, seed=0, scale=1.0, dtype=torch.bfloat16, device="cpu"):
     return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
 
 
-def _linear(x, *weights):
+def _linear(x, *weights_and_whether_they_are_constant):
+    *weights, _ = weights_and_whether_they_are_constant
     return torch.cat([F.linear(x, weight) for weight in weights if weight is not None], dim=-1)
 
 
-def _mlp(x, gate_up, down, expert_gate_up, expert_down, expert_ids, expert_weights, expert_scale, alpha, limit):
+def _mlp(x, gate_up, down, expert_gate_up, expert_down, *arguments):
+    expert_ids, expert_weights, expert_scale, alpha, limit, _ = arguments
     experts = (expert_gate_up, expert_down, expert_ids, expert_weights, expert_scale)
     return few_tokens.mlp_reference(x, gate_up, down, alpha, limit, *experts)
 
 
-def _attention_input(projected, query, key, index_query, index_key, cos, sin, eps, length, keys, values, index_keys):
+def _attention_input(
+    projected, query, key, index_query, index_key, cos, sin, eps, length, keys, values, index_keys, norms_are_constant
+):
     norms = (query, key) if index_query is None else (query, key, index_query, index_key)
     slots = CacheSlots(length, keys, values, index_keys)
     return attention_input.attention_input_reference(projected, norms, (cos, sin), eps, slots)

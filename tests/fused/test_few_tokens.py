@@ -304,10 +304,22 @@ class TestLayers:
         assert torch.equal(out, dense(x)) and len(calls) == 1
 
     def test_choices_of_many_tokens(self, calls):
-        x, weights = random(16, 64), [torch.zeros(4, 64, 64, dtype=torch.bfloat16)]
-        assert few_tokens.takes_mlp(x, weights, torch.zeros(16, 16, dtype=torch.long))
-        assert not few_tokens.takes_mlp(x, weights, torch.zeros(16, 17, dtype=torch.long))
-        assert not few_tokens.takes_mlp(random(17, 64), weights, torch.zeros(17, 2, dtype=torch.long))
+        weights = [torch.zeros(4, 64, 64, dtype=torch.bfloat16)]
+
+        def takes(tokens, choices, dtype=torch.long, shape=None):
+            ids, shares = torch.zeros(tokens, choices, dtype=dtype), torch.zeros(tokens, choices)
+            return few_tokens.takes_mlp(random(tokens, 64), weights, ids.view(shape or ids.shape), shares)
+
+        assert takes(16, 16)
+        assert not takes(16, 17)
+        assert not takes(17, 2)
+        assert not takes(4, 2, dtype=torch.int32)
+        assert not takes(4, 2, shape=(8,))
+
+    def test_one_mlp_of_many_tokens(self, calls):
+        weights = [torch.zeros(64, 64, dtype=torch.bfloat16)]
+        assert few_tokens.takes_mlp(random(8, 64), weights)
+        assert not few_tokens.takes_mlp(random(9, 64), weights)
 
     def test_a_bias_is_added(self, calls):
         dense = MiniMaxM3VLDenseMLP(tiny_config().text_config).bfloat16().requires_grad_(False)

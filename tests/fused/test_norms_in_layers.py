@@ -8,6 +8,7 @@ from torch.nn.modules import module as torch_module
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.fused.support import runs_as_written
 from modeling_minimax_m3.layers import rotary
+from modeling_minimax_m3.layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts
 from modeling_minimax_m3.layers.normalization import MiniMaxM3VLRMSNorm
 from modeling_minimax_m3.layers.rotary import apply_rotary, normalize_and_rotate
 from modeling_minimax_m3.models import text
@@ -49,6 +50,14 @@ def test_replaced_norms_are_not_plain():
     compiled = MiniMaxM3VLRMSNorm(16)
     compiled.compile()
     assert not runs_as_written(compiled, MiniMaxM3VLRMSNorm)
+
+
+@pytest.mark.parametrize("kind", [MiniMaxM3VLRMSNorm, nn.Linear, MiniMaxM3VLExperts, MiniMaxM3VLDenseMLP])
+def test_a_class_whose_forward_a_library_replaced_is_not_plain(kind, monkeypatch):
+    module = kind(8, 8) if kind in (MiniMaxM3VLRMSNorm, nn.Linear) else kind(tiny_config().text_config)
+    assert runs_as_written(module, kind)
+    monkeypatch.setattr(kind, "forward", lambda self, *args: args[0])
+    assert not runs_as_written(module, kind)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 32), (2, 5, 32)])

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from transformers import StaticCache
+from transformers.cache_utils import Cache
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.layers import token_parts
 from modeling_minimax_m3.layers.attention import MiniMaxM3VLAttention
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.runtime.cache import MiniMaxM3VLSparseDynamicLayer
 
 PART = 16
 
@@ -123,6 +125,23 @@ class TestLayers:
         }[obstacle]
         model(tokens, **options)
         assert set(layer_calls) == {70}
+
+    @torch.no_grad()
+    def test_recorded_outputs_once_do_not_prevent_parts(self, model, make_tokens, layer_calls):
+        """Transformers leaves hooks behind that do nothing afterwards."""
+        tokens = make_tokens(model.config, 1, 70)
+        model(tokens, output_router_logits=True, output_hidden_states=True)
+        layer_calls.clear()
+        model(tokens)
+        assert set(layer_calls) == {32, 6}
+
+    @torch.no_grad()
+    def test_cache_without_layers(self, model, make_tokens, layer_calls):
+        """Such a cache makes its layers when a layer of the model writes to it."""
+        cache = Cache(layer_class_to_replicate=MiniMaxM3VLSparseDynamicLayer)
+        tokens = make_tokens(model.config, 1, 70)
+        logits = model(tokens, cache=cache).logits
+        torch.testing.assert_close(logits, model(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
     def test_with_gradients(self, model, make_tokens, layer_calls):
         model(make_tokens(model.config, 1, 70))

@@ -33,9 +33,10 @@ const void* weight_data(const char* name, const Tensor& weight, const Tensor& x,
 
 Tensor few_token_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& second,
                         const std::optional<Tensor>& third, const std::optional<Tensor>& fourth,
-                        const std::optional<Tensor>& fifth) {
+                        const std::optional<Tensor>& fifth, bool weights_are_constant) {
   STD_TORCH_CHECK(x.dim() == 2, "`x` must be (tokens, channels)");
   FewTokenLinearParams params{};
+  params.weights_are_constant = weights_are_constant;
   params.dtype = dtype_of("x", x);
   params.x = contiguous_data("x", x);
   params.num_tokens = to_int("tokens", x.size(0));
@@ -61,9 +62,10 @@ Tensor few_token_mlp(const Tensor& x, const std::optional<Tensor>& gate_up,
                      const std::optional<Tensor>& expert_down,
                      const std::optional<Tensor>& expert_ids,
                      const std::optional<Tensor>& expert_weights, double expert_scale, double alpha,
-                     double limit) {
+                     double limit, bool weights_are_constant) {
   STD_TORCH_CHECK(x.dim() == 2, "`x` must be (tokens, hidden)");
   FewTokenMlpParams params{};
+  params.weights_are_constant = weights_are_constant;
   params.dtype = dtype_of("x", x);
   params.x = contiguous_data("x", x);
   params.num_tokens = to_int("tokens", x.size(0));
@@ -131,7 +133,8 @@ std::tuple<Tensor, Tensor> attention_input(
     const Tensor& projected, const Tensor& query_norm, const Tensor& key_norm,
     const std::optional<Tensor>& index_query_norm, const std::optional<Tensor>& index_key_norm,
     const Tensor& cos, const Tensor& sin, double eps, const Tensor& length, const Tensor& key_cache,
-    const Tensor& value_cache, const std::optional<Tensor>& index_key_cache) {
+    const Tensor& value_cache, const std::optional<Tensor>& index_key_cache,
+    bool norms_are_constant) {
   STD_TORCH_CHECK(projected.dim() == 3 && key_cache.dim() == 4,
                   "`projected` must have 3 dimensions and `key_cache` 4");
   for (const Tensor* norm :
@@ -142,6 +145,7 @@ std::tuple<Tensor, Tensor> attention_input(
                     "the norms must have one size, and the projections' dtype");
   }
   AttentionInputParams params{};
+  params.norms_are_constant = norms_are_constant;
   params.dtype = dtype_of("projected", projected);
   params.projected = contiguous_data("projected", projected);
   params.query_norm = contiguous_data("query_norm", query_norm);
@@ -225,16 +229,16 @@ std::tuple<Tensor, Tensor> rotary_table(const Tensor& positions, const Tensor& f
 STABLE_TORCH_LIBRARY_FRAGMENT(minimax_m3_msa_cuda, library) {
   library.def(
       "few_token_linear(Tensor x, Tensor weight, Tensor? second, Tensor? third, Tensor? fourth, "
-      "Tensor? fifth) -> Tensor");
+      "Tensor? fifth, bool weights_are_constant) -> Tensor");
   library.def(
       "few_token_mlp(Tensor x, Tensor? gate_up, Tensor? down, Tensor? expert_gate_up, "
       "Tensor? expert_down, Tensor? expert_ids, Tensor? expert_weights, float expert_scale, "
-      "float alpha, float limit) -> Tensor");
+      "float alpha, float limit, bool weights_are_constant) -> Tensor");
   library.def(
       "attention_input(Tensor projected, Tensor query_norm, Tensor key_norm, "
       "Tensor? index_query_norm, Tensor? index_key_norm, Tensor cos, Tensor sin, float eps, "
       "Tensor length, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor(c!)? index_key_cache) -> (Tensor, Tensor)");
+      "Tensor(c!)? index_key_cache, bool norms_are_constant) -> (Tensor, Tensor)");
   library.def(
       "rotary_table(Tensor positions, Tensor frequencies, float scaling, Tensor like) -> "
       "(Tensor, Tensor)");

@@ -13,8 +13,11 @@ void launch_grouped_product_kernel(const GroupedProductParams& params, cudaStrea
 
 void launch_grouped_product(const GroupedProductParams& params, cudaStream_t stream) {
   if (params.channels % 8 != 0 || params.channels == 0 ||
-      params.num_rows > std::numeric_limits<int>::max() || params.outputs % 2 != 0) {
-    throw std::runtime_error("grouped_product takes channels that are a multiple of 8");
+      params.outputs % (params.is_gated ? 4 : 2) != 0 ||
+      params.num_rows > std::numeric_limits<int>::max()) {
+    throw std::runtime_error(
+        "grouped_product takes channels that are a multiple of 8, an even number of outputs (of "
+        "gated ones also of half of them), and at most 2^31 - 1 rows");
   }
   if (params.num_rows == 0 || params.num_groups == 0 || params.outputs == 0) return;
   if (params.dtype == Dtype::kFloat16) {

@@ -28,9 +28,8 @@ struct GroupedTile {
   int output;  // first output
 };
 
-// The tiles of all groups stand in one line: all those of some outputs of a group come before those
-// of the next, so that the thread blocks at work read the same weights and the same rows. A thread
-// block takes every gridDim.x-th.
+// Tiles are numbered group by group, within a group by outputs, and within these by rows, so that
+// the thread blocks at work share weights and rows. A thread block takes every gridDim.x-th.
 template <int kStep>  // outputs of a tile
 class GroupedTiles {
  public:

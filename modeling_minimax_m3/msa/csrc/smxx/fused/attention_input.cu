@@ -1,5 +1,6 @@
 #include "attention_input.h"
 
+#include <cstdio>
 #include <stdexcept>
 
 #include "smxx/common/dependent_launch.cuh"
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool is_value = !is_query && !is_key && head < value_end;
   const bool is_index_query = head >= value_end && head < index_end;
 
-  // The weights do not depend on the kernels before.
+  if (!params.norms_are_constant) wait_for_kernels_before();
   const void* norm = is_query         ? params.query_norm
                      : is_key         ? params.key_norm
                      : is_index_query ? params.index_query_norm
@@ -132,7 +133,12 @@ __global__ void __launch_bounds__(kThreads)
   const CacheSlots& cache = is_key ? params.key : is_value ? params.value : params.index_key;
   const int first = is_key ? q_end : is_value ? key_end : index_end;
   const int64_t slot = *params.length + place;
-  if (slot < 0 || slot >= params.slots) return;  // a full cache: the caller has checked its length
+  if (slot < 0 || slot >= params.slots) {
+    // As in PyTorch's own writes to a cache, an error that ends the process's use of the device.
+    printf("the static cache has %d slots, got a token for slot %lld\n", params.slots,
+           static_cast<long long>(slot));
+    __trap();
+  }
   store(static_cast<Element*>(cache.data) + row * cache.row_stride + slot * cache.slot_stride +
             (head - first) * cache.head_stride + channel,
         values);

@@ -43,7 +43,8 @@ struct AttentionInputParams {
   int head_dim;         // 64 or 128
   int rotary_channels;  // a multiple of 16
   Dtype dtype;
-  bool rotary_is_float;  // cos and sin are float32 instead of the states' dtype
+  bool rotary_is_float;     // cos and sin are float32 instead of the states' dtype
+  bool norms_are_constant;  // no kernel before may have written them: they are read before its end
 };
 
 // Cosines and sines of positions.

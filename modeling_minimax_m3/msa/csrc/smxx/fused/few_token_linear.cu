@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, kTiles
   constexpr int kSteps = kLoads / kTiles;
   __shared__ WarpSums<kHalves, kTiles> warp_sums;
   let_next_kernel_start();
+  if (!params.weights_are_constant) wait_for_kernels_before();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4;

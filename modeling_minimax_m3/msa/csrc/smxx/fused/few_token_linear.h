@@ -21,6 +21,8 @@ struct FewTokenLinearParams {
   int num_tokens;  // at most 16
   int channels;    // a multiple of 32
   Dtype dtype;
+  bool
+      weights_are_constant;  // no kernel before may have written them: they are read before its end
 };
 
 // Throws std::runtime_error for sizes that the kernel does not take.

@@ -18,10 +18,10 @@ constexpr unsigned kWholeWarp = 0xffffffff;
 
 template <typename Value>
 __device__ __forceinline__ Value load_fresh(const Value* address) {
-  return __ldcg(address);  // see `load_states`
+  return __ldcg(address);  // as `load_states`
 }
 
-// The experts that the tokens chose, in the order in which their pairs name them first.
+// The chosen experts, ordered by the first pair that names each.
 struct Experts {
   int count;
   int ids[kMaxPairs];                    // -1: none of ours
@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
   constexpr int kStride = kWarps * kChannels;
   __shared__ WarpSums<kHalves, 2> warp_sums;
   let_next_kernel_start();
+  if (!params.weights_are_constant) wait_for_kernels_before();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4;
@@ -188,6 +189,7 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
   __shared__ WarpSums<kHalves, kTiles> warp_sums;
   __shared__ Experts experts;
   let_next_kernel_start();
+  if (!params.weights_are_constant) wait_for_kernels_before();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4;

@@ -31,6 +31,8 @@ struct FewTokenMlpParams {
   int width;         // 0: there is no MLP of every token
   int expert_width;  // 0: there are no experts
   Dtype dtype;
+  bool
+      weights_are_constant;  // no kernel before may have written them: they are read before its end
 };
 
 int64_t few_token_mlp_lists_bytes();

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "smxx/common/matrix.cuh"
 
@@ -21,12 +22,13 @@ constexpr int kRows = 8;       // weight rows of an mma
 constexpr int kChannels = 32;  // that a group of four lanes reads by one load a lane
 constexpr int kLoads = 8;      // of 16 bytes of weights, in flight in a lane
 
-// So that enough bytes are in flight, and the registers suffice.
+// Thread blocks that fit a multiprocessor: enough for the bytes in flight, few enough for the
+// registers.
 constexpr int thread_blocks_per_sm(int halves, int tiles) {
   return halves * tiles == 1 ? 4 : 3;
 }
 
-// 16 bytes of weights, which are read once. They do not depend on the kernels before.
+// 16 bytes of weights, which are read once.
 __device__ __forceinline__ uint4 load_weights(const void* address) {
   uint4 value;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n"
@@ -35,8 +37,8 @@ __device__ __forceinline__ uint4 load_weights(const void* address) {
   return value;
 }
 
-// 16 bytes that a kernel before has written. Not from the first-level cache, which another kernel
-// may have filled before that one had written.
+// 16 bytes that a kernel before has written. Each thread block reads them once, so that they need
+// no place in the first-level cache.
 __device__ __forceinline__ uint4 load_states(const void* address) {
   uint4 value;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
