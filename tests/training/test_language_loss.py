@@ -13,7 +13,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.training.language_loss import batch_share, causal_lm_loss
+from modeling_minimax_m3.fused import softmax_loss
+from modeling_minimax_m3.msa import extension
+from modeling_minimax_m3.training.language_loss import _PlainHeadLoss, batch_share, causal_lm_loss
 
 BATCH, TOKENS, HIDDEN, VOCABULARY = 3, 50, 16, 97
 
@@ -36,6 +38,10 @@ def make_case(dtype=torch.float32, head_class=nn.Linear):
 
 def plain_loss(head, hidden_states, labels, **kwargs):
     return ForCausalLMLoss(head(hidden_states), labels, VOCABULARY, **kwargs)
+
+
+def plain_loss_of_any_vocabulary(head, hidden_states, labels, **kwargs):
+    return ForCausalLMLoss(head(hidden_states), labels, head.out_features, **kwargs)
 
 
 def gradients(loss_function, head, hidden_states, labels, **kwargs):
@@ -187,6 +193,80 @@ def test_compiles_into_one_graph():
     actual = gradients(compiled, head, hidden_states, labels, chunk_tokens=64)
     for got, wanted in zip(actual, expected):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+class TestKernel:
+    """The plain head's loss on a GPU, whose chunks of logits the kernel overwrites with their gradient."""
+
+    pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+    @pytest.fixture(autouse=True)
+    def calls(self, monkeypatch):
+        """The number of rows of each call of the kernel."""
+        assert extension.load(build=True) is None
+        kernel, rows = torch.ops.minimax_m3_msa_cuda.softmax_loss_, []
+
+        def counted(logits, targets, divisor):
+            rows.append(logits.shape[0])
+            return kernel(logits, targets, divisor)
+
+        monkeypatch.setattr(torch.ops.minimax_m3_msa_cuda, "softmax_loss_", counted)
+        return rows
+
+    @staticmethod
+    def make(dtype=torch.bfloat16, vocabulary=20008):
+        torch.manual_seed(0)
+        head = nn.Linear(128, vocabulary, bias=False, device="cuda", dtype=dtype)
+        states = (2 * torch.randn(2, 200, 128, device="cuda")).to(dtype).requires_grad_()
+        labels = torch.randint(vocabulary, (2, 200), device="cuda")
+        labels[0, :20] = -100
+        return head, states, labels
+
+    @pytest.mark.parametrize("num_items", [None, 123, torch.tensor(123)], ids=["mean", "int", "tensor"])
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_loss_and_gradients(self, calls, monkeypatch, num_items, autocast):
+        head, states, labels = self.make(torch.float32 if autocast else torch.bfloat16)
+
+        def measure(loss_function, case=(head, states, labels), **kwargs):
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast and case[0].weight.dtype != torch.float64):
+                results = gradients(loss_function, *case, num_items_in_batch=num_items, **kwargs)
+            return [result.clone() for result in results]
+
+        exact = copy.deepcopy(head).double(), states.detach().double().requires_grad_(), labels
+        truth = measure(plain_loss_of_any_vocabulary, exact)
+        ours = measure(causal_lm_loss, chunk_tokens=64)
+        assert calls == [64, 64, 64, 64, 64, 59]
+        again = measure(causal_lm_loss, chunk_tokens=64)
+        assert all(torch.equal(first, second) for first, second in zip(ours, again))
+        calls.clear()
+        monkeypatch.setattr(softmax_loss, "kernels_take", lambda *tensors: False)
+        theirs = measure(causal_lm_loss, chunk_tokens=64)
+        assert not calls
+        for with_kernel, without, wanted in zip(ours, theirs, truth):
+            assert with_kernel.dtype == without.dtype
+            assert error(with_kernel, wanted) <= 1.5 * error(without, wanted) + 1e-6
+            assert error(with_kernel, wanted) < 2e-2
+
+    def test_a_vocabulary_that_the_kernel_does_not_take(self, calls):
+        case = self.make(vocabulary=20001)
+        expected = gradients(plain_loss_of_any_vocabulary, *case)
+        expected = [result.clone() for result in expected]
+        for got, wanted in zip(gradients(causal_lm_loss, *case, chunk_tokens=64), expected):
+            assert error(got, wanted) < 2e-2
+        assert not calls
+
+    @pytest.mark.parametrize("is_tensor", [False, True], ids=["int", "tensor"])
+    def test_the_host_does_not_wait(self, calls, is_tensor):
+        head, states, labels = self.make()
+        num_items = torch.tensor(400, device="cuda") if is_tensor else 400
+        inputs = states.flatten(0, 1), head.weight, labels.flatten().clamp(min=0), num_items, 64
+        _PlainHeadLoss.apply(*inputs)  # what a first call sets up may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            _PlainHeadLoss.apply(*inputs).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(calls) == 14
 
 
 # ---- the models ---------------------------------------------------------------------------------------------------
