@@ -11,8 +11,7 @@ import torch
 
 from . import few_tokens
 from .norm_rotary import norm_rotary_reference
-from .rms_norm import as_vectors, is_vector_block
-from .support import HALF_DTYPES, kernels_take
+from .support import HALF_DTYPES, as_vectors, is_vector_block, kernels_take
 
 _HEAD_DIMS = (64, 128)
 _ROTARY_MULTIPLE = 16

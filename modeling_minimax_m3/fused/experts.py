@@ -13,12 +13,10 @@ import torch
 from torch import nn
 
 from ..msa import derivatives, extension, kernel_build
-from .rms_norm import KERNEL_DTYPES, is_vector_block, starts_vectors
-from .support import HALF_DTYPES, kernels_take
+from .router import MAX_EXPERTS, MAX_EXPERTS_PER_TOKEN
+from .support import HALF_DTYPES, KERNEL_DTYPES, as_vector_block, is_vector_block, kernels_take, starts_vectors
 from .swiglu import swiglu_oai
 
-_MAX_EXPERTS = 512
-_MAX_EXPERTS_PER_TOKEN = 16
 _MOST_PAIRS = 2**31 - 1
 # Average rows per expert up to which our product runs. A thread block reads a weight once for 192 rows. At 128 rows our
 # product takes 0.6 times as long as PyTorch's, at 256 up to 1.2 times (benchmarks/results/grouped_product.txt).
@@ -90,9 +88,9 @@ def _has_plan(expert_ids: torch.Tensor, num_experts: int) -> bool:
     return (
         expert_ids.dtype == torch.int64
         and expert_ids.dim() == 2
-        and expert_ids.shape[1] <= _MAX_EXPERTS_PER_TOKEN
+        and expert_ids.shape[1] <= MAX_EXPERTS_PER_TOKEN
         and 0 < expert_ids.numel() <= _MOST_PAIRS
-        and 0 < num_experts <= _MAX_EXPERTS
+        and 0 < num_experts <= MAX_EXPERTS
     )
 
 
@@ -180,7 +178,7 @@ def _can_gather(x: torch.Tensor, weight: torch.Tensor, order: ExpertOrder) -> bo
         and x.numel() > 0
         and starts_vectors(x)
         and weight.dtype == x.dtype
-        and order.rows.shape[1] <= _MAX_EXPERTS_PER_TOKEN
+        and order.rows.shape[1] <= MAX_EXPERTS_PER_TOKEN
     )
 
 
@@ -243,7 +241,7 @@ def _can_unpermute(
         and is_vector_block(expert_out)
         and weights.dtype == torch.float32
         and weights.shape == order.rows.shape
-        and order.rows.shape[1] <= _MAX_EXPERTS_PER_TOKEN
+        and order.rows.shape[1] <= MAX_EXPERTS_PER_TOKEN
         and (
             base is None
             or (
@@ -253,10 +251,6 @@ def _can_unpermute(
             )
         )
     )
-
-
-def _as_vector_block(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if is_vector_block(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("minimax_m3_fused::gathered_product", mutates_args=())
@@ -284,7 +278,7 @@ def _gathered_product_backward(
     """Gradients of `x` and of `weight`; one without elements where it is not needed."""
     kernels = torch.ops.minimax_m3_msa_cuda
     grouped_mm = nn.functional.grouped_mm
-    grad_out = _as_vector_block(grad_out)
+    grad_out = as_vector_block(grad_out)
     grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
     if needs_weight:
         grad_weight = grouped_mm(grad_out.t(), kernels.gather_tokens(x, rows, offsets), offs=offsets)
@@ -386,7 +380,7 @@ def _sum_expert_rows_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `expert_out` and of `weights`; one without elements where it is not needed."""
     return torch.ops.minimax_m3_msa_cuda.sum_expert_rows_backward(
-        _as_vector_block(grad_out), expert_out, weights, scale, rows, offsets, needs_rows, needs_weights
+        as_vector_block(grad_out), expert_out, weights, scale, rows, offsets, needs_rows, needs_weights
     )
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import is_torchdynamo_compiling
 
-from .rms_norm import as_vectors
-from .support import HALF_DTYPES, kernels_take, runs_as_written
+from .support import HALF_DTYPES, as_vectors, is_vector_block, kernels_take, runs_as_written
 from .swiglu import swiglu_oai_reference
 
 MAX_TOKENS = 16
@@ -50,10 +49,9 @@ def takes_weights(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
         and not _autocast_changes(x)
         and all(
             weight.dtype == x.dtype
-            and weight.is_contiguous()
+            and is_vector_block(weight)
             and weight.shape[-1] % _MULTIPLE == 0
             and weight.numel() > 0
-            and weight.data_ptr() % 16 == 0
             for weight in weights
         )
     )

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from ..msa import derivatives
-from .rms_norm import KERNEL_DTYPES, as_vectors, is_vector_block, rms_norm_reference, starts_vectors
-from .support import kernels_take
+from .rms_norm import rms_norm_reference
+from .support import KERNEL_DTYPES, as_vectors, is_vector_block, kernels_take, starts_vectors
 
 MAX_HEAD_DIM = 256
 

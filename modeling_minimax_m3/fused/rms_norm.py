@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from ..msa import derivatives
-from .support import HALF_DTYPES, kernels_take
+from .support import KERNEL_DTYPES, as_vectors, is_vector_block, kernels_take, starts_vectors
 
-KERNEL_DTYPES = {*HALF_DTYPES, torch.float32}
 MAX_WIDTH = 16384
 
 
@@ -69,22 +68,6 @@ def add_rms_norm(
     return torch.ops.minimax_m3_msa_cuda.add_rms_norm(x, residual, weight, eps)
 
 
-def starts_vectors(tensor: torch.Tensor) -> bool:
-    """Whether kernels can read the tensor's last dimension, a multiple of 8, 16 bytes at a time."""
-    if tensor.data_ptr() % 16 != 0:
-        return False
-    if tensor.is_contiguous():
-        return True
-    *strides, last = tensor.stride()
-    vector = 16 // tensor.element_size()
-    return last == 1 and all(stride % vector == 0 for stride in strides)
-
-
-def is_vector_block(tensor: torch.Tensor) -> bool:
-    """The same, of tensors that must be contiguous."""
-    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
-
-
 def _are_supported(x: torch.Tensor, weight: torch.Tensor) -> bool:
     dtype, weight_dtype, width = x.dtype, weight.dtype, x.shape[-1]
     return (
@@ -96,11 +79,6 @@ def _are_supported(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and starts_vectors(x)
         and is_vector_block(weight)
     )
-
-
-def as_vectors(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where kernels can read it 16 bytes at a time, else a copy."""
-    return tensor if starts_vectors(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("minimax_m3_fused::rms_norm", mutates_args=())

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from ..msa import derivatives
-from .support import HALF_DTYPES, kernels_take
+from .support import KERNEL_DTYPES, kernels_take
 
-_MAX_EXPERTS = 512
-_MAX_EXPERTS_PER_TOKEN = 16
+MAX_EXPERTS = 512
+MAX_EXPERTS_PER_TOKEN = 16
 
 
 def route(router_logits: torch.Tensor, bias: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,11 +46,11 @@ def _weights_of(scores: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor
 def _has_kernel(router_logits: torch.Tensor, bias: torch.Tensor, top_k: int) -> bool:
     return (
         router_logits.dim() == 2
-        and (router_logits.dtype in HALF_DTYPES or router_logits.dtype == torch.float32)
+        and router_logits.dtype in KERNEL_DTYPES
         and bias.dtype in (router_logits.dtype, torch.float32)
         and bias.shape == router_logits.shape[1:]
-        and 1 <= top_k <= min(router_logits.shape[1], _MAX_EXPERTS_PER_TOKEN)
-        and router_logits.shape[1] <= _MAX_EXPERTS
+        and 1 <= top_k <= min(router_logits.shape[1], MAX_EXPERTS_PER_TOKEN)
+        and router_logits.shape[1] <= MAX_EXPERTS
         and router_logits.stride(1) == 1
         and bias.is_contiguous()
     )

@@ -2,10 +2,8 @@
 
 import torch
 
-from .rms_norm import is_vector_block
-from .support import HALF_DTYPES, kernels_take
+from .support import KERNEL_DTYPES, is_vector_block, kernels_take
 
-KERNEL_DTYPES = {*HALF_DTYPES, torch.float32}
 MAX_WIDTH = 2**30
 
 

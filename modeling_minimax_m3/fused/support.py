@@ -12,6 +12,7 @@ from ..msa import extension
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (*HALF_DTYPES, torch.float32)  # of the kernels that take float32 too
 
 _looked_for_library = False
 
@@ -38,6 +39,32 @@ def _library_is_loaded() -> bool:
         _looked_for_library = True
         extension.load(build=False)
     return extension.is_loaded()
+
+
+def starts_vectors(tensor: torch.Tensor) -> bool:
+    """Whether kernels can read the tensor's last dimension, a multiple of 8, 16 bytes at a time."""
+    if tensor.data_ptr() % 16 != 0:
+        return False
+    if tensor.is_contiguous():
+        return True
+    *strides, last = tensor.stride()
+    vector = 16 // tensor.element_size()
+    return last == 1 and all(stride % vector == 0 for stride in strides)
+
+
+def is_vector_block(tensor: torch.Tensor) -> bool:
+    """The same, of tensors that must be contiguous."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+
+
+def as_vectors(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where kernels can read it 16 bytes at a time, else a copy."""
+    return tensor if starts_vectors(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def as_vector_block(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, of what must be contiguous."""
+    return tensor if is_vector_block(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def runs_as_written(module: torch.nn.Module, kind: type[Module]) -> TypeGuard[Module]:

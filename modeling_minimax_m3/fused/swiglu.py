@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..msa import derivatives
-from .support import HALF_DTYPES, kernels_take
+from .support import KERNEL_DTYPES, as_vector_block, kernels_take
 
 
 def swiglu_oai(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
@@ -36,7 +36,7 @@ def swiglu_oai_reference(gate_up: torch.Tensor, alpha: float, limit: float) -> t
 
 def _has_kernel(gate_up: torch.Tensor) -> bool:
     """Whether the kernel, which reads eight elements at a time, can read the tensor."""
-    if not (gate_up.dtype in HALF_DTYPES or gate_up.dtype == torch.float32):
+    if gate_up.dtype not in KERNEL_DTYPES:
         return False
     if gate_up.numel() == 0 or gate_up.shape[-1] % 16 or gate_up.data_ptr() % 16:
         return False
@@ -57,13 +57,7 @@ def _(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
 
 @torch.library.custom_op("minimax_m3_fused::swiglu_oai_backward", mutates_args=())
 def _swiglu_oai_backward(grad_out: torch.Tensor, gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    return torch.ops.minimax_m3_msa_cuda.swiglu_oai_backward(_readable(grad_out), gate_up, alpha, limit)
-
-
-def _readable(grad_out: torch.Tensor) -> torch.Tensor:
-    """The gradient as the kernel reads it: contiguous, from a multiple of 16 bytes on."""
-    grad_out = grad_out.contiguous()
-    return grad_out.clone() if grad_out.data_ptr() % 16 else grad_out
+    return torch.ops.minimax_m3_msa_cuda.swiglu_oai_backward(as_vector_block(grad_out), gate_up, alpha, limit)
 
 
 @_swiglu_oai_backward.register_fake
