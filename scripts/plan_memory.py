@@ -32,6 +32,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "lora_rank": {"type": int, "help": "rank of the adapters"},
     "lora_targets": {"nargs": "*", "help": "ends of the names of linear layers that get adapters"},
     "lora_experts": {"action": "store_true", "help": "also put adapters on the routed experts"},
+    "lora_save": {"nargs": "*", "help": "ends of the names of modules that LoRA trains whole"},
     "autocast": {"action": "store_true", "help": "weights in float32, computing in bfloat16"},
     "prepared_for_kbit": {"action": "store_true", "help": "after PEFT's prepare_model_for_kbit_training"},
     "optimizer": {"choices": planner.OPTIMIZERS, "help": "the states of paged ones count as host memory"},

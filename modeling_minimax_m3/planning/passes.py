@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
-from .layers.layer_types import attention_type
-from .layers.token_parts import TOKENS_OF_A_LAYER, TOKENS_OF_A_PART
+from ..layers.layer_types import attention_type
+from ..layers.token_parts import TOKENS_OF_A_LAYER, TOKENS_OF_A_PART
 
 _MIB, _GIB = 2**20, 2**30
 # Workspaces of the kernels, which msa/csrc/smxx/README.md describes.

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -195,6 +195,26 @@ def adapters(weights: Sequence[Weight], targets: Sequence[str], rank: int, on_ex
             for suffix, shape in (("lora_A", (ranks, inputs)), ("lora_B", (outputs, ranks))):
                 added.append(Weight(f"{weight.name}.{suffix}", shape, weight.part, weight.layer, True))
     return added
+
+
+def is_adapter(weight: Weight) -> bool:
+    """Whether the weight is one that `adapters` returned."""
+    return weight.name.endswith((".lora_A", ".lora_B"))
+
+
+def copies(weights: Sequence[Weight], modules: Sequence[str]) -> list[Weight]:
+    """Copies of all weights in the modules whose name has one of these ends.
+
+    Raises:
+        ValueError: There is no such module.
+    """
+    found = []
+    for module in modules:
+        inside = [weight for weight in weights if f".{module}." in f".{weight.name}"]
+        if not inside:
+            raise ValueError(f"`lora_save` must be ends of names of modules, got {module!r}")
+        found += [replace(weight, name=f"{weight.name}.copy", requires_grad=True) for weight in inside]
+    return found
 
 
 def optimizer_bytes(shape: Sequence[int], optimizer: str, element_bytes: int) -> float:
