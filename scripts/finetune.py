@@ -397,6 +397,13 @@ def describe(rows: Dataset | IterableDataset) -> str:
     return f"{len(rows)} rows, {tokens} tokens, {learned} of them learned"
 
 
+def longest_row(rows: Dataset | IterableDataset, max_length: int) -> int:
+    """The tokens of the longest row, or `max_length` where the rows are not known yet."""
+    if isinstance(rows, IterableDataset) or "input_ids" not in rows.column_names:
+        return max_length
+    return max(map(len, rows["input_ids"]))
+
+
 # ---- model --------------------------------------------------------------------------------------------------------
 
 
@@ -547,7 +554,7 @@ def memory_request(
     config: PreTrainedConfig,
     model: ModelArguments,
     lora: LoraArguments,
-    data: DataArguments,
+    longest: int,
     training: TrainingArguments,
     devices: tuple[int, float],
 ) -> memory_plan.MemoryRequest | None:
@@ -567,7 +574,7 @@ def memory_request(
         strategy = "fsdp2" if shards else "zero3" if is_zero else "ddp"
     return memory_plan.MemoryRequest(
         precision=precision,
-        context=data.max_length,
+        context=longest,
         batch_size=training.per_device_train_batch_size,
         training=("qlora" if is_quantized else "lora") if lora.lora else "full",
         train_vision=model.train_vision,
@@ -577,7 +584,7 @@ def memory_request(
         lora_save=tuple(lora.lora_save),
         autocast=precision == "float32" and (training.bf16 or training.fp16),
         optimizer=OPTIMIZERS.get(getattr(training.optim, "value", training.optim), "adamw"),
-        gradient_checkpointing=bool(training.gradient_checkpointing or training.activation_checkpointing),
+        gradient_checkpointing=bool(training.activation_checkpointing or training.gradient_checkpointing),
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         devices=count,
         device_gib=device_gib,
@@ -589,12 +596,12 @@ def check_memory(
     config: PreTrainedConfig,
     model: ModelArguments,
     lora: LoraArguments,
-    data: DataArguments,
+    longest: int,
     training: TrainingArguments,
 ) -> None:
-    """Prints what the run needs on each device, and raises ValueError where that does not fit."""
+    """Prints what a run with rows of up to `longest` tokens needs, and raises ValueError where that does not fit."""
     devices = planned_devices(training)
-    request = None if devices is None else memory_request(config, model, lora, data, training, devices)
+    request = None if devices is None else memory_request(config, model, lora, longest, training, devices)
     if request is None:
         return
     plan = memory_plan.plan_memory(config, request)
@@ -602,8 +609,8 @@ def check_memory(
         print(f"memory plan\n{plan.table()}", flush=True)
     if plan.fits is False and not model.ignore_plan:
         raise ValueError(
-            f"the run needs about {plan.total_gib:.1f} GiB on a device of {request.device_gib:.1f} GiB. The plan above "
-            "has changes that make it fit; --ignore_plan starts it all the same"
+            f"the run needs about {plan.total_gib:.1f} GiB on a device of {request.device_gib:.1f} GiB: see the plan "
+            "above. --ignore_plan starts it all the same"
         )
 
 
@@ -647,7 +654,6 @@ def prepare(argv: list[str]) -> Trainer:
         )
         if lora_arguments.lora:
             check_adapters(config, lora_arguments, with_media, given_options)
-        check_memory(config, model_arguments, lora_arguments, data_arguments, training)
         if with_media:
             if not isinstance(processor, MiniMaxM3VLProcessor):
                 raise ValueError("the data have images or videos, but the checkpoint reads text only")
@@ -666,6 +672,8 @@ def prepare(argv: list[str]) -> Trainer:
         read, reader = (with_collator_names, collator) if with_media else (tokenise, tokenizer)
         given, data = data, {name: read(rows, reader, data_arguments, name) for name, rows in data.items()}
 
+    longest = longest_row(data["training"], data_arguments.max_length)
+    check_memory(config, model_arguments, lora_arguments, longest, training)
     model = load_model(model_arguments, config, with_media)
     if lora_arguments.lora:
         model = add_adapters(model, lora_arguments, with_media)

@@ -285,7 +285,17 @@ def _generation_moments(
         ("decoding", 1, request.context, capacity),
     ):
         peaks = [
-            passes.prefill_bytes(model.text, layer, rows, tokens, keys, size, request.devices == 1) for layer in layers
+            passes.prefill_bytes(
+                model.text,
+                layer,
+                rows,
+                tokens,
+                keys,
+                element_bytes=size,
+                layers_in_parts=request.devices == 1 and not is_static,
+                mlps_in_parts=request.devices == 1,
+            )
+            for layer in layers
         ]
         activations, workspace = max(peaks, key=sum, default=(0, 0))
         moments[moment] = {

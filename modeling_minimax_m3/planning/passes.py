@@ -69,7 +69,15 @@ def cache_bytes(config: MiniMaxM3VLTextConfig, layer: int, tokens: int, element_
 
 
 def prefill_bytes(
-    config: MiniMaxM3VLTextConfig, layer: int, rows: int, new: int, keys: int, element_bytes: int, in_parts: bool
+    config: MiniMaxM3VLTextConfig,
+    layer: int,
+    rows: int,
+    new: int,
+    keys: int,
+    *,
+    element_bytes: int,
+    layers_in_parts: bool,
+    mlps_in_parts: bool,
 ) -> tuple[float, float]:
     """Bytes of a pass without gradients at the largest moment of a layer.
 
@@ -80,18 +88,20 @@ def prefill_bytes(
         new (int): Tokens of each row that the pass reads.
         keys (int): Tokens of each row after the pass.
         element_bytes (int): Bytes of an element of the hidden states.
-        in_parts (bool): Whether layers and experts take long inputs in parts, as they do on one device.
+        layers_in_parts (bool): Whether layers take long inputs in parts, as over a dynamic cache on one device.
+        mlps_in_parts (bool): Whether MLPs and experts do, as on one device.
 
     Returns:
         Bytes of the activations, and of the kernels' workspace.
     """
     hidden = config.hidden_size
     tokens = rows * new
-    part = min(tokens, rows * max(TOKENS_OF_A_LAYER // rows, TOKENS_OF_A_LAYER // 8)) if in_parts else tokens
+    most = rows * max(TOKENS_OF_A_LAYER // rows, TOKENS_OF_A_LAYER // 8)
+    part = min(tokens, most) if layers_in_parts else tokens
     queries, key_values, index = _widths(config, layer)
     workspace = max(_forward_workspace(config, layer, part, keys), _selection_workspace(config, layer, part, keys))
     attention = part * (hidden + 2 * queries + 2 * key_values + index) * element_bytes
-    pairs = min(part, TOKENS_OF_A_PART) if in_parts else part
+    pairs = min(part, TOKENS_OF_A_PART) if mlps_in_parts else part
     mlp = part * 2 * hidden + pairs * _mlp_channels(config, layer)
     held = tokens * (hidden + config.rotary_width) * element_bytes
     if attention + workspace > mlp * element_bytes:
