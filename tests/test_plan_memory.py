@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import memory_plan
+from modeling_minimax_m3.planning.devices import OTHER_ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,6 +87,23 @@ def test_it_runs_as_a_command():
     done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert (done.returncode, done.stderr) == (1, "")
     assert "does not fit" in done.stdout
+
+
+def test_page_explains_every_row_and_strategy():
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
+    explained = {name.strip(" `") for row in rows for name in row.split(",")}
+    assert {*memory_plan.PARTS, *OTHER_ROWS, *memory_plan.STRATEGIES} - {"single"} <= explained
+    assert all(f"`{precision}`" in page for precision in memory_plan.PRECISIONS if precision != "float16")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/memory.md", "scripts/plan_memory.py"])
+def test_commands_of_the_pages_are_valid(command, page, tiny_checkpoint):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^ *python scripts/plan_memory.py (.*?) *(?:#.*)?$", text, re.MULTILINE)
+    assert commands
+    for flags in commands:
+        assert command.main(flags.replace("CHECKPOINT", str(tiny_checkpoint)).split()) in (0, 1)
 
 
 # ---- fine-tuning --------------------------------------------------------------------------------------------------

@@ -312,7 +312,6 @@ def _training_moments(
 ) -> dict[str, dict[str, float]]:
     """What the device holds in a training step, beside the weights and the optimizer's states."""
     tokens, size = request.batch_size * request.context, _compute_bytes(request)
-    parts = {weight.part for weight in trained.weights}
     indexer_only = request.training == "indexers"
     sizes = {
         layer: passes.training_bytes(
@@ -322,8 +321,8 @@ def _training_moments(
             request.context,
             element_bytes=size,
             residual_bytes=4 if request.prepared_for_kbit or request.autocast else size,
-            trains_attention="attention" in parts,
-            trains_mlp=bool(parts & {"dense MLPs", "routed experts", "shared experts"}),
+            attention_inputs=_kept_inputs(model, trained, layer, ("attention",)),
+            mlp_inputs=_kept_inputs(model, trained, layer, ("dense MLPs", "routed experts", "shared experts")),
             trains_indexer=indexer_only or model.text.indexer_loss_coef > 0,
             indexer_only=indexer_only,
         )
@@ -358,6 +357,24 @@ def _training_moments(
         step = 12 * max((weight.elements * _share(weight, request) for weight in trained.weights), default=0)
     moments["the optimizer's step"] = {"workspaces": step, "gradients": all_gradients}
     return moments
+
+
+def _kept_inputs(model: Model, trained: Trained, layer: int, parts: tuple[str, ...]) -> int:
+    """Channels of the inputs that the trained weights of a layer keep, beside those that are kept anyway.
+
+    Weights share the input of a layer; the inputs of the output projection and of the experts are kept anyway. Each
+    adapter keeps a copy of its own, because its dtype is another one.
+    """
+    channels = 0
+    for weight in trained.weights:
+        if weight.layer != layer or weight.part not in parts or weight.name.endswith((".lora_B", ".copy")):
+            continue
+        is_down = ".down_proj" in weight.name
+        if weight.part == "routed experts":
+            channels += model.text.num_experts_per_tok * model.text.intermediate_size if is_down else 0
+        elif trained.are_new or is_down or ".q_proj" in weight.name:
+            channels += weight.shape[-1]
+    return channels
 
 
 # ---- layers over devices ----------------------------------------------------------------------------------------

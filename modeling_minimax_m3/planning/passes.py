@@ -122,8 +122,8 @@ def training_bytes(
     *,
     element_bytes: int = 2,
     residual_bytes: int = 2,
-    trains_attention: bool,
-    trains_mlp: bool,
+    attention_inputs: int,
+    mlp_inputs: int,
     trains_indexer: bool,
     indexer_only: bool = False,
 ) -> LayerBytes:
@@ -136,7 +136,8 @@ def training_bytes(
         keys (int): Tokens of a row.
         element_bytes (int): Bytes of an element in attention and MLP.
         residual_bytes (int): Bytes of an element of the hidden states between layers.
-        trains_attention, trains_mlp (bool): Whether weights there, or adapters on them, keep their inputs.
+        attention_inputs, mlp_inputs (int): Channels of the inputs that weights there keep for their gradients, or
+            adapters on them.
         trains_indexer (bool): Whether the indexers' loss runs.
         indexer_only (bool): Whether nothing but the indexers is trained.
     """
@@ -153,7 +154,7 @@ def training_bytes(
         return LayerBytes(layer_input, saved, saved + rest + workspace, workspace)
 
     # Queries and keys before and after norm and rotation, values, output, and the output's log-sums.
-    attention = 3 * queries + 3 * key_values + index + (hidden if trains_attention else 0)
+    attention = 3 * queries + 3 * key_values + index + attention_inputs
     saved_attention = tokens * (attention * element_bytes + 4 * config.num_attention_heads)
     if _has_indexer(config, layer):
         saved_attention += tokens * 4 * config.num_key_value_heads * config.index_topk_blocks
@@ -163,12 +164,12 @@ def training_bytes(
     if config.mlp_layer_types[layer] == "sparse":
         choices = config.num_experts_per_tok
         widths = choices * config.intermediate_size + config.shared_intermediate_size
-        mlp = (3 if trains_mlp else 2) * widths + choices * hidden + 2 * config.num_local_experts
+        mlp = 2 * widths + choices * hidden + 2 * config.num_local_experts
         gradient_rows = choices * hidden
     else:
-        mlp = (3 if trains_mlp else 2) * config.dense_intermediate_size
+        mlp = 2 * config.dense_intermediate_size
         gradient_rows = config.dense_intermediate_size
-    saved_mlp = tokens * (hidden * residual_bytes + (hidden + mlp) * element_bytes)
+    saved_mlp = tokens * (hidden * residual_bytes + (hidden + mlp + mlp_inputs) * element_bytes)
     gradients = tokens * 2 * hidden * residual_bytes
     in_mlp = saved_attention + saved_mlp + gradients + tokens * gradient_rows * element_bytes
     workspace = max(_backward_workspace(config, layer, tokens, keys), kl_workspace)

@@ -210,7 +210,7 @@ def test_gradients_grow_through_the_backward():
 def test_training_of_one_layer_by_hand():
     """A sparse layer of the released geometry, LoRA on attention, 4096 tokens."""
     config, tokens = seven_layers(), 4096
-    options = {"trains_attention": True, "trains_mlp": False, "trains_indexer": False}
+    options = {"attention_inputs": 6144, "mlp_inputs": 0, "trains_indexer": False}
     found = passes.training_bytes(config, 6, tokens, tokens, **options)
     assert found.input == tokens * 6144 * 2
     attention = 3 * 8192 + 3 * 512 + 640 + 6144  # queries thrice, keys and values, index, the projections' input
@@ -222,6 +222,22 @@ def test_training_of_one_layer_by_hand():
     of_attention = tokens * (2 * attention + 4 * 64 + 4 * 4 * 16 + 4 * 6144 + 2 * (2 * 8192 + 2 * 512)) + workspace
     of_mlp = tokens * (saved + 4 * 6144 + 2 * 4 * 6144)
     assert found.backward == max(of_attention, of_mlp)
+
+
+def test_inputs_that_training_keeps():
+    config = seven_layers()
+    sizes = {}
+    for name, options in {
+        "none": {"lora_targets": ("k_proj",)},
+        "attention": {"lora_targets": ("k_proj", "o_proj")},
+        "shared": {"lora_targets": ("k_proj", "shared_experts.down_proj")},
+        "experts": {"lora_targets": ("k_proj",), "lora_experts": True},
+    }.items():
+        request = MemoryRequest(training="lora", lora_rank=1, context=1000, **options)
+        sizes[name] = on_one(config, **(vars(request) | {"device_gib": None})).gib["activations"] * GIB
+    assert sizes["attention"] - sizes["none"] == pytest.approx(7 * 1000 * 8192 * 2)
+    assert sizes["shared"] - sizes["none"] == pytest.approx(6 * 1000 * 3072 * 2)
+    assert sizes["experts"] - sizes["none"] == pytest.approx(6 * 1000 * 4 * 3072 * 2)
 
 
 def test_checkpointing_and_smaller_batches_need_less():
@@ -292,11 +308,12 @@ def test_layers_are_shared_out_evenly():
     assert _balanced([1.0, 1.0], 4)[-1] == 1, "there may be more devices than layers"
 
 
-def test_device_map_covers_the_model():
-    config = tiny_config()
+@pytest.mark.parametrize("config", [tiny_config(), tiny_config().text_config], ids=["composite", "text"])
+def test_device_map_covers_the_model(config):
+    auto_class = AutoModelForCausalLM if isinstance(config, MiniMaxM3VLTextConfig) else AutoModelForImageTextToText
     plan = plan_memory(config, MemoryRequest(devices=2, strategy="device_map"))
     placed = plan.device_map()
-    check_device_map(AutoModelForImageTextToText.from_config(config), placed)
+    check_device_map(auto_class.from_config(config), placed)
     assert set(placed.values()) == {0, 1}
     layers = [layer for device in plan.devices for layer in device.layers]
     assert layers == list(range(4))
