@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig, released_config
-from modeling_minimax_m3.memory_plan import MemoryPlan, MemoryRequest, plan_memory
+from modeling_minimax_m3.memory_plan import DevicePlan, MemoryPlan, MemoryRequest, plan_memory
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 from .gpu import Run, parse_arguments, require_gpu
@@ -71,7 +71,7 @@ def training(kind: str, context: int, checkpointing: bool = True, **options: Any
     return MemoryRequest(training=kind, context=context, gradient_checkpointing=checkpointing, **options)
 
 
-QUANTIZED = {"unquantized_parts": UNQUANTIZED}
+QUANTIZED: dict[str, Any] = {"unquantized_parts": UNQUANTIZED}
 CASES = {
     "generate, 32k": Case(1, 3, None, generation(32768 + NEW_TOKENS)),
     "generate, 128k, static cache": Case(1, 3, None, generation(131072 + NEW_TOKENS, cache="static")),
@@ -107,7 +107,7 @@ def build(case: Case) -> nn.Module:
     if request.is_quantized:
         {"nf4": to_nf4, "fp8": to_fp8}[request.precision](model)
     if request.strategy == "device_map":
-        from accelerate import dispatch_model
+        from accelerate.big_modeling import dispatch_model
 
         model = dispatch_model(model, case.plan().device_map())
     return prepare_training(model, request) if request.training != "none" else model.eval()
@@ -117,7 +117,7 @@ def is_quantized(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and "lm_head" not in name and ".indexer." not in name
 
 
-def to_nf4(model: nn.Module) -> None:
+def to_nf4(model: Any) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for name, linear in list(model.named_modules()):
@@ -149,8 +149,13 @@ def prepare_training(model: Any, request: MemoryRequest) -> Any:
     if request.training in ("lora", "qlora"):
         from peft import LoraConfig, get_peft_model
 
-        options = {"r": request.lora_rank, "target_modules": list(request.lora_targets)}
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", exclude_modules=r".*\bindexer\b.*", **options))
+        adapters = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=request.lora_rank,
+            target_modules=list(request.lora_targets),
+            exclude_modules=r".*\bindexer\b.*",
+        )
+        model = get_peft_model(model, adapters)
     return model
 
 
@@ -186,9 +191,10 @@ def measure(case: Case) -> dict[str, Any]:
     model = build(case)
     gc.collect()
     torch.cuda.empty_cache()
-    for device in range(case.request.devices):
-        torch.cuda.reset_peak_memory_stats(device)
-    weights = [torch.cuda.memory_allocated(device) / GIB for device in range(case.request.devices)]
+    indices = range(case.request.devices)
+    for index in indices:
+        torch.cuda.reset_peak_memory_stats(index)
+    weights = [torch.cuda.memory_allocated(index) / GIB for index in indices]
     run = run_generation if case.request.training == "none" else run_training
     run(model, case.request)
     rows = []
@@ -208,7 +214,7 @@ def measure(case: Case) -> dict[str, Any]:
     return {"devices": rows}
 
 
-def allocated_estimate(device: Any) -> float:
+def allocated_estimate(device: DevicePlan) -> float:
     return device.total_gib - device.gib["CUDA context"]
 
 

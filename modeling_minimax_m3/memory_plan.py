@@ -153,9 +153,13 @@ class MemoryPlan:
         if self.fits:
             return [f"fits: at most {self.total_gib:.2f} of {room}"]
         lines = [f"does not fit: {self.total_gib:.2f} GiB are needed, and there are {room}"]
-        fitting = [change for change in self.changes if change.fits]
-        lines.append("one of these changes makes it fit:" if fitting else "no single change makes it fit; the best:")
-        return lines + [f"  {change.description}: {change.gib:.2f} GiB" for change in fitting or self.changes[:5]]
+        shown = [change for change in self.changes if change.fits] or self.changes[:5]
+        if not shown:
+            return [*lines, "no single change needs less"]
+        lines.append(
+            "one of these changes makes it fit:" if shown[0].fits else "no single change makes it fit; the best:"
+        )
+        return lines + [f"  {change.description}: {change.gib:.2f} GiB" for change in shown]
 
 
 def plan_memory(config: Config | str | os.PathLike, request: MemoryRequest) -> MemoryPlan:

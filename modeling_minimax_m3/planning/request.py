@@ -128,6 +128,10 @@ class MemoryRequest:
             )
         if self.training == "qlora" and not self.is_quantized:
             raise ValueError(f"`precision` must be quantized with training='qlora', got {self.precision!r}")
+        if self.training == "indexers" and self.is_quantized and "indexer" not in self.unquantized_parts:
+            raise ValueError(
+                "`unquantized_parts` must hold 'indexer' with training='indexers', got a quantized indexer"
+            )
         if self.autocast and self.precision != "float32":
             raise ValueError(f"`autocast` needs precision='float32', got precision={self.precision!r}")
         if self.prepared_for_kbit and self.training != "qlora":

@@ -387,6 +387,10 @@ def test_table_and_dict_of_a_plan():
         ({"training": "full", "precision": "mxfp8"}, "`precision` must not be quantized with training='full'"),
         ({"training": "qlora"}, "`precision` must be quantized with training='qlora', got 'bf16'"),
         ({"prepared_for_kbit": True}, "`prepared_for_kbit` needs training='qlora'"),
+        (
+            {"training": "indexers", "precision": "mxfp8", "unquantized_parts": ("head",)},
+            "`unquantized_parts` must hold 'indexer'",
+        ),
         ({"autocast": True}, "`autocast` needs precision='float32'"),
         ({"training": "lora", "lora_targets": ()}, "`lora_targets` must name a linear layer"),
     ],
