@@ -601,15 +601,21 @@ def check_memory(
 ) -> None:
     """Prints what a run with rows of up to `longest` tokens needs, and raises ValueError where that does not fit."""
     devices = planned_devices(training)
-    request = None if devices is None else memory_request(config, model, lora, longest, training, devices)
-    if request is None:
+    if devices is None:
         return
-    plan = memory_plan.plan_memory(config, request)
+    try:
+        request = memory_request(config, model, lora, longest, training, devices)
+        plan = None if request is None else memory_plan.plan_memory(config, request)
+    except ValueError as error:  # the run itself may work
+        logger.warning(f"there is no memory plan: {error}")
+        return
+    if plan is None:
+        return
     if training.process_index == 0:
         print(f"memory plan\n{plan.table()}", flush=True)
     if plan.fits is False and not model.ignore_plan:
         raise ValueError(
-            f"the run needs about {plan.total_gib:.1f} GiB on a device of {request.device_gib:.1f} GiB: see the plan "
+            f"the run needs about {plan.total_gib:.1f} GiB on a device of {devices[1]:.1f} GiB: see the plan "
             "above. --ignore_plan starts it all the same"
         )
 

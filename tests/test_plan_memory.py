@@ -146,6 +146,16 @@ def test_a_run_that_fits_is_planned_and_prepared(finetune, arguments, monkeypatc
     assert "fits: at most" in out and out.index("memory plan") < out.index("training ")
 
 
+def test_a_run_that_cannot_be_planned_goes_on(finetune, arguments, monkeypatch, caplog):
+    def refuse(config):
+        raise ValueError("`precision` must be given")
+
+    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 0.5))
+    monkeypatch.setattr(memory_plan, "saved_precision", refuse)
+    finetune.prepare(arguments)
+    assert "there is no memory plan: `precision` must be given" in caplog.text
+
+
 def test_longest_row(finetune, arguments):
     trainer = finetune.prepare(arguments)
     (row,) = trainer.train_dataset
