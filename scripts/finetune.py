@@ -19,6 +19,7 @@ import argparse
 import copy
 import importlib.util
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ from transformers.utils import logging
 
 import modeling_minimax_m3  # noqa: F401  (registers the classes)
 from idle_options import refuse_idle
+from modeling_minimax_m3 import memory_plan
 from modeling_minimax_m3.layers.layer_types import attention_type
 from modeling_minimax_m3.trainer_logging import IndexerLossLogging
 from processing_minimax_m3 import MiniMaxM3VLProcessor, MultimodalChatCollator
@@ -79,6 +81,9 @@ class ModelArguments:
     )
     indexer_loss_coef: float = field(
         default=0.0, metadata={"help": "Weight of the loss that trains the indexers of sparse layers; 0 freezes them."}
+    )
+    ignore_plan: bool = field(
+        default=False, metadata={"help": "Load the model even if the memory plan says that it does not fit."}
     )
 
 
@@ -392,6 +397,13 @@ def describe(rows: Dataset | IterableDataset) -> str:
     return f"{len(rows)} rows, {tokens} tokens, {learned} of them learned"
 
 
+def longest_row(rows: Dataset | IterableDataset, max_length: int) -> int:
+    """The tokens of the longest row, or `max_length` where the rows are not known yet."""
+    if isinstance(rows, IterableDataset) or "input_ids" not in rows.column_names:
+        return max_length
+    return max(map(len, rows["input_ids"]))
+
+
 # ---- model --------------------------------------------------------------------------------------------------------
 
 
@@ -520,6 +532,94 @@ def check_adapters(config: PreTrainedConfig, lora: LoraArguments, with_media: bo
     refuse_idle(given_options, no_adapted_indexers=not any(".indexer." in name for name in trained))
 
 
+# The optimizers of Transformers that the planner knows by another name. It takes all others for adamw.
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit"), "adamw-8bit"),
+    "paged_adamw_32bit": "paged-adamw",
+    "paged_adamw_8bit": "paged-adamw-8bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
+
+
+def planned_devices(training: TrainingArguments) -> tuple[int, float] | None:
+    """The number of devices of the run, and the GiB of each. None on a CPU, for which there is no plan."""
+    detected = memory_plan.detected_devices()
+    if detected is None or training.device.type != "cuda":
+        return None
+    return max(training.world_size, 1), detected[1]
+
+
+def memory_request(
+    config: PreTrainedConfig,
+    model: ModelArguments,
+    lora: LoraArguments,
+    longest: int,
+    training: TrainingArguments,
+    devices: tuple[int, float],
+) -> memory_plan.MemoryRequest | None:
+    """What the planner has to know of a run. None for weights that cannot be trained, which `Trainer` refuses."""
+    if model.dtype == "auto":
+        precision = memory_plan.saved_precision(config)
+    else:
+        precision = memory_plan.DTYPES.get(getattr(torch, model.dtype, None), "bf16")
+    is_quantized = memory_plan.PRECISIONS[precision].is_quantized
+    if is_quantized and not lora.lora:
+        return None
+    count, device_gib = devices
+    strategy = "single"
+    if count > 1:
+        shards = os.environ.get("ACCELERATE_USE_FSDP") == "true" or bool(training.fsdp)
+        is_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or bool(training.deepspeed)
+        strategy = "fsdp2" if shards else "zero3" if is_zero else "ddp"
+    return memory_plan.MemoryRequest(
+        precision=precision,
+        context=longest,
+        batch_size=training.per_device_train_batch_size,
+        training=("qlora" if is_quantized else "lora") if lora.lora else "full",
+        train_vision=model.train_vision,
+        lora_rank=lora.lora_rank,
+        lora_targets=tuple(lora.lora_targets),
+        lora_experts=lora.lora_experts,
+        lora_save=tuple(lora.lora_save),
+        autocast=precision == "float32" and (training.bf16 or training.fp16),
+        optimizer=OPTIMIZERS.get(getattr(training.optim, "value", training.optim), "adamw"),
+        gradient_checkpointing=bool(training.activation_checkpointing or training.gradient_checkpointing),
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        devices=count,
+        device_gib=device_gib,
+        strategy=strategy,
+    )
+
+
+def check_memory(
+    config: PreTrainedConfig,
+    model: ModelArguments,
+    lora: LoraArguments,
+    longest: int,
+    training: TrainingArguments,
+) -> None:
+    """Prints what a run with rows of up to `longest` tokens needs, and raises ValueError where that does not fit."""
+    devices = planned_devices(training)
+    if devices is None:
+        return
+    try:
+        request = memory_request(config, model, lora, longest, training, devices)
+        plan = None if request is None else memory_plan.plan_memory(config, request)
+    except ValueError as error:  # the run itself may work
+        logger.warning(f"there is no memory plan: {error}")
+        return
+    if plan is None:
+        return
+    if training.process_index == 0:
+        print(f"memory plan\n{plan.table()}", flush=True)
+    if plan.fits is False and not model.ignore_plan:
+        raise ValueError(
+            f"the run needs about {plan.total_gib:.1f} GiB on a device of {devices[1]:.1f} GiB: see the plan "
+            "above. --ignore_plan starts it all the same"
+        )
+
+
 class FinetuneTrainer(IndexerLossLogging, Trainer):
     """Trainer whose logs show the indexers' loss, if indexers are trained."""
 
@@ -578,6 +678,8 @@ def prepare(argv: list[str]) -> Trainer:
         read, reader = (with_collator_names, collator) if with_media else (tokenise, tokenizer)
         given, data = data, {name: read(rows, reader, data_arguments, name) for name, rows in data.items()}
 
+    longest = longest_row(data["training"], data_arguments.max_length)
+    check_memory(config, model_arguments, lora_arguments, longest, training)
     model = load_model(model_arguments, config, with_media)
     if lora_arguments.lora:
         model = add_adapters(model, lora_arguments, with_media)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from configuration_minimax_m3 import tiny_config
+
 SCRIPTS = [
     "cuda",
     "cuda_training",
@@ -17,6 +19,7 @@ SCRIPTS = [
     "cuda_model",
     "model_step",
     "language_loss",
+    "memory_plan",
 ]
 
 
@@ -181,6 +184,55 @@ def test_ratios_of_decoding_structured_layers_and_models(script):
         (row["tokens/s over stock's at its longest"], row["GiB over stock's at its longest"]) for row in columns(text)
     ]
     assert ratios == [("-", "-"), ("-", "-"), ("4", "0.167"), ("4", "1.1")]
+
+
+def test_cases_of_the_memory_planner(script):
+    """As many cases as the planner is judged by: each of over 10 GiB, and of each kind enough."""
+    cases = script("memory_plan").CASES
+    assert len(cases) >= 8
+    requests = [case.request for case in cases.values()]
+    assert sum(request.training != "none" for request in requests) >= 2
+    assert sum(request.is_quantized for request in requests) >= 2
+    assert sum(request.devices == 2 for request in requests) == 1
+    for case in cases.values():
+        assert all(10 < device.total_gib < 0.9 * 139 for device in case.plan().devices)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cache": "static"},
+        {"training": "lora", "gradient_checkpointing": True},
+        {"training": "full", "optimizer": "sgd"},
+        {"training": "indexers"},
+    ],
+    ids=str,
+)
+def test_works_of_the_memory_planner_run(script, monkeypatch, options):
+    """On the tiny model and a CPU."""
+    module = script("memory_plan")
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module.Case, "config", lambda case: tiny_config().text_config)
+    request = module.MemoryRequest(context=40, new_tokens=4, **options)
+    model = module.build(module.Case(0, 0, None, request))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    plan = module.Case(0, 0, None, request).plan()
+    if request.training == "none":
+        module.run_generation(model, request)
+        return
+    module.run_training(model, request)
+    assert sum(model.get_parameter(name).numel() for name in trained) == plan.trained_parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) >= sum(plan.parameters.values())
+
+
+def test_differences_of_the_memory_planner(script):
+    row = {"device": "cuda:0", "estimate_gib": 49.0, "peak_gib": 50.0, "reserved_gib": 51.0, "moment": "prefill"}
+    other = row | {"estimate_gib": 51.5, "device": "cuda:1"}
+    text = script("memory_plan").tables({"cases": {"generate": {"devices": [row, other]}}})
+    assert "-2.0%" in text and "+3.0%" in text
+    assert text.endswith("The largest difference is 3.0%.")
+    assert script("memory_plan").tables({"cases": {}}).startswith("|")
 
 
 def test_tables_can_be_made_at_every_moment(script):

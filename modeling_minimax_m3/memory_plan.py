@@ -1,0 +1,211 @@
+"""Whether a model fits on the devices, before anything is loaded: `plan_memory(config, MemoryRequest(...))`.
+
+The plan is an estimate from the configuration. docs/memory.md says what it counts and what it leaves out.
+"""
+
+import os
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
+
+from .planning import devices as device_memory
+from .planning.changes import candidates
+from .planning.devices import DevicePlan
+from .planning.request import (
+    CACHES,
+    DTYPES,
+    GIB,
+    STRATEGIES,
+    TRAINING,
+    Config,
+    MemoryRequest,
+    detected_devices,
+    read_config,
+    saved_precision,
+)
+from .planning.weights import OPTIMIZERS, PARTS, PRECISIONS, QUANTIZABLE_PARTS, UNQUANTIZED_PARTS
+
+__all__ = [
+    "CACHES",
+    "Change",
+    "Config",
+    "DTYPES",
+    "DevicePlan",
+    "MemoryPlan",
+    "MemoryRequest",
+    "OPTIMIZERS",
+    "PARTS",
+    "PRECISIONS",
+    "QUANTIZABLE_PARTS",
+    "STRATEGIES",
+    "TRAINING",
+    "UNQUANTIZED_PARTS",
+    "as_dict",
+    "detected_devices",
+    "plan_memory",
+    "read_config",
+    "saved_precision",
+]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A single change of a request.
+
+    Args:
+        description (str): The change, by the fields of `MemoryRequest`.
+        request (MemoryRequest): The changed request.
+        gib (float): What the fullest device then needs.
+        fits (bool): Whether that fits.
+    """
+
+    description: str
+    request: MemoryRequest
+    gib: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a request needs.
+
+    Args:
+        request (MemoryRequest): The request.
+        devices (tuple[DevicePlan, ...]): One for each device, or a single one that stands for all.
+        parameters (dict[str, int]): Number of parameters of each part of the model.
+        trained_parameters (int): How many parameters are trained, those of adapters included.
+        paged_gib (float): States of a paged optimizer, in host memory, for each process.
+    """
+
+    request: MemoryRequest
+    devices: tuple[DevicePlan, ...]
+    parameters: dict[str, int]
+    trained_parameters: int
+    paged_gib: float
+    _model: device_memory.Model = field(repr=False, compare=False)
+
+    @property
+    def total_gib(self) -> float:
+        """What the fullest device needs."""
+        return max(device.total_gib for device in self.devices)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every device has room. None where `device_gib` is unknown."""
+        usable = self.request.usable_gib
+        return None if usable is None else self.total_gib <= usable
+
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """Single changes that need less memory: those that fit come first, the smallest need first among them."""
+        if self.request.usable_gib is None:
+            return ()
+        found = []
+        for description, request in candidates(self.request, lambda other: bool(_plan(self._model, other).fits)):
+            plan = _plan(self._model, request)
+            if plan.total_gib < self.total_gib:
+                found.append(Change(description, request, plan.total_gib, bool(plan.fits)))
+        return tuple(sorted(found, key=lambda change: (not change.fits, change.gib)))
+
+    def device_map(self) -> dict[str, int]:
+        """The `device_map` for `from_pretrained` that a plan of the strategy `device_map` assumes.
+
+        Raises:
+            ValueError: The plan has another strategy.
+        """
+        if self.request.strategy != "device_map":
+            raise ValueError(f"`device_map` needs the strategy 'device_map', got {self.request.strategy!r}")
+        return device_memory.device_map(self._model, self.request)
+
+    def table(self) -> str:
+        """The parts of every device as text, whether they fit, and the changes where they do not."""
+        columns = [device.gib for device in self.devices]
+        names = list(
+            dict.fromkeys(name for name in (*PARTS, *device_memory.OTHER_ROWS) if any(name in gib for gib in columns))
+        )
+        heads = [device.name for device in self.devices]
+        rows = [["GiB", *heads], *([name, *(_figure(gib.get(name)) for gib in columns)] for name in names)]
+        rows.append(["total", *(_figure(device.total_gib) for device in self.devices)])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(heads) + 1)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        lines.insert(-1, "-" * len(lines[0]))
+        moments = dict.fromkeys(device.moment for device in self.devices)
+        lines.append(f"largest moment: {', '.join(moments)}")
+        total = sum(self.parameters.values())
+        lines.append(f"{total:,} parameters" + (f", {self.trained_parameters:,} trained" if self._trains else ""))
+        if self.paged_gib:
+            lines.append(f"beside that {self.paged_gib:.2f} GiB of paged optimizer states in host memory")
+        return "\n".join([*lines, *self._verdict()])
+
+    @property
+    def _trains(self) -> bool:
+        return self.request.training != "none"
+
+    def _verdict(self) -> list[str]:
+        request = self.request
+        if request.usable_gib is None:
+            return ["the memory of a device is unknown: give it as `device_gib`"]
+        room = (
+            f"{request.usable_gib:.2f} GiB, {1 - request.margin:.0%} of the {request.device_gib:.2f} GiB of a device"
+        )
+        if self.fits:
+            return [f"fits: at most {self.total_gib:.2f} of {room}"]
+        lines = [f"does not fit: {self.total_gib:.2f} GiB are needed, and there are {room}"]
+        shown = [change for change in self.changes if change.fits] or self.changes[:5]
+        if not shown:
+            return [*lines, "no single change needs less"]
+        lines.append(
+            "one of these changes makes it fit:" if shown[0].fits else "no single change makes it fit; the best:"
+        )
+        return lines + [f"  {change.description}: {change.gib:.2f} GiB" for change in shown]
+
+
+def plan_memory(config: Config | str | os.PathLike, request: MemoryRequest) -> MemoryPlan:
+    """Plans the memory of each device.
+
+    Args:
+        config (config, str or PathLike): The model's configuration, or what `read_config` reads.
+        request (MemoryRequest): What is to run, and on what.
+
+    Raises:
+        ValueError: `lora_targets` names no linear layer of the model, or the model lacks what is to be trained.
+    """
+    if not isinstance(config, MiniMaxM3VLConfig | MiniMaxM3VLTextConfig):
+        config = read_config(config)
+    return _plan(device_memory.Model(config), request)
+
+
+def _plan(model: device_memory.Model, request: MemoryRequest) -> MemoryPlan:
+    parameters = dict.fromkeys(PARTS, 0)
+    for weight in model.weights:
+        parameters[weight.part] += weight.elements
+    return MemoryPlan(
+        request=request,
+        devices=device_memory.device_plans(model, request),
+        parameters={part: count for part, count in parameters.items() if count},
+        trained_parameters=sum(weight.elements for weight in device_memory.trained_of(model, request).weights),
+        paged_gib=device_memory.paged_bytes(model, request) / GIB,
+        _model=model,
+    )
+
+
+def _figure(gib: float | None) -> str:
+    return "-" if gib is None else f"{gib:.2f}"
+
+
+def as_dict(plan: MemoryPlan) -> dict[str, Any]:
+    """The plan as what JSON can hold."""
+    return {
+        "request": asdict(plan.request),
+        "devices": [asdict(device) | {"total_gib": device.total_gib} for device in plan.devices],
+        "parameters": plan.parameters,
+        "trained_parameters": plan.trained_parameters,
+        "paged_gib": plan.paged_gib,
+        "total_gib": plan.total_gib,
+        "fits": plan.fits,
+        "changes": [
+            {"description": change.description, "gib": change.gib, "fits": change.fits} for change in plan.changes
+        ],
+    }

@@ -1,0 +1,1 @@
+"""What `memory_plan` computes with: weights, passes, devices, and changes of a request."""

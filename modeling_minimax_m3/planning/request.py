@@ -1,0 +1,215 @@
+"""What a plan is asked for: the request, and what of it a configuration and this machine tell."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from transformers import AutoConfig
+
+from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, released_config
+
+from ..training.language_loss import CHUNK_TOKENS
+from .weights import OPTIMIZERS, PRECISIONS, QUANTIZABLE_PARTS, UNQUANTIZED_PARTS
+
+GIB = 2**30
+TRAINING = ("none", "lora", "qlora", "full", "indexers")
+STRATEGIES = ("single", "device_map", "fsdp2", "zero3", "tensor_parallel", "expert_parallel", "ddp")
+CACHES = ("dynamic", "static")
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# What `generate` reads at a time.
+PREFILL_TOKENS = 32768
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bf16"}
+
+Config: TypeAlias = MiniMaxM3VLConfig | MiniMaxM3VLTextConfig
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """What is to run, and on what. All sizes of memory are GiB.
+
+    Args:
+        precision (str): Of the loaded weights: a key of `PRECISIONS`. The quantized ones are `"mxfp8"` (as released),
+            `"fp8"` and `"int8"` (torchao), `"nf4"` and `"nf4-double"` (bitsandbytes, the latter with double
+            quantization).
+        unquantized_parts (tuple[str, ...]): Parts that a quantized precision leaves in bfloat16. Embeddings, norms
+            and router always stay.
+        context (int): Tokens of a row: prompt and generated ones, or the rows of a training batch.
+        new_tokens (int): How many tokens of `context` are generated. Only for `training="none"`.
+        batch_size (int): Rows of a pass; with `fsdp2`, `zero3` and `ddp`, and with `expert_parallel` in training, of
+            each process.
+        training (str): `"none"` (generation), `"lora"`, `"qlora"` (LoRA on a quantized precision), `"full"` or
+            `"indexers"`.
+        train_vision (bool): Whether a full training also trains the vision tower.
+        lora_rank (int): Rank of the adapters.
+        lora_targets (tuple[str, ...]): Ends of the names of the linear layers that get adapters.
+        lora_experts (bool): Whether the routed experts get adapters.
+        lora_save (tuple[str, ...]): Ends of the names of modules that LoRA trains whole (PEFT's `modules_to_save`).
+        autocast (bool): Whether autocast computes in bfloat16 with weights in float32.
+        prepared_for_kbit (bool): Whether PEFT's `prepare_model_for_kbit_training` makes the unquantized weights and
+            the hidden states float32. Only for `"qlora"`.
+        optimizer (str): One of `OPTIMIZERS`. Paged states count as host memory.
+        gradient_checkpointing (bool): Whether a layer keeps its input alone.
+        gradient_accumulation_steps (int): Passes of an optimizer step. Above 1, all gradients are there in every pass
+            but the first.
+        loss_chunk (int): Tokens whose logits exist at the same time in training.
+        cache (str): `"dynamic"`, which doubles when it is full, or `"static"`.
+        prefill_chunk (int): Tokens of a row that `generate` reads at a time.
+        devices (int): Number of devices.
+        device_gib (float or None): Memory of each. None: unknown, so that the plan does not say what fits.
+        strategy (str): How devices share the work: one of `STRATEGIES`.
+        margin (float): Share of each device that stays free, for what the allocator cannot use.
+
+    Raises:
+        ValueError: A field is out of range, or contradicts another. The message names the field.
+    """
+
+    precision: str = "bf16"
+    unquantized_parts: tuple[str, ...] = UNQUANTIZED_PARTS
+    context: int = 8192
+    new_tokens: int = 256
+    batch_size: int = 1
+    training: str = "none"
+    train_vision: bool = False
+    lora_rank: int = 16
+    lora_targets: tuple[str, ...] = ATTENTION_TARGETS
+    lora_experts: bool = False
+    lora_save: tuple[str, ...] = ()
+    autocast: bool = False
+    prepared_for_kbit: bool = False
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
+    gradient_accumulation_steps: int = 1
+    loss_chunk: int = CHUNK_TOKENS
+    cache: str = "dynamic"
+    prefill_chunk: int = PREFILL_TOKENS
+    devices: int = 1
+    device_gib: float | None = None
+    strategy: str = "single"
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("precision", PRECISIONS),
+            ("training", TRAINING),
+            ("optimizer", OPTIMIZERS),
+            ("cache", CACHES),
+            ("strategy", STRATEGIES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in (
+            *("context", "batch_size", "lora_rank", "gradient_accumulation_steps", "loss_chunk", "prefill_chunk"),
+            "devices",
+        ):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)!r}")
+        for part in self.unquantized_parts:
+            if part not in QUANTIZABLE_PARTS:
+                raise ValueError(f"`unquantized_parts` must be among {', '.join(QUANTIZABLE_PARTS)}, got {part!r}")
+        if self.training == "none" and not 0 <= self.new_tokens < self.context:
+            raise ValueError(
+                f"`new_tokens` must be from 0 to context - 1 = {self.context - 1}, got {self.new_tokens!r}"
+            )
+        if self.device_gib is not None and not self.device_gib > 0:
+            raise ValueError(f"`device_gib` must be positive or None, got {self.device_gib!r}")
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"`margin` must be at least 0 and below 1, got {self.margin!r}")
+        if self.strategy == "single" and self.devices > 1:
+            raise ValueError(
+                f"`strategy` must be one for several devices ({', '.join(STRATEGIES[1:])}) where `devices` is "
+                f"{self.devices}, got 'single'"
+            )
+        if self.training in ("lora", "full") and self.is_quantized:
+            more = ", which is 'qlora'" if self.training == "lora" else ""
+            raise ValueError(
+                f"`precision` must not be quantized with training={self.training!r}, got {self.precision!r}{more}"
+            )
+        if self.training == "qlora" and not self.is_quantized:
+            raise ValueError(f"`precision` must be quantized with training='qlora', got {self.precision!r}")
+        if self.training == "indexers" and self.is_quantized and "indexer" not in self.unquantized_parts:
+            raise ValueError(
+                "`unquantized_parts` must hold 'indexer' with training='indexers', got a quantized indexer"
+            )
+        if self.autocast and self.precision != "float32":
+            raise ValueError(f"`autocast` needs precision='float32', got precision={self.precision!r}")
+        if self.prepared_for_kbit and self.training != "qlora":
+            raise ValueError(f"`prepared_for_kbit` needs training='qlora', got training={self.training!r}")
+        if self.training in ("lora", "qlora") and not self.lora_targets and not self.lora_experts:
+            raise ValueError("`lora_targets` must name a linear layer where `lora_experts` is False, got none")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some weights are quantized."""
+        return PRECISIONS[self.precision].is_quantized
+
+    @property
+    def usable_gib(self) -> float | None:
+        """Memory of a device that a plan may fill."""
+        return None if self.device_gib is None else self.device_gib * (1 - self.margin)
+
+
+def read_config(source: str | os.PathLike, layers: int | None = None) -> Config:
+    """Reads the configuration of a model, without its weights.
+
+    Args:
+        source (str or PathLike): A `config.json`, the folder of a checkpoint, its name on the Hub, or `released` for
+            the released geometry.
+        layers (int or None): How many of the first layers to keep. None: all.
+
+    Raises:
+        ValueError: It is the configuration of another model, or `layers` is not among its layers.
+    """
+    if str(source) == "released" and not Path(source).exists():
+        config = released_config()
+    else:
+        config = AutoConfig.from_pretrained(source)
+    if not isinstance(config, MiniMaxM3VLConfig | MiniMaxM3VLTextConfig):
+        raise ValueError(f"`config` must be of a MiniMax-M3, got a {type(config).__name__} from {source}")
+    if layers is not None:
+        text = config.get_text_config()
+        if not 1 <= layers <= text.num_hidden_layers:
+            raise ValueError(f"`layers` must be from 1 to {text.num_hidden_layers}, got {layers}")
+        text.layer_types, text.mlp_layer_types = text.layer_types[:layers], text.mlp_layer_types[:layers]
+        text.num_hidden_layers = layers
+    return config
+
+
+def saved_precision(config: Config) -> str:
+    """The precision in which the checkpoint of a configuration is saved, a key of `PRECISIONS`.
+
+    Raises:
+        ValueError: The checkpoint is quantized in a way that the planner does not know.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        dtype = _dtype_of(config)
+        return "bf16" if dtype is None else DTYPES.get(dtype, "bf16")
+    entries = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = str(getattr(entries.get("quant_method"), "value", entries.get("quant_method")))
+    if method in ("mxfp8", "fp8"):
+        return "mxfp8"
+    if method == "bitsandbytes":
+        if entries.get("load_in_8bit"):
+            return "int8"
+        return "nf4-double" if entries.get("bnb_4bit_use_double_quant") else "nf4"
+    if method == "torchao":
+        return "int8" if "int8" in str(entries.get("quant_type")).lower() else "fp8"
+    raise ValueError(f"`precision` must be given: the checkpoint's quantization {method!r} is unknown to the planner")
+
+
+def _dtype_of(config: Config) -> torch.dtype | None:
+    for part in (config, config.get_text_config()):
+        dtype = getattr(torch, part.dtype, None) if isinstance(part.dtype, str) else part.dtype
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    return None
+
+
+def detected_devices() -> tuple[int, float] | None:
+    """The number of CUDA devices and the GiB of the smallest. None where there is none."""
+    count = torch.cuda.device_count()
+    if count == 0:
+        return None
+    return count, min(torch.cuda.get_device_properties(i).total_memory for i in range(count)) / GIB

@@ -1,0 +1,202 @@
+"""scripts/plan_memory.py, and how scripts/finetune.py uses the plan."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3 import memory_plan
+from modeling_minimax_m3.planning.devices import OTHER_ROWS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def command(load_script, monkeypatch):
+    """The script on a machine without devices."""
+    monkeypatch.setattr(memory_plan, "detected_devices", lambda: None)
+    return load_script("plan_memory")
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_does_not_fit(command, capsys):
+    assert command.main(["released", "--devices", "2", "--device_gib", "141"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["GiB", "cuda:0", "cuda:1"]
+    names = [line.split("  ")[0] for line in lines[1:12]]
+    assert {"embeddings", "attention", "dense MLPs", "routed experts", "shared experts", "router", "head"} <= set(
+        names
+    )
+    assert any(line.startswith("does not fit: ") for line in lines)
+    first = lines.index("one of these changes makes it fit:") + 1
+    assert all(line.endswith(" GiB") for line in lines[first:])
+    assert any("precision='nf4'" in line for line in lines[first:])
+
+
+def test_a_plan_that_fits(command, capsys):
+    flags = ["--precision", "mxfp8", "--devices", "8", "--device_gib", "80", "--context", "131072"]
+    assert command.main(["released", *flags]) == 0
+    assert "\nfits: at most " in capsys.readouterr().out
+
+
+def test_json(command, capsys, tiny_checkpoint):
+    flags = ["--training", "lora", "--lora_targets", "q_proj", "v_proj", "--gradient_checkpointing"]
+    assert command.main([str(tiny_checkpoint), *flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["request"]["precision"] == "float32", "as the checkpoint is saved"
+    assert found["request"]["lora_targets"] == ["q_proj", "v_proj"]
+    assert found["fits"] is None and found["trained_parameters"] > 0
+
+
+def test_devices_of_this_machine(command, capsys, monkeypatch):
+    monkeypatch.setattr(memory_plan, "detected_devices", lambda: (4, 139.8))
+    assert command.main(["released", "--precision", "mxfp8", "--json"]) == 0
+    request = json.loads(capsys.readouterr().out)["request"]
+    assert (request["devices"], request["device_gib"], request["strategy"]) == (4, 139.8, "device_map")
+    command.main(["released", "--training", "lora", "--json"])
+    assert json.loads(capsys.readouterr().out)["request"]["strategy"] == "fsdp2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["released", "--devices", "2", "--strategy", "single"], "plan_memory.py: `strategy` must be"),
+        (["released", "--layers", "0"], "plan_memory.py: `layers` must be from 1 to 60, got 0"),
+        (["released", "--training", "qlora"], "plan_memory.py: `precision` must be quantized"),
+        (["no/such/folder"], "plan_memory.py: .*no/such/folder"),
+    ],
+)
+def test_errors(command, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        command.main(arguments)
+
+
+def test_every_field_has_a_flag(command):
+    assert set(command.FLAGS) == set(memory_plan.MemoryRequest.__dataclass_fields__)
+
+
+def test_it_runs_as_a_command():
+    script = [sys.executable, str(ROOT / "scripts" / "plan_memory.py"), "released", "--device_gib", "80"]
+    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "does not fit" in done.stdout
+
+
+def test_page_explains_every_row_and_strategy():
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
+    explained = {name.strip(" `") for row in rows for name in row.split(",")}
+    assert {*memory_plan.PARTS, *OTHER_ROWS, *memory_plan.STRATEGIES} - {"single"} <= explained
+    assert all(f"`{precision}`" in page for precision in memory_plan.PRECISIONS if precision != "float16")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/memory.md", "scripts/plan_memory.py"])
+def test_commands_of_the_pages_are_valid(command, page, tiny_checkpoint):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^ *python scripts/plan_memory.py (.*?) *(?:#.*)?$", text, re.MULTILINE)
+    assert commands
+    for flags in commands:
+        assert command.main(flags.replace("CHECKPOINT", str(tiny_checkpoint)).split()) in (0, 1)
+
+
+# ---- fine-tuning --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finetune(load_script):
+    return load_script("finetune")
+
+
+@pytest.fixture
+def arguments(tiny_checkpoint, tmp_path):
+    data = tmp_path / "texts.jsonl"
+    data.write_text(json.dumps({"text": "Block 7 holds the keys of its own sequence."}) + "\n")
+    quick = ["--use_cpu", "--disable_tqdm", "true", "--max_steps", "1", "--save_strategy", "no"]
+    paths = ["--model", str(tiny_checkpoint), "--dataset", str(data), "--output_dir", str(tmp_path / "run")]
+    return [*paths, *quick]
+
+
+def test_what_cannot_fit_is_not_loaded(finetune, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 0.5))
+    monkeypatch.setattr(finetune, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    message = r"finetune.py: the run needs about 0\.6 GiB on a device of 0\.5 GiB.* --ignore_plan starts it"
+    with pytest.raises(SystemExit, match=message):
+        finetune.main([*arguments, "--lora"])
+    out = capsys.readouterr().out
+    assert out.startswith("memory plan\nGiB") and "does not fit" in out
+
+
+def test_ignored_plan_is_printed(finetune, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 0.5))
+    finetune.prepare([*arguments, "--lora", "--ignore_plan"])
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_a_run_that_fits_is_planned_and_prepared(finetune, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 80.0))
+    finetune.prepare(arguments)
+    out = capsys.readouterr().out
+    assert "fits: at most" in out and out.index("memory plan") < out.index("training ")
+
+
+def test_a_run_that_cannot_be_planned_goes_on(finetune, arguments, monkeypatch, caplog):
+    def refuse(config):
+        raise ValueError("`precision` must be given")
+
+    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 0.5))
+    monkeypatch.setattr(memory_plan, "saved_precision", refuse)
+    finetune.prepare(arguments)
+    assert "there is no memory plan: `precision` must be given" in caplog.text
+
+
+def test_longest_row(finetune, arguments):
+    trainer = finetune.prepare(arguments)
+    (row,) = trainer.train_dataset
+    assert finetune.longest_row(trainer.train_dataset, 4096) == len(row["input_ids"])
+    assert finetune.longest_row(trainer.train_dataset.to_iterable_dataset(), 4096) == 4096
+
+
+def test_a_cpu_has_no_plan(finetune, arguments, capsys):
+    finetune.prepare(arguments)
+    assert "memory plan" not in capsys.readouterr().out
+
+
+def test_request_of_a_run(finetune, arguments, monkeypatch):
+    flags = [
+        *("--lora", "--lora_rank", "8", "--lora_experts", "--lora_save", "lm_head", "--bf16"),
+        *("--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "2", "--max_length", "300"),
+        *("--activation_checkpointing", "--optim", "adafactor"),
+    ]
+    model, lora, _, training, _ = finetune.parse_arguments([*arguments, *flags])
+    config = tiny_config(dtype="float32")
+    request = finetune.memory_request(config, model, lora, 128, training, (1, 80.0))
+    assert request == memory_plan.MemoryRequest(
+        precision="float32",
+        autocast=True,
+        context=128,
+        batch_size=3,
+        training="lora",
+        lora_rank=8,
+        lora_experts=True,
+        lora_save=("lm_head",),
+        optimizer="adafactor",
+        gradient_checkpointing=True,
+        gradient_accumulation_steps=2,
+        device_gib=80.0,
+    )
+    for variable, strategy in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero3"), ("A", "ddp")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "true")
+            found = finetune.memory_request(config, model, lora, 128, training, (8, 80.0))
+        assert (found.strategy, found.devices) == (strategy, 8)
+    config.quantization_config = {"quant_method": "mxfp8"}
+    assert finetune.memory_request(config, model, lora, 128, training, (1, 80.0)).training == "qlora"
+    lora.lora = False
+    assert finetune.memory_request(config, model, lora, 128, training, (1, 80.0)) is None
