@@ -124,13 +124,19 @@ def arguments(tiny_checkpoint, tmp_path):
 
 
 def test_what_cannot_fit_is_not_loaded(finetune, arguments, monkeypatch, capsys):
-    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 0.5))
+    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 0.4))
     monkeypatch.setattr(finetune, "load_model", lambda *args: pytest.fail("the model was loaded"))
-    message = r"finetune.py: the run needs about 0\.6 GiB on a device of 0\.5 GiB.* --ignore_plan starts it"
+    message = r"finetune.py: the run needs about 0\.6 GiB on a device of 0\.4 GiB.* --ignore_plan starts it"
     with pytest.raises(SystemExit, match=message):
         finetune.main([*arguments, "--lora"])
     out = capsys.readouterr().out
     assert out.startswith("memory plan\nGiB") and "does not fit" in out
+
+
+def test_what_may_fit_is_tried_with_a_warning(finetune, arguments, monkeypatch, caplog):
+    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 0.55))
+    finetune.prepare([*arguments, "--lora"])
+    assert "the run needs about 0.6 GiB on a device of 0.6 GiB" in caplog.text
 
 
 def test_ignored_plan_is_printed(finetune, arguments, monkeypatch, capsys):
