@@ -212,34 +212,38 @@ def parts_by_order(replayed: Sequence[Kernel], eager: Sequence[Kernel]) -> list[
     return parts
 
 
-def busy_us(kernels: Sequence[Kernel]) -> float:
-    """Time in which at least one kernel runs."""
-    busy, end = 0.0, float("-inf")
-    for kernel in sorted(kernels, key=lambda kernel: kernel.start_us):
+def own_us(kernels: Sequence[Kernel]) -> list[float]:
+    """Of each kernel, in the order of their starts, the time after the end of those that started before it.
+
+    A kernel that is launched early only waits until then.
+    """
+    own, end = [], float("-inf")
+    for kernel in kernels:
         stop = kernel.start_us + kernel.us
-        busy += max(0.0, stop - max(end, kernel.start_us))
+        own.append(max(0.0, stop - max(end, kernel.start_us)))
         end = max(end, stop)
-    return busy
+    return own
 
 
 def breakdown(kernels: Sequence[Kernel], parts: Sequence[str], wall_ms: float) -> dict[str, Any]:
     """Milliseconds by part, the gaps in which no kernel runs, and the kernels that take longest.
 
     Args:
-        kernels (Sequence[Kernel]): Those of one pass.
+        kernels (Sequence[Kernel]): Those of one pass, in the order of their starts.
         parts (Sequence[str]): The part of each kernel.
         wall_ms (float): How long the pass takes without a profiler.
     """
     by_part = dict.fromkeys(PARTS, 0.0)
     by_kernel: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for kernel, part in zip(kernels, parts, strict=True):
-        by_part[part] += kernel.us / 1e3
-        by_kernel[part, kernel.name].append(kernel.us / 1e3)
+    times_us = own_us(kernels)
+    for kernel, part, us in zip(kernels, parts, times_us, strict=True):
+        by_part[part] += us / 1e3
+        by_kernel[part, kernel.name].append(us / 1e3)
     longest = sorted(by_kernel.items(), key=lambda item: -sum(item[1]))[:20]
     return {
         "wall_ms": wall_ms,
         "parts_ms": {part: ms for part, ms in by_part.items() if ms},
-        "gaps_ms": max(0.0, wall_ms - busy_us(kernels) / 1e3),
+        "gaps_ms": max(0.0, wall_ms - sum(times_us) / 1e3),
         "kernels": sum(kernel.is_kernel for kernel in kernels),
         "longest": [
             {"part": part, "kernel": name[:120], "ms": sum(times), "calls": len(times)}

@@ -274,7 +274,7 @@ def plot(record: dict, path: Path) -> None:
         left = [0.0] * len(found)
         colours = matplotlib.colormaps["tab20"]
         for number, part in enumerate((*PARTS, "gaps")):
-            # Kernels of two streams may overlap, so the parts may add up to more than the whole time.
+            # A profiled pass may take longer than the whole time, which is measured without a profiler.
             shares = [
                 100 * (row["gaps_ms"] if part == "gaps" else row["parts_ms"].get(part, 0.0)) / row["wall_ms"]
                 for row in found
