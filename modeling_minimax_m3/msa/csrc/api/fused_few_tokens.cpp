@@ -5,21 +5,16 @@
 #include <optional>
 #include <tuple>
 
+#include "fused_tensors.h"
 #include "smxx/fused/attention_input.h"
 #include "smxx/fused/few_token_linear.h"
 #include "smxx/fused/few_token_mlp.h"
-#include "tensors.h"
 
 namespace msa::api {
 
 namespace {
 
-const void* contiguous_data(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), "`", name, "` must be contiguous");
-  return vector_data(name, tensor);
-}
-
-const void* contiguous_data(const char* name, const std::optional<Tensor>& tensor) {
+const void* optional_data(const char* name, const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? contiguous_data(name, *tensor) : nullptr;
 }
 
@@ -150,8 +145,8 @@ std::tuple<Tensor, Tensor> attention_input(
   params.projected = contiguous_data("projected", projected);
   params.query_norm = contiguous_data("query_norm", query_norm);
   params.key_norm = contiguous_data("key_norm", key_norm);
-  params.index_query_norm = contiguous_data("index_query_norm", index_query_norm);
-  params.index_key_norm = contiguous_data("index_key_norm", index_key_norm);
+  params.index_query_norm = optional_data("index_query_norm", index_query_norm);
+  params.index_key_norm = optional_data("index_key_norm", index_key_norm);
   params.cos = contiguous_data("cos", cos);
   params.sin = contiguous_data("sin", sin);
   const bool has_index = index_key_cache.has_value();
