@@ -115,6 +115,11 @@ def finetune(load_script):
 
 
 @pytest.fixture
+def run_memory(load_script):
+    return load_script("run_memory")
+
+
+@pytest.fixture
 def arguments(tiny_checkpoint, tmp_path):
     data = tmp_path / "texts.jsonl"
     data.write_text(json.dumps({"text": "Block 7 holds the keys of its own sequence."}) + "\n")
@@ -123,8 +128,8 @@ def arguments(tiny_checkpoint, tmp_path):
     return [*paths, *quick]
 
 
-def test_what_cannot_fit_is_not_loaded(finetune, arguments, monkeypatch, capsys):
-    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 0.4))
+def test_what_cannot_fit_is_not_loaded(finetune, run_memory, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(run_memory, "planned_devices", lambda training: (1, 0.4))
     monkeypatch.setattr(finetune, "load_model", lambda *args: pytest.fail("the model was loaded"))
     message = r"finetune.py: the run needs about 0\.6 GiB on a device of 0\.4 GiB.* --ignore_plan starts it"
     with pytest.raises(SystemExit, match=message):
@@ -133,30 +138,30 @@ def test_what_cannot_fit_is_not_loaded(finetune, arguments, monkeypatch, capsys)
     assert out.startswith("memory plan\nGiB") and "does not fit" in out
 
 
-def test_what_may_fit_is_tried_with_a_warning(finetune, arguments, monkeypatch, caplog):
-    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 0.55))
+def test_what_may_fit_is_tried_with_a_warning(finetune, run_memory, arguments, monkeypatch, caplog):
+    monkeypatch.setattr(run_memory, "planned_devices", lambda training: (1, 0.55))
     finetune.prepare([*arguments, "--lora"])
     assert "the run needs about 0.6 GiB on a device of 0.6 GiB" in caplog.text
 
 
-def test_ignored_plan_is_printed(finetune, arguments, monkeypatch, capsys):
-    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 0.5))
+def test_ignored_plan_is_printed(finetune, run_memory, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(run_memory, "planned_devices", lambda training: (1, 0.5))
     finetune.prepare([*arguments, "--lora", "--ignore_plan"])
     assert "does not fit" in capsys.readouterr().out
 
 
-def test_a_run_that_fits_is_planned_and_prepared(finetune, arguments, monkeypatch, capsys):
-    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 80.0))
+def test_a_run_that_fits_is_planned_and_prepared(finetune, run_memory, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(run_memory, "planned_devices", lambda training: (1, 80.0))
     finetune.prepare(arguments)
     out = capsys.readouterr().out
     assert "fits: at most" in out and out.index("memory plan") < out.index("training ")
 
 
-def test_a_run_that_cannot_be_planned_goes_on(finetune, arguments, monkeypatch, caplog):
+def test_a_run_that_cannot_be_planned_goes_on(finetune, run_memory, arguments, monkeypatch, caplog):
     def refuse(config):
         raise ValueError("`precision` must be given")
 
-    monkeypatch.setattr(finetune, "planned_devices", lambda training: (1, 0.5))
+    monkeypatch.setattr(run_memory, "planned_devices", lambda training: (1, 0.5))
     monkeypatch.setattr(memory_plan, "saved_precision", refuse)
     finetune.prepare(arguments)
     assert "there is no memory plan: `precision` must be given" in caplog.text
@@ -174,7 +179,7 @@ def test_a_cpu_has_no_plan(finetune, arguments, capsys):
     assert "memory plan" not in capsys.readouterr().out
 
 
-def test_request_of_a_run(finetune, arguments, monkeypatch):
+def test_request_of_a_run(finetune, run_memory, arguments, monkeypatch):
     flags = [
         *("--lora", "--lora_rank", "8", "--lora_experts", "--lora_save", "lm_head", "--bf16"),
         *("--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "2", "--max_length", "300"),
@@ -182,7 +187,7 @@ def test_request_of_a_run(finetune, arguments, monkeypatch):
     ]
     model, lora, _, training, _ = finetune.parse_arguments([*arguments, *flags])
     config = tiny_config(dtype="float32")
-    request = finetune.memory_request(config, model, lora, 128, training, (1, 80.0))
+    request = run_memory.memory_request(config, model, lora, 128, training, (1, 80.0))
     assert request == memory_plan.MemoryRequest(
         precision="float32",
         autocast=True,
@@ -200,9 +205,9 @@ def test_request_of_a_run(finetune, arguments, monkeypatch):
     for variable, strategy in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero3"), ("A", "ddp")):
         with monkeypatch.context() as patch:
             patch.setenv(variable, "true")
-            found = finetune.memory_request(config, model, lora, 128, training, (8, 80.0))
+            found = run_memory.memory_request(config, model, lora, 128, training, (8, 80.0))
         assert (found.strategy, found.devices) == (strategy, 8)
     config.quantization_config = {"quant_method": "mxfp8"}
-    assert finetune.memory_request(config, model, lora, 128, training, (1, 80.0)).training == "qlora"
+    assert run_memory.memory_request(config, model, lora, 128, training, (1, 80.0)).training == "qlora"
     lora.lora = False
-    assert finetune.memory_request(config, model, lora, 128, training, (1, 80.0)) is None
+    assert run_memory.memory_request(config, model, lora, 128, training, (1, 80.0)) is None

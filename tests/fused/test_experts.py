@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.fused import experts
 from modeling_minimax_m3.fused.experts import (
-    ExpertOrder,
     gathered_product,
     gathered_product_reference,
     permute_reference,
@@ -19,48 +16,12 @@ from modeling_minimax_m3.fused.experts import (
     unpermute,
     unpermute_reference,
 )
-from modeling_minimax_m3.layers import moe
-from modeling_minimax_m3.layers.moe import MiniMaxM3VLSparseMoeBlock
+
+from .expert_cases import on_gpu, random_ids, random_states, real_rows, relative_error, with_poison
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 TOLERANCES = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 1e-5}
 SCALE = 2.5
-
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.usefixtures("compiled_kernels"),
-]
-
-
-def random_states(*shape, dtype=torch.float32, seed=0, device="cpu"):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-
-def random_ids(tokens, top_k, num_experts, seed=0, elsewhere=0.0, device="cpu"):
-    """Expert ids; the share `elsewhere` of them belongs to no expert."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(num_experts, (tokens, top_k), generator=generator)
-    foreign = torch.tensor([-1, num_experts, num_experts + 7, 2**40])
-    foreign = foreign[torch.randint(4, ids.shape, generator=generator)]
-    return ids.where(torch.rand(ids.shape, generator=generator) >= elsewhere, foreign).to(device)
-
-
-def real_rows(order):
-    return int(order.offsets[-1])
-
-
-def with_poison(states, order):
-    """Rows of no expert hold NaN: whoever reads them is found out."""
-    states[real_rows(order) :] = math.nan
-    return states
-
-
-def relative_error(actual, expected):
-    assert actual.shape == expected.shape
-    assert actual.isfinite().all()
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
 
 
 def naive_sum(expert_out, weights, scale, order, base):
@@ -83,58 +44,6 @@ def second_gradients(function, inputs, upstream, directions):
     grads = torch.autograd.grad(function(*leaves), leaves, upstream, create_graph=True)
     total = sum((grad * direction).sum() for grad, direction in zip(grads, directions))
     return torch.autograd.grad(total, (upstream, *leaves), allow_unused=True, materialize_grads=True)
-
-
-def order_formula(expert_ids, num_experts):
-    return tuple(plan_reference(expert_ids, num_experts))
-
-
-def gather_formula(x, rows, offsets):
-    order = ExpertOrder(rows, offsets)
-    return with_poison(permute_reference(x, order), order)
-
-
-def sum_formula(expert_rows, weights, scale, rows, offsets, base):
-    weights = torch.ones(rows.shape) if weights is None else weights
-    out = unpermute_reference(expert_rows.float(), weights, scale, ExpertOrder(rows, offsets))
-    return (out if base is None else out + base.float()).to(expert_rows.dtype)
-
-
-def sum_backward_formula(grad_out, expert_rows, weights, scale, rows, offsets, needs_rows, needs_weights):
-    order = ExpertOrder(rows, offsets)
-    grad_rows, grad_weights = grad_out.new_empty(0, grad_out.shape[1]), weights.new_empty(0, rows.shape[1])
-    if needs_rows:
-        factors = (scale * weights).flatten()[rows.flatten().argsort()]
-        grad_rows = with_poison((permute_reference(grad_out.float(), order) * factors[:, None]), order)
-    if needs_weights:
-        picked = expert_rows[rows].masked_fill((rows >= offsets[-1]).unsqueeze(-1), 0)
-        grad_weights = scale * (picked.float() * grad_out.float().unsqueeze(1)).sum(-1)
-    return grad_rows.to(grad_out.dtype), grad_weights
-
-
-KERNELS = {
-    "expert_order": order_formula,
-    "gather_tokens": gather_formula,
-    "sum_expert_rows": sum_formula,
-    "sum_expert_rows_backward": sum_backward_formula,
-}
-
-
-@pytest.fixture
-def pretended_kernels(monkeypatch):
-    """The kernels' formulas in their place, so that the calls around them run on a CPU; unwritten rows hold NaN."""
-    monkeypatch.setattr(experts, "kernels_take", lambda *tensors: True)
-    for name, formula in KERNELS.items():
-        monkeypatch.setattr(torch.ops.minimax_m3_msa_cuda, name, formula, raising=False)
-    product = F.grouped_mm
-
-    def poisoned_product(left, right, offs):
-        out = product(left, right, offs=offs)
-        if out.dim() == 2:
-            out.detach().masked_fill_((torch.arange(len(out)) >= offs[-1])[:, None], math.nan)
-        return out
-
-    monkeypatch.setattr(F, "grouped_mm", poisoned_product)
 
 
 @pytest.mark.parametrize("elsewhere", [0.0, 0.4, 1.0])
@@ -339,138 +248,6 @@ def test_without_gradients_no_operator_of_autograd_is_called(monkeypatch):
         assert not unpermute(rows, random_states(9, 3), SCALE, order, x).requires_grad
 
 
-# --- the sparse block ------------------------------------------------------------------------------------------------
-
-
-def make_block(device="cpu", hidden=64, width=32, num_experts=6, top_k=3, seed=0):
-    text = {
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "shared_intermediate_size": width,
-        "num_local_experts": num_experts,
-        "num_experts_per_tok": top_k,
-    }
-    config = tiny_config(text=text).text_config
-    config._experts_implementation = "grouped_mm"
-    block = MiniMaxM3VLSparseMoeBlock(config)
-    torch.manual_seed(seed)
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return block.to(device, torch.bfloat16)
-
-
-def block_in_float64(block, tokens, top_k_index):
-    """The block's formula for a given choice, expert by expert, with leaves of the names of its parameters."""
-    leaves = {name: parameter.detach().double().requires_grad_() for name, parameter in block.named_parameters()}
-    x = tokens.detach().double().requires_grad_()
-    scores = (x @ leaves["gate.weight"].T).sigmoid().gather(-1, top_k_index)
-    weights = scores / scores.sum(-1, keepdim=True)
-
-    def mlp(states, gate_up, down):
-        return block.experts._apply_gate(states @ gate_up.T) @ down.T
-
-    out = mlp(x, leaves["shared_experts.gate_up_proj.weight"], leaves["shared_experts.down_proj.weight"])
-    for expert in range(block.experts.num_experts):
-        token, choice = torch.nonzero(top_k_index == expert, as_tuple=True)
-        of_expert = mlp(x[token], leaves["experts.gate_up_proj"][expert], leaves["experts.down_proj"][expert])
-        weighted = block.routed_scaling_factor * weights[token, choice, None] * of_expert
-        out = out.index_add(0, token, weighted)
-    return out, {"x": x, **leaves}
-
-
-def run_block(block, tokens, upstream):
-    """Output and gradients by name."""
-    block.zero_grad()
-    x = tokens.clone().requires_grad_()
-    out = block(x)
-    out.backward(upstream)
-    return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in block.named_parameters()}}
-
-
-def compare_block(block, tokens, monkeypatch):
-    """Our path is as near to float64 as the path of Transformers."""
-    upstream = random_states(*tokens.shape, dtype=tokens.dtype, seed=9, device=tokens.device)
-    calls = []
-    forward = moe.experts_forward
-    monkeypatch.setattr(moe, "experts_forward", lambda *args: calls.append(args) or forward(*args))
-    actual = run_block(block, tokens, upstream)
-    assert len(calls) == 1
-    with torch.no_grad():
-        # Few tokens have kernels of their own.
-        difference = relative_error(block(tokens), actual["out"])
-        assert difference < 2e-2
-    calls.clear()
-    monkeypatch.setattr(moe.many_tokens, "takes_experts", lambda *tensors: False)
-    other = run_block(block, tokens, upstream)
-    assert not calls
-    top_k_index = block.gate(tokens)[2]
-    out, leaves = block_in_float64(block, tokens, top_k_index)
-    grads = torch.autograd.grad(out, list(leaves.values()), upstream.double())
-    expected = {"out": out.detach(), **dict(zip(leaves, grads))}
-    assert set(expected) == set(actual)
-    for name, exact in expected.items():
-        # A router that has no choice gets a gradient of rounding errors alone.
-        if exact.norm() < 1e-6 * upstream.double().norm():
-            continue
-        error, other_error = relative_error(actual[name], exact), relative_error(other[name], exact)
-        assert error <= 1.5 * other_error + 1e-3, (name, error, other_error)
-
-
-LOADS = {"balanced": {}, "uneven": {0: 1.0, 1: 0.5, 2: -1.0}, "an idle expert": {3: -9.0}, "a busy expert": {2: 9.0}}
-
-
-@pytest.mark.usefixtures("pretended_kernels")
-@pytest.mark.parametrize("load", LOADS)
-def test_block_as_near_as_transformers(load, monkeypatch):
-    block = make_block()
-    for expert, bias in LOADS[load].items():
-        block.gate.e_score_correction_bias[expert] = bias
-    compare_block(block, random_states(40, 64, dtype=torch.bfloat16, seed=1), monkeypatch)
-
-
-@pytest.mark.usefixtures("pretended_kernels")
-def test_which_blocks_run_the_kernels(monkeypatch):
-    calls = []
-    forward = moe.experts_forward
-    monkeypatch.setattr(moe, "experts_forward", lambda *args: calls.append(args) or forward(*args))
-
-    def runs(block, tokens):
-        calls.clear()
-        block(tokens)
-        return bool(calls)
-
-    tokens = random_states(20, 64, dtype=torch.bfloat16)
-    assert runs(make_block(), tokens)
-    assert runs(make_block(), tokens.view(4, 5, 64))
-    assert not runs(make_block().float(), tokens.float())
-    for name in ("eager", "batched_mm"):  # a GPU's products may stand for those of `batched_mm`, a CPU's do not
-        block = make_block()
-        block.experts.config._experts_implementation = name
-        assert not runs(block, tokens)
-    block = make_block()
-    seen = []
-    block.experts.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    assert not runs(block, tokens)
-    assert seen == [(20, 64)]
-    block = make_block()
-    nn.utils.parametrize.register_parametrization(block.experts, "down_proj", nn.Identity())
-    assert not runs(block, tokens)
-    block = make_block()
-    block.shared_experts.register_forward_hook(lambda module, args, output: seen.append("shared"))
-    assert runs(block, tokens)
-    assert seen[-1] == "shared"
-
-
-@pytest.mark.usefixtures("pretended_kernels")
-def test_adapters_of_experts_run_as_before():
-    peft = pytest.importorskip("peft")
-    model = nn.ModuleDict({"block": make_block()})
-    options = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
-    block = adapted.base_model.model["block"]
-    assert not block._runs_default_experts()
-
-
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
@@ -660,56 +437,3 @@ class TestRowKernels:
         assert torch.equal(unpermute(copies, weights, 1.0, order), x)
         grads = torch.ops.minimax_m3_msa_cuda.sum_expert_rows_backward(x, None, 4 * weights, 1.0, *order, True, False)
         assert torch.equal(grads[0], copies)
-
-
-class TestBlockOnGpu:
-    pytestmark = on_gpu
-
-    @pytest.mark.parametrize("load", LOADS)
-    @pytest.mark.parametrize("tokens", [1, 3, 40, 1000])
-    def test_as_near_as_transformers(self, tokens, load, monkeypatch):
-        block = make_block("cuda", hidden=256, width=128, num_experts=8)
-        for expert, bias in LOADS[load].items():
-            block.gate.e_score_correction_bias[expert] = bias
-        compare_block(block, random_states(tokens, 256, dtype=torch.bfloat16, seed=1, device="cuda"), monkeypatch)
-
-    def test_all_tokens_on_one_expert(self, monkeypatch):
-        block = make_block("cuda", hidden=256, width=128, num_experts=8, top_k=1)
-        block.gate.e_score_correction_bias[5] = 9.0
-        compare_block(block, random_states(500, 256, dtype=torch.bfloat16, seed=1, device="cuda"), monkeypatch)
-
-    def test_two_runs_are_equal(self):
-        block = make_block("cuda", hidden=256, width=128)
-        tokens = random_states(300, 256, dtype=torch.bfloat16, device="cuda")
-        upstream = random_states(300, 256, dtype=torch.bfloat16, seed=1, device="cuda")
-        first, second = (
-            {name: tensor.clone() for name, tensor in run_block(block, tokens, upstream).items()} for _ in range(2)
-        )
-        assert all(torch.equal(first[name], second[name]) for name in first)
-
-    @torch.no_grad()
-    def test_captured_in_a_graph_and_repeated(self):
-        if torch.cuda.get_device_capability()[0] not in (9, 10):
-            pytest.skip("the grouped product reads values on the host")
-        block = make_block("cuda", hidden=256, width=128)
-        tokens = random_states(100, 256, dtype=torch.bfloat16, device="cuda")
-        block(tokens)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = block(tokens)
-        tokens.copy_(random_states(100, 256, dtype=torch.bfloat16, seed=1, device="cuda"))
-        graph.replay()
-        assert torch.equal(captured, block(tokens))
-
-    @torch.no_grad()
-    def test_memory(self):
-        """The arithmetic of the comment at `TOKENS_OF_A_PART`: tokens and gate-and-up outputs of the pairs."""
-        block = make_block("cuda", hidden=512, width=256, num_experts=8, top_k=4)
-        tokens = random_states(8192, 512, dtype=torch.bfloat16, device="cuda")
-        block(tokens)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        block(tokens)
-        of_pairs = 8192 * 4 * (512 + 2 * 256) * 2
-        assert torch.cuda.max_memory_allocated() - before < 1.1 * of_pairs
