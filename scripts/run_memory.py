@@ -7,9 +7,10 @@ import os
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging
 
+from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
 from modeling_minimax_m3 import memory_plan
 
 logger = logging.get_logger(__name__)
@@ -37,7 +38,7 @@ def planned_devices(training: TrainingArguments) -> tuple[int, float] | None:
 
 
 def memory_request(
-    config: PreTrainedConfig,
+    config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig,
     model: Any,
     lora: Any,
     longest: int,
@@ -48,7 +49,8 @@ def memory_request(
     if model.dtype == "auto":
         precision = memory_plan.saved_precision(config)
     else:
-        precision = memory_plan.DTYPES.get(getattr(torch, model.dtype, None), "bf16")
+        dtype: Any = getattr(torch, model.dtype, None)
+        precision = memory_plan.DTYPES.get(dtype, "bf16")
     is_quantized = memory_plan.PRECISIONS[precision].is_quantized
     if is_quantized and not lora.lora:
         return None
@@ -79,7 +81,7 @@ def memory_request(
 
 
 def check_memory(
-    config: PreTrainedConfig,
+    config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig,
     model: Any,
     lora: Any,
     longest: int,
