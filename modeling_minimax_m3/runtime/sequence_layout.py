@@ -94,6 +94,8 @@ class SequenceLayout:
 
     def positions(self) -> torch.Tensor:
         """Position (B, T) of every token in its own sequence, in the caller's order. Padding has position 0."""
+        if self.is_uniform and not self.is_cached:  # few launches: the GPU waits for them
+            return torch.arange(self.num_new, device=self.cu_seqlens.device).expand(self.batch, -1)
         return self.restore_order(self.working_positions()).clamp(min=0)
 
     def longest_sequence(self) -> int:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
 from configuration_minimax_m3 import tiny_config
@@ -60,7 +61,7 @@ def test_backward(model, make_tokens, relative_error, name):
 @torch.no_grad()
 def test_lengths_stay_symbolic(model, make_tokens, relative_error):
     """One graph serves every length."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     forward = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
     for length in (50, 64, 81):
         tokens = make_tokens(model.config, 2, length)
@@ -80,7 +81,7 @@ def test_static_decode_is_one_graph(model, make_tokens, relative_error, prepared
     cache = StaticCache(config=model.config, max_cache_len=64)
     model(tokens[:, :30], attention_mask=mask[:, :30], cache=cache)
     twin = copy.deepcopy(cache)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     forward = torch.compile(model, fullgraph=True, backend=counter)
     for step in range(30, 36):
         token = tokens[:, step : step + 1]
