@@ -11,6 +11,7 @@ environment variable MINIMAX_M3_CUDA_GRAPHS=0 switches graphs off.
 import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,10 @@ _DEVICE_TYPE = "cuda"
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 _stream_lock = threading.Lock()  # two threads must not capture on one stream
+
+# Graphs that nobody replays any more. Each waits for the next capture, which takes its memory over: PyTorch would keep
+# the memory of a deleted graph until the card is full.
+_retired_graphs: dict[torch.device, list[torch.cuda.CUDAGraph]] = {}
 
 
 def obstacle_of_model(model: PreTrainedModel) -> str | None:
@@ -246,10 +251,13 @@ class _CapturedPass:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
+        retired = _retired_graphs.setdefault(self._tokens.device, [])
+        predecessor = retired.pop() if retired else None  # must live until `graph` holds its memory
+        pool = None if predecessor is None else predecessor.pool()
 
         def capture() -> None:
             # Other threads may use CUDA meanwhile: streamers are read from one.
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 self._forward()
             finally:
@@ -266,6 +274,7 @@ class _CapturedPass:
             if collects_garbage:
                 gc.enable()
         self._graph = graph
+        weakref.finalize(self, retired.append, graph).atexit = False
         for memory in self._memory:
             memory.note_version()
 
