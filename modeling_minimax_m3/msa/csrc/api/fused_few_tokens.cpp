@@ -18,17 +18,34 @@ const void* optional_data(const char* name, const std::optional<Tensor>& tensor)
   return tensor.has_value() ? contiguous_data(name, *tensor) : nullptr;
 }
 
-// The weight of a linear layer of `channels` inputs.
-const void* weight_data(const char* name, const Tensor& weight, const Tensor& x, int64_t channels) {
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && weight.dim() >= 2 &&
+// The weight of a linear layer of `channels` inputs: in the dtype of `x`, or MXFP8 with scales.
+FewTokenWeights weights_of(const char* name, const Tensor& weight,
+                           const std::optional<Tensor>& scales, const Tensor& x, int64_t channels) {
+  const ScalarType dtype = scales ? ScalarType::Float8_e4m3fn : x.scalar_type();
+  STD_TORCH_CHECK(weight.scalar_type() == dtype && weight.dim() >= 2 &&
                       weight.size(weight.dim() - 1) == channels,
-                  "`", name, "` must have the dtype of `x` and ", channels, " inputs");
-  return contiguous_data(name, weight);
+                  "`", name, "` must have the dtype of `x`, or float8_e4m3fn with scales, and ",
+                  channels, " inputs");
+  FewTokenWeights weights{};
+  weights.values = contiguous_data(name, weight);
+  if (scales) {
+    STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Byte &&
+                        scales->numel() * kMxfp8Group == weight.numel() &&
+                        scales->size(scales->dim() - 1) * kMxfp8Group == channels,
+                    "the scales of `", name, "` must be uint8, one for ", kMxfp8Group,
+                    " values of a row");
+    weights.scales = static_cast<const uint8_t*>(contiguous_data(name, *scales));
+  }
+  return weights;
 }
 
 Tensor few_token_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& second,
                         const std::optional<Tensor>& third, const std::optional<Tensor>& fourth,
-                        const std::optional<Tensor>& fifth, bool weights_are_constant) {
+                        const std::optional<Tensor>& fifth, const std::optional<Tensor>& scales,
+                        const std::optional<Tensor>& second_scales,
+                        const std::optional<Tensor>& third_scales,
+                        const std::optional<Tensor>& fourth_scales,
+                        const std::optional<Tensor>& fifth_scales, bool weights_are_constant) {
   STD_TORCH_CHECK(x.dim() == 2, "`x` must be (tokens, channels)");
   FewTokenLinearParams params{};
   params.weights_are_constant = weights_are_constant;
@@ -37,12 +54,18 @@ Tensor few_token_linear(const Tensor& x, const Tensor& weight, const std::option
   params.num_tokens = to_int("tokens", x.size(0));
   params.channels = to_int("channels", x.size(1));
   int64_t rows = 0;
-  for (const Tensor* matrix : {&weight, second ? &*second : nullptr, third ? &*third : nullptr,
-                               fourth ? &*fourth : nullptr, fifth ? &*fifth : nullptr}) {
-    if (matrix == nullptr) break;
-    params.weights[params.num_weights] = weight_data("weight", *matrix, x, x.size(1));
-    params.first_rows[params.num_weights++] = to_int("rows", rows);
-    rows += matrix->size(0);
+  const std::optional<Tensor> first(weight);
+  const std::optional<Tensor>* matrices[] = {&first, &second, &third, &fourth, &fifth};
+  const std::optional<Tensor>* scales_of[] = {&scales, &second_scales, &third_scales,
+                                              &fourth_scales, &fifth_scales};
+  for (int i = 0; i < kMaxLinearWeights && matrices[i]->has_value(); ++i) {
+    const Tensor& matrix = **matrices[i];
+    STD_TORCH_CHECK(scales_of[i]->has_value() == scales.has_value(),
+                    "all weights or none must have scales");
+    params.weights[i] = weights_of("weight", matrix, *scales_of[i], x, x.size(1));
+    params.first_rows[i] = to_int("rows", rows);
+    params.num_weights = i + 1;
+    rows += matrix.size(0);
   }
   params.num_rows = to_int("rows", rows);
   Tensor out = torch::stable::new_empty(x, {x.size(0), rows});
@@ -55,6 +78,10 @@ Tensor few_token_linear(const Tensor& x, const Tensor& weight, const std::option
 Tensor few_token_mlp(const Tensor& x, const std::optional<Tensor>& gate_up,
                      const std::optional<Tensor>& down, const std::optional<Tensor>& expert_gate_up,
                      const std::optional<Tensor>& expert_down,
+                     const std::optional<Tensor>& gate_up_scales,
+                     const std::optional<Tensor>& down_scales,
+                     const std::optional<Tensor>& expert_gate_up_scales,
+                     const std::optional<Tensor>& expert_down_scales,
                      const std::optional<Tensor>& expert_ids,
                      const std::optional<Tensor>& expert_weights, double expert_scale, double alpha,
                      double limit, bool weights_are_constant) {
@@ -73,8 +100,8 @@ Tensor few_token_mlp(const Tensor& x, const std::optional<Tensor>& gate_up,
         down.has_value() && down->size(0) == x.size(1) && gate_up->size(0) == 2 * down->size(1),
         "`gate_up` and `down` must belong together");
     params.width = to_int("width", down->size(1));
-    params.gate_up = weight_data("gate_up", *gate_up, x, x.size(1));
-    params.down = weight_data("down", *down, x, params.width);
+    params.gate_up = weights_of("gate_up", *gate_up, gate_up_scales, x, x.size(1));
+    params.down = weights_of("down", *down, down_scales, x, params.width);
   }
   if (expert_gate_up.has_value()) {
     STD_TORCH_CHECK(expert_down.has_value() && expert_ids.has_value() &&
@@ -85,8 +112,10 @@ Tensor few_token_mlp(const Tensor& x, const std::optional<Tensor>& gate_up,
                     "the experts' weights must belong together");
     params.num_experts = to_int("experts", expert_gate_up->size(0));
     params.expert_width = to_int("expert_width", expert_down->size(2));
-    params.expert_gate_up = weight_data("expert_gate_up", *expert_gate_up, x, x.size(1));
-    params.expert_down = weight_data("expert_down", *expert_down, x, params.expert_width);
+    params.expert_gate_up =
+        weights_of("expert_gate_up", *expert_gate_up, expert_gate_up_scales, x, x.size(1));
+    params.expert_down =
+        weights_of("expert_down", *expert_down, expert_down_scales, x, params.expert_width);
     STD_TORCH_CHECK(expert_ids->scalar_type() == ScalarType::Long &&
                         expert_weights->scalar_type() == ScalarType::Float &&
                         expert_ids->is_contiguous() && expert_weights->is_contiguous() &&
@@ -96,6 +125,12 @@ Tensor few_token_mlp(const Tensor& x, const std::optional<Tensor>& gate_up,
     params.num_choices = to_int("choices", expert_ids->size(1));
     params.expert_ids = static_cast<const int64_t*>(expert_ids->const_data_ptr());
     params.expert_weights = static_cast<const float*>(expert_weights->const_data_ptr());
+  }
+  const bool has_scales = gate_up_scales.has_value() || expert_gate_up_scales.has_value();
+  for (const FewTokenWeights* weights :
+       {&params.gate_up, &params.down, &params.expert_gate_up, &params.expert_down}) {
+    STD_TORCH_CHECK(weights->values == nullptr || (weights->scales != nullptr) == has_scales,
+                    "all weights or none must have scales");
   }
   const int64_t pairs = x.size(0) * params.num_choices;
   const Tensor activations =
@@ -224,11 +259,14 @@ std::tuple<Tensor, Tensor> rotary_table(const Tensor& positions, const Tensor& f
 STABLE_TORCH_LIBRARY_FRAGMENT(minimax_m3_msa_cuda, library) {
   library.def(
       "few_token_linear(Tensor x, Tensor weight, Tensor? second, Tensor? third, Tensor? fourth, "
-      "Tensor? fifth, bool weights_are_constant) -> Tensor");
+      "Tensor? fifth, Tensor? scales, Tensor? second_scales, Tensor? third_scales, "
+      "Tensor? fourth_scales, Tensor? fifth_scales, bool weights_are_constant) -> Tensor");
   library.def(
       "few_token_mlp(Tensor x, Tensor? gate_up, Tensor? down, Tensor? expert_gate_up, "
-      "Tensor? expert_down, Tensor? expert_ids, Tensor? expert_weights, float expert_scale, "
-      "float alpha, float limit, bool weights_are_constant) -> Tensor");
+      "Tensor? expert_down, Tensor? gate_up_scales, Tensor? down_scales, "
+      "Tensor? expert_gate_up_scales, Tensor? expert_down_scales, Tensor? expert_ids, "
+      "Tensor? expert_weights, float expert_scale, float alpha, float limit, "
+      "bool weights_are_constant) -> Tensor");
   library.def(
       "attention_input(Tensor projected, Tensor query_norm, Tensor key_norm, "
       "Tensor? index_query_norm, Tensor? index_key_norm, Tensor cos, Tensor sin, float eps, "

@@ -14,10 +14,12 @@ namespace {
 using namespace few_tokens;
 
 // A thread block computes kTiles tiles of eight outputs for all tokens.
-template <typename Element, int kHalves, int kTiles>
-__global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, kTiles))
+template <typename Weights, int kHalves, int kTiles>
+__global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalves, kTiles))
     few_token_linear_kernel(const FewTokenLinearParams params) {
-  constexpr int kSteps = kLoads / kTiles;
+  using Element = typename Weights::Element;
+  constexpr int kChannels = Weights::kChannels;
+  constexpr int kSteps = Weights::kLoads / kTiles;
   __shared__ WarpSums<kHalves, kTiles> warp_sums;
   let_next_kernel_start();
   if (!params.weights_are_constant) wait_for_kernels_before();
@@ -26,14 +28,14 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, kTiles
   const int group = lane / 4;
   const int channels = params.channels, num_tokens = params.num_tokens;
   const int num_rows = params.num_rows;
-  const int lane_channel = warp * kChannels + lane % 4 * 8;
+  const int lane_channel = warp * kChannels + lane % 4 * 8 * Weights::kUnits;
   const int first_row = blockIdx.x * kRows * kTiles;
 
-  const Element* weights[kTiles];
+  Weights weights[kTiles];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     const int row = min(first_row + tile * kRows + group, num_rows - 1);
-    const void* matrix = params.weights[0];
+    FewTokenWeights matrix = params.weights[0];
     int matrix_row = row;
 #pragma unroll
     for (int i = 1; i < kMaxLinearWeights; ++i) {
@@ -42,8 +44,7 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, kTiles
         matrix_row = row - params.first_rows[i];
       }
     }
-    weights[tile] =
-        static_cast<const Element*>(matrix) + int64_t{matrix_row} * channels + lane_channel;
+    weights[tile] = Weights(matrix, int64_t{matrix_row} * channels + lane_channel);
   }
   const Element* x = static_cast<const Element*>(params.x) + lane_channel;
   const bool has_low = group < num_tokens;
@@ -53,14 +54,14 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, kTiles
   constexpr int kStride = kWarps * kChannels;
   bool is_first = true;
   for (int begin = 0; begin + warp * kChannels < channels; begin += kSteps * kStride) {
-    uint4 loaded[kSteps][kTiles];
+    typename Weights::Loaded loaded[kSteps][kTiles];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int channel = begin + step * kStride;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        loaded[step][tile] =
-            channel + warp * kChannels < channels ? load_weights(weights[tile] + channel) : uint4{};
+        const bool is_inside = channel + warp * kChannels < channels;
+        loaded[step][tile] = is_inside ? weights[tile].load(channel) : typename Weights::Loaded{};
       }
     }
     if (is_first) wait_for_kernels_before();
@@ -69,12 +70,12 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, kTiles
     for (int step = 0; step < kSteps; ++step) {
       const int channel = begin + step * kStride;
       const bool is_inside = channel + warp * kChannels < channels;
-      uint4 low{}, high{};
-      if (is_inside && has_low) low = load_states(x + int64_t{group} * channels + channel);
-      if (is_inside && has_high) high = load_states(x + int64_t{group + 8} * channels + channel);
+      States<Weights> low, high;
+      if (is_inside && has_low) low.load(x + int64_t{group} * channels + channel);
+      if (is_inside && has_high) high.load(x + int64_t{group + 8} * channels + channel);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        add_products<Element>(sums[tile], low, high, loaded[step][tile]);
+        add_products<Weights>(sums[tile], low, high, loaded[step][tile]);
       }
     }
   }
@@ -92,41 +93,47 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, kTiles
   }
 }
 
-template <typename Element, int kHalves, int kTiles>
+template <typename Weights, int kHalves, int kTiles>
 void launch(const FewTokenLinearParams& params, cudaStream_t stream) {
   const int rows = params.num_rows;
   const unsigned grid = (rows + kRows * kTiles - 1) / (kRows * kTiles);
-  launch_dependent<few_token_linear_kernel<Element, kHalves, kTiles>>(dim3(grid), kThreads, stream,
+  launch_dependent<few_token_linear_kernel<Weights, kHalves, kTiles>>(dim3(grid), kThreads, stream,
                                                                       params);
+}
+
+template <typename Weights>
+void launch_for_tokens(const FewTokenLinearParams& params, cudaStream_t stream) {
+  if (params.channels % Weights::kChannels != 0) {
+    throw std::runtime_error(
+        "few_token_linear takes channels that are a multiple of 32, of 64 for MXFP8 weights");
+  }
+  // The more tokens, the more weight rows must share what is read of them. For few, what counts is
+  // that the last round of thread blocks leaves few places empty.
+  const auto filled = [&](int tiles) {
+    const int blocks = (params.num_rows + kRows * tiles - 1) / (kRows * tiles);
+    const int places = num_multiprocessors() * Weights::thread_blocks_per_sm(1, tiles);
+    const int rounds = (blocks + places - 1) / places;
+    return static_cast<float>(blocks) / (static_cast<float>(rounds) * places);
+  };
+  if (params.num_tokens <= 2 && filled(1) >= filled(2)) {
+    launch<Weights, 1, 1>(params, stream);
+  } else if (params.num_tokens <= 8) {
+    launch<Weights, 1, 2>(params, stream);
+  } else {
+    launch<Weights, 2, Weights::kLoads / 2>(params, stream);
+  }
 }
 
 }  // namespace
 
 void launch_few_token_linear(const FewTokenLinearParams& params, cudaStream_t stream) {
-  if (params.num_tokens < 1 || params.num_tokens > 16 || params.channels % kChannels != 0 ||
-      params.num_weights < 1 || params.num_weights > kMaxLinearWeights) {
-    throw std::runtime_error(
-        "few_token_linear takes 1 to 16 tokens, 1 to 5 weights and channels that are a multiple "
-        "of 32");
+  if (params.num_tokens < 1 || params.num_tokens > 16 || params.num_weights < 1 ||
+      params.num_weights > kMaxLinearWeights) {
+    throw std::runtime_error("few_token_linear takes 1 to 16 tokens and 1 to 5 weights");
   }
   if (params.num_rows == 0) return;
-  // The more tokens, the more weight rows must share what is read of them. For few, what counts is
-  // that the last round of thread blocks leaves few places empty.
-  const auto filled = [&](int tiles) {
-    const int blocks = (params.num_rows + kRows * tiles - 1) / (kRows * tiles);
-    const int places = num_multiprocessors() * thread_blocks_per_sm(1, tiles);
-    const int rounds = (blocks + places - 1) / places;
-    return static_cast<float>(blocks) / (static_cast<float>(rounds) * places);
-  };
-  dispatch_dtype(params.dtype, [&](auto element) {
-    using Element = decltype(element);
-    if (params.num_tokens <= 2 && filled(1) >= filled(2)) {
-      launch<Element, 1, 1>(params, stream);
-    } else if (params.num_tokens <= 8) {
-      launch<Element, 1, 2>(params, stream);
-    } else {
-      launch<Element, 2, 4>(params, stream);
-    }
+  dispatch_weights(params.dtype, params.weights[0], [&](auto form) {
+    launch_for_tokens<typename decltype(form)::Type>(params, stream);
   });
 }
 

@@ -97,10 +97,12 @@ __device__ __forceinline__ int pair_at(const FewTokenMlpParams& params, int plac
 // Gate and up projection and the activation, times the token's weight of the expert. A thread block
 // computes eight channels: first those of the MLP of every token, whose weights are known before
 // the kernels before have ended, then those of one expert after the other.
-template <typename Element, int kHalves>
-__global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
+template <typename Weights, int kHalves>
+__global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalves, 2))
     few_token_gate_up_kernel(const FewTokenMlpParams params) {
-  constexpr int kSteps = kLoads / 2;
+  using Element = typename Weights::Element;
+  constexpr int kChannels = Weights::kChannels;
+  constexpr int kSteps = Weights::kLoads / 2;
   constexpr int kStride = kWarps * kChannels;
   __shared__ WarpSums<kHalves, 2> warp_sums;
   let_next_kernel_start();
@@ -113,7 +115,8 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
   const bool is_routed = blockIdx.x >= static_cast<unsigned>(shared_tiles);
   const int width = is_routed ? params.expert_width : params.width;
   int tile = blockIdx.x, place = 0;
-  const Element* gate_up = static_cast<const Element*>(params.gate_up);
+  FewTokenWeights gate_up = params.gate_up;
+  int64_t first = 0;  // value of the expert
   bool has_low = group < num_tokens;
   bool has_high = kHalves == 2 && group + 8 < num_tokens;
   if (is_routed) {
@@ -125,24 +128,24 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
     if (expert < 0) return;
     has_low = has_low && pair_at(params, place, group) >= 0;
     has_high = has_high && pair_at(params, place, group + 8) >= 0;
-    gate_up =
-        static_cast<const Element*>(params.expert_gate_up) + int64_t{expert} * 2 * width * hidden;
+    gate_up = params.expert_gate_up;
+    first = int64_t{expert} * 2 * width * hidden;
   }
-  const int lane_channel = warp * kChannels + lane % 4 * 8;
-  const Element* gate = gate_up + int64_t{tile * kRows + group} * hidden + lane_channel;
-  const Element* up = gate + int64_t{width} * hidden;
+  const int lane_channel = warp * kChannels + lane % 4 * 8 * Weights::kUnits;
+  first += int64_t{tile * kRows + group} * hidden + lane_channel;
+  const Weights gate(gate_up, first), up(gate_up, first + int64_t{width} * hidden);
   const Element* x = static_cast<const Element*>(params.x) + group * hidden + lane_channel;
 
   float sums[2][4] = {};
   bool waits = !is_routed;
   for (int begin = 0; begin + warp * kChannels < hidden; begin += kSteps * kStride) {
-    uint4 loaded[kSteps][2];
+    typename Weights::Loaded loaded[kSteps][2];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int channel = begin + step * kStride;
       const bool is_inside = channel + warp * kChannels < hidden;
-      loaded[step][0] = is_inside ? load_weights(gate + channel) : uint4{};
-      loaded[step][1] = is_inside ? load_weights(up + channel) : uint4{};
+      loaded[step][0] = is_inside ? gate.load(channel) : typename Weights::Loaded{};
+      loaded[step][1] = is_inside ? up.load(channel) : typename Weights::Loaded{};
     }
     if (waits) wait_for_kernels_before();
     waits = false;
@@ -150,11 +153,11 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
     for (int step = 0; step < kSteps; ++step) {
       const int channel = begin + step * kStride;
       const bool is_inside = channel + warp * kChannels < hidden;
-      uint4 low{}, high{};
-      if (is_inside && has_low) low = load_states(x + channel);
-      if (is_inside && has_high) high = load_states(x + 8 * hidden + channel);
-      add_products<Element>(sums[0], low, high, loaded[step][0]);
-      add_products<Element>(sums[1], low, high, loaded[step][1]);
+      States<Weights> low, high;
+      if (is_inside && has_low) low.load(x + channel);
+      if (is_inside && has_high) high.load(x + 8 * hidden + channel);
+      add_products<Weights>(sums[0], low, high, loaded[step][0]);
+      add_products<Weights>(sums[1], low, high, loaded[step][1]);
     }
   }
   if (waits) wait_for_kernels_before();  // a warp without channels
@@ -180,11 +183,13 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
 
 // Down projection: the sum over the MLP of every token and the experts, whose weights are in the
 // activations. A thread block computes 16 channels of all tokens.
-template <typename Element, int kHalves>
-__global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
+template <typename Weights, int kHalves>
+__global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalves, 2))
     few_token_down_kernel(const FewTokenMlpParams params) {
+  using Element = typename Weights::Element;
+  constexpr int kChannels = Weights::kChannels;
   constexpr int kTiles = 2;
-  constexpr int kSteps = kLoads / kTiles;
+  constexpr int kSteps = Weights::kLoads / kTiles;
   constexpr int kStride = kWarps * kChannels;
   __shared__ WarpSums<kHalves, kTiles> warp_sums;
   __shared__ Experts experts;
@@ -195,18 +200,17 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
   const int group = lane / 4;
   const int num_tokens = params.num_tokens, hidden = params.hidden;
   const int width = params.width, expert_width = params.expert_width;
-  const int lane_channel = warp * kChannels + lane % 4 * 8;
+  const int lane_channel = warp * kChannels + lane % 4 * 8 * Weights::kUnits;
   const int64_t row = blockIdx.x * kRows * kTiles + group;
-  const auto* down = static_cast<const Element*>(params.down) + row * width + lane_channel;
-  const auto* expert_down =
-      static_cast<const Element*>(params.expert_down) + row * expert_width + lane_channel;
+  const Weights down(params.down, row * width + lane_channel);
+  const Weights expert_down(params.expert_down, row * expert_width + lane_channel);
   const auto* expert_activations = static_cast<const Element*>(params.activations) + lane_channel;
   const auto* activations =
       expert_activations + int64_t{num_tokens} * params.num_choices * expert_width;
   // Channels of this warp, from its first on.
   const int end = width - warp * kChannels, expert_end = expert_width - warp * kChannels;
   float sums[kTiles][4] = {};
-  uint4 loaded[kSteps][kTiles];
+  typename Weights::Loaded loaded[kSteps][kTiles];
 
   // The MLP of every token.
   const auto load = [&](int begin) {
@@ -216,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         loaded[step][tile] =
-            channel < end ? load_weights(down + tile * kRows * width + channel) : uint4{};
+            channel < end ? down.load(tile * kRows * width + channel) : typename Weights::Loaded{};
       }
     }
   };
@@ -241,16 +245,16 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int channel = begin + step * kStride;
-      uint4 low{}, high{};
+      States<Weights> low, high;
       if (channel < end && group < num_tokens) {
-        low = load_states(activations + group * width + channel);
+        low.load(activations + group * width + channel);
       }
       if (kHalves == 2 && channel < end && group + 8 < num_tokens) {
-        high = load_states(activations + (group + 8) * width + channel);
+        high.load(activations + (group + 8) * width + channel);
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        add_products<Element>(sums[tile], low, high, loaded[step][tile]);
+        add_products<Weights>(sums[tile], low, high, loaded[step][tile]);
       }
     }
   }
@@ -273,31 +277,28 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int expert = next.place < count ? experts.ids[next.place] : -1;
-      const auto* address = expert_down + int64_t{expert} * hidden * expert_width + next.channel;
+      const int64_t offset = int64_t{expert} * hidden * expert_width + next.channel;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        loaded[step][tile] =
-            expert >= 0 ? load_weights(address + tile * kRows * expert_width) : uint4{};
+        loaded[step][tile] = expert >= 0 ? expert_down.load(offset + tile * kRows * expert_width)
+                                         : typename Weights::Loaded{};
       }
       next.advance(expert_end);
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      uint4 low{}, high{};
-      if (current.place < count) {
-        const bool is_ours = experts.ids[current.place] >= 0;
-        const auto states = [&](int token) {
+      States<Weights> low, high;
+      if (current.place < count && experts.ids[current.place] >= 0) {
+        const auto load_token = [&](States<Weights>& states, int token) {
           const int pair = experts.pairs[current.place][token];
-          return is_ours && pair >= 0
-                     ? load_states(expert_activations + pair * expert_width + current.channel)
-                     : uint4{};
+          if (pair >= 0) states.load(expert_activations + pair * expert_width + current.channel);
         };
-        low = states(group);
-        if constexpr (kHalves == 2) high = states(group + 8);
+        load_token(low, group);
+        if constexpr (kHalves == 2) load_token(high, group + 8);
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        add_products<Element>(sums[tile], low, high, loaded[step][tile]);
+        add_products<Weights>(sums[tile], low, high, loaded[step][tile]);
       }
       current.advance(expert_end);
     }
@@ -313,16 +314,16 @@ __global__ void __launch_bounds__(kThreads, thread_blocks_per_sm(kHalves, 2))
   }
 }
 
-template <typename Element, int kHalves>
+template <typename Weights, int kHalves>
 void launch(const FewTokenMlpParams& params, cudaStream_t stream) {
   const int64_t pairs = int64_t{params.num_tokens} * params.num_choices;
   const int64_t tiles = params.width / kRows + pairs * (params.expert_width / kRows);
   if (params.num_tokens > 1 && pairs > 0) {
     launch_dependent<list_experts_kernel>(dim3(1), kMaxPairs, stream, params);
   }
-  launch_dependent<few_token_gate_up_kernel<Element, kHalves>>(dim3(static_cast<unsigned>(tiles)),
+  launch_dependent<few_token_gate_up_kernel<Weights, kHalves>>(dim3(static_cast<unsigned>(tiles)),
                                                                kThreads, stream, params);
-  launch_dependent<few_token_down_kernel<Element, kHalves>>(dim3(params.hidden / (2 * kRows)),
+  launch_dependent<few_token_down_kernel<Weights, kHalves>>(dim3(params.hidden / (2 * kRows)),
                                                             kThreads, stream, params);
 }
 
@@ -337,16 +338,22 @@ void launch_few_token_mlp(const FewTokenMlpParams& params, cudaStream_t stream) 
   if (params.num_tokens < 1 || params.num_tokens > kMaxTokens || pairs > kMaxPairs) {
     throw std::runtime_error("few_token_mlp takes 1 to 16 tokens and up to 256 choices of experts");
   }
-  if (params.hidden % kChannels != 0 || params.width % kChannels != 0 ||
-      params.expert_width % kChannels != 0 || params.width + params.expert_width == 0) {
-    throw std::runtime_error("few_token_mlp takes sizes that are multiples of 32");
+  if (params.width + params.expert_width == 0) {
+    throw std::runtime_error("few_token_mlp takes an MLP, experts or both");
   }
-  dispatch_dtype(params.dtype, [&](auto element) {
-    using Element = decltype(element);
+  const FewTokenWeights& weights = params.width > 0 ? params.gate_up : params.expert_gate_up;
+  dispatch_weights(params.dtype, weights, [&](auto form) {
+    using Weights = typename decltype(form)::Type;
+    constexpr int kChannels = Weights::kChannels;
+    if (params.hidden % kChannels != 0 || params.width % kChannels != 0 ||
+        params.expert_width % kChannels != 0) {
+      throw std::runtime_error(
+          "few_token_mlp takes sizes that are multiples of 32, of 64 for MXFP8 weights");
+    }
     if (params.num_tokens <= 8) {
-      launch<Element, 1>(params, stream);
+      launch<Weights, 1>(params, stream);
     } else {
-      launch<Element, 2>(params, stream);
+      launch<Weights, 2>(params, stream);
     }
   });
 }

@@ -2,31 +2,27 @@
 // be read. Everything here streams weights from global memory into the operands of mma.m16n8k16.
 //
 // The order of the k channels of an mma is free as long as both operands agree. So a lane reads 16
-// contiguous bytes of weight row g and of token g (g = lane / 4): eight channels, which are its
-// part of `b` and of `a` in two mma. Eight weight rows are the n columns, up to 16 tokens the m
-// rows. The warps of a thread block share the channels out and add up their sums at the end.
+// contiguous bytes of weight row g (g = lane / 4), and the same channels of token g. Eight channels
+// are its part of `b` and of `a` in two mma: 16 bytes are eight weights of 16 bits, or 16 of eight.
+// Eight weight rows are the n columns, up to 16 tokens the m rows. The warps of a thread block
+// share the channels out and add up their sums at the end.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <type_traits>
 
+#include "few_token_weights.h"
+#include "smxx/common/dispatch.h"
 #include "smxx/common/matrix.cuh"
 
 namespace msa::few_tokens {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRows = 8;       // weight rows of an mma
-constexpr int kChannels = 32;  // that a group of four lanes reads by one load a lane
-constexpr int kLoads = 8;      // of 16 bytes of weights, in flight in a lane
-
-// Thread blocks that fit a multiprocessor: enough for the bytes in flight, few enough for the
-// registers.
-constexpr int thread_blocks_per_sm(int halves, int tiles) {
-  return halves * tiles == 1 ? 4 : 3;
-}
+constexpr int kRows = 8;  // weight rows of an mma
 
 // 16 bytes of weights, which are read once.
 __device__ __forceinline__ uint4 load_weights(const void* address) {
@@ -48,14 +44,163 @@ __device__ __forceinline__ uint4 load_states(const void* address) {
   return value;
 }
 
-// sums += tokens * weights over 32 channels: tokens g and g + 8, weight row g.
-template <typename Element>
-__device__ __forceinline__ void add_products(float (&sums)[4], const uint4& low, const uint4& high,
-                                             const uint4& weights) {
-  const uint32_t first[4] = {low.x, high.x, low.y, high.y};
-  const uint32_t second[4] = {low.z, high.z, low.w, high.w};
-  multiply_add<Element>(sums, first, weights.x, weights.y);
-  multiply_add<Element>(sums, second, weights.z, weights.w);
+// A place in a matrix of weights of the dtype of the states.
+template <typename Element_>
+class PlainWeights {
+ public:
+  using Element = Element_;
+  using Loaded = uint4;
+  static constexpr int kUnits = 1;      // of eight channels, that a lane reads by one load
+  static constexpr int kChannels = 32;  // that a group of four lanes reads by one load a lane
+  static constexpr int kLoads = 8;      // in flight in a lane
+
+  // Thread blocks that fit a multiprocessor: enough for the bytes in flight, few enough for the
+  // registers.
+  static constexpr int thread_blocks_per_sm(int halves, int tiles) {
+    return halves * tiles == 1 ? 4 : 3;
+  }
+
+  __device__ PlainWeights() = default;
+  __device__ PlainWeights(const FewTokenWeights& matrix, int64_t place)
+      : values_(static_cast<const Element*>(matrix.values) + place) {}
+
+  __device__ Loaded load(int64_t offset) const { return load_weights(values_ + offset); }
+  __device__ static void decode(const Loaded& loaded, uint4 (&units)[kUnits]) { units[0] = loaded; }
+
+ private:
+  const Element* values_ = nullptr;
+};
+
+// A place in a matrix of MXFP8 weights: E4M3 values, and for 32 of a row the byte e of a scale
+// 2^(e - 127). They become bfloat16, which holds their product.
+class Mxfp8Weights {
+ public:
+  using Element = __nv_bfloat16;
+  struct Loaded {
+    uint4 values;
+    uint32_t scale;
+  };
+  static constexpr int kUnits = 2;
+  static constexpr int kChannels = 64;
+  static constexpr int kLoads = 4;
+
+  static constexpr int thread_blocks_per_sm(int halves, int tiles) {
+    return halves * tiles == 1 ? 4 : halves == 1 ? 3 : 2;
+  }
+
+  __device__ Mxfp8Weights() = default;
+  __device__ Mxfp8Weights(const FewTokenWeights& matrix, int64_t place)
+      : values_(static_cast<const uint8_t*>(matrix.values) + place),
+        scales_(matrix.scales + place / kMxfp8Group) {}
+
+  // `offset` is a multiple of kMxfp8Group.
+  __device__ Loaded load(int64_t offset) const {
+    return {load_weights(values_ + offset), __ldg(scales_ + offset / kMxfp8Group)};
+  }
+
+  __device__ static void decode(const Loaded& loaded, uint4 (&units)[kUnits]) {
+    const uint32_t words[4] = {loaded.values.x, loaded.values.y, loaded.values.z, loaded.values.w};
+    // The bits of an E4M3 number, moved into the fields of a bfloat16, stand for 2^-120 times it.
+    // bfloat16 has no 2^(scale - 7) for scales above 134, and none are to be expected.
+    constexpr uint32_t kLargestExponent = 254, kShift = 120;
+    const uint32_t exponent = min(loaded.scale + kShift, kLargestExponent);
+    const uint32_t factor = exponent << 7 | exponent << 23;
+    uint32_t pairs[8];
+    uint32_t is_nan = 0;  // the highest bit of each byte
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      is_nan |= nan_bytes(words[i]);
+      pairs[2 * i] = scaled(widened<0x1404>(words[i]), factor);
+      pairs[2 * i + 1] = scaled(widened<0x3424>(words[i]), factor);
+    }
+    if (is_nan != 0 || loaded.scale > kLargestExponent - kShift) {
+      const uint32_t rest = loaded.scale + 127 - (kLargestExponent - kShift);
+      const uint32_t second = loaded.scale == 255 ? 0x7fff7fff
+                              : rest > 127        ? rest << 7 | rest << 23
+                                                  : 0x3f803f80;  // one
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t bytes = nan_bytes(words[i]);
+        pairs[2 * i] = multiplied(pairs[2 * i], second) | nan_halves<0x1404>(bytes);
+        pairs[2 * i + 1] = multiplied(pairs[2 * i + 1], second) | nan_halves<0x3424>(bytes);
+      }
+    }
+    units[0] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+    units[1] = {pairs[4], pairs[5], pairs[6], pairs[7]};
+  }
+
+ private:
+  // Two bytes of a word as the upper bytes of two halves.
+  template <uint32_t kBytes>
+  __device__ __forceinline__ static uint32_t widened(uint32_t word) {
+    return __byte_perm(word, 0, kBytes);
+  }
+  __device__ __forceinline__ static uint32_t multiplied(uint32_t pair, uint32_t factor) {
+    uint32_t product;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;\n"
+        : "=r"(product)
+        : "r"(pair), "r"(factor), "r"(0x80008000));
+    return product;
+  }
+  __device__ __forceinline__ static uint32_t scaled(uint32_t pair, uint32_t factor) {
+    return multiplied((pair & 0x80008000) | (pair >> 4 & 0x07f007f0), factor);
+  }
+  __device__ __forceinline__ static uint32_t nan_bytes(uint32_t word) {
+    return ((word & 0x7f7f7f7f) + 0x01010101) & 0x80808080;
+  }
+  template <uint32_t kBytes>
+  __device__ __forceinline__ static uint32_t nan_halves(uint32_t bytes) {
+    return (widened<kBytes>(bytes) >> 15) * 0x7fff;
+  }
+
+  const uint8_t* values_ = nullptr;
+  const uint8_t* scales_ = nullptr;
+};
+
+template <typename Weights>
+struct Form {
+  using Type = Weights;
+};
+
+// Calls `function` with the Form of the weights.
+template <typename Function>
+void dispatch_weights(Dtype dtype, const FewTokenWeights& weights, Function&& function) {
+  if (weights.scales == nullptr) {
+    dispatch_dtype(dtype, [&](auto element) { function(Form<PlainWeights<decltype(element)>>{}); });
+  } else if (dtype == Dtype::kBFloat16) {
+    function(Form<Mxfp8Weights>{});
+  } else {
+    throw std::runtime_error("MXFP8 weights go with states in bfloat16");
+  }
+}
+
+// The channels of a token that go with one load of weights; zeros for none.
+template <typename Weights>
+struct States {
+  uint4 units[Weights::kUnits] = {};
+
+  __device__ void load(const typename Weights::Element* address) {
+#pragma unroll
+    for (int i = 0; i < Weights::kUnits; ++i) units[i] = load_states(address + 8 * i);
+  }
+};
+
+// sums += tokens * weights over the channels of one load: tokens g and g + 8, weight row g.
+template <typename Weights>
+__device__ __forceinline__ void add_products(float (&sums)[4], const States<Weights>& low,
+                                             const States<Weights>& high,
+                                             const typename Weights::Loaded& loaded) {
+  using Element = typename Weights::Element;
+  uint4 weights[Weights::kUnits];
+  Weights::decode(loaded, weights);
+#pragma unroll
+  for (int i = 0; i < Weights::kUnits; ++i) {
+    const uint4 &a = low.units[i], &b = high.units[i];
+    const uint32_t first[4] = {a.x, b.x, a.y, b.y};
+    const uint32_t second[4] = {a.z, b.z, a.w, b.w};
+    multiply_add<Element>(sums, first, weights[i].x, weights[i].y);
+    multiply_add<Element>(sums, second, weights[i].z, weights[i].w);
+  }
 }
 
 // The sums of all warps for kTiles tiles of eight weight rows and kHalves halves of eight tokens.
