@@ -1,6 +1,6 @@
 """Products of few tokens, and of groups of rows, beside cuBLAS and PyTorch: `python -m benchmarks.fused_products`.
 
-One GPU, bf16, the released model's sizes, random weights. Few tokens are timed in a CUDA graph whose calls take turns
+One GPU, bf16, the released model's sizes, random weights, those of few tokens also in MXFP8. Few tokens are timed in a CUDA graph whose calls take turns
 among several weights, so that no cache holds them; the floor is the time to read the weights at the rate of a large
 sum. Groups are the rows of 128 experts that random tokens chose, four each. Each result is compared with float64.
 """
@@ -10,8 +10,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from modeling_minimax_m3.fused import few_tokens
+from modeling_minimax_m3.fused.few_tokens import Weight
 from modeling_minimax_m3.fused.swiglu import swiglu_oai_reference
 from modeling_minimax_m3.msa import extension
+from modeling_minimax_m3.mxfp8 import Mxfp8Tensors, dequantize_mxfp8, quantize_mxfp8
 
 from .gpu import random, require_gpu, time_ms
 
@@ -46,66 +49,84 @@ def graph_us(function, calls: int = 24) -> float:
 
 
 def weights(*shape: int) -> torch.Tensor:
-    return random(*shape).mul_(0.02)
+    return nn.Parameter(random(*shape).mul_(0.02), requires_grad=False)
 
 
-def few_token_linear(x: torch.Tensor, sets: list[list[torch.Tensor]], call: int) -> torch.Tensor:
-    chosen = sets[call % len(sets)]
-    return torch.ops.minimax_m3_msa_cuda.few_token_linear(x, *chosen, *[None] * (5 - len(chosen)), True)
+def in_mxfp8(weight: torch.Tensor) -> Mxfp8Tensors:
+    return Mxfp8Tensors(*(nn.Parameter(part, requires_grad=False) for part in quantize_mxfp8(weight)))
 
 
-def cublas_linear(x: torch.Tensor, sets: list[list[torch.Tensor]], call: int) -> list[torch.Tensor]:
-    return [nn.functional.linear(x, weight) for weight in sets[call % len(sets)]]
+def number_of_bytes(weight: Weight) -> int:
+    return sum(part.nbytes for part in weight) if isinstance(weight, Mxfp8Tensors) else weight.nbytes
+
+
+def exact(weight: Weight) -> torch.Tensor:
+    return (dequantize_mxfp8(*weight) if isinstance(weight, Mxfp8Tensors) else weight).double()
 
 
 def linear_layers(read_rate: float) -> None:
     for name, (outputs, channels) in LAYERS.items():
-        sets = [[weights(rows, channels) for rows in outputs] for _ in range(TURNS)]
+        plain = [[weights(rows, channels) for rows in outputs] for _ in range(TURNS)]
+        quantized = [[in_mxfp8(weight) for weight in chosen] for chosen in plain]
         for tokens in (1, 2, 4, 8, 16):
             x = random(tokens, channels)
-            expected = x.double() @ torch.cat(sets[0]).double().T
-            ours, cublas = (graph_us(partial(run, x, sets)) for run in (few_token_linear, cublas_linear))
-            floor = 2 * sum(outputs) * channels / read_rate * 1e6
-            error = relative_error(few_token_linear(x, sets, 0), expected)
-            print(
-                f"{name}, {tokens} tokens: ours {ours:.1f} us, cuBLAS {cublas:.1f}, floor {floor:.1f}, "
-                f"error {error:.1e}",
-                flush=True,
-            )
+
+            def cublas(call: int, x=x, sets=plain) -> None:
+                for weight in sets[call % TURNS]:
+                    nn.functional.linear(x, weight)
+
+            figures = [f"cuBLAS {graph_us(cublas):.1f} us"]
+            for form, sets in (("bf16", plain), ("MXFP8", quantized)):
+
+                def ours(call: int, x=x, sets=sets) -> torch.Tensor:
+                    return few_tokens._product(x, sets[call % TURNS])
+
+                expected = x.double() @ torch.cat([exact(weight) for weight in sets[0]]).T
+                floor = sum(map(number_of_bytes, sets[0])) / read_rate * 1e6
+                error = relative_error(ours(0), expected)
+                figures.append(f"ours in {form} {graph_us(ours):.1f} (floor {floor:.1f}, error {error:.1e})")
+            print(f"{name}, {tokens} tokens: {', '.join(figures)}", flush=True)
 
 
 def mlp(states: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """The definition in float64."""
-    return swiglu_oai_reference(states @ gate_up.double().T, ALPHA, LIMIT) @ down.double().T
+    """The definition. All arguments are in float64."""
+    return swiglu_oai_reference(states @ gate_up.T, ALPHA, LIMIT) @ down.T
 
 
-def few_token_mlp(x: torch.Tensor, sets: list[torch.Tensor], *tensors: torch.Tensor, call: int) -> torch.Tensor:
-    *matrices, shares = tensors
-    return torch.ops.minimax_m3_msa_cuda.few_token_mlp(
-        x, *matrices, sets[call % len(sets)], shares, SCALE, ALPHA, LIMIT, True
-    )
-
-
-def experts_of_few_tokens(read_rate: float, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-    shared = weights(2 * WIDTH, HIDDEN), weights(HIDDEN, WIDTH)
+def experts_of_few_tokens(read_rate: float, gate_up: Weight, down: Weight, has_shared: bool) -> None:
+    is_quantized = isinstance(gate_up, Mxfp8Tensors)
+    shared: list[Weight | None] = [None, None]
+    if has_shared:
+        plain = weights(2 * WIDTH, HIDDEN), weights(HIDDEN, WIDTH)
+        shared = [in_mxfp8(weight) if is_quantized else weight for weight in plain]
     for tokens in (1, 4, 8, 16):
         x = random(tokens, HIDDEN)
         ids = [torch.rand(tokens, EXPERTS, device="cuda").topk(CHOICES).indices for _ in range(8)]
         shares = torch.rand(tokens, CHOICES, device="cuda")
-        run = partial(few_token_mlp, x, ids, *shared, gate_up, down, shares)
-        exact = x.double()
-        expected = mlp(exact, *shared)
+
+        def ours(call: int, x=x, ids=ids, shares=shares) -> torch.Tensor:
+            chosen = (gate_up, down, ids[call % len(ids)], shares, SCALE)
+            return few_tokens.mlp(x, *shared, ALPHA, LIMIT, *chosen)
+
+        states = x.double()
+        expected = mlp(states, *map(exact, shared)) if has_shared else torch.zeros_like(states)
         for token in range(tokens):
             for share, expert in zip(shares[token], ids[0][token]):
-                expected[token] += SCALE * share.double() * mlp(exact[token], gate_up[expert], down[expert])
-        read = sum(len(chosen.unique()) for chosen in ids) / len(ids) + 1
-        floor = read * 3 * HIDDEN * WIDTH * 2 / read_rate * 1e6
-        us, error = graph_us(lambda call, run=run: run(call=call)), relative_error(run(call=0), expected)
+                expert_weights = [exact(expert_of(weight, int(expert))) for weight in (gate_up, down)]
+                expected[token] += SCALE * share.double() * mlp(states[token], *expert_weights)
+        hit = sum(len(chosen.unique()) for chosen in ids) / len(ids)
+        read = sum(number_of_bytes(weight) * hit / EXPERTS for weight in (gate_up, down))
+        read += sum(number_of_bytes(weight) for weight in shared if weight is not None)
+        floor, error = read / read_rate * 1e6, relative_error(ours(0), expected)
         print(
-            f"experts and shared expert, {tokens} tokens: {us:.1f} us, floor {floor:.1f} ({read - 1:.1f} experts), "
-            f"error {error:.1e}",
+            f"experts{' and shared expert' * has_shared} in {'MXFP8' if is_quantized else 'bf16'}, {tokens} tokens: "
+            f"{graph_us(ours):.1f} us, floor {floor:.1f} ({hit:.1f} experts), error {error:.1e}",
             flush=True,
         )
+
+
+def expert_of(weight: Weight, expert: int) -> Weight:
+    return Mxfp8Tensors(*(part[expert] for part in weight)) if isinstance(weight, Mxfp8Tensors) else weight[expert]
 
 
 def groups(gate_up: torch.Tensor, down: torch.Tensor) -> None:
@@ -140,7 +161,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: a sum reads {read_rate / 1e12:.2f} TB/s")
     linear_layers(read_rate)
     gate_up, down = weights(EXPERTS, 2 * WIDTH, HIDDEN), weights(EXPERTS, HIDDEN, WIDTH)
-    experts_of_few_tokens(read_rate, gate_up, down)
+    for has_shared in (False, True):
+        experts_of_few_tokens(read_rate, gate_up, down, has_shared)
+        experts_of_few_tokens(read_rate, in_mxfp8(gate_up), in_mxfp8(down), has_shared)
     groups(gate_up, down)
 
 

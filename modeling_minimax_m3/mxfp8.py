@@ -4,6 +4,8 @@
 2 ** (e - 127) (E8M0). The module needs PyTorch only.
 """
 
+from typing import NamedTuple
+
 import torch
 
 GROUP_SIZE = 32  # values of a row that share a scale
@@ -15,7 +17,19 @@ _LARGEST_SCALE = 254  # 255 means NaN
 _ELEMENTS_AT_A_TIME = 2**26  # that are quantized: 256 MiB in float32
 
 
-def quantize_mxfp8(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+class Mxfp8Tensors(NamedTuple):
+    """A tensor in MXFP8.
+
+    Args:
+        values (torch.Tensor): (..., columns) in float8_e4m3fn.
+        scales (torch.Tensor): (..., columns / 32) in uint8.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
+def quantize_mxfp8(tensor: torch.Tensor) -> Mxfp8Tensors:
     """Nearest MXFP8 values, with the smallest scales that let no value exceed E4M3's largest, 448.
 
     A tensor that came from `dequantize_mxfp8` keeps its numbers. Its scales may become smaller.
@@ -37,7 +51,7 @@ def quantize_mxfp8(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty_like(tensor, dtype=VALUE_DTYPE, memory_format=torch.contiguous_format)
     scales = values.new_empty((*tensor.shape[:-1], tensor.shape[-1] // GROUP_SIZE), dtype=SCALE_DTYPE)
     if tensor.numel() == 0 or tensor.is_meta:
-        return values, scales
+        return Mxfp8Tensors(values, scales)
     columns = tensor.shape[-1]
     rows = max(1, _ELEMENTS_AT_A_TIME // columns)
     parts = (tensor.reshape(-1, columns), values.view(-1, columns), scales.view(-1, columns // GROUP_SIZE))
@@ -52,7 +66,7 @@ def quantize_mxfp8(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         part_scales.copy_((exponent + _SCALE_BIAS).clamp_(0, _LARGEST_SCALE))
         inverse = scale_factors(_LARGEST_SCALE - part_scales, torch.float32)
         part_values.copy_((groups * inverse.unsqueeze(-1)).flatten(-2))
-    return values, scales
+    return Mxfp8Tensors(values, scales)
 
 
 def dequantize_mxfp8(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -5,11 +5,14 @@ run as one kernel, without a copy of their weights. The chosen experts and the s
 """
 
 from collections.abc import Sequence
+from itertools import groupby
+from typing import TypeAlias
 
 import torch
 from torch import nn
 from transformers.utils import is_torchdynamo_compiling
 
+from ..mxfp8 import GROUP_SIZE, SCALE_DTYPE, VALUE_DTYPE, Mxfp8Tensors, dequantize_mxfp8
 from .support import HALF_DTYPES, as_vectors, is_vector_block, kernels_take, runs_as_written
 from .swiglu import swiglu_oai_reference
 
@@ -18,43 +21,69 @@ MAX_TOKENS_OF_ONE_LAYER = 8  # beyond, cuBLAS is faster (benchmarks/results/few_
 _MAX_WEIGHTS = 5
 _MAX_CHOICES = 256  # of all tokens
 _MULTIPLE = 32  # of the channels that a kernel takes at a time
+_MXFP8_MULTIPLE = 64
+
+Weight: TypeAlias = torch.Tensor | Mxfp8Tensors
+
+
+def weight_of(layer: nn.Module) -> Weight | None:
+    """What `layer` multiplies by; None where it does more than that, or where something watches its calls.
+
+    A class of layers with weights in another form has a method `few_token_weight` that answers this.
+    """
+    if runs_as_written(layer, nn.Linear):
+        return layer.weight if layer.bias is None and isinstance(layer.weight, torch.Tensor) else None
+    answer = getattr(type(layer), "few_token_weight", None)
+    return None if answer is None else answer(layer)
 
 
 def takes_linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> bool:
-    """Whether `linear` runs these layers as one kernel.
+    """Whether `linear` runs these layers as one kernel, or as two where only some weights are in MXFP8.
 
     Args:
         x (..., channels): What all layers read.
         layers (sequence of modules): One or more.
     """
-    return (
-        _are_few(x, MAX_TOKENS if len(layers) > 1 else MAX_TOKENS_OF_ONE_LAYER)
-        and len(layers) <= _MAX_WEIGHTS
-        and all(runs_as_written(layer, nn.Linear) and layer.bias is None for layer in layers)
-        and takes_weights(x, _weights(layers))
-    )
+    return _are_few(x) and len(layers) <= _MAX_WEIGHTS and _weights_for(x, layers) is not None
 
 
-def takes_weights(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
+def takes_weights(x: torch.Tensor, weights: Sequence[Weight]) -> bool:
     """Whether the kernels read these weights, and no gradient is needed.
 
     Args:
         x (..., channels): Inputs.
         weights (sequence of (..., channels or a width)): Weights of projections.
     """
+    tensors = [tensor for weight in weights for tensor in (weight if isinstance(weight, Mxfp8Tensors) else (weight,))]
     return (
         _are_few(x)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)))
-        and kernels_take(x, *weights)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)))
+        and kernels_take(x, *tensors)
         and not _autocast_changes(x)
-        and all(
-            weight.dtype == x.dtype
-            and is_vector_block(weight)
-            and weight.shape[-1] % _MULTIPLE == 0
-            and weight.numel() > 0
-            for weight in weights
-        )
+        and all(_is_read(x, weight) for weight in weights)
     )
+
+
+def _is_read(x: torch.Tensor, weight: Weight) -> bool:
+    """Whether the kernels read the weight in its form, dtype and place."""
+    if not isinstance(weight, Mxfp8Tensors):
+        is_form = weight.dtype == x.dtype and weight.shape[-1] % _MULTIPLE == 0
+        return is_form and is_vector_block(weight) and weight.numel() > 0
+    values, scales = weight
+    return (
+        x.dtype == torch.bfloat16
+        and (values.dtype, scales.dtype) == (VALUE_DTYPE, SCALE_DTYPE)
+        and values.shape[-1] % _MXFP8_MULTIPLE == 0
+        and scales.shape == (*values.shape[:-1], values.shape[-1] // GROUP_SIZE)
+        and is_vector_block(values)
+        and scales.is_contiguous()
+        and values.numel() > 0
+    )
+
+
+def _is_faster(x: torch.Tensor, weights: Sequence[Weight]) -> bool:
+    """Whether the kernels are faster than cuBLAS, which reads no MXFP8: those weights would first be dequantized."""
+    return len(weights) > 1 or isinstance(weights[0], Mxfp8Tensors) or _are_few(x, MAX_TOKENS_OF_ONE_LAYER)
 
 
 def linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
@@ -67,9 +96,11 @@ def linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
     Returns:
         (..., outputs of all layers).
     """
-    if not takes_linear(x, layers):
+    weights = _weights_for(x, layers) if _are_few(x) and len(layers) <= _MAX_WEIGHTS else None
+    if weights is None:
         return linear_reference(x, layers)
-    return _product(x, _weights(layers))
+    outputs = [_product(x, list(group)) for _, group in groupby(weights, key=lambda w: isinstance(w, Mxfp8Tensors))]
+    return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
 
 
 def linear_reference(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
@@ -78,10 +109,15 @@ def linear_reference(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tens
     return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
 
 
-def _weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
-    weights = [layer.weight for layer in layers if isinstance(layer.weight, torch.Tensor)]
-    assert len(weights) == len(layers)
-    return weights
+def _weights_for(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[Weight] | None:
+    """The weights of all layers; None where the kernels do not take one, or are slower."""
+    weights: list[Weight] = []
+    for layer in layers:
+        weight = weight_of(layer)
+        if weight is None:
+            return None
+        weights.append(weight)
+    return weights if _is_faster(x, weights) and takes_weights(x, weights) else None
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -94,30 +130,42 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., outputs).
     """
-    if not (_are_few(x, MAX_TOKENS_OF_ONE_LAYER) and takes_weights(x, [weight])):
+    if not (_is_faster(x, [weight]) and takes_weights(x, [weight])):
         return nn.functional.linear(x, weight)
     return _product(x, [weight])
 
 
-def _product(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    padded = [*weights, *[None] * (_MAX_WEIGHTS - len(weights))]
-    out = torch.ops.minimax_m3_msa_cuda.few_token_linear(_rows(x), *padded, are_constant(weights))
-    return out.view(*x.shape[:-1], -1)
+def _product(x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
+    """The product with weights that are all of one form."""
+    values, scales = _values_and_scales(weights)
+    padding = [None] * (_MAX_WEIGHTS - len(weights))
+    arguments = (*values, *padding, *scales, *padding, are_constant(values))
+    return torch.ops.minimax_m3_msa_cuda.few_token_linear(_rows(x), *arguments).view(*x.shape[:-1], -1)
 
 
-def are_constant(weights: Sequence[torch.Tensor]) -> bool:
+def _values_and_scales(
+    weights: Sequence[Weight | None],
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """Tensors of numbers or of MXFP8 values, and the scales of the latter."""
+    pairs = [weight if isinstance(weight, Mxfp8Tensors) else (weight, None) for weight in weights]
+    return [values for values, _ in pairs], [scales for _, scales in pairs]
+
+
+def are_constant(weights: Sequence[torch.Tensor | None]) -> bool:
     """Whether kernels may read these weights before the kernels in front of them have ended.
 
     That holds in a captured decoding step, whose weights are parameters that no kernel of the step writes. Elsewhere a
     kernel in front may make a weight, as adapters do, or gather it, as FSDP does.
     """
-    are_parameters = all(weight.is_cuda and isinstance(weight, nn.Parameter) for weight in weights)
+    are_parameters = all(
+        weight.is_cuda and isinstance(weight, nn.Parameter) for weight in weights if weight is not None
+    )
     return are_parameters and torch.cuda.is_current_stream_capturing()
 
 
 def takes_mlp(
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[Weight],
     expert_ids: torch.Tensor | None = None,
     expert_weights: torch.Tensor | None = None,
 ) -> bool:
@@ -125,13 +173,14 @@ def takes_mlp(
 
     Args:
         x (..., hidden): Inputs.
-        weights (sequence of (..., hidden or a width)): Weights of all projections.
+        weights (sequence of (..., hidden or a width)): Weights of all projections, all in one form.
         expert_ids ((tokens, K) or None): The chosen experts.
         expert_weights ((tokens, K) or None): Their weights. A router's gradient passes through them alone where the
             experts are frozen.
     """
     return (
-        (expert_ids is not None or _are_few(x, MAX_TOKENS_OF_ONE_LAYER))
+        len({isinstance(weight, Mxfp8Tensors) for weight in weights}) == 1
+        and (expert_ids is not None or _is_faster(x, weights[:1]))
         and takes_weights(x, weights)
         and (expert_ids is None or _are_choices(x, expert_ids, expert_weights))
         and not (expert_weights is not None and expert_weights.requires_grad and torch.is_grad_enabled())
@@ -152,12 +201,12 @@ def _are_choices(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torc
 
 def mlp(
     x: torch.Tensor,
-    gate_up: torch.Tensor | None,
-    down: torch.Tensor | None,
+    gate_up: Weight | None,
+    down: Weight | None,
     alpha: float,
     limit: float,
-    expert_gate_up: torch.Tensor | None = None,
-    expert_down: torch.Tensor | None = None,
+    expert_gate_up: Weight | None = None,
+    expert_down: Weight | None = None,
     expert_ids: torch.Tensor | None = None,
     expert_weights: torch.Tensor | None = None,
     expert_scale: float = 1.0,
@@ -180,27 +229,28 @@ def mlp(
     """
     if expert_ids is not None and expert_weights is not None:
         expert_ids, expert_weights = expert_ids.contiguous(), expert_weights.float().contiguous()
-    weights = (gate_up, down, expert_gate_up, expert_down)
-    constant = are_constant([weight for weight in weights if weight is not None])
+    values, scales = _values_and_scales([gate_up, down, expert_gate_up, expert_down])
     return torch.ops.minimax_m3_msa_cuda.few_token_mlp(
-        _rows(x), *weights, expert_ids, expert_weights, expert_scale, alpha, limit, constant
+        _rows(x), *values, *scales, expert_ids, expert_weights, expert_scale, alpha, limit, are_constant(values)
     ).view(x.shape)
 
 
 def mlp_reference(
     x: torch.Tensor,
-    gate_up: torch.Tensor | None,
-    down: torch.Tensor | None,
+    gate_up: Weight | None,
+    down: Weight | None,
     alpha: float,
     limit: float,
-    expert_gate_up: torch.Tensor | None = None,
-    expert_down: torch.Tensor | None = None,
+    expert_gate_up: Weight | None = None,
+    expert_down: Weight | None = None,
     expert_ids: torch.Tensor | None = None,
     expert_weights: torch.Tensor | None = None,
     expert_scale: float = 1.0,
 ) -> torch.Tensor:
     """The definition of `mlp`, which rounds as the layers' own code does: after every operation."""
     tokens = x.reshape(-1, x.shape[-1])
+    gate_up, down = _numbers(gate_up, x.dtype), _numbers(down, x.dtype)
+    expert_gate_up, expert_down = _numbers(expert_gate_up, x.dtype), _numbers(expert_down, x.dtype)
     shared = routed = None
     if gate_up is not None and down is not None:
         shared = _one_mlp(tokens, gate_up, down, alpha, limit)
@@ -215,6 +265,10 @@ def mlp_reference(
         routed = routed * expert_scale
     parts = [part for part in (routed, shared) if part is not None]
     return sum(parts[1:], parts[0]).view(x.shape)
+
+
+def _numbers(weight: Weight | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return dequantize_mxfp8(*weight, dtype) if isinstance(weight, Mxfp8Tensors) else weight
 
 
 def _one_mlp(

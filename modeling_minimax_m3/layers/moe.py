@@ -39,17 +39,15 @@ class MiniMaxM3VLDenseMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         constants = (self.swiglu_alpha, self.swiglu_limit)
-        weights = self.plain_weights()
+        weights = self.few_token_weights()
         if weights is not None and few_tokens.takes_mlp(hidden_states, weights):
             return few_tokens.mlp(hidden_states, *weights, *constants)
         return self.down_proj(swiglu_oai(self.gate_up_proj(hidden_states), *constants))
 
-    def plain_weights(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def few_token_weights(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
         """The weights of both projections, or None where the projections do more than multiply by them."""
-        projections = (self.gate_up_proj, self.down_proj)
-        if not all(runs_as_written(layer, nn.Linear) and layer.bias is None for layer in projections):
-            return None
-        return self.gate_up_proj.weight, self.down_proj.weight
+        gate_up, down = (few_tokens.weight_of(layer) for layer in (self.gate_up_proj, self.down_proj))
+        return None if gate_up is None or down is None else (gate_up, down)
 
     def runs_in_parts(self, num_tokens: int) -> bool:
         """Whether a layer calls `add_in_parts` in place of the module."""
@@ -79,6 +77,10 @@ class MiniMaxM3VLExperts(nn.Module):
         self.swiglu_limit = float(config.swiglu_limit)  # an integer may be too large for torch
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+
+    def few_token_weights(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
+        """Both weights; None where the experts do more than their class says."""
+        return (self.gate_up_proj, self.down_proj) if runs_as_written(self, MiniMaxM3VLExperts) else None
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return swiglu_oai(gate_up, self.swiglu_alpha, self.swiglu_limit)
@@ -184,17 +186,19 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
         return self._combine(tokens, top_k_index, top_k_weights).view_as(hidden_states)
 
     def _combine(self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        if self._runs_default_experts():
-            experts, scale = self.experts, float(self.routed_scaling_factor)
-            expert_weights = (experts.gate_up_proj, experts.down_proj)
-            shared = self._plain_weights_of_shared_expert()
+        experts, scale = self.experts, float(self.routed_scaling_factor)
+        expert_weights = self._weights_of_experts()
+        if expert_weights is not None:
+            shared = self._weights_of_shared_expert()
             if shared is not None and few_tokens.takes_mlp(
                 tokens, (*shared, *expert_weights), top_k_index, top_k_weights
             ):
                 constants = (experts.swiglu_alpha, experts.swiglu_limit)
                 return few_tokens.mlp(tokens, *shared, *constants, *expert_weights, top_k_index, top_k_weights, scale)
-            if self._is_as_fast_grouped(tokens) and many_tokens.takes_experts(
-                tokens, *expert_weights, top_k_index, top_k_weights
+            if (
+                all(isinstance(weight, torch.Tensor) for weight in expert_weights)
+                and self._is_as_fast_grouped(tokens)
+                and many_tokens.takes_experts(tokens, *expert_weights, top_k_index, top_k_weights)
             ):
                 return experts_forward(experts, tokens, top_k_index, top_k_weights, scale, self.shared_experts)
         routed = self.experts(tokens, top_k_index, top_k_weights)
@@ -204,15 +208,18 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
     def _experts_implementation(self) -> str | None:
         return getattr(self.experts.config, "_experts_implementation", None)
 
-    def _runs_default_experts(self) -> bool:
-        """Whether the experts do what their class and our choice of Transformers' kernels say."""
-        names = (None, "grouped_mm", "batched_mm")  # any other name is a user's choice
-        return runs_as_written(self.experts, MiniMaxM3VLExperts) and self._experts_implementation in names
+    def _weights_of_experts(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
+        """None unless the experts do what their class and our choice of Transformers' kernels say."""
+        # The class is asked, because a wrapper of adapters passes questions on to what it wraps.
+        answer = getattr(type(self.experts), "few_token_weights", None)
+        if answer is None or self._experts_implementation not in (None, "grouped_mm", "batched_mm"):
+            return None  # any other name is a user's choice
+        return answer(self.experts)
 
-    def _plain_weights_of_shared_expert(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _weights_of_shared_expert(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
         """None unless the shared expert does what its class says."""
         if runs_as_written(self.shared_experts, MiniMaxM3VLDenseMLP):
-            return self.shared_experts.plain_weights()
+            return self.shared_experts.few_token_weights()
         return None
 
     def _is_as_fast_grouped(self, tokens: torch.Tensor) -> bool:

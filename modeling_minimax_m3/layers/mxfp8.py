@@ -17,7 +17,8 @@ from transformers.utils import is_torchdynamo_compiling
 from ..fused import experts as many_tokens
 from ..fused import mxfp8_products
 from ..fused.few_tokens import MAX_TOKENS
-from ..mxfp8 import GROUP_SIZE, SCALE_DTYPE, VALUE_DTYPE
+from ..fused.support import runs_as_written
+from ..mxfp8 import GROUP_SIZE, SCALE_DTYPE, VALUE_DTYPE, Mxfp8Tensors
 from .moe import MiniMaxM3VLExperts
 from .mxfp8_weight import Mxfp8Weight
 
@@ -48,11 +49,11 @@ class Mxfp8Module(nn.Module):
         self.register_parameter(name, nn.Parameter(values, requires_grad=False))
         self.register_parameter(name + SCALE_SUFFIX, nn.Parameter(scales, requires_grad=False))
 
-    def stored(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def stored(self, name: str) -> Mxfp8Tensors:
         """Values and scales of a weight."""
         values, scales = self._parameters[name], self._parameters[name + SCALE_SUFFIX]
         assert values is not None and scales is not None
-        return _as_values(values), scales
+        return Mxfp8Tensors(_as_values(values), scales)
 
     def __getattr__(self, name: str) -> Any:
         found: Any = super().__getattr__(name)
@@ -104,6 +105,10 @@ class Mxfp8Linear(Mxfp8Module, nn.Linear):
             out = out + self.bias.to(out.dtype)
         return out.to(input.dtype)
 
+    def few_token_weight(self) -> Mxfp8Tensors | None:
+        """See `fused.few_tokens.weight_of`."""
+        return self.stored("weight") if runs_as_written(self, Mxfp8Linear) and self.bias is None else None
+
 
 class Mxfp8Experts(Mxfp8Module, MiniMaxM3VLExperts):
     """Routed experts whose weights are in MXFP8.
@@ -142,6 +147,12 @@ class Mxfp8Experts(Mxfp8Module, MiniMaxM3VLExperts):
         else:
             routed = self._grouped(tokens, top_k_index, top_k_weights, self._product)
         return routed.to(hidden_states.dtype)
+
+    def few_token_weights(self) -> tuple[Mxfp8Tensors, Mxfp8Tensors] | None:
+        """Both weights; None where the experts do more than their class says."""
+        if not runs_as_written(self, Mxfp8Experts):
+            return None
+        return self.stored("gate_up_proj"), self.stored("down_proj")
 
     def _has_adapters(self) -> bool:
         return nn.utils.parametrize.is_parametrized(self)

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from modeling_minimax_m3.fused import attention_input, few_tokens
 from modeling_minimax_m3.fused.attention_input import CacheSlots
+from modeling_minimax_m3.mxfp8 import dequantize_mxfp8
 
 ALPHA, LIMIT = 1.702, 7.0
 EPS = 1e-6
@@ -22,13 +23,22 @@ def random(*shape, seed=0, scale=1.0, dtype=torch.bfloat16, device="cpu"):
     return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
 
 
-def _linear(x, *weights_and_whether_they_are_constant):
-    *weights, _ = weights_and_whether_they_are_constant
-    return torch.cat([F.linear(x, weight) for weight in weights if weight is not None], dim=-1)
+def _linear(x, *weights_scales_and_whether_they_are_constant):
+    weights, scales = (
+        weights_scales_and_whether_they_are_constant[:5],
+        weights_scales_and_whether_they_are_constant[5:10],
+    )
+    numbers = [number(*pair, x.dtype) for pair in zip(weights, scales, strict=True) if pair[0] is not None]
+    return torch.cat([F.linear(x, weight) for weight in numbers], dim=-1)
 
 
-def _mlp(x, gate_up, down, expert_gate_up, expert_down, *arguments):
-    expert_ids, expert_weights, expert_scale, alpha, limit, _ = arguments
+def number(values, scales, dtype):
+    return values if scales is None else dequantize_mxfp8(values, scales, dtype)
+
+
+def _mlp(x, *arguments):
+    gate_up, down, expert_gate_up, expert_down = map(number, arguments[:4], arguments[4:8], [x.dtype] * 4)
+    expert_ids, expert_weights, expert_scale, alpha, limit, _ = arguments[8:]
     experts = (expert_gate_up, expert_down, expert_ids, expert_weights, expert_scale)
     return few_tokens.mlp_reference(x, gate_up, down, alpha, limit, *experts)
 

@@ -137,7 +137,7 @@ def test_adapters_of_experts_run_as_before():
     options = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
     block = adapted.base_model.model["block"]
-    assert not block._runs_default_experts()
+    assert block._weights_of_experts() is None
 
 
 class TestBlockOnGpu:

@@ -29,12 +29,12 @@ FewTokenWeights weights_of(const char* name, const Tensor& weight,
   FewTokenWeights weights{};
   weights.values = contiguous_data(name, weight);
   if (scales) {
-    STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Byte &&
+    STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Byte && scales->is_contiguous() &&
                         scales->numel() * kMxfp8Group == weight.numel() &&
                         scales->size(scales->dim() - 1) * kMxfp8Group == channels,
                     "the scales of `", name, "` must be uint8, one for ", kMxfp8Group,
                     " values of a row");
-    weights.scales = static_cast<const uint8_t*>(contiguous_data(name, *scales));
+    weights.scales = static_cast<const uint8_t*>(scales->const_data_ptr());
   }
   return weights;
 }
