@@ -95,10 +95,9 @@ def mlp(states: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torc
 
 def experts_of_few_tokens(read_rate: float, gate_up: Weight, down: Weight, has_shared: bool) -> None:
     is_quantized = isinstance(gate_up, Mxfp8Tensors)
-    shared: list[Weight | None] = [None, None]
-    if has_shared:
-        plain = weights(2 * WIDTH, HIDDEN), weights(HIDDEN, WIDTH)
-        shared = [in_mxfp8(weight) if is_quantized else weight for weight in plain]
+    plain = weights(2 * WIDTH, HIDDEN), weights(HIDDEN, WIDTH)
+    shared: list[Weight] = [in_mxfp8(weight) if is_quantized else weight for weight in plain] if has_shared else []
+    shared_gate_up, shared_down = shared or (None, None)
     for tokens in (1, 4, 8, 16):
         x = random(tokens, HIDDEN)
         ids = [torch.rand(tokens, EXPERTS, device="cuda").topk(CHOICES).indices for _ in range(8)]
@@ -106,7 +105,7 @@ def experts_of_few_tokens(read_rate: float, gate_up: Weight, down: Weight, has_s
 
         def ours(call: int, x=x, ids=ids, shares=shares) -> torch.Tensor:
             chosen = (gate_up, down, ids[call % len(ids)], shares, SCALE)
-            return few_tokens.mlp(x, *shared, ALPHA, LIMIT, *chosen)
+            return few_tokens.mlp(x, shared_gate_up, shared_down, ALPHA, LIMIT, *chosen)
 
         states = x.double()
         expected = mlp(states, *map(exact, shared)) if has_shared else torch.zeros_like(states)
@@ -116,7 +115,7 @@ def experts_of_few_tokens(read_rate: float, gate_up: Weight, down: Weight, has_s
                 expected[token] += SCALE * share.double() * mlp(states[token], *expert_weights)
         hit = sum(len(chosen.unique()) for chosen in ids) / len(ids)
         read = sum(number_of_bytes(weight) * hit / EXPERTS for weight in (gate_up, down))
-        read += sum(number_of_bytes(weight) for weight in shared if weight is not None)
+        read += sum(map(number_of_bytes, shared))
         floor, error = read / read_rate * 1e6, relative_error(ours(0), expected)
         print(
             f"experts{' and shared expert' * has_shared} in {'MXFP8' if is_quantized else 'bf16'}, {tokens} tokens: "

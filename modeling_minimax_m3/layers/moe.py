@@ -195,10 +195,12 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
             ):
                 constants = (experts.swiglu_alpha, experts.swiglu_limit)
                 return few_tokens.mlp(tokens, *shared, *constants, *expert_weights, top_k_index, top_k_weights, scale)
+            gate_up, down = expert_weights
             if (
-                all(isinstance(weight, torch.Tensor) for weight in expert_weights)
+                isinstance(gate_up, torch.Tensor)
+                and isinstance(down, torch.Tensor)
                 and self._is_as_fast_grouped(tokens)
-                and many_tokens.takes_experts(tokens, *expert_weights, top_k_index, top_k_weights)
+                and many_tokens.takes_experts(tokens, gate_up, down, top_k_index, top_k_weights)
             ):
                 return experts_forward(experts, tokens, top_k_index, top_k_weights, scale, self.shared_experts)
         routed = self.experts(tokens, top_k_index, top_k_weights)
