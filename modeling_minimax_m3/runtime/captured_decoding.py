@@ -299,6 +299,7 @@ class _CapturedPass:
             if collects_garbage:
                 gc.enable()
         self._graph = graph
+        assert holder is not None
         weakref.finalize(self, idle.append, holder).atexit = False
         for memory in self._memory:
             memory.note_version()
