@@ -113,8 +113,9 @@ class ChunkUnlessQuantized(Chunk):
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    path, _, leaf = name.rpartition(".")
     try:
-        return model.get_parameter(name)
+        return model.get_submodule(path)._parameters.get(leaf)  # as it is stored, whatever the layer shows
     except AttributeError:  # a wrapper's names differ from the file's; what it wraps is no quantized layer
         return None
 
