@@ -76,6 +76,8 @@ class Mxfp8Weight(torch.Tensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             weight = args[0]
             return cls(weight.values, weight.scales, weight.dtype, weight.updates)
+        if func is torch.ops.aten.set_.source_Tensor and args[0] is args[1]:
+            return args[0]  # `torch.nn.utils.parametrize` does this, and changes nothing
         if func._schema.is_mutable:
             written = [
                 value

@@ -5,6 +5,7 @@ and that quantize the activations too. Here the weights of our models stay in MX
 products. Other models, and `dequantize=True`, go Transformers' way.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import FineGrainedFP8Config, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 from transformers.modeling_utils import LoadStateDictInfo
+from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -57,7 +59,7 @@ def register_quantizer() -> None:
 class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
     """Transformers' quantizer of this format, with our layers in our models."""
 
-    _keeps_mxfp8 = False
+    _keeps_mxfp8 = _dequantizes_ours = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         # Transformers' demands on the device hold for its kernels. Which layers run is known when the model is there.
@@ -68,7 +70,8 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
     ) -> None:
         config = self.quantization_config
         is_ours = any(isinstance(module, MiniMaxM3VLExperts | MiniMaxM3VLDenseMLP) for module in model.modules())
-        self._keeps_mxfp8 = is_ours and not (config.dequantize and self.pre_quantized)
+        self._dequantizes_ours = is_ours and config.dequantize and self.pre_quantized
+        self._keeps_mxfp8 = is_ours and not self._dequantizes_ours
         if not self._keeps_mxfp8:
             args, options = self._environment
             super().validate_environment(*args, **options)
@@ -82,7 +85,7 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
             )
         unquantized = config.modules_to_not_convert
         if unquantized is None:
-            unquantized = _names_on_disk(model, _unquantized_as_released(model))
+            unquantized = _unquantized_as_released(model)
         _replace_layers(model, unquantized, dtype or model.dtype)
         config.modules_to_not_convert = unquantized
         config.ignored_layers = unquantized  # the released config's name for it, which other loaders read
@@ -95,6 +98,18 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         return Mxfp8Quantization() if self._keeps_mxfp8 else super().get_quantize_ops()
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        if self._dequantizes_ours:
+            # Transformers knows the experts of a checkpoint as separate weights only. With the names of modules they
+            # are one tensor, as in a language model that was saved alone.
+            for name in Mxfp8Experts.weight_names:
+                sources = [f".experts.{name}", f".experts.{name}{SCALE_SUFFIX}"]
+                conversions.append(WeightConverter(sources, sources[0], [Mxfp8Dequantization(self)]))
+        return conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self._keeps_mxfp8:
@@ -134,15 +149,56 @@ class Mxfp8Quantization(ConversionOps):
         return quantized
 
 
-def refuse_half_quantized_weights(model: PreTrainedModel, info: LoadStateDictInfo) -> None:
-    """Raise `ValueError` where a checkpoint and its list of unquantized modules disagree.
+class Mxfp8Dequantization(ConversionOps):
+    """From values and scales of experts, under the names that they have in the model, to their weight."""
+
+    def __init__(self, hf_quantizer: Mxfp8Quantizer):
+        self.hf_quantizer = hf_quantizer  # tells Transformers to leave the bytes as they are until `convert`
+
+    @torch.no_grad
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """As in Transformers.
+
+        Args:
+            input_dict (`dict`): Values and scales, or a weight that is not quantized.
+            source_patterns, target_patterns (`list[str]`): Names of values and scales, and of the weight.
+            full_layer_name (`str`): Name of the weight in `model`.
+            model (`PreTrainedModel`): Its parameter of that name tells the dtype.
+            **kwargs: Not used.
+        """
+        dtype = model.get_parameter(full_layer_name).dtype
+        (values,), scales = input_dict[source_patterns[0]], input_dict.get(source_patterns[1])
+        weight = values.to(dtype) if scales is None else dequantize_mxfp8(values, scales[0], dtype)
+        return {target_patterns[0]: weight}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Mxfp8Quantization()
+
+
+def refuse_half_quantized_weights(
+    model: PreTrainedModel, quantizer: HfQuantizer | None, info: LoadStateDictInfo
+) -> None:
+    """Raise `ValueError` where a checkpoint in MXFP8 and its list of unquantized modules disagree.
 
     Values without scales, and scales of a layer that is not quantized, would load without an error and mean nothing.
 
     Args:
         model (`PreTrainedModel`): The loaded model.
+        quantizer (`HfQuantizer`, *optional*): How it was loaded.
         info (`LoadStateDictInfo`): The report of the loading.
     """
+    if not isinstance(quantizer, Mxfp8Quantizer):
+        return
     quantized = {
         f"{name}.{weight}{suffix}" if name else f"{weight}{suffix}"
         for name, module in model.named_modules()
@@ -156,8 +212,13 @@ def refuse_half_quantized_weights(model: PreTrainedModel, info: LoadStateDictInf
             f"The checkpoint has no tensor for {missing[0]} (and {len(missing) - 1} more of this kind), although its "
             "`quantization_config` says that the layer is in MXFP8. Layers that are not belong into `ignored_layers`."
         )
-    unexpected = sorted(key for key in info.unexpected_keys if key.endswith(SCALE_SUFFIX))
-    if quantized and unexpected:
+    ignored = model._keys_to_ignore_on_load_unexpected or []
+    unexpected = sorted(
+        key
+        for key in info.unexpected_keys
+        if key.endswith(SCALE_SUFFIX) and not any(re.search(pattern, key) for pattern in ignored)
+    )
+    if unexpected:
         raise ValueError(
             f"The checkpoint has scales for {unexpected[0].removesuffix(SCALE_SUFFIX)} (and {len(unexpected) - 1} more "
             "of this kind), which `ignored_layers` of its `quantization_config` names as not quantized, or which the "
@@ -209,8 +270,9 @@ def _dequantized(module: Mxfp8Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _unquantized_as_released(model: PreTrainedModel) -> list[str]:
-    """Modules, by their names in the model, that the released checkpoint leaves in bfloat16."""
-    names = []
+    """Modules, by their names in a checkpoint, that the released one leaves in bfloat16."""
+    names: list[str] = []
+    whole: set[str] = set()
     for name, module in model.named_modules():
         if any(name.startswith(f"{parent}.") for parent in names):
             continue
@@ -218,11 +280,12 @@ def _unquantized_as_released(model: PreTrainedModel) -> list[str]:
             names.append(name)
         elif isinstance(module, MiniMaxM3VLIndexer):
             names += [f"{name}.{child}" for child, layer in module.named_children() if type(layer) is nn.Linear]
-        elif name.rpartition(".")[2] in ("lm_head", "vision_tower"):
+        elif name.rpartition(".")[2] == "lm_head":
             names.append(name)
-        elif name.rpartition(".")[2] == "multi_modal_projector":
-            names += [f"{name}.{child}" for child, _ in module.named_children()]
-    return names
+        elif name.rpartition(".")[2] in ("vision_tower", "multi_modal_projector"):
+            parts = [f"{name}.{child}" for child, layer in module.named_modules() if type(layer) is nn.Linear]
+            whole.update(part.split(".")[0] for part in _names_on_disk(model, parts))
+    return [*_names_on_disk(model, names), *sorted(whole)]
 
 
 def _is_named(module: str, names: list[str]) -> bool:

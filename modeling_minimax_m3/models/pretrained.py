@@ -89,7 +89,7 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
             model, state_dict, checkpoint_files, load_config
         )
         finish_part_loading(model, conversions, load_config, info)
-        refuse_half_quantized_weights(model, info)
+        refuse_half_quantized_weights(model, load_config.hf_quantizer, info)
         refuse_parts_without_weights(model, info, MiniMaxM3VLPreTrainedModel)
         return info, disk_offload_index
 
