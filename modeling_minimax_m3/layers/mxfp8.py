@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.distributed.utils import is_dtensor
 from transformers.utils import is_torchdynamo_compiling
 
 from ..fused import experts as many_tokens
@@ -48,30 +49,21 @@ class Mxfp8Module(nn.Module):
         self.register_parameter(name + SCALE_SUFFIX, nn.Parameter(scales, requires_grad=False))
 
     def stored(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and scales of a weight.
-
-        Raises:
-            TypeError: Something has cast them.
-        """
+        """Values and scales of a weight."""
         values, scales = self._parameters[name], self._parameters[name + SCALE_SUFFIX]
         assert values is not None and scales is not None
-        if values.dtype != VALUE_DTYPE or scales.dtype != SCALE_DTYPE:
-            raise TypeError(
-                f"`{name}` of {type(self).__name__} must be in {VALUE_DTYPE} with scales in {SCALE_DTYPE}, got "
-                f"{values.dtype} and {scales.dtype}: something has cast the weights after they were loaded. Under FSDP2 "
-                "leave `param_dtype` of `MixedPrecisionPolicy` unset."
-            )
-        return values, scales
+        return _as_values(values), scales
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        if name in self.weight_names and self.shows_numbers and _is_stored_here(found):
-            return Mxfp8Weight(found, super().__getattr__(name + SCALE_SUFFIX), self.compute_dtype)
+        if name in self.weight_names and self.shows_numbers and not is_dtensor(found):
+            scales = super().__getattr__(name + SCALE_SUFFIX)
+            return Mxfp8Weight(_as_values(found), scales, self.compute_dtype, parameter=found)
         return found
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # PEFT takes a weight away while an adapted layer runs, and puts back what it has seen.
-        super().register_parameter(name, param.values if isinstance(param, Mxfp8Weight) else param)  # type: ignore[arg-type]
+        super().register_parameter(name, param.parameter if isinstance(param, Mxfp8Weight) else param)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         """Moves parameters. Casts see bytes, which they leave alone."""
@@ -84,8 +76,9 @@ class Mxfp8Module(nn.Module):
         return super()._apply(on_bytes, recurse)
 
 
-def _is_stored_here(tensor: torch.Tensor) -> bool:
-    return type(tensor) in (nn.Parameter, torch.Tensor) and tensor.dtype == VALUE_DTYPE
+def _as_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Undoes the cast of FSDP2, whose mixed precision casts all floating-point parameters. It changes no value."""
+    return tensor if tensor.dtype == VALUE_DTYPE else tensor.detach().to(VALUE_DTYPE)
 
 
 class Mxfp8Linear(Mxfp8Module, nn.Linear):

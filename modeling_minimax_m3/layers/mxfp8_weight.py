@@ -22,6 +22,7 @@ class Mxfp8Weight(torch.Tensor):
         dtype (torch.dtype): Of the numbers.
         updates (sequence of `(left, right, factor)`): What is added: `factor * left @ right`, of (E, rows, rank) and
             (E, rank, columns).
+        parameter (`torch.nn.Parameter`, *optional*): That of the layer, which holds the values.
     """
 
     _is_param = True  # makes `isinstance(weight, torch.nn.Parameter)` true, as libraries expect of a weight
@@ -31,7 +32,7 @@ class Mxfp8Weight(torch.Tensor):
     updates: tuple[tuple[torch.Tensor, torch.Tensor, float], ...]
 
     @staticmethod
-    def __new__(cls, values, scales, dtype, updates=()):
+    def __new__(cls, values, scales, dtype, updates=(), parameter=None):
         return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=dtype, device=values.device)
 
     def __init__(
@@ -40,8 +41,10 @@ class Mxfp8Weight(torch.Tensor):
         scales: torch.Tensor,
         dtype: torch.dtype,
         updates: Sequence[tuple[torch.Tensor, torch.Tensor, float]] = (),
+        parameter: torch.nn.Parameter | None = None,
     ):
         self.values, self.scales, self.updates = values, scales, tuple(updates)
+        self.parameter = parameter
 
     def dequantize(self) -> torch.Tensor:
         """The numbers as a plain tensor, updates included."""
@@ -64,7 +67,7 @@ class Mxfp8Weight(torch.Tensor):
             return cls(weight.values, weight.scales, weight.dtype, (*weight.updates, update))
         if func in (torch.Tensor.dequantize, torch.Tensor.__repr__):
             return getattr(cls, func.__name__)(*args)
-        if func is torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             raise _writing_is_refused()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -76,12 +79,20 @@ class Mxfp8Weight(torch.Tensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             weight = args[0]
             return cls(weight.values, weight.scales, weight.dtype, weight.updates)
+        device = (kwargs or {}).get("device")
+        if func is torch.ops.aten._to_copy.default and device is not None and device != args[0].device:
+            raise TypeError(
+                "a weight in MXFP8 moves with its layer, not alone. Where it is to lie on the host or on several devices, "
+                "name the devices in `from_pretrained(..., device_map=...)`."
+            )
         if func is torch.ops.aten.set_.source_Tensor and args[0] is args[1]:
             return args[0]  # `torch.nn.utils.parametrize` does this, and changes nothing
         if func._schema.is_mutable:
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+            given |= kwargs or {}
             written = [
-                value
-                for argument, value in zip(func._schema.arguments, args, strict=False)
+                given.get(argument.name)
+                for argument in func._schema.arguments
                 if argument.alias_info is not None and argument.alias_info.is_write
             ]
             if any(isinstance(value, cls) for value in written):

@@ -197,7 +197,7 @@ def refuse_half_quantized_weights(
         quantizer (`HfQuantizer`, *optional*): How it was loaded.
         info (`LoadStateDictInfo`): The report of the loading.
     """
-    if not isinstance(quantizer, Mxfp8Quantizer):
+    if not isinstance(quantizer, Mxfp8Quantizer) or info.conversion_errors:  # Transformers reports those
         return
     quantized = {
         f"{name}.{weight}{suffix}" if name else f"{weight}{suffix}"
