@@ -97,9 +97,7 @@ class Mxfp8Linear(Mxfp8Module, nn.Linear):
         Mxfp8Module.__init__(self, compute_dtype)
         self.in_features, self.out_features = in_features, out_features
         self._register_weight("weight", out_features, in_features)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, dtype=compute_dtype)) if bias else None
-        )
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=compute_dtype)) if bias else None)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out = mxfp8_products.linear(input.to(self.compute_dtype), *self.stored("weight"))
@@ -172,9 +170,7 @@ class Mxfp8Experts(Mxfp8Module, MiniMaxM3VLExperts):
     def _product(self, states: torch.Tensor, name: str, order: many_tokens.ExpertOrder) -> torch.Tensor:
         return mxfp8_products.grouped_product(states, *self.stored(name), order.offsets)
 
-    def _product_with_adapters(
-        self, states: torch.Tensor, name: str, order: many_tokens.ExpertOrder
-    ) -> torch.Tensor:
+    def _product_with_adapters(self, states: torch.Tensor, name: str, order: many_tokens.ExpertOrder) -> torch.Tensor:
         weight = getattr(self, name) if nn.utils.parametrize.is_parametrized(self, name) else None
         if weight is None:
             return self._product(states, name, order)
@@ -193,9 +189,7 @@ class Mxfp8Experts(Mxfp8Module, MiniMaxM3VLExperts):
             product = product + factor * update
         return product
 
-    def _paired(
-        self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def _paired(self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         choices = top_k_index.shape[1]
         ids = top_k_index.flatten()
         states = tokens.repeat_interleave(choices, dim=0)

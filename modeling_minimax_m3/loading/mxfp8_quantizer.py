@@ -27,9 +27,7 @@ from ..mxfp8 import GROUP_SIZE, dequantize_mxfp8, quantize_mxfp8
 METHOD = "mxfp8"
 
 
-def mxfp8_config(
-    modules_to_not_convert: list[str] | None = None, dequantize: bool = False
-) -> FineGrainedFP8Config:
+def mxfp8_config(modules_to_not_convert: list[str] | None = None, dequantize: bool = False) -> FineGrainedFP8Config:
     """The `quantization_config` of `from_pretrained` that keeps experts and linear layers in MXFP8.
 
     A checkpoint in MXFP8 needs none: it is kept so by default. For any other checkpoint the weights are quantized while
@@ -135,7 +133,9 @@ class Mxfp8Quantization(ConversionOps):
     """From a weight that is being loaded to its values and scales."""
 
     @torch.no_grad
-    def convert(self, input_dict: dict[str, torch.Tensor | list[torch.Tensor]], **kwargs: Any) -> dict[str, torch.Tensor]:
+    def convert(
+        self, input_dict: dict[str, torch.Tensor | list[torch.Tensor]], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         """As in Transformers.
 
         Args:
