@@ -183,8 +183,10 @@ class Mxfp8Experts(Mxfp8Module, MiniMaxM3VLExperts):
             return many_tokens.grouped_product(states, weight, order)
         product = mxfp8_products.grouped_product(states, weight.values, weight.scales, order.offsets)
         for left, right, factor in weight.updates:
-            padding = -left.shape[-1] % 8  # of the rank: grouped products read 16 bytes at a time
-            left, right = nn.functional.pad(left, (0, padding)), nn.functional.pad(right, (0, 0, 0, padding))
+            # Grouped products read contiguous tensors 16 bytes at a time, so the rank is padded to a multiple of 8.
+            padding = -left.shape[-1] % 8
+            left = nn.functional.pad(left, (0, padding)).contiguous()
+            right = nn.functional.pad(right, (0, 0, 0, padding)).contiguous()
             update = many_tokens.grouped_product(many_tokens.grouped_product(states, right, order), left, order)
             product = product + factor * update
         return product

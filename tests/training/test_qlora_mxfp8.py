@@ -9,7 +9,6 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM, mxfp8_config
 from modeling_minimax_m3.fused import mxfp8_products
-from modeling_minimax_m3.layers.mxfp8 import Mxfp8Module
 
 ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -78,7 +77,7 @@ def assert_close_training(model, reference, tolerance: float) -> None:
     torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        assert gradient.norm() > 0
+        assert gradient.norm() > 0 or ".indexer." in name  # the language loss sends nothing there
         assert (gradient - expected[name]).norm() <= tolerance * expected[name].norm(), name
 
 
@@ -134,11 +133,11 @@ def test_bytes_stay_after_passes(load):
 def test_experts_are_never_dequantized_whole(load, monkeypatch):
     largest, dequantize = [], mxfp8_products.dequantize_mxfp8
     monkeypatch.setattr(mxfp8_products, "DEQUANTIZED_BYTES", 64 * 64 * 4)
-    record = lambda values, *rest: largest.append(values.numel()) or dequantize(values, *rest)  # noqa: E731
+    record = lambda values, *rest: largest.append(values[..., 0, 0].numel()) or dequantize(values, *rest)  # noqa: E731
     monkeypatch.setattr(mxfp8_products, "dequantize_mxfp8", record)
     monkeypatch.setattr("modeling_minimax_m3.layers.mxfp8_weight.dequantize_mxfp8", record)
     loss_and_gradients(with_adapters(load(), **EXPERTS))
-    assert max(largest) == 128 * 64  # the gate and up projection of the dense MLP; the experts have four times as many
+    assert set(largest) == {1, 2}  # experts of the four, whose down projections have half of the elements
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -183,7 +182,7 @@ def test_merging_is_refused(load, targets, safe):
 
 def test_unloaded_adapters_leave_the_model_as_it_was(load):
     model = load()
-    expected = logits_of(model)
+    expected, names = logits_of(model), set(model.state_dict())
     model = with_adapters(model, **TARGETS["both"])
     loss_and_gradients(model)
     assert not torch.equal(logits_of(model), expected)
@@ -191,13 +190,13 @@ def test_unloaded_adapters_leave_the_model_as_it_was(load):
         assert torch.equal(logits_of(model), expected)
     model = model.unload()
     assert torch.equal(logits_of(model), expected)
-    assert sum(isinstance(module, Mxfp8Module) for module in model.modules()) == 25
+    assert set(model.state_dict()) == names
 
 
 def test_adapters_on_offloaded_experts_are_refused(load, tmp_path):
     devices = {f"model.layers.{i}": "disk" if i == 3 else "cpu" for i in range(4)}
     devices |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    model = with_adapters(load(device_map=devices, offload_folder=tmp_path), **EXPERTS)
+    model = get_peft_model(load(device_map=devices, offload_folder=tmp_path), LoraConfig(r=4, **EXPERTS))
     with pytest.raises(NotImplementedError, match="`target_parameters` must not name .*_proj.*MXFP8.*Accelerate"):
         logits_of(model)
 
