@@ -20,4 +20,5 @@ __all__ = [
     "MiniMaxM3VLPreTrainedModel",
     "MiniMaxM3VLTextModel",
     "MiniMaxM3VLVisionModel",
+    "mxfp8_config",
 ]

@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from transformers import FineGrainedFP8Config, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.modeling_utils import LoadStateDictInfo
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ..layers.indexer import MiniMaxM3VLIndexer
-from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
+from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts
 from ..layers.mxfp8 import SCALE_SUFFIX, Mxfp8Experts, Mxfp8Linear, Mxfp8Module
 from ..mxfp8 import GROUP_SIZE, dequantize_mxfp8, quantize_mxfp8
+from .mxfp8_names import layers_of_names, unquantized_as_released, unquantized_in_files
 
 METHOD = "mxfp8"
 
@@ -64,7 +64,11 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
         self._environment = (args, kwargs)
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         config = self.quantization_config
         is_ours = any(isinstance(module, MiniMaxM3VLExperts | MiniMaxM3VLDenseMLP) for module in model.modules())
@@ -73,7 +77,9 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
         if not self._keeps_mxfp8:
             args, options = self._environment
             super().validate_environment(*args, **options)
-            super()._process_model_before_weight_loading(model, dtype=dtype, **kwargs)
+            super()._process_model_before_weight_loading(
+                model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs
+            )
             return
         if config.weight_block_size is None or tuple(config.weight_block_size) != (1, GROUP_SIZE):
             raise ValueError(
@@ -83,7 +89,9 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
             )
         unquantized = config.modules_to_not_convert
         if unquantized is None:
-            unquantized = _unquantized_as_released(model)
+            # A `quantization_config` of the user's without a list takes away that of the checkpoint.
+            files = checkpoint_files if self.pre_quantized else None
+            unquantized = unquantized_in_files(model, files) if files else unquantized_as_released(model)
         _replace_layers(model, unquantized, dtype or model.dtype)
         config.modules_to_not_convert = unquantized
         config.ignored_layers = unquantized  # the released config's name for it, which other loaders read
@@ -228,11 +236,9 @@ def refuse_half_quantized_weights(
 
 def _replace_layers(model: PreTrainedModel, unquantized: list[str], dtype: torch.dtype) -> None:
     """Put layers with empty MXFP8 weights in the place of linear layers and experts."""
-    modules = dict(model.named_modules())
-    names_on_disk = _names_on_disk(model, list(modules))
-    fused = _fused_projections(model, unquantized)
-    for (name, module), name_on_disk in zip(modules.items(), names_on_disk, strict=True):
-        if any(_is_named(known, unquantized) for known in (name, name_on_disk)) or name in fused:
+    skipped = layers_of_names(model, unquantized)
+    for name, module in list(model.named_modules()):
+        if name in skipped:
             continue
         if type(module) is nn.Linear:
             widths = [module.in_features]
@@ -267,58 +273,6 @@ def _dequantized(module: Mxfp8Module, dtype: torch.dtype) -> nn.Module:
     for name in module.weight_names:
         setattr(plain, name, nn.Parameter(dequantize_mxfp8(*module.stored(name), dtype)))
     return plain.train(module.training)
-
-
-def _unquantized_as_released(model: PreTrainedModel) -> list[str]:
-    """Modules, by their names in a checkpoint, that the released one leaves in bfloat16."""
-    names: list[str] = []
-    whole: set[str] = set()
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{parent}.") for parent in names):
-            continue
-        if isinstance(module, MiniMaxM3VLTopKRouter | nn.Embedding):
-            names.append(name)
-        elif isinstance(module, MiniMaxM3VLIndexer):
-            names += [f"{name}.{child}" for child, layer in module.named_children() if type(layer) is nn.Linear]
-        elif name.rpartition(".")[2] == "lm_head":
-            names.append(name)
-        elif name.rpartition(".")[2] in ("vision_tower", "multi_modal_projector"):
-            parts = [f"{name}.{child}" for child, layer in module.named_modules() if type(layer) is nn.Linear]
-            whole.update(part.split(".")[0] for part in _names_on_disk(model, parts))
-    return [*_names_on_disk(model, names), *sorted(whole)]
-
-
-def _is_named(module: str, names: list[str]) -> bool:
-    """Whether a module is named, or is part of a module that is. A name may be a regular expression, as elsewhere."""
-    return any(f".{name}." in f".{module}." for name in names) or not should_convert_module(module, names)
-
-
-def _fused_projections(model: PreTrainedModel, names: list[str]) -> set[str]:
-    """The fused layers whose parts are named as on disk."""
-    rules = get_model_conversion_mapping(model)
-    fused = set()
-    for name in names:
-        renamed = f"{name}.weight"
-        for rule in rules:
-            renamed, _ = rule.rename_source_key(renamed)
-        fused.add(renamed.removesuffix(".weight"))
-    return fused
-
-
-def _names_on_disk(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Names of modules in the model as those in a checkpoint. A fused layer, which has none there, keeps its last part."""
-    renamings = [
-        conversion.reverse_transform()
-        for conversion in reversed(get_model_conversion_mapping(model, add_legacy=False))
-        if type(conversion) is WeightRenaming
-    ]
-    found = []
-    for name in names:
-        renamed = name + "."
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        found.append(renamed.removesuffix("."))
-    return found
 
 
 def _keep_rules_of_scales(model: PreTrainedModel, quantizer: Mxfp8Quantizer) -> None:

@@ -13,7 +13,12 @@ from torch import nn
 from transformers import FineGrainedFP8Config
 
 from configuration_minimax_m3 import tiny_config
-from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM, mxfp8_config
+from modeling_minimax_m3 import (
+    MiniMaxM3SparseForConditionalGeneration,
+    MiniMaxM3VLForCausalLM,
+    MiniMaxM3VLModel,
+    mxfp8_config,
+)
 from modeling_minimax_m3.fused import mxfp8_products
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLExperts
 from modeling_minimax_m3.layers.mxfp8 import Mxfp8Experts, Mxfp8Linear, Mxfp8Module
@@ -214,6 +219,27 @@ class TestLoading:
         assert expert_bytes(load(plain[name], CLASSES[name], quantization_config=mxfp8_config())) <= 0.52 * whole
         if name == "composite":
             assert expert_bytes(load(released)) <= 0.52 * whole
+
+    @pytest.mark.parametrize("config", [mxfp8_config, FineGrainedFP8Config], ids=lambda config: config.__name__)
+    def test_config_without_a_list(self, released, plain, config, tmp_path):
+        """It takes away the list of the checkpoint, which may quantize more layers than the released one."""
+        load(released, quantization_config=config()).save_pretrained(tmp_path / "first")
+        assert_same_files(tmp_path / "first", released)
+        assert sorted(quantization_in(tmp_path / "first")["ignored_layers"]) == sorted(NOT_QUANTIZED)
+        names = [*NOT_QUANTIZED, f"{LAYERS}0.mlp.up_proj", f"{LAYERS}2.block_sparse_moe.experts", "index_q_proj"]
+        model = load(plain["composite"], quantization_config=mxfp8_config(modules_to_not_convert=names))
+        model.save_pretrained(tmp_path / "other")
+        again = load(tmp_path / "other", quantization_config=config())
+        assert again.state_dict().keys() == model.state_dict().keys()
+
+    def test_model_without_a_head(self, plain, tokens, tmp_path):
+        model = load(plain["composite"], quantization_config=mxfp8_config())
+        model.save_pretrained(tmp_path)
+        for quantization in (None, mxfp8_config()):
+            body = MiniMaxM3VLModel.from_pretrained(tmp_path, quantization_config=quantization)
+            assert body.state_dict().keys() == model.model.state_dict().keys()
+            expected = model.model(**tokens).last_hidden_state
+            assert torch.equal(body(**tokens).last_hidden_state, expected)
 
     def test_float32_routers(self, released, inputs, tmp_path):
         """So they are released. They take the dtype of the model."""
