@@ -55,10 +55,9 @@ class Mxfp8Module(nn.Module):
         return _as_values(values), scales
 
     def __getattr__(self, name: str) -> Any:
-        found = super().__getattr__(name)
+        found: Any = super().__getattr__(name)
         if name in self.weight_names and self.shows_numbers and not is_dtensor(found):
-            scales = super().__getattr__(name + SCALE_SUFFIX)
-            return Mxfp8Weight(_as_values(found), scales, self.compute_dtype, parameter=found)
+            return Mxfp8Weight(*self.stored(name), self.compute_dtype, parameter=found)
         return found
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -181,7 +180,7 @@ class Mxfp8Experts(Mxfp8Module, MiniMaxM3VLExperts):
                     "between host and device by Accelerate, or sharded. Load them onto one device each, or dequantized."
                 )
             return many_tokens.grouped_product(states, weight, order)
-        product = mxfp8_products.grouped_product(states, weight.values, weight.scales, order.offsets)
+        product = mxfp8_products.grouped_product(states, weight.mxfp8_values, weight.mxfp8_scales, order.offsets)
         for left, right, factor in weight.updates:
             # Grouped products read contiguous tensors 16 bytes at a time, so the rank is padded to a multiple of 8.
             padding = -left.shape[-1] % 8

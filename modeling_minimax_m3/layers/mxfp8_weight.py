@@ -27,8 +27,8 @@ class Mxfp8Weight(torch.Tensor):
 
     _is_param = True  # makes `isinstance(weight, torch.nn.Parameter)` true, as libraries expect of a weight
 
-    values: torch.Tensor
-    scales: torch.Tensor
+    mxfp8_values: torch.Tensor
+    mxfp8_scales: torch.Tensor
     updates: tuple[tuple[torch.Tensor, torch.Tensor, float], ...]
 
     @staticmethod
@@ -43,12 +43,12 @@ class Mxfp8Weight(torch.Tensor):
         updates: Sequence[tuple[torch.Tensor, torch.Tensor, float]] = (),
         parameter: torch.nn.Parameter | None = None,
     ):
-        self.values, self.scales, self.updates = values, scales, tuple(updates)
+        self.mxfp8_values, self.mxfp8_scales, self.updates = values, scales, tuple(updates)
         self.parameter = parameter
 
     def dequantize(self) -> torch.Tensor:
         """The numbers as a plain tensor, updates included."""
-        numbers = dequantize_mxfp8(self.values.detach(), self.scales, self.dtype)
+        numbers = dequantize_mxfp8(self.mxfp8_values.detach(), self.mxfp8_scales, self.dtype)
         for left, right, factor in self.updates:
             numbers = torch.baddbmm(numbers, left, right, alpha=factor)
         return numbers
@@ -64,7 +64,7 @@ class Mxfp8Weight(torch.Tensor):
         if func is torch.baddbmm and set(kwargs) <= {"alpha"} and type(args[0]) is cls:
             weight, left, right = args
             update = (left, right, kwargs.get("alpha", 1.0))
-            return cls(weight.values, weight.scales, weight.dtype, (*weight.updates, update))
+            return cls(weight.mxfp8_values, weight.mxfp8_scales, weight.dtype, (*weight.updates, update))
         if func in (torch.Tensor.dequantize, torch.Tensor.__repr__):
             return getattr(cls, func.__name__)(*args)
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
@@ -73,12 +73,12 @@ class Mxfp8Weight(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             weight = args[0]
-            return cls(weight.values, weight.scales, weight.dtype, weight.updates)
+            return cls(weight.mxfp8_values, weight.mxfp8_scales, weight.dtype, weight.updates)
         device = (kwargs or {}).get("device")
         if func is torch.ops.aten._to_copy.default and device is not None and device != args[0].device:
             raise TypeError(

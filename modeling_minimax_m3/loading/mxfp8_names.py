@@ -65,7 +65,7 @@ def unquantized_in_files(model: PreTrainedModel, files: list[str]) -> list[str]:
     if not all(file.endswith(".safetensors") for file in files):
         return unquantized_as_released(model)
     prefix = f"{model.base_model_prefix}."
-    with_scales = set()
+    with_scales: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as opened:
             scales = [key for key in opened.keys() if key.endswith(SCALE_SUFFIX)]  # noqa: SIM118

@@ -94,7 +94,7 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
             unquantized = unquantized_in_files(model, files) if files else unquantized_as_released(model)
         _replace_layers(model, unquantized, dtype or model.dtype)
         config.modules_to_not_convert = unquantized
-        config.ignored_layers = unquantized  # the released config's name for it, which other loaders read
+        config.ignored_layers = unquantized  # type: ignore[attr-defined]  # its released name, which other loaders read
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         if not self._keeps_mxfp8:
@@ -130,7 +130,7 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        dtype = dtype or model.config.dtype
+        dtype = dtype or model.dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, Mxfp8Module):
                 model.set_submodule(name, _dequantized(module, dtype))
@@ -140,20 +140,22 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
 class Mxfp8Quantization(ConversionOps):
     """From a weight that is being loaded to its values and scales."""
 
-    @torch.no_grad
+    @torch.no_grad()
     def convert(
-        self, input_dict: dict[str, torch.Tensor | list[torch.Tensor]], **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, list[torch.Tensor]]:
         """As in Transformers.
 
         Args:
             input_dict (`dict`): A weight, under its name in the model.
+            source_patterns, target_patterns (`list[str]`): Not used.
             **kwargs: Not used.
         """
-        quantized = {}
+        quantized: dict[str, list[torch.Tensor]] = {}
         for name, tensors in input_dict.items():
             tensor = tensors[0] if isinstance(tensors, list) else tensors
-            quantized[name], quantized[name + SCALE_SUFFIX] = quantize_mxfp8(tensor)
+            values, scales = quantize_mxfp8(tensor)
+            quantized |= {name: [values], name + SCALE_SUFFIX: [scales]}
         return quantized
 
 
@@ -163,30 +165,21 @@ class Mxfp8Dequantization(ConversionOps):
     def __init__(self, hf_quantizer: Mxfp8Quantizer):
         self.hf_quantizer = hf_quantizer  # tells Transformers to leave the bytes as they are until `convert`
 
-    @torch.no_grad
+    @torch.no_grad()
     def convert(
-        self,
-        input_dict: dict[str, list[torch.Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        *,
-        full_layer_name: str,
-        model: PreTrainedModel,
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, list[torch.Tensor]]:
         """As in Transformers.
 
         Args:
             input_dict (`dict`): Values and scales, or a weight that is not quantized.
             source_patterns, target_patterns (`list[str]`): Names of values and scales, and of the weight.
-            full_layer_name (`str`): Name of the weight in `model`.
-            model (`PreTrainedModel`): Its parameter of that name tells the dtype.
-            **kwargs: Not used.
+            **kwargs: Among them the `model`, and the `full_layer_name` of the weight in it, which tells the dtype.
         """
-        dtype = model.get_parameter(full_layer_name).dtype
+        dtype = kwargs["model"].get_parameter(kwargs["full_layer_name"]).dtype
         (values,), scales = input_dict[source_patterns[0]], input_dict.get(source_patterns[1])
         weight = values.to(dtype) if scales is None else dequantize_mxfp8(values, scales[0], dtype)
-        return {target_patterns[0]: weight}
+        return {target_patterns[0]: [weight]}
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -17,7 +17,7 @@ def weight() -> Mxfp8Weight:
 
 @pytest.fixture
 def numbers(weight) -> torch.Tensor:
-    return dequantize_mxfp8(weight.values, weight.scales, torch.float32)
+    return dequantize_mxfp8(weight.mxfp8_values, weight.mxfp8_scales, torch.float32)
 
 
 def test_looks_like_a_frozen_parameter(weight):
