@@ -177,7 +177,7 @@ class Mxfp8Experts(Mxfp8Module, MiniMaxM3VLExperts):
             if not self.shows_numbers:
                 raise NotImplementedError(
                     f"`target_parameters` must not name {name}: its experts are in MXFP8 and their weights are moved "
-                    "between host and device by Accelerate, or sharded. Load them onto one device each, or dequantized."
+                    "between host and device by Accelerate. Keep them on their devices, or load them dequantized."
                 )
             return many_tokens.grouped_product(states, weight, order)
         product = mxfp8_products.grouped_product(states, weight.mxfp8_values, weight.mxfp8_scales, order.offsets)
@@ -187,7 +187,7 @@ class Mxfp8Experts(Mxfp8Module, MiniMaxM3VLExperts):
             left = nn.functional.pad(left, (0, padding)).contiguous()
             right = nn.functional.pad(right, (0, 0, 0, padding)).contiguous()
             update = many_tokens.grouped_product(many_tokens.grouped_product(states, right, order), left, order)
-            product = product + factor * update
+            product = torch.add(product, update, alpha=factor)
         return product
 
     def _paired(self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,11 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
                 model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs
             )
             return
+        if config.dequantize:
+            raise ValueError(
+                "`dequantize=True` is for checkpoints in MXFP8, and this one is not quantized. Load it without a "
+                "`quantization_config`."
+            )
         if config.weight_block_size is None or tuple(config.weight_block_size) != (1, GROUP_SIZE):
             raise ValueError(
                 f"`weight_block_size` of MXFP8 must be (1, {GROUP_SIZE}), got {config.weight_block_size}. Is the "
@@ -126,7 +131,8 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
                 for parameter in module.parameters(recurse=False):
                     if parameter.element_size() == 1:
                         parameter.requires_grad_(False)  # Transformers makes every floating-point parameter trainable
-                module.shows_numbers = not hasattr(module, "_hf_hook")
+                # Accelerate keeps weights that it moves on "meta" between calls.
+                module.shows_numbers = not any(parameter.is_meta for parameter in module.parameters(recurse=False))
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

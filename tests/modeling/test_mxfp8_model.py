@@ -279,6 +279,10 @@ class TestLoading:
         with pytest.raises(ValueError, match=r"`weight_block_size` of MXFP8 must be \(1, 32\), got \[128, 128\]"):
             load(folder)
 
+    def test_dequantizing_a_plain_checkpoint(self, plain):
+        with pytest.raises(ValueError, match="`dequantize=True` is for checkpoints in MXFP8.*not quantized"):
+            load(plain["composite"], quantization_config=mxfp8_config(dequantize=True))
+
     def test_part_of_a_quantized_model(self, released):
         with pytest.raises(ValueError, match="quantized weights"):
             MiniMaxM3VLForCausalLM.from_pretrained(released)
