@@ -1,5 +1,6 @@
 """MiniMax-M3 for Transformers. Importing this package registers its classes with the Auto classes."""
 
+from .loading.mxfp8_quantizer import mxfp8_config
 from .models.multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
 from .models.outputs import MiniMaxM3VLCausalLMOutputWithPast, MiniMaxM3VLModelOutputWithPast
 from .models.pretrained import MiniMaxM3VLPreTrainedModel
@@ -19,4 +20,5 @@ __all__ = [
     "MiniMaxM3VLPreTrainedModel",
     "MiniMaxM3VLTextModel",
     "MiniMaxM3VLVisionModel",
+    "mxfp8_config",
 ]

@@ -17,6 +17,7 @@ from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, M
 from processing_minimax_m3.registration import register_processors
 
 from .loading.fused_projections import with_fused_projections
+from .loading.mxfp8_quantizer import register_quantizer
 from .models.multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
 from .models.text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
 from .models.vision import MiniMaxM3VLVisionModel
@@ -35,6 +36,7 @@ def register() -> None:
         auto_class.register(MiniMaxM3VLConfig, MiniMaxM3SparseForConditionalGeneration, exist_ok=True)
 
     register_processors()
+    register_quantizer()
 
     # Transformers converts checkpoint names only for its own classes and for model types registered by hand.
     register_checkpoint_conversion_mapping(

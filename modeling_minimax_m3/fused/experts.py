@@ -94,6 +94,29 @@ def _has_plan(expert_ids: torch.Tensor, num_experts: int) -> bool:
     )
 
 
+def permute(x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """Tokens (tokens, hidden) at the rows of their pairs, (tokens * K, hidden)."""
+    can_gather = kernels_take(x, *order) and _can_gather(x, x, order)
+    return _Permutation.apply(x, *order) if can_gather else permute_reference(x, order)
+
+
+class _Permutation(torch.autograd.Function):
+    """The gradient of a token is the sum of the gradients of its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, offsets)
+        return torch.ops.minimax_m3_msa_cuda.gather_tokens(x, rows, offsets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_x = torch.ops.minimax_m3_msa_cuda.sum_expert_rows(
+            as_vector_block(grad_out), None, 1.0, *ctx.saved_tensors, None
+        )
+        return grad_x, None, None
+
+
 def permute_reference(x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
     """Tokens (tokens, hidden) at the rows of their pairs, (tokens * K, hidden); rows of no expert are 0."""
     token = order.rows.flatten().argsort() // order.rows.shape[1]
@@ -103,9 +126,14 @@ def permute_reference(x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
 
 def grouped_product(states: torch.Tensor, weight: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
     """Rows (tokens * K, channels) times the weights (E, outputs, channels) of their experts."""
+    return product_of_groups(states, weight, order.offsets)
+
+
+def product_of_groups(states: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The same, with the ends (E,) of the experts' rows."""
     if _has_own_product(states, weight, len(states)):
-        return torch.ops.minimax_m3_msa_cuda.grouped_product(states, weight, order.offsets, False, 0.0, 0.0)
-    return nn.functional.grouped_mm(states, weight.transpose(-2, -1), offs=order.offsets)
+        return torch.ops.minimax_m3_msa_cuda.grouped_product(states, weight, offsets, False, 0.0, 0.0)
+    return nn.functional.grouped_mm(states, weight.transpose(-2, -1), offs=offsets)
 
 
 def gated_product(

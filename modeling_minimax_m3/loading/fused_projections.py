@@ -64,8 +64,11 @@ class ConcatenateWhole(Concatenate):
         stride = torch.empty(shape, device="meta").stride()
         for name, pieces in input_dict.items():
             piece = pieces[0] if isinstance(pieces, list) else pieces
+            dtype = piece.dtype
+            if dtype.itemsize == 1:
+                piece = piece.view(torch.uint8)  # not every backend gathers 8-bit floats
             whole = DTensor.from_local(piece.contiguous(), mesh, placements, shape=torch.Size(shape), stride=stride)
-            input_dict[name] = whole.full_tensor()
+            input_dict[name] = whole.full_tensor().view(dtype)
         converted = super().convert(input_dict, source_patterns, target_patterns, **kwargs)
         return {
             name: distribute_tensor(fused, mesh, placements, src_data_rank=None).to_local()
@@ -113,8 +116,9 @@ class ChunkUnlessQuantized(Chunk):
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    path, _, leaf = name.rpartition(".")
     try:
-        return model.get_parameter(name)
+        return model.get_submodule(path)._parameters.get(leaf)  # as it is stored, whatever the layer shows
     except AttributeError:  # a wrapper's names differ from the file's; what it wraps is no quantized layer
         return None
 

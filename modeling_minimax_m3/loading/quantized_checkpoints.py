@@ -1,7 +1,14 @@
-"""Repairs of a quantized model after Transformers and bitsandbytes have loaded it."""
+"""Repairs of a quantized model after Transformers and bitsandbytes have loaded it, and what its user should know."""
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..layers.moe import MiniMaxM3VLExperts
+from .mxfp8_quantizer import Mxfp8Quantizer
+
+logger = logging.get_logger(__name__)
 
 
 def finish_loading(model: PreTrainedModel) -> None:
@@ -15,6 +22,34 @@ def finish_loading(model: PreTrainedModel) -> None:
         # `state_dict()` returns the scales in the wrong order, and the layer itself keeps that order.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    _tell_of_plain_experts(model)
+
+
+def _tell_of_plain_experts(model: PreTrainedModel) -> None:
+    """Warn, once, where a quantizer has left the experts as they are. Most know linear layers only."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    weights = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, MiniMaxM3VLExperts)
+        for parameter in module.parameters(recurse=False)
+        # Quantizers put classes of their own, or integers, in the place of what they quantize.
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
+    ]
+    if not weights:
+        return
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in weights)
+    numbers = sum(parameter.numel() for parameter in weights)
+    if isinstance(quantizer, Mxfp8Quantizer):
+        switch = "Take them out of `modules_to_not_convert` to store them"
+    else:
+        switch = "`quantization_config=modeling_minimax_m3.mxfp8_config()` in place of yours stores them"
+    logger.warning_once(
+        f"{type(quantizer).__name__} leaves the routed experts in {weights[0].dtype}: {stored:,} bytes. {switch} in "
+        f"MXFP8, {numbers + numbers // 32:,} bytes, and the linear layers too."
+    )
 
 
 def _forget_rules_without_reverse(model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from configuration_minimax_m3.auto_class import AutoClassByImport
 from ..layers.moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
 from ..layers.normalization import MiniMaxM3VLRMSNorm
 from ..loading.disk_names import with_module_names
+from ..loading.mxfp8_quantizer import refuse_half_quantized_weights
 from ..loading.part_loading import finish_part_loading, part_conversions, refuse_parts_without_weights
 from ..loading.quantized_checkpoints import finish_loading
 from ..runtime.captured_decoding import CapturedDecoding, obstacle_of_model
@@ -88,6 +89,7 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
             model, state_dict, checkpoint_files, load_config
         )
         finish_part_loading(model, conversions, load_config, info)
+        refuse_half_quantized_weights(model, load_config.hf_quantizer, info)
         refuse_parts_without_weights(model, info, MiniMaxM3VLPreTrainedModel)
         return info, disk_offload_index
 
