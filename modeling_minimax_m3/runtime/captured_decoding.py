@@ -13,6 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,9 +38,10 @@ _DEVICE_TYPE = "cuda"
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 _stream_lock = threading.Lock()  # two threads must not capture on one stream
 
-# Graphs that nobody replays any more. Each waits for the next capture, which takes its memory over: PyTorch would keep
-# the memory of a deleted graph until the card is full.
-_retired_graphs: dict[torch.device, list[torch.cuda.CUDAGraph]] = {}
+# Memory that no graph uses now, for the next capture: PyTorch would keep that of a deleted graph until the card is full.
+# A graph that nobody replays holds it. It must not be a captured pass, because one with collectives has to end before
+# the processes part.
+_idle_memory: dict[torch.device, list[torch.cuda.CUDAGraph]] = {}
 
 
 def obstacle_of_model(model: PreTrainedModel) -> str | None:
@@ -59,10 +61,13 @@ def obstacle_of_model(model: PreTrainedModel) -> str | None:
         return "the layers are stages of a pipeline"
     if gathers_weights(model):
         return "each pass gathers weights from all processes"
+    obstacle = _obstacle_of_plan(model)
+    if obstacle is not None:
+        return obstacle
     device = model.device
     for name, module in model.named_modules():
         for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if isinstance(tensor, DTensor):
+            if isinstance(tensor, DTensor) and not _is_part_of_plan(model, tensor):
                 return f"`{name}.{tensor_name}` is spread over several processes"
             if tensor is not None and tensor.device != device:
                 return f"`{name}.{tensor_name}` is on {tensor.device}, other weights are on {device}"
@@ -70,6 +75,28 @@ def obstacle_of_model(model: PreTrainedModel) -> str | None:
         if not all(is_idle_recorder(hook) for hook in hooks):
             return f"`{name or type(module).__name__}` has forward hooks, which a replay would not call"
     return None
+
+
+def _obstacle_of_plan(model: PreTrainedModel) -> str | None:
+    """Why no graph can hold what processes exchange by the plan by which Transformers spread `model` over them.
+
+    All processes have the same inputs then, so they capture the same pass, with its collectives.
+    """
+    plan = getattr(model.config, "distributed_config", None)
+    if plan is None or not (plan.ep_size or 1) > 1:
+        return None
+    how = getattr(plan, "ep_implementation", "auto")
+    # Transformers sums the outputs of the experts where all their processes have the same tokens.
+    if how not in ("auto", "all_reduce") or plan.ep_size != plan.tp_size:
+        return "the processes exchange tokens, and the host reads how many"
+    return None
+
+
+def _is_part_of_plan(model: PreTrainedModel, tensor: DTensor) -> bool:
+    """Whether Transformers spread `tensor` over processes of GPUs, whose collectives a graph can hold."""
+    has_plan = getattr(model.config, "distributed_config", None) is not None
+    groups = tensor.device_mesh.get_all_groups()
+    return has_plan and all(torch.distributed.get_backend(group) == "nccl" for group in groups)
 
 
 def obstacle_of_cache(cache: Any) -> str | None:
@@ -251,17 +278,15 @@ class _CapturedPass:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        retired = _retired_graphs.setdefault(self._tokens.device, [])
-        predecessor = retired.pop() if retired else None  # must live until `graph` holds its memory
-        pool = None if predecessor is None else predecessor.pool()
+        idle = _idle_memory.setdefault(self._tokens.device, [])
+        holder = idle.pop() if idle else None
 
         def capture() -> None:
-            # Other threads may use CUDA meanwhile: streamers are read from one.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                self._forward()
-            finally:
-                graph.capture_end()
+            nonlocal holder
+            if holder is None:
+                holder = torch.cuda.CUDAGraph()
+                _capture(holder, None, partial(torch.zeros, 1, device=self._tokens.device))
+            _capture(graph, holder, self._forward)
 
         # The collector might free another graph meanwhile, which ends the capture with an error.
         collects_garbage = gc.isenabled()
@@ -274,7 +299,8 @@ class _CapturedPass:
             if collects_garbage:
                 gc.enable()
         self._graph = graph
-        weakref.finalize(self, retired.append, graph).atexit = False
+        assert holder is not None
+        weakref.finalize(self, idle.append, holder).atexit = False
         for memory in self._memory:
             memory.note_version()
 
@@ -289,6 +315,15 @@ class _CapturedPass:
             with torch.cuda.stream(stream):
                 function()
             caller.wait_stream(stream)
+
+
+def _capture(graph: torch.cuda.CUDAGraph, holder: torch.cuda.CUDAGraph | None, function: Callable[[], object]) -> None:
+    # Other threads may use CUDA meanwhile: streamers are read from one.
+    graph.capture_begin(pool=None if holder is None else holder.pool(), capture_error_mode="thread_local")
+    try:
+        function()
+    finally:
+        graph.capture_end()
 
 
 class _LayerMemory:

@@ -28,7 +28,7 @@ def set_indexer_training(model: PreTrainedModel, coef: float, warmup: bool) -> N
         raise
     for indexer in _indexers(model):
         for parameter in indexer.parameters():
-            if parameter.is_floating_point():  # quantized ones cannot be trained
+            if parameter.is_floating_point() and parameter.element_size() > 1:  # quantized ones cannot be trained
                 parameter.requires_grad_(coef > 0)
 
 

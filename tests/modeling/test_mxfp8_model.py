@@ -213,6 +213,15 @@ class TestLoading:
                 expected = torch.uint8 if name.endswith("_scale_inv") else torch.float8_e4m3fn
                 assert parameter.dtype == expected and not parameter.requires_grad
 
+    def test_quantized_indexers_are_not_trained(self, released):
+        model = load(released)
+        model.set_indexer_training(0.1)
+        indexer = model.model.language_model.layers[3].self_attn.indexer
+        assert {name for name, parameter in indexer.named_parameters() if parameter.requires_grad} == {
+            "q_norm.weight",
+            "k_norm.weight",
+        }
+
     @pytest.mark.parametrize("name", CLASSES)
     def test_bytes_of_experts(self, released, plain, name):
         whole = expert_bytes(load(plain[name], CLASSES[name]))
