@@ -30,7 +30,7 @@ WORKS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
 
 
 @torch.no_grad()
-def quantize(model: nn.Module) -> None:
+def quantize(model: Any) -> None:
     """Puts layers with MXFP8 weights in place of the linear layers and experts of the decoder layers."""
     for layer in model.model.layers:
         for name, module in list(layer.named_modules()):
@@ -48,7 +48,7 @@ def quantize(model: nn.Module) -> None:
             layer.set_submodule(name, replacement.eval())
 
 
-def bytes_of_a_step(model: nn.Module) -> int:
+def bytes_of_a_step(model: Any) -> int:
     """Bytes of the weights that one token uses: of the embedding one row, of the experts the chosen ones."""
     total = 0
     for name, parameter in model.named_parameters():
