@@ -14,6 +14,8 @@ from configuration_minimax_m3.auto_class import AutoClassByImport
 from .control_tokens import Walls
 from .media import flatten_images, flatten_videos, is_frame_list, map_sources
 from .messages import check_text, is_list, normalize_conversations, normalize_tools
+from .response_spelling import knows_markers
+from .response_template import add_response_template
 from .special_tokens import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END_TOKEN, VISION_START_TOKEN
 
 
@@ -52,6 +54,8 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
         self.video_token_id = self._token_id(self.VIDEO_TOKEN)
         self.vision_start_token_id = self._token_id(self.VISION_START_TOKEN)
         self.vision_end_token_id = self._token_id(self.VISION_END_TOKEN)
+        if knows_markers(self.tokenizer):
+            add_response_template(self.tokenizer)
 
     def _token_id(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
