@@ -4,6 +4,10 @@ from .loading.mxfp8_quantizer import mxfp8_config
 from .models.multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
 from .models.outputs import MiniMaxM3VLCausalLMOutputWithPast, MiniMaxM3VLModelOutputWithPast
 from .models.pretrained import MiniMaxM3VLPreTrainedModel
+from .models.sequence_classification import (
+    MiniMaxM3VLForSequenceClassification,
+    MiniMaxM3VLTextForSequenceClassification,
+)
 from .models.text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
 from .models.vision import MiniMaxM3VLVisionModel
 from .registration import register
@@ -15,9 +19,11 @@ __all__ = [
     "MiniMaxM3SparseForConditionalGeneration",
     "MiniMaxM3VLCausalLMOutputWithPast",
     "MiniMaxM3VLForCausalLM",
+    "MiniMaxM3VLForSequenceClassification",
     "MiniMaxM3VLModel",
     "MiniMaxM3VLModelOutputWithPast",
     "MiniMaxM3VLPreTrainedModel",
+    "MiniMaxM3VLTextForSequenceClassification",
     "MiniMaxM3VLTextModel",
     "MiniMaxM3VLVisionModel",
     "mxfp8_config",

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
@@ -19,6 +20,10 @@ from processing_minimax_m3.registration import register_processors
 from .loading.fused_projections import with_fused_projections
 from .loading.mxfp8_quantizer import register_quantizer
 from .models.multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
+from .models.sequence_classification import (
+    MiniMaxM3VLForSequenceClassification,
+    MiniMaxM3VLTextForSequenceClassification,
+)
 from .models.text import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
 from .models.vision import MiniMaxM3VLVisionModel
 
@@ -34,6 +39,10 @@ def register() -> None:
     AutoModelForCausalLM.register(MiniMaxM3VLTextConfig, MiniMaxM3VLForCausalLM, exist_ok=True)
     for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto_class.register(MiniMaxM3VLConfig, MiniMaxM3SparseForConditionalGeneration, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        MiniMaxM3VLTextConfig, MiniMaxM3VLTextForSequenceClassification, exist_ok=True
+    )
+    AutoModelForSequenceClassification.register(MiniMaxM3VLConfig, MiniMaxM3VLForSequenceClassification, exist_ok=True)
 
     register_processors()
     register_quantizer()

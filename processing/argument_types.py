@@ -127,7 +127,7 @@ class ArgumentType:
             return text
         stripped = text.strip()
         if not stripped and "string" not in self.types:
-            for name, empty in (("object", {}), ("array", []), ("null", None)):
+            for name, empty in (("object", dict.fromkeys(self.omitted({}))), ("array", []), ("null", None)):
                 if name in self.types:
                     return empty
         if self.types & {"integer", "number"} and (number := self._number(stripped)) is not None:

@@ -222,24 +222,28 @@ class MiniMaxM3ResponseParser:
             if not is_last:  # what looked like the closing tag is part of an argument
                 call.searched = self._buffer.rfind(syntax.call_closing) + len(syntax.call_closing)
                 return True
-            return self._give_up_call(call, str(error))
+            # What follows may be the text of an argument, so nothing of it can be content or another call.
+            self._give_up_call(call, syntax.end.search(self._buffer, call.start), str(error))
         except MalformedCall as error:
-            return self._give_up_call(call, str(error))
-        self._raw(end)
-        function = {"name": call.name, "arguments": arguments}
-        self._end_call("tool_calls", {"type": "function", "function": function}, end)
+            limit = syntax.call_limit.search(self._buffer, error.place)
+            if limit is None and not is_last:
+                call.searched = max(call.start, len(self._buffer) - len(syntax.call_closing) + 1)
+                return False
+            self._give_up_call(call, limit, str(error))
+        else:
+            self._raw(end)
+            function = {"name": call.name, "arguments": arguments}
+            self._end_call("tool_calls", {"type": "function", "function": function}, end)
         return True
 
-    def _give_up_call(self, call: "_Call", error: str) -> bool:
-        """Ends a call that cannot be read at the first place where it may have ended."""
-        limit = self._syntax.call_limit.search(self._buffer, call.start)
+    def _give_up_call(self, call: "_Call", limit: Any, error: str) -> None:
+        """Ends a call that cannot be read at `limit`, the match of a marker, or else at the end of the text."""
         end = limit.start() if limit else len(self._buffer)
         raw = self._spelling.plain(self._buffer[call.start : end])
         if limit and limit[0] == self._syntax.call_closing:
             end = limit.end()
         self._raw(end)
         self._end_call("invalid_tool_calls", {"name": call.name, "arguments": raw, "error": error}, end)
-        return True
 
     def _end_call(self, field: str, value: dict[str, Any], end: int) -> None:
         self._message.setdefault(field, []).append(value)

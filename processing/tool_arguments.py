@@ -14,7 +14,11 @@ class UnfinishedCall(ValueError):
 
 
 class MalformedCall(ValueError):
-    """The text is not a call, whatever follows."""
+    """The text is not a call, whatever follows. `place` is where it goes wrong."""
+
+    def __init__(self, message: str, place: int) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 def read_arguments(text: str, start: int, kind: ArgumentType, spelling: Spelling) -> tuple[dict[str, Any], int]:
@@ -56,7 +60,7 @@ class _Reader:
             key = self.spelling.plain(name)
             is_item = may_be_list and key == "item"
             if not is_item and not may_be_mapping:
-                raise MalformedCall(f"a list holds the tag <{key:.50}> where <item> was expected")
+                raise MalformedCall(f"a list holds the tag <{key:.50}> where <item> was expected", place)
             child = kind.of_item(len(items)) if is_item else kind.of_property(key)
             value, place = self.value(place, child, name, depth + 1)
             if is_item:
@@ -79,7 +83,7 @@ class _Reader:
         has_parts = kind.allows("array") or kind.allows("object")
         if has_parts and not self._at(inside, closing) and self._at(inside, self.opening):
             if depth > _MAX_DEPTH:
-                raise MalformedCall(f"arguments are nested more than {_MAX_DEPTH} levels deep")
+                raise MalformedCall(f"arguments are nested more than {_MAX_DEPTH} levels deep", place)
             try:
                 return self.children(place, kind, tag, depth)
             except MalformedCall:
@@ -96,14 +100,14 @@ class _Reader:
     def _open(self, place: int) -> tuple[str, int]:
         """The name of the tag that opens here, and the place behind it."""
         if not self._at(place, self.opening):
-            raise MalformedCall(f"text stands between arguments: {self.text[place : place + 50]!r}")
+            raise MalformedCall("text stands between arguments", place)
         start = place + len(self.opening)
         end = self.text.find(">", start)
         if end == -1:
             raise UnfinishedCall("the name of an argument is not complete")
         name = self.text[start:end]
         if not name or name[0] == "/" or self.spelling.namespace in name:
-            raise MalformedCall(f"the tag <{name:.50}> opens no argument")
+            raise MalformedCall(f"the tag <{name:.50}> opens no argument", place)
         return name, end + 1
 
     def _at(self, place: int, tag: str) -> bool:
