@@ -63,8 +63,8 @@ class Case:
                 arguments = self._value(schemas[name])
                 calls.append({"name": name, "arguments": arguments})
                 message["tool_calls"].append({"type": "function", "function": calls[-1]})
-                read = as_read(arguments, schemas[name]) if self.is_typed else as_text(arguments)
-                function = {"name": name, "arguments": read or {}}
+                read = as_read(arguments, schemas[name]) if self.is_typed else as_texts(arguments)
+                function = {"name": name, "arguments": read}
                 expected["tool_calls"].append({"type": "function", "function": function})
         self.expected[len(self.messages)] = expected
         self.messages.append(message)
@@ -91,8 +91,6 @@ class Case:
 
     def _object(self, depth: int) -> dict[str, Any]:
         keys = self.random.sample(KEYS, self.random.randint(0, 4))
-        if keys == ["item"]:  # a mapping with this key alone reads like a list where there is no schema
-            keys = ["item", "b"]
         properties = {key: self._schema(depth - 1) for key in keys}
         schema: dict[str, Any] = {"type": "object", "properties": properties}
         schema["required"] = [key for key in keys if self.random.random() < 0.5]
@@ -121,8 +119,6 @@ class Case:
         if schema["type"] == "object":
             required = schema["required"]
             names = [name for name in schema["properties"] if name in required or self.random.random() < 0.6]
-            if names == ["item"]:
-                names = list(schema["properties"])
             return {name: self._value(schema["properties"][name], name) for name in names}
         if schema["type"] == "array":
             return [self._value(schema["items"], "item") for _ in range(choice([0, 1, 2, 3]))]
@@ -151,10 +147,18 @@ def as_read(value: Any, schema: dict[str, Any]) -> Any:
     return value
 
 
+def as_texts(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: as_text(value) for name, value in values.items() if value is not None}
+
+
 def as_text(value: Any) -> Any:
-    """A value as it comes back without a schema."""
+    """A value as it comes back without a schema: numbers as text, and what is empty as no text.
+
+    A mapping whose only key is "item" is written like a list.
+    """
     if isinstance(value, dict):
-        return {name: as_text(item) for name, item in value.items() if item is not None} or ""
+        found = as_texts(value)
+        return [found["item"]] if found.keys() == {"item"} else found or ""
     if isinstance(value, list):
         return [as_text(item) for item in value] or ""
     if isinstance(value, bool):
