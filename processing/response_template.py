@@ -39,14 +39,14 @@ RESPONSE_TEMPLATE: dict[str, Any] = {
         },
         "tool_calls": {
             "open_pattern": rf'(?:{_NAMESPACE}<tool_call>\s*)?{_NAMESPACE}<invoke name="(?P<name>[^\n]*?)">',
-            "close_pattern": rf"{_NAMESPACE}</invoke>\s*(?:{_NAMESPACE}</tool_call>)?",
+            "close_pattern": rf"{_NAMESPACE}</invoke>\s*",
             "repeats": True,
             "content": "xml-inline",
             "content_args": {"tag_pattern": _TAG},
             "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
         },
         "content": {
-            "close_pattern": rf"{re.escape(END_OF_TURN_TOKEN)}.*",
+            "close_pattern": rf"{_NAMESPACE}</tool_call>\s*|{re.escape(END_OF_TURN_TOKEN)}.*",
             "content": "text",
             "content_args": {"strip": False},
         },

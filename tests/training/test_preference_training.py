@@ -69,13 +69,13 @@ def test_reward_model_learns_a_preference(tiny_checkpoint, processor, options):
 
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_checkpoint, num_labels=1)
-    rows = [{"chosen": chat("4"), "rejected": chat("It may be 5, or something else.")}] * 8
-    arguments = RewardConfig(max_steps=4, learning_rate=1e-2, **options)
+    rows = [{"chosen": chat("4"), "rejected": chat("It may be 5, or something else.")}] * 12
+    arguments = RewardConfig(max_steps=6, learning_rate=1e-3, lr_scheduler_type="constant", **options)
     trainer = RewardTrainer(
         model, arguments, train_dataset=Dataset.from_list(rows), processing_class=processor.tokenizer
     )
     trainer.train()
-    first, last = trainer.state.log_history[0], trainer.state.log_history[3]
+    first, last = trainer.state.log_history[0], trainer.state.log_history[5]
     assert last["margin"] > first["margin"] + 0.1
     assert last["accuracy"] == 1.0
 
