@@ -157,9 +157,7 @@ class ArgumentType:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return text
-        if isinstance(value, dict) and "object" in self.types or isinstance(value, list) and "array" in self.types:
-            return value
-        return text
+        return value if isinstance(value, (dict, list)) and _type_of(value) in self.types else text
 
 
 def _type_of(value: Any) -> str:

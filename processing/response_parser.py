@@ -43,7 +43,7 @@ class MiniMaxM3ResponseParser:
         self,
         prefix: str | Sequence[int] = "",
         *,
-        tools: list[Mapping[str, Any] | Callable] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable] | None = None,
         tokenizer: Any = None,
     ) -> None:
         self._spelling = TEXT if tokenizer is None else TOKENS
@@ -120,9 +120,9 @@ class MiniMaxM3ResponseParser:
             return self._rest("content", syntax.content_markers, is_last)
         self._text_up_to("content", marker.start())
         if marker[0] == spelling.tool_calls_start:  # a tag that other models use too, unless a call follows
-            call = syntax.bare_calls.match(self._buffer, self._place, partial=not is_last)
+            call = syntax.bare_calls.match(self._buffer, self._place, partial=True)
             if call and call.partial:
-                return False
+                return self._begun_call(is_last)
             if call:
                 return self._enter_calls(marker.end())
             self._text_up_to("content", marker.end())
@@ -130,9 +130,7 @@ class MiniMaxM3ResponseParser:
         if marker[0] == spelling.namespace:
             tag = syntax.tag.match(self._buffer, self._place, partial=True)
             if tag and tag.partial:
-                if is_last:
-                    self._stray(len(self._buffer), "the answer ends before the tool call does")
-                return is_last
+                return self._begun_call(is_last)
             if tag and tag["start"]:
                 return self._enter_calls(tag.end())
             if tag and tag["call"]:
@@ -156,9 +154,7 @@ class MiniMaxM3ResponseParser:
         if marker[0] == spelling.namespace:  # a call ends the reasoning; the marker alone does not
             calls = syntax.calls.match(self._buffer, self._place, partial=True)
             if calls and calls.partial:
-                if is_last:
-                    self._stray(len(self._buffer), "the answer ends before the tool call does")
-                return is_last
+                return self._begun_call(is_last)
             if calls:
                 return self._enter_calls(calls.end("start"))
             self._text_up_to("reasoning_content", marker.end())
@@ -168,6 +164,12 @@ class MiniMaxM3ResponseParser:
             self._close()
             self._read = self._read_content if marker[0] == spelling.think_end else self._read_nothing
         return True
+
+    def _begun_call(self, is_last: bool) -> bool:
+        """Waits for the rest of a tag, or reports it if there is none."""
+        if is_last:
+            self._stray(len(self._buffer), "the answer ends before the tool call does")
+        return is_last
 
     def _enter_calls(self, place: int) -> bool:
         self._close()
@@ -181,14 +183,10 @@ class MiniMaxM3ResponseParser:
         syntax = self._syntax
         self._place = syntax.spaces.match(self._buffer, self._place).end()
         if self._place == len(self._buffer):
-            if is_last and self._block_is_empty:
-                self._stray(self._place, "the answer ends before the tool call does")
-            return False
+            return is_last and self._block_is_empty and self._begun_call(is_last)
         tag = syntax.tag.match(self._buffer, self._place, partial=True)
         if tag and tag.partial:
-            if is_last:
-                self._stray(len(self._buffer), "the answer ends before the tool call does")
-            return is_last
+            return self._begun_call(is_last)
         if tag and tag["call"]:
             self._block_is_empty = False
             self._call = _Call(self._spelling.plain(tag["name"]), tag.end(), tag.end())
@@ -201,7 +199,8 @@ class MiniMaxM3ResponseParser:
         elif syntax.end.match(self._buffer, self._place):
             self._read = self._read_content
         else:
-            after = syntax.after_stray.search(self._buffer, self._place + 1)
+            start = max(self._place + 1, syntax.stray_tag.match(self._buffer, self._place).end())
+            after = syntax.after_stray.search(self._buffer, start)
             if after is None and not is_last:
                 return False
             self._stray(after.start() if after else len(self._buffer), "this text stands between tool calls")
@@ -345,6 +344,7 @@ class _Syntax:
         )
         self.calls = regex.compile(rf"(?P<start>{namespace}<tool_call>)\s*(?:{namespace})?{call}")
         self.bare_calls = regex.compile(rf"{bare}\s*(?:{namespace})?{call}")
+        self.stray_tag = regex.compile(rf'(?:{namespace})?(?:<invoke name=")?')
         self.after_stray = regex.compile(rf"{namespace}|<invoke name=\"|{ends}")
         self.call_closing = f"{spelling.namespace}</invoke>"
         self.call_limit = regex.compile(
@@ -367,13 +367,12 @@ def _length_of_begun(text: str, start: int, markers: Sequence[str]) -> int:
 def _begun_answer(prompt: str, spelling: Spelling) -> str:
     """What the prompt holds of the answer: all behind the last turn marker, if that turn is the model's and open."""
     _, marker, turn = prompt.rpartition(spelling.begin_of_turn)
-    if not marker:
-        return prompt
-    answer = turn.removeprefix("ai\n")
-    return "" if answer == turn or spelling.end_of_turn in answer else answer
+    answer = turn.removeprefix("ai\n") if marker else prompt
+    is_begun = not marker or answer != turn
+    return answer if is_begun and spelling.end_of_turn not in answer else ""
 
 
-def _schemas_by_name(tools: list[Mapping[str, Any] | Callable] | None) -> dict[str, ArgumentType]:
+def _schemas_by_name(tools: Sequence[Mapping[str, Any] | Callable] | None) -> dict[str, ArgumentType]:
     """The types of the arguments of each tool."""
     schemas = {}
     for tool in normalize_tools(tools) or []:

@@ -85,7 +85,7 @@ class TokenSpeller:
     def spell(self, ids: Sequence[int], is_last: bool = False) -> str:
         """The text of further ids. A character waits for its last token, unless `is_last`."""
         pieces = []
-        for token_id in ids:
+        for token_id in _as_list(ids):
             # Behind the namespace marker `<tool_call>` and the like are tags, or names of arguments.
             is_tag = self._previous == self._namespace and token_id != self._namespace
             character = self._characters.get(token_id)
@@ -99,7 +99,7 @@ class TokenSpeller:
 
     def last_turn(self, ids: Sequence[int]) -> str:
         """The text of a whole prompt from its last turn marker on, which is all that an answer depends on."""
-        ids = list(ids)
+        ids = _as_list(ids)
         marker = next(number for number, character in self._characters.items() if character == TOKENS.begin_of_turn)
         start = len(ids) - 1 - ids[::-1].index(marker) if marker in ids else 0
         return self.spell(ids[start:], is_last=True)
@@ -112,6 +112,11 @@ class TokenSpeller:
             return ""
         self._run = []
         return text
+
+
+def _as_list(ids: Any) -> list[int]:
+    """Ids as numbers, also those of an array or a tensor."""
+    return ids.tolist() if hasattr(ids, "tolist") else list(ids)
 
 
 def knows_markers(tokenizer: Any) -> bool:

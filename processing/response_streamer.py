@@ -1,6 +1,6 @@
 """Streams a parsed answer out of `generate`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from queue import Queue
 from typing import Any
 
@@ -27,7 +27,7 @@ class MiniMaxM3ResponseStreamer(BaseStreamer):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        tools: list[Mapping[str, Any] | Callable] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable] | None = None,
         timeout: float | None = None,
     ) -> None:
         self.message: dict[str, Any] | None = None

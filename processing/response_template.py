@@ -8,8 +8,8 @@ cut off. So here the same methods run the parser of `response_parser`.
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -77,8 +77,8 @@ def add_response_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
         tokenizer.response_template = RESPONSE_TEMPLATE
     if tokenizer.response_template == RESPONSE_TEMPLATE:
         # On the object and not in a class of our own: the saved folder names the class of its tokenizer.
-        tokenizer.parse_response = functools.partial(_parse_response, tokenizer)
-        tokenizer.get_response_parser = functools.partial(_get_response_parser, tokenizer)
+        vars(tokenizer)["parse_response"] = functools.partial(_parse_response, tokenizer)
+        vars(tokenizer)["get_response_parser"] = functools.partial(_get_response_parser, tokenizer)
     return tokenizer
 
 
@@ -88,7 +88,7 @@ def _parse_response(
     schema: dict | None = None,
     *,
     prefix: Any = None,
-    tools: list[Mapping[str, Any] | Callable] | None = None,
+    tools: list[dict | Callable] | None = None,
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """`PreTrainedTokenizerBase.parse_response`, with the parser of this package."""
     if schema is not None and schema != RESPONSE_TEMPLATE:
@@ -103,12 +103,13 @@ def _parse_response(
     if not has_several:
         prefixes *= len(responses)
     if len(prefixes) != len(responses):
-        raise ValueError(f"`prefix` must be one prompt or one for each response, got {len(prefixes)} for {len(responses)}.")
+        raise ValueError(
+            f"`prefix` must be one prompt or one for each response, got {len(prefixes)} for {len(responses)}."
+        )
     parsed = []
     for row, prompt in zip(responses, prefixes):
         if isinstance(row, str):
-            prompt = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-            parser = MiniMaxM3ResponseParser(prompt, tools=tools)
+            parser = MiniMaxM3ResponseParser(_as_text(tokenizer, prompt), tools=tools)
             parser.feed(row)
         else:
             parser = MiniMaxM3ResponseParser(prompt, tools=tools, tokenizer=tokenizer)
@@ -122,7 +123,7 @@ def _get_response_parser(
     response_template: dict | None = None,
     *,
     prefix: Any = None,
-    tools: list[Mapping[str, Any] | Callable] | None = None,
+    tools: list[dict | Callable] | None = None,
 ) -> Any:
     """`PreTrainedTokenizerBase.get_response_parser`, with the parser of this package. It reads text."""
     if response_template is not None and response_template != RESPONSE_TEMPLATE:
@@ -132,11 +133,14 @@ def _get_response_parser(
     prefixes, _ = _rows(prefix, "prefix")
     if len(prefixes) != 1:
         raise ValueError(f"`prefix` must be one prompt, got {len(prefixes)}.")
-    prompt = prefixes[0] if isinstance(prefixes[0], str) else tokenizer.decode(prefixes[0])
-    return MiniMaxM3ResponseParser(prompt, tools=tools)
+    return MiniMaxM3ResponseParser(_as_text(tokenizer, prefixes[0]), tools=tools)
 
 
-def _rows(value: Any, name: str) -> tuple[list[str | Sequence[int]], bool]:
+def _as_text(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else cast(str, tokenizer.decode(prompt))
+
+
+def _rows(value: Any, name: str) -> tuple[list[str | list[int]], bool]:
     """A list of texts or of lists of ids, and whether the caller gave several."""
     if isinstance(value, str):
         return [value], False

@@ -27,7 +27,7 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
 
     config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
+    input_modalities: tuple[str, ...] = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["cache", "past_key_values"]
     # The released checkpoint carries multi-token-prediction weights that no class here uses.

@@ -1,6 +1,10 @@
 """Scores of whole sequences, as for reward models: a linear head on the last real token of each sequence."""
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
@@ -15,6 +19,11 @@ from .pretrained import MiniMaxM3VLPreTrainedModel
 
 class SequenceClassificationHead(GenericForSequenceClassification):
     """Stock's head, which reads the last real token of each sequence wherever padding and packed sequences lie."""
+
+    # Of the model.
+    config: PreTrainedConfig
+    model: nn.Module
+    loss_function: Callable[..., torch.Tensor]
 
     def pooled(
         self,
@@ -39,15 +48,15 @@ class SequenceClassificationHead(GenericForSequenceClassification):
         if cu_seq_lens is not None:
             last = (cu_seq_lens[1:] - 1)[cu_seq_lens.diff() > 0]
             return hidden_states.flatten(0, 1)[last.to(device)]
-        has_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
-        if not has_mask and position_ids is not None and cache is None:
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
+        if mask is None and position_ids is not None and cache is None:
             layout = build_layout(None, position_ids, None, batch, num_new, device)
-            if layout.is_packed:
+            if layout.is_packed and layout.cu_seqlens is not None:
                 return hidden_states.flatten(0, 1)[layout.cu_seqlens[1:] - 1]
         pad_token_id = self.config.get_text_config().pad_token_id
-        if has_mask:
-            is_real = attention_mask[:, -num_new:] != 0
-        elif input_ids is None or batch == 1 and pad_token_id is None:
+        if mask is not None:
+            is_real = mask[:, -num_new:] != 0
+        elif input_ids is None or (batch == 1 and pad_token_id is None):
             return hidden_states[:, -1]
         elif pad_token_id is None:
             raise ValueError(

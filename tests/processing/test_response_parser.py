@@ -124,7 +124,9 @@ def test_types_of_arguments():
     ]
     parameters = tools[0]["function"]["parameters"]
     parameters["$defs"] = {
-        "node": {"properties": {"id": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
+        "node": {
+            "properties": {"id": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}
+        }
     }
     inner = argument("id", "2") + argument("next", argument("id", "3"))
     arguments = "".join(
@@ -220,7 +222,8 @@ def test_content_around_calls():
         (f'{START}{N}<invoke name="f">{N}</x>{END}b', "b", [("f", f"{N}</x>")], []),
         (f'{START}{invoke("g", "")}{N}<invoke name="f">{N}<x', "", [("f", f"{N}<x")], ["g"]),
         (f'{START}{N}<invoke name="f">{N}<x>1[e~[]!p~[', "", [("f", f"{N}<x>1")], []),
-        (f'{START}{N}<invoke name="f\n">{N}</invoke>{END}b', "b", [(None, ), ], []),
+        (f'{START}{N}<invoke name="f\n">{N}</invoke>{END}b', "b", [(None, f'{N}<invoke name="f\n">'), (None, f"{N}</invoke>")], []),
+        ('a<tool_call>\n<invoke name="f', "a", [(None, '<tool_call>\n<invoke name="f')], []),
         ("1 <tool_call> is a tag", "1 <tool_call> is a tag", [], []),
         (f"a {N[:5]}", "a ", [], []),
         ("a </mm:th", "a ", [], []),
@@ -232,8 +235,7 @@ def test_content_around_calls():
 def test_broken_answers(text, content, broken, names):
     message = parse(text)
     assert message["content"] == content
-    if broken != [(None,)]:
-        assert invalid(message) == broken
+    assert invalid(message) == broken
     assert all(call["error"] for call in message.get("invalid_tool_calls", []))
     assert [call["function"]["name"] for call in message.get("tool_calls", [])] == names
 
@@ -271,7 +273,12 @@ def test_events_say_what_happens():
         ("open", "tool_calls"), ("chunk", "tool_calls"), ("close", "invalid_tool_calls"),
     ]  # fmt: skip
     assert events[8]["value"] == call("f", x="1")
-    assert events[7] == {"type": "region_chunk", "field": "tool_calls", "text": f"{N}<x>1{N}</x>{N}</invoke>", "dirty": True}
+    assert events[7] == {
+        "type": "region_chunk",
+        "field": "tool_calls",
+        "text": f"{N}<x>1{N}</x>{N}</invoke>",
+        "dirty": True,
+    }
     assert events[11]["value"]["name"] == "g"
     with pytest.raises(RuntimeError, match="`finalize` was called before"):
         parser.feed("x")
@@ -299,13 +306,19 @@ def test_token_ids_tell_markers_from_text(processor):
 
 def test_forms_of_responses_and_prompts(processor):
     texts = ["</mm:think>one[e~[", "<mm:think>x</mm:think>two[e~["]
-    expected = [{"role": "assistant", "content": "one"}, {"role": "assistant", "content": "two", "reasoning_content": "x"}]
+    expected = [
+        {"role": "assistant", "content": "one"},
+        {"role": "assistant", "content": "two", "reasoning_content": "x"},
+    ]
     ids = [processor.tokenizer(text)["input_ids"] for text in texts]
     padded = torch.tensor([row + [processor.tokenizer.pad_token_id] * (max(map(len, ids)) - len(row)) for row in ids])
     for responses in (texts, ids, padded, padded.numpy(), [torch.tensor(row) for row in ids]):
         assert processor.parse_response(responses, prefix="") == expected
         assert processor.parse_response(responses, prefix=["", ""]) == expected
         assert processor.parse_response(responses[0], prefix=[]) == expected[0]
+    parser = MiniMaxM3ResponseParser(torch.tensor(ids[0]), tokenizer=processor.tokenizer)
+    parser.feed_tokens(padded[1])
+    assert parser.finalize()[0] == expected[1]
     prompt = processor.tokenizer(f"{ANSWER_TAG}<mm:think>")["input_ids"]
     for prefix in (prompt, [prompt], torch.tensor([prompt]), f"{ANSWER_TAG}<mm:think>"):
         assert processor.parse_response("y</mm:think>z", prefix=prefix)["reasoning_content"] == "y"
@@ -334,7 +347,11 @@ def test_functions_are_tools(processor):
 
 def test_the_tokenizer_parses_too(processor, tmp_path):
     text = START + invoke("f", argument("x", argument("item", "1"))) + END
-    for tokenizer in (processor.tokenizer, copy.deepcopy(processor.tokenizer), pickle.loads(pickle.dumps(processor.tokenizer))):
+    for tokenizer in (
+        processor.tokenizer,
+        copy.deepcopy(processor.tokenizer),
+        pickle.loads(pickle.dumps(processor.tokenizer)),
+    ):
         assert tokenizer.parse_response(text, prefix="")["tool_calls"] == [call("f", x=["1"])]
         assert tokenizer.parse_response.args == (tokenizer,)
     processor.save_pretrained(tmp_path)
@@ -361,20 +378,26 @@ def test_another_template_is_left_alone(tokenizer):
 
 def test_tokenizer_without_the_markers(tokenizer):
     with pytest.raises(ValueError, match="must know the markers"):
-        add_response_template(type("Tokenizer", (), {"convert_tokens_to_ids": lambda self, tokens: [None] * len(tokens)})())
+        add_response_template(
+            type("Tokenizer", (), {"convert_tokens_to_ids": lambda self, tokens: [None] * len(tokens)})()
+        )
 
 
 def test_stock_reads_the_template():
     """What stock Transformers gives by the template alone: all but arguments that are lists or mappings."""
     generator = random.Random(0)
-    flat = {key: {"type": kind} for key, kind in {"a": "string", "n": "integer", "r": "number", "f": "boolean"}.items()}
+    flat = {
+        key: {"type": kind} for key, kind in {"a": "string", "n": "integer", "r": "number", "f": "boolean"}.items()
+    }
     tools = [tool("f", **flat), tool("g")]
     for number in range(200):
         case = Case(str(number), is_typed=True, has_markup=False)
         reasoning, content = case.text().strip(), case.text()
         calls = ""
         for _ in range(generator.randint(0, 2)):
-            calls += invoke("f", argument("a", "x y") + argument("n", "12") + argument("r", "0.5") + argument("f", "true"))
+            calls += invoke(
+                "f", argument("a", "x y") + argument("n", "12") + argument("r", "0.5") + argument("f", "true")
+            )
         text = f"<mm:think>{reasoning}" if reasoning else ""
         text += f"</mm:think>{content}" + (START + calls + END if calls else "") + "[e~[\n"
         expected = parse(text, tools=tools)

@@ -93,7 +93,7 @@ def check_cut(message, expected, name):
 @pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
 def test_cut_answers(processor, seed):
     generator = random.Random(seed)
-    for name, case in cases(seed, 0, 200, kinds=2):
+    for name, case in cases(seed, 0, 160, kinds=2):
         tools = case.tools if case.is_typed else None
         for prompt, answer, expected in text_answers(case, processor):
             for end in generator.sample(range(len(answer)), min(len(answer), 8)):
@@ -107,7 +107,7 @@ def test_cut_answers(processor, seed):
 def test_damaged_answers(processor, seed):
     generator = random.Random(seed)
     fields = {"role", "content", "reasoning_content", "tool_calls", "invalid_tool_calls"}
-    for name, case in cases(seed, 1, 400):
+    for name, case in cases(seed, 1, 240):
         case.has_markup = False
         for prompt, answer, _ in text_answers(case, processor):
             for _ in range(3):
