@@ -131,8 +131,9 @@ def test_image_text_to_text_pipeline(tiny_checkpoint):
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     tokens = chat.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer == chat.processor.parse_response(tokens, prefix=inputs["input_ids"][0])
     assert answer["role"] == "assistant"
-    assert answer["content"] == chat.processor.decode(tokens, skip_special_tokens=True)
+    assert answer["content"] == chat.processor.decode(tokens).removesuffix(chat.tokenizer.eos_token)
 
 
 def test_text_generation_pipeline(tiny_checkpoint, tmp_path):
