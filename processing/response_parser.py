@@ -17,6 +17,8 @@ Event = dict[str, Any]
 # A beginning of a marker at the end of a text that was cut is left out from this length on. Shorter ones may well be
 # content: a closing bracket, a sign for "less than".
 _SHORTEST_CUT_MARKER = 3
+_LONGEST_NAME = 256  # characters of the name of a tool
+_MOST_SPACES = 64  # between the tags in front of a first call
 
 
 class MiniMaxM3ResponseParser:
@@ -59,6 +61,7 @@ class MiniMaxM3ResponseParser:
         self._is_behind_calls = False
         self._block_is_empty = False
         self._spaces = ""
+        self._searched = 0  # how many characters of stray text hold no tag
         self._call: _Call | None = None
         self._finalized = False
         self.initial_events: list[Event] = []
@@ -200,8 +203,9 @@ class MiniMaxM3ResponseParser:
             self._read = self._read_content
         else:
             start = max(self._place + 1, syntax.stray_tag.match(self._buffer, self._place).end())
-            after = syntax.after_stray.search(self._buffer, start)
+            after = syntax.after_stray.search(self._buffer, max(start, self._place + self._searched))
             if after is None and not is_last:
+                self._searched = max(0, len(self._buffer) - self._place - syntax.longest_tag)
                 return False
             self._stray(after.start() if after else len(self._buffer), "this text stands between tool calls")
         return True
@@ -297,6 +301,7 @@ class MiniMaxM3ResponseParser:
         """Reports text up to `end` that is markup and part of no call."""
         self._close()
         self._block_is_empty = False
+        self._searched = 0
         text = self._spelling.plain(self._buffer[self._place : end]).rstrip()
         value = {"name": None, "arguments": text, "error": error}
         self._message.setdefault("invalid_tool_calls", []).append(value)
@@ -325,7 +330,9 @@ class _Syntax:
         namespace = regex.escape(spelling.namespace)
         ends = "|".join(map(regex.escape, spelling.ends))
         bare = regex.escape(spelling.tool_calls_start)
-        call = r'<invoke name="(?P<name>[^\n]*?)">'
+        # Bounded, so that a stream of spaces or of one long name is not read again with every piece.
+        call = rf'<invoke name="(?P<name>[^\n]{{0,{_LONGEST_NAME}}}?)">'
+        spaces = rf"\s{{0,{_MOST_SPACES}}}"
         self.content_markers = (
             spelling.namespace,
             spelling.think_start,
@@ -342,10 +349,11 @@ class _Syntax:
         self.tag = regex.compile(
             rf"(?:{namespace})?(?:(?P<start><tool_call>)|(?P<call>{call})|(?P<call_end></invoke>)|(?P<end></tool_call>))"
         )
-        self.calls = regex.compile(rf"(?P<start>{namespace}<tool_call>)\s*(?:{namespace})?{call}")
-        self.bare_calls = regex.compile(rf"{bare}\s*(?:{namespace})?{call}")
+        self.calls = regex.compile(rf"(?P<start>{namespace}<tool_call>){spaces}(?:{namespace})?{call}")
+        self.bare_calls = regex.compile(rf"{bare}{spaces}(?:{namespace})?{call}")
         self.stray_tag = regex.compile(rf'(?:{namespace})?(?:<invoke name=")?')
         self.after_stray = regex.compile(rf"{namespace}|<invoke name=\"|{ends}")
+        self.longest_tag = len(f'{spelling.namespace}<invoke name="')
         self.call_closing = f"{spelling.namespace}</invoke>"
         self.call_limit = regex.compile(
             rf"{regex.escape(self.call_closing)}|{namespace}</tool_call>|{namespace}<invoke name=\"|{ends}"
