@@ -9,6 +9,7 @@ cut off. So here the same methods run the parser of `response_parser`.
 import functools
 import re
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -147,9 +148,9 @@ def _rows(value: Any, name: str) -> tuple[list[str | list[int]], bool]:
     value = value.tolist() if hasattr(value, "tolist") else list(value)
     if not value:
         return ([""], False) if name == "prefix" else ([], True)
-    if isinstance(value[0], int):
+    if isinstance(value[0], Integral):
         return [value], False
     rows = [row if isinstance(row, str) else row.tolist() if hasattr(row, "tolist") else list(row) for row in value]
-    if not all(isinstance(row, str) or all(isinstance(number, int) for number in row) for row in rows):
+    if not all(isinstance(row, str) or all(isinstance(number, Integral) for number in row) for row in rows):
         raise ValueError(f"`{name}` must be text, token ids, or a list of one of these, got {value!r:.100}.")
     return rows, True

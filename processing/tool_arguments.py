@@ -91,7 +91,7 @@ class _Reader:
                     raise
         end = self.text.find(closing, place)
         if end == -1:
-            raise UnfinishedCall(f"the argument <{tag:.50}> is not closed")
+            raise UnfinishedCall(f"the argument <{self.spelling.plain(tag):.50}> is not closed")
         return kind.value_of(self.spelling.plain(self.text[place:end])), end + len(closing)
 
     def _closing(self, tag: str) -> str:
@@ -107,7 +107,7 @@ class _Reader:
             raise UnfinishedCall("the name of an argument is not complete")
         name = self.text[start:end]
         if not name or name[0] == "/" or self.spelling.namespace in name:
-            raise MalformedCall(f"the tag <{name:.50}> opens no argument", place)
+            raise MalformedCall(f"the tag <{self.spelling.plain(name):.50}> opens no argument", place)
         return name, end + 1
 
     def _at(self, place: int, tag: str) -> bool:

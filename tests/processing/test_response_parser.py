@@ -323,6 +323,9 @@ def test_forms_of_responses_and_prompts(processor):
     for prefix in (prompt, [prompt], torch.tensor([prompt]), f"{ANSWER_TAG}<mm:think>"):
         assert processor.parse_response("y</mm:think>z", prefix=prefix)["reasoning_content"] == "y"
     assert processor.parse_response([], prefix="") == []
+    assert processor.parse_response(list(padded.numpy()[1]), prefix="") == expected[1]
+    with pytest.raises(ValueError, match="`response` must be text, token ids"):
+        processor.parse_response([[0.5]], prefix="")
     with pytest.raises(ValueError, match="needs the prompt as `prefix`"):
         processor.parse_response("x")
     with pytest.raises(ValueError, match="got 3 for 2"):
