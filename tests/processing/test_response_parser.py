@@ -240,6 +240,26 @@ def test_broken_answers(text, content, broken, names):
     assert [call["function"]["name"] for call in message.get("tool_calls", [])] == names
 
 
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"type": "object"}, argument("a", "1") + " junk "),
+        ({"type": "array"}, argument("a", "1")),
+        ({"type": "array"}, argument("item", "1") + argument("a", "1")),
+        ({"type": ["array", "null"]}, argument("item", "1") + f"{N}</y>"),
+    ],
+)
+def test_tags_that_do_not_fit(schema, value):
+    text = START + invoke("f", argument("x", value)) + invoke("g", "") + END
+    message = parse(text, tools=[tool("f", x=schema)])
+    assert invalid(message) == [("f", argument("x", value))]
+    assert message["tool_calls"] == [call("g")]
+    message = parse(
+        text, tools=[tool("f", x={"type": [schema["type"], "string"]})] if schema["type"] == "array" else None
+    )
+    assert message["tool_calls"] == [call("f", x=value), call("g")]
+
+
 def test_deep_arguments_are_no_recursion_error():
     deep = "".join(f"{N}<a>" for _ in range(3000)) + "".join(f"{N}</a>" for _ in range(3000))
     message = parse(START + invoke("f", deep) + END, tools=[tool("f", a={"type": "object"})])
