@@ -1,19 +1,22 @@
-"""Random conversations with nested tool schemas, and the messages that parsing their answers must give."""
+"""Answers by hand, and random conversations with the messages that parsing their answers must give."""
 
 import random
 from typing import Any
 
+from processing_minimax_m3 import MiniMaxM3ResponseParser
 from processing_minimax_m3.special_tokens import SPECIAL_TOKENS
 
-NAMESPACE = "]<]minimax[>["
+N = "]<]minimax[>["
+START, END = f"{N}<tool_call>\n", f"{N}</tool_call>"
+ANSWER_TAG = "]~b]ai\n"
 MARKUP = (
     *SPECIAL_TOKENS,
-    f"{NAMESPACE}<tool_call>\n",
-    f'{NAMESPACE}<invoke name="f">',
-    f"{NAMESPACE}</invoke>",
-    f"{NAMESPACE}</tool_call>",
-    f"{NAMESPACE}<item>",
-    f"{NAMESPACE}</item>",
+    f"{N}<tool_call>\n",
+    f'{N}<invoke name="f">',
+    f"{N}</invoke>",
+    f"{N}</tool_call>",
+    f"{N}<item>",
+    f"{N}</item>",
     "]~b]ai\n",
     "]~b]user\n",
 )
@@ -41,6 +44,36 @@ KEYS = (
     "0",
 )
 LEAVES = ("string", "string", "string", "integer", "number", "boolean", "enum", "union", "nullable")
+
+
+def tool(name, **properties):
+    required = [key for key, schema in properties.items() if schema.pop("required", False)]
+    parameters = {"type": "object", "properties": properties, "required": required}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def invoke(name, arguments):
+    return f'{N}<invoke name="{name}">{arguments}{N}</invoke>\n'
+
+
+def argument(name, value):
+    return f"{N}<{name}>{value}{N}</{name}>"
+
+
+def call(name, /, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def parse(text, prefix="", tools=None):
+    """The message of an answer, after a check that pieces of any size give the same."""
+    found = []
+    for size in (len(text) + 1, 1, 2, 7):
+        parser = MiniMaxM3ResponseParser(prefix, tools=tools)
+        for start in range(0, len(text), size):
+            parser.feed(text[start : start + size])
+        found.append(parser.finalize()[0])
+    assert all(message == found[0] for message in found)
+    return found[0]
 
 
 class Case:
@@ -144,8 +177,8 @@ class Case:
         if schema["type"] == "array":
             return [self._value(schema["items"], "item") for _ in range(choice([0, 1, 2, 3]))]
         if schema["type"] == "string":
-            text = self.text(may_hold_markup=True, without=f"{NAMESPACE}</{key}>")
-            starts_a_tag = not self.is_typed and text.strip(" \t\r\n").startswith(f"{NAMESPACE}<")
+            text = self.text(may_hold_markup=True, without=f"{N}</{key}>")
+            starts_a_tag = not self.is_typed and text.strip(" \t\r\n").startswith(f"{N}<")
             return "x" + text if starts_a_tag and not self.has_markup else text
         return {
             "integer": lambda: choice([0, -1, 7, 10**30, self.random.randint(-(10**6), 10**6)]),

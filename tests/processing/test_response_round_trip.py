@@ -11,7 +11,7 @@ import pytest
 
 from processing_minimax_m3 import MiniMaxM3ResponseParser
 
-from .response_cases import MARKUP, NAMESPACE, Case, pieces
+from .response_cases import MARKUP, Case, N, pieces
 
 COUNT = int(os.environ.get("RESPONSE_ROUND_TRIPS", 2000))
 SEEDS = {"fixed": 0, "fresh": int(time.time())}
@@ -36,7 +36,7 @@ def parse_pieces(parser, parts, content_has_markup=True):
         if event["type"] == "region_chunk" and not event["dirty"]:
             told[event["field"]] = told.get(event["field"], "") + event["text"]
         elif event["type"] == "region_close" and event["field"] == "content":
-            assert content_has_markup or NAMESPACE not in event["value"]
+            assert content_has_markup or N not in event["value"]
         elif event["type"] == "region_close" and event["field"].endswith("tool_calls"):
             told.setdefault(event["field"], []).append(event["value"])
     assert {"role": "assistant", "content": "", **told} == message
@@ -87,7 +87,7 @@ def check_cut(message, expected, name):
         found, whole = message.get(field, ""), expected.get(field, "")
         # one or two characters of a marker that was cut may as well be text
         assert any(whole.startswith(found[: len(found) - extra]) for extra in range(3)), (name, found, whole)
-        assert NAMESPACE not in found, name
+        assert N not in found, name
 
 
 @pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
