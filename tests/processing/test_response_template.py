@@ -175,3 +175,11 @@ def test_parser_of_text_and_parser_of_ids(processor):
         MiniMaxM3ResponseParser().feed_tokens([1])
     with pytest.raises(ValueError, match="`prefix` must be a string"):
         MiniMaxM3ResponseParser([1])
+
+
+def test_token_ids_come_out_at_once_but_for_half_characters(processor):
+    parser = MiniMaxM3ResponseParser(tokenizer=processor.tokenizer)
+    found = []
+    for token_id in processor.tokenizer("Hi 😀!")["input_ids"]:
+        found.append("".join(event.get("text", "") for event in parser.feed_tokens([token_id])))
+    assert found == ["H", "i", " ", "", "", "", "😀", "!"]
