@@ -14,6 +14,7 @@ SCALE_DTYPE = torch.uint8
 
 _SCALE_BIAS = 127
 _LARGEST_SCALE = 254  # 255 means NaN
+_LARGEST_ORDINARY_SCALE = 134  # 2 ** 7
 _ELEMENTS_AT_A_TIME = 2**26  # that are quantized: 256 MiB in float32
 
 
@@ -102,6 +103,16 @@ def dequantize_mxfp8(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dt
     numbers = values.to(exact_dtype)
     numbers.unflatten(-1, (-1, GROUP_SIZE)).mul_(scale_factors(scales, exact_dtype).unsqueeze(-1))
     return numbers.to(dtype)
+
+
+def is_ordinary(tensor: Mxfp8Tensors) -> bool:
+    """Whether no value is NaN and no scale is above 2 ** 7, as in all weights that work. It waits for a GPU.
+
+    The kernels that read MXFP8 directly rely on it. Weights of another kind are dequantized first.
+    """
+    values = tensor.values.view(torch.uint8).flatten()
+    has_nan = any(bool(((part & 0x7F) == 0x7F).any()) for part in values.split(_ELEMENTS_AT_A_TIME))
+    return not has_nan and bool((tensor.scales <= _LARGEST_ORDINARY_SCALE).all())
 
 
 def scale_factors(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -10,9 +10,10 @@ from typing import TypeAlias
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils import is_torchdynamo_compiling
 
-from ..mxfp8 import GROUP_SIZE, SCALE_DTYPE, VALUE_DTYPE, Mxfp8Tensors, dequantize_mxfp8
+from ..mxfp8 import GROUP_SIZE, SCALE_DTYPE, VALUE_DTYPE, Mxfp8Tensors, dequantize_mxfp8, is_ordinary
 from .support import HALF_DTYPES, as_vectors, is_vector_block, kernels_take, runs_as_written
 from .swiglu import swiglu_oai_reference
 
@@ -22,6 +23,9 @@ _MAX_WEIGHTS = 5
 _MAX_CHOICES = 256  # of all tokens
 _MULTIPLE = 32  # of the channels that a kernel takes at a time
 _MXFP8_MULTIPLE = 64
+
+# Of MXFP8 values that were looked at: addresses and versions of them and their scales, and whether they are ordinary.
+_known_values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 Weight: TypeAlias = torch.Tensor | Mxfp8Tensors
 
@@ -78,7 +82,19 @@ def _is_read(x: torch.Tensor, weight: Weight) -> bool:
         and is_vector_block(values)
         and scales.is_contiguous()
         and values.numel() > 0
+        and _is_known_as_ordinary(weight)
     )
+
+
+def _is_known_as_ordinary(weight: Mxfp8Tensors) -> bool:
+    """`is_ordinary`, whose answer is kept until the weight changes. False where a capture keeps it from looking."""
+    state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in weight]
+    known = _known_values.get(weight.values)
+    if known is None or known[0] != state:
+        if weight.values.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        known = _known_values[weight.values] = (state, is_ordinary(weight))
+    return known[1]
 
 
 def _is_faster(x: torch.Tensor, weights: Sequence[Weight]) -> bool:

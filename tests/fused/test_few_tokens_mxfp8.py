@@ -7,6 +7,7 @@ from torch import nn
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.fused import few_tokens
 from modeling_minimax_m3.fused.few_tokens import linear, mlp, mlp_reference, takes_linear, takes_mlp
+from modeling_minimax_m3.fused.mxfp8_products import dequantized
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock
 from modeling_minimax_m3.layers.mxfp8 import Mxfp8Experts, Mxfp8Linear
 from modeling_minimax_m3.mxfp8 import GROUP_SIZE, Mxfp8Tensors, dequantize_mxfp8, quantize_mxfp8
@@ -177,6 +178,56 @@ class TestWhatTheKernelsTake:
             assert not few_tokens.takes_weights(x, [Mxfp8Tensors(values, wrong)])
 
 
+class TestUnusualNumbers:
+    """NaN and scales above 2 ** 7 are for the layers' own code, which dequantizes."""
+
+    CHANGES = {
+        "NaN": lambda values, scales: values.view(torch.uint8)[5, 6].fill_(0x7F),
+        "negative NaN": lambda values, scales: values.view(torch.uint8)[5, 6].fill_(0xFF),
+        "large scale": lambda values, scales: scales[5, 1].fill_(135),
+        "scale of NaN": lambda values, scales: scales[5, 1].fill_(255),
+    }
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_they_are_noticed(self, monkeypatch, change):
+        calls = pretend_kernels(monkeypatch)
+        layer, x = layer_of(128, 8), random(2, 128)
+        assert takes_linear(x, [layer])
+        with torch.no_grad():
+            self.CHANGES[change](*layer.stored("weight"))
+        assert not takes_linear(x, [layer])
+        torch.testing.assert_close(linear(x, [layer]), layer(x), equal_nan=True)
+        assert not calls
+
+    def test_values_are_looked_at_once(self, monkeypatch):
+        pretend_kernels(monkeypatch)
+        looks = []
+        monkeypatch.setattr(few_tokens, "is_ordinary", lambda weight: looks.append(weight) or True)
+        layer, x = layer_of(128, 8), random(2, 128)
+        for _ in range(3):
+            assert takes_linear(x, [layer])
+        assert len(looks) == 1
+        with torch.no_grad():
+            layer.stored("weight").values.copy_(weight_of(8, 128, seed=1).values)
+        assert takes_linear(x, [layer])
+        assert len(looks) == 2
+
+
+BFLOAT16 = {"dtype": torch.bfloat16, "device": "cuda"}
+
+
+def every_value_with_every_scale(scales, device):
+    """A row for each byte of a value and each byte of a scale below `scales`, in a place of its own. Else 0."""
+    rows, channels = 256 * scales, 128
+    index = torch.arange(rows, device=device)
+    column = torch.randint(0, channels, (rows,), device=device)
+    values = torch.zeros(rows, channels, dtype=torch.uint8, device=device)
+    values[index, column] = (index % 256).to(torch.uint8)
+    exponents = torch.full((rows, channels // GROUP_SIZE), 127, dtype=torch.uint8, device=device)
+    exponents[index, column // GROUP_SIZE] = (index // 256).to(torch.uint8)
+    return Mxfp8Tensors(values.view(torch.float8_e4m3fn), exponents)
+
+
 # Hidden size, width, width of experts, experts, choices
 MLPS = [(64, 64, 64, 4, 1), (512, 64, 192, 5, 2), (1024, 0, 320, 6, 3), (704, 448, 0, 4, 1), (256, 64, 64, 128, 8)]
 MLPS += [(6144, 3072, 3072, 4, 4), (320, 320, 576, 64, 16)]
@@ -187,22 +238,15 @@ class TestKernel:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize("tokens", [1, 5, 16])
-    def test_every_value_with_every_scale(self, tokens):
-        """The numbers of `dequantize_mxfp8`, bit by bit: subnormal ones, infinities and NaN too."""
-        rows, channels = 256 * 256, 128
-        index = torch.arange(rows, device="cuda")
-        column = torch.randint(0, channels, (rows,), device="cuda")
-        values = torch.zeros(rows, channels, dtype=torch.uint8, device="cuda")
-        values[index, column] = (index % 256).to(torch.uint8)
-        scales = torch.full((rows, channels // GROUP_SIZE), 127, dtype=torch.uint8, device="cuda")
-        scales[index, column // GROUP_SIZE] = (index // 256).to(torch.uint8)
-        weight = Mxfp8Tensors(values.view(torch.float8_e4m3fn), scales)
+    def test_every_ordinary_value_with_every_scale(self, tokens):
+        """The numbers of `dequantize_mxfp8`, bit by bit, subnormal ones too."""
+        weight = every_value_with_every_scale(scales=135, device="cuda")
         expected = dequantize_mxfp8(*weight).double().sum(1).bfloat16()
-        out = few_tokens._product(torch.ones(tokens, channels, dtype=torch.bfloat16, device="cuda"), [weight])
+        out = few_tokens._product(torch.ones(tokens, weight.values.shape[1], **BFLOAT16), [weight])
+        is_nan = dequantize_mxfp8(*weight).isnan().any(1)
+        assert is_nan.sum() == 2 * 135
         for row in out:
-            assert torch.equal(
-                row.nan_to_num(7.0, posinf=8.0, neginf=9.0), expected.nan_to_num(7.0, posinf=8.0, neginf=9.0)
-            )
+            assert torch.equal(row[~is_nan], expected[~is_nan])
 
     @pytest.mark.parametrize("tokens", TOKENS)
     @pytest.mark.parametrize("channels, outputs", LINEARS, ids=str)
@@ -265,6 +309,17 @@ class TestKernel:
             expected = block(x)
             handle.remove()
             assert relative_error(out, expected.double()) < 2e-2
+
+    @pytest.mark.parametrize("shape", [None, (32,), (3, 5, 96), (1000, 4128)], ids=str)
+    def test_dequantized(self, shape):
+        """Bit by bit, NaN and infinity too."""
+        weight = every_value_with_every_scale(256, "cuda") if shape is None else weight_of(*shape, device="cuda")
+        expected = dequantize_mxfp8(*weight)
+        poison(torch.empty_like(expected))
+        out = torch.ops.minimax_m3_msa_cuda.dequantize_mxfp8(*weight)
+        assert out.dtype == torch.bfloat16 and out.shape == expected.shape
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(dequantized(*weight, torch.float32), dequantize_mxfp8(*weight, torch.float32)) or not shape
 
     def test_mismatched_tensors_raise(self):
         x, (values, scales) = random(2, 128, device="cuda"), weight_of(64, 128, device="cuda")

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalve
     few_token_linear_kernel(const FewTokenLinearParams params) {
   using Element = typename Weights::Element;
   constexpr int kChannels = Weights::kChannels;
-  constexpr int kSteps = Weights::kLoads / kTiles;
+  constexpr int kSteps = Weights::loads(kHalves) / kTiles;
   __shared__ WarpSums<kHalves, kTiles> warp_sums;
   let_next_kernel_start();
   if (!params.weights_are_constant) wait_for_kernels_before();
@@ -120,7 +120,7 @@ void launch_for_tokens(const FewTokenLinearParams& params, cudaStream_t stream) 
   } else if (params.num_tokens <= 8) {
     launch<Weights, 1, 2>(params, stream);
   } else {
-    launch<Weights, 2, Weights::kLoads / 2>(params, stream);
+    launch<Weights, 2, 4>(params, stream);
   }
 }
 

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "few_token_weights.h"
+#include "mxfp8_numbers.cuh"
 #include "smxx/common/dispatch.h"
 #include "smxx/common/matrix.cuh"
 
@@ -52,7 +53,8 @@ class PlainWeights {
   using Loaded = uint4;
   static constexpr int kUnits = 1;      // of eight channels, that a lane reads by one load
   static constexpr int kChannels = 32;  // that a group of four lanes reads by one load a lane
-  static constexpr int kLoads = 8;      // in flight in a lane
+
+  static constexpr int loads(int halves) { return 8; }  // in flight in a lane
 
   // Thread blocks that fit a multiprocessor: enough for the bytes in flight, few enough for the
   // registers.
@@ -82,8 +84,8 @@ class Mxfp8Weights {
   };
   static constexpr int kUnits = 2;
   static constexpr int kChannels = 64;
-  static constexpr int kLoads = 4;
 
+  static constexpr int loads(int halves) { return halves == 1 ? 4 : 8; }
   static constexpr int thread_blocks_per_sm(int halves, int tiles) {
     return halves * tiles == 1 ? 4 : halves == 1 ? 3 : 2;
   }
@@ -99,60 +101,12 @@ class Mxfp8Weights {
   }
 
   __device__ static void decode(const Loaded& loaded, uint4 (&units)[kUnits]) {
-    const uint32_t words[4] = {loaded.values.x, loaded.values.y, loaded.values.z, loaded.values.w};
-    // The bits of an E4M3 number, moved into the fields of a bfloat16, stand for 2^-120 times it.
-    // bfloat16 has no 2^(scale - 7) for scales above 134, and none are to be expected.
-    constexpr uint32_t kLargestExponent = 254, kShift = 120;
-    const uint32_t exponent = min(loaded.scale + kShift, kLargestExponent);
-    const uint32_t factor = exponent << 7 | exponent << 23;
-    uint32_t pairs[8];
-    uint32_t is_nan = 0;  // the highest bit of each byte
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      is_nan |= nan_bytes(words[i]);
-      pairs[2 * i] = scaled(widened<0x1404>(words[i]), factor);
-      pairs[2 * i + 1] = scaled(widened<0x3424>(words[i]), factor);
-    }
-    if (is_nan != 0 || loaded.scale > kLargestExponent - kShift) {
-      const uint32_t rest = loaded.scale + 127 - (kLargestExponent - kShift);
-      const uint32_t second = loaded.scale == 255 ? 0x7fff7fff
-                              : rest > 127        ? rest << 7 | rest << 23
-                                                  : 0x3f803f80;  // one
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t bytes = nan_bytes(words[i]);
-        pairs[2 * i] = multiplied(pairs[2 * i], second) | nan_halves<0x1404>(bytes);
-        pairs[2 * i + 1] = multiplied(pairs[2 * i + 1], second) | nan_halves<0x3424>(bytes);
-      }
-    }
-    units[0] = {pairs[0], pairs[1], pairs[2], pairs[3]};
-    units[1] = {pairs[4], pairs[5], pairs[6], pairs[7]};
+    const uint32_t factor = mxfp8_factor(loaded.scale);
+    units[0] = mxfp8_numbers(loaded.values.x, loaded.values.y, factor);
+    units[1] = mxfp8_numbers(loaded.values.z, loaded.values.w, factor);
   }
 
  private:
-  // Two bytes of a word as the upper bytes of two halves.
-  template <uint32_t kBytes>
-  __device__ __forceinline__ static uint32_t widened(uint32_t word) {
-    return __byte_perm(word, 0, kBytes);
-  }
-  __device__ __forceinline__ static uint32_t multiplied(uint32_t pair, uint32_t factor) {
-    uint32_t product;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;\n"
-        : "=r"(product)
-        : "r"(pair), "r"(factor), "r"(0x80008000));
-    return product;
-  }
-  __device__ __forceinline__ static uint32_t scaled(uint32_t pair, uint32_t factor) {
-    return multiplied((pair & 0x80008000) | (pair >> 4 & 0x07f007f0), factor);
-  }
-  __device__ __forceinline__ static uint32_t nan_bytes(uint32_t word) {
-    return ((word & 0x7f7f7f7f) + 0x01010101) & 0x80808080;
-  }
-  template <uint32_t kBytes>
-  __device__ __forceinline__ static uint32_t nan_halves(uint32_t bytes) {
-    return (widened<kBytes>(bytes) >> 15) * 0x7fff;
-  }
-
   const uint8_t* values_ = nullptr;
   const uint8_t* scales_ = nullptr;
 };

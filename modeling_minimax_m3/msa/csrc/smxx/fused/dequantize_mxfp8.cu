@@ -1,0 +1,48 @@
+#include "dequantize_mxfp8.h"
+
+#include "few_token_weights.h"
+#include "mxfp8_numbers.cuh"
+#include "smxx/common/launch.h"
+
+namespace msa {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kValues = 16;  // of a load
+constexpr int kLoads = 4;    // of a thread
+constexpr int kBlock = kThreads * kValues * kLoads;
+
+__global__ void __launch_bounds__(kThreads)
+    dequantize_mxfp8_kernel(const DequantizeMxfp8Params params) {
+  const int64_t first = int64_t{blockIdx.x} * kBlock + threadIdx.x * kValues;
+  uint4 values[kLoads];
+  uint32_t scales[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int64_t place = first + i * kThreads * kValues;
+    if (place < params.count) {
+      values[i] = __ldcs(reinterpret_cast<const uint4*>(params.values + place));
+      scales[i] = __ldg(params.scales + place / kMxfp8Group);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int64_t place = first + i * kThreads * kValues;
+    if (place < params.count) {
+      auto* out = static_cast<uint4*>(params.out) + place / 8;
+      out[0] = any_mxfp8_numbers(values[i].x, values[i].y, scales[i]);
+      out[1] = any_mxfp8_numbers(values[i].z, values[i].w, scales[i]);
+    }
+  }
+}
+
+}  // namespace
+
+void launch_dequantize_mxfp8(const DequantizeMxfp8Params& params, cudaStream_t stream) {
+  if (params.count == 0) return;
+  const auto blocks = static_cast<unsigned>((params.count + kBlock - 1) / kBlock);
+  launch_kernel(dequantize_mxfp8_kernel, dim3(blocks), kThreads, 0, stream, params);
+}
+
+}  // namespace msa
