@@ -1,5 +1,7 @@
 """Configuration of the whole model: language model, vision tower and the projector between them."""
 
+import json
+import os
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -14,6 +16,13 @@ from .checks import (
     check_renamed_fields,
     converted,
     integer,
+)
+from .serving import (
+    add_serving_keys,
+    checked_text_keys,
+    forget_serving_keys,
+    text_serving_keys,
+    vision_serving_keys,
 )
 from .text import MiniMaxM3VLTextConfig
 from .vision import MiniMaxM3VLVisionConfig
@@ -74,6 +83,37 @@ class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = self.tie_word_embeddings  # for a language model of that part alone
         self.merged_hidden_size = self.text_config.hidden_size * self.vision_config.spatial_merge_size**2
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers. Keys that a saved file repeats for serving engines have to agree with the fields."""
+        text, vision = config_dict.get("text_config"), config_dict.get("vision_config")
+        if isinstance(text, dict):
+            config_dict = config_dict | {"text_config": checked_text_keys(text)}
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(text, dict) and "layer_types" in text and not config.text_config.is_heterogeneous:
+            forget_serving_keys(config.text_config, text_serving_keys(config.text_config))
+        if isinstance(vision, dict) and "rope_parameters" in vision:
+            forget_serving_keys(config.vision_config, vision_serving_keys(config.vision_config))
+        return loaded
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> "MiniMaxM3VLConfig":
+        """Reads a file as `from_pretrained` does."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Writes the file as in Transformers, with the keys beside the fields that vLLM and SGLang read.
+
+        Args:
+            json_file_path (`str` or `os.PathLike`): The file.
+            use_diff (`bool`, *optional*, defaults to `True`): Whether to leave out the defaults of `PreTrainedConfig`.
+        """
+        saved = json.loads(self.to_json_string(use_diff=use_diff))
+        add_serving_keys(saved, self)
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
     def _adopt_stock_sub_configs(self) -> None:
         """Converts parts that were built with stock Transformers' classes to our classes, which have more fields."""

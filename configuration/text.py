@@ -29,39 +29,25 @@ from .checks import (
 )
 from .layer_types import FULL_ATTENTION, LAYER_TYPES, LEARNED_SPARSE
 from .rope import check_rope_is_one_set, check_rope_parameters
+from .serving import (
+    FIXED_FEATURES,
+    LEGACY_SPARSE_FIELDS,
+    checked_text_keys,
+    forget_serving_keys,
+    text_serving_keys,
+)
 
 logger = logging.get_logger(__name__)
 
 MLP_LAYER_TYPES = ("dense", "sparse")
 MSA_BACKENDS = ("auto", "reference", "torch", "cuda")
 
-# Keys of the released file's `sparse_attention_config` that are older names of our fields.
-_LEGACY_SPARSE_FIELDS = {
-    "sparse_num_index_heads": "index_n_heads",
-    "sparse_index_dim": "index_head_dim",
-    "sparse_block_size": "index_block_size",
-    "sparse_topk_blocks": "index_topk_blocks",
-    "sparse_init_block": "index_init_blocks",
-    "sparse_local_block": "index_local_blocks",
-}
 _LEGACY_SPARSE_SWITCHES = (
     "use_sparse_attention",
     "sparse_attention_freq",
     "sparse_score_type",
     "sparse_disable_index_value",
 )
-
-# Keys of the released file that describe fixed features of the architecture. The config keeps these keys. A different
-# value would describe a different model.
-_FIXED_FEATURES = {
-    "use_qk_norm": True,
-    "qk_norm_type": "per_head",
-    "use_gemma_norm": True,
-    "attention_output_gate": False,
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "n_shared_experts": 1,
-}
 
 
 @strict
@@ -281,7 +267,7 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         sparse_attention_config = kwargs.pop("sparse_attention_config", None) or {}
         moe_layer_freq = kwargs.pop("moe_layer_freq", None)
-        for name, only_value in _FIXED_FEATURES.items():
+        for name, only_value in FIXED_FEATURES.items():
             require_one_of(name, kwargs.get(name, only_value), (only_value,))
         check_inherited_keys(self, kwargs)
         check_rope_is_one_set(self, kwargs, tuple(LAYER_TYPES))
@@ -310,6 +296,15 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
             text_config["tie_word_embeddings"] = True
         return config_dict, unused
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers. Keys that a saved file repeats for serving engines have to agree with the fields."""
+        loaded = super().from_dict(checked_text_keys(config_dict), **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "layer_types" in config_dict and not config.is_heterogeneous:
+            forget_serving_keys(config, text_serving_keys(config))
+        return loaded
+
     def _per_layer(self, name: str, flags: Any) -> list[int]:
         """One flag for each layer; a single 0 or 1 stands for all layers."""
         if not isinstance(flags, (list, tuple)):
@@ -326,11 +321,11 @@ class MiniMaxM3VLTextConfig(AutoClassByImport, PreTrainedConfig):
     def _read_legacy_sparse_attention(self, legacy: dict[str, Any]) -> None:
         if not isinstance(legacy, dict):
             raise ValueError(f"`sparse_attention_config` must be a dict, got {type(legacy).__name__}.")
-        unknown = sorted(set(legacy) - set(_LEGACY_SPARSE_FIELDS) - set(_LEGACY_SPARSE_SWITCHES))
+        unknown = sorted(set(legacy) - set(LEGACY_SPARSE_FIELDS) - set(_LEGACY_SPARSE_SWITCHES))
         if unknown:
             logger.warning_once(f"`sparse_attention_config` has unknown keys, which are ignored: {unknown}.")
 
-        for legacy_name, name in _LEGACY_SPARSE_FIELDS.items():
+        for legacy_name, name in LEGACY_SPARSE_FIELDS.items():
             if legacy_name in legacy:
                 try:
                     setattr(self, name, legacy[legacy_name])

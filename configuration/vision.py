@@ -26,6 +26,7 @@ from .checks import (
     require_one_of,
 )
 from .rope import check_rope_is_one_set, check_rope_parameters
+from .serving import forget_serving_keys, vision_serving_keys
 
 # time, height and width each rotate at least one pair of channels
 MINIMUM_HEAD_DIM = 6
@@ -102,6 +103,15 @@ class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
             if name in compression:
                 setattr(self, name, compression[name])
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers, without the keys that a saved file repeats for serving engines."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "rope_parameters" in config_dict:
+            forget_serving_keys(config, vision_serving_keys(config))
+        return loaded
 
     def validate_architecture(self) -> None:
         """Checks that the tower can be built. Runs after construction and before saving."""

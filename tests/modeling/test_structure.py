@@ -11,6 +11,7 @@ PACKAGE = ROOT / "modeling_minimax_m3"
 # Each folder may import from those after it, and from itself.
 ORDER = ("models", "training", "loading", "layers", "runtime", "fused", "msa")
 NUMBERS = "mxfp8"  # a module that needs PyTorch alone, so every folder may import it
+BESIDE = ("planning", "conversion")  # no other folder imports these
 APART = {frozenset(("training", "loading"))}  # neither imports the other
 
 
@@ -25,7 +26,7 @@ def named_in(readme: Path, section: str) -> set[str]:
     return set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (.*?) \|", body, re.MULTILINE)))) - {"__init__"}
 
 
-@pytest.mark.parametrize("folder", ORDER[:-1])
+@pytest.mark.parametrize("folder", [*ORDER[:-1], *BESIDE])
 def test_readme_names_every_module_of_a_folder(folder):
     assert named_in(PACKAGE / "README.md", folder) == modules_of(PACKAGE / folder)
 
@@ -43,6 +44,13 @@ def test_imports_point_down(folder):
             if isinstance(node, ast.ImportFrom) and node.level == 2:
                 targets = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
                 assert set(targets) <= allowed | {NUMBERS}, f"{path.name} imports {targets}"
+
+
+def test_conversion_imports_no_model():
+    for path in (PACKAGE / "conversion").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                assert node.module in (NUMBERS, "version"), path.name
 
 
 def test_configuration_does_not_import_the_model():

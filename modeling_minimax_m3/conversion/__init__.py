@@ -1,0 +1,1 @@
+"""Checkpoints on disk: synthetic ones, and conversion between layouts and precisions without loading a model."""
