@@ -20,8 +20,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import finetune
 from make_tiny_checkpoint import make_tiny_checkpoint
+from modeling_minimax_m3.commands import train
 
 # The model is so small that a second thread only waits for the first. On a busy machine it waits very long.
 torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def main() -> float:
 
     print("\n[2/3] training adapters: python scripts/finetune.py examples/lora/identity.yaml ...", flush=True)
     adapter = arguments.output / "adapter"
-    trainer = finetune.main(
+    trainer = train.main(
         [str(HERE / "identity.yaml"), "--model", str(checkpoint), "--dataset", str(data)]
         + ["--output_dir", str(adapter), *options]
     )

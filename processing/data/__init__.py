@@ -7,7 +7,7 @@ from .collator import MultimodalChatCollator
 from .encoding import Encoded, Encoder
 from .faults import Fault, RowFault
 from .formats import Example, Reading, read_example
-from .sources import Rows, open_rows
+from .sources import Rows, RowSource, open_rows
 
 __all__ = [
     "Encoded",
@@ -17,6 +17,7 @@ __all__ = [
     "MultimodalChatCollator",
     "Reading",
     "RowFault",
+    "RowSource",
     "Rows",
     "open_rows",
     "read_example",

@@ -21,6 +21,9 @@ PLACEHOLDER = re.compile(f"{re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_TOKEN)}")
 TEMPLATE_PLACE = re.compile(r"^(?P<problem>.*) \(message (?P<index>\d+)\)$", re.DOTALL)
 
 
+# Why an example is left out.
+NOTHING_LEARNED = "have nothing to learn within --max_length: chats need turns of the role 'assistant'"
+MEDIA_CUT = "have images or videos that end after --max_length"
 NO_BRACKETS = np.zeros(0, np.int64)
 
 
@@ -57,7 +60,7 @@ class Encoded:
         """The placeholders of images and videos in the model's input."""
         return int(self.counts.sum())
 
-    def _ends(self) -> np.ndarray:
+    def ends(self) -> np.ndarray:
         """How many tokens the model's input has up to the end of each token."""
         widths = np.ones(len(self.ids), np.int64)
         widths[self.holders] = self.counts
@@ -67,13 +70,19 @@ class Encoded:
     def end_of_media(self) -> int:
         """How many tokens the model's input has up to the end of the last image or video."""
         # the end token of a bracket follows its placeholders
-        return int(self._ends()[self.holders[-1]]) + 1 if len(self.holders) else 0
+        return int(self.ends()[self.holders[-1]]) + 1 if len(self.holders) else 0
 
     def num_learned(self, max_length: int | None = None) -> int:
         """The learned tokens among the first `max_length`."""
         if max_length is None or max_length >= self.length:
             return int(self.learned.sum())
-        return int((self.learned & (self._ends() <= max_length)).sum())
+        return int((self.learned & (self.ends() <= max_length)).sum())
+
+    def why_left_out(self, max_length: int) -> str:
+        """Why the example is left out of training, or an empty string."""
+        if self.end_of_media > max_length:
+            return MEDIA_CUT
+        return "" if self.num_learned(None if self.is_text else max_length) else NOTHING_LEARNED
 
     def rows(self, max_length: int) -> list[dict[str, list[int]]]:
         """`input_ids` and `labels` of at most `max_length` tokens, for examples without images and videos.
@@ -174,7 +183,7 @@ class Encoder:
             if match is None or int(match["index"]) >= len(example.names):
                 raise ValueError(f"{_column(example)} does not fit the chat template: {error}") from error
             name, problem = example.names[int(match["index"])], match["problem"]
-            raise ValueError(f"{name}: does not fit the chat template: {problem}") from error
+            raise ValueError(f"{name} does not fit the chat template: {problem}") from error
         (spans,) = spans
         if not all(example.learned) and len(spans) != len(example.learned):
             raise ValueError(

@@ -30,7 +30,7 @@ class Fault:
 
     def __str__(self) -> str:
         place = self.file if self.row is None else f"{self.file}, row {self.row}"
-        return f"{place}: {f'`{self.field}` ' if self.field else ''}{self.problem}"
+        return f"{place}: {f'`{self.field}`: ' if self.field else ''}{self.problem}"
 
     def as_dict(self) -> dict[str, Any]:
         """The fault for a JSON file."""

@@ -65,6 +65,11 @@ class Example:
     text: str = ""
     unused: tuple[str, ...] = ()
 
+    @property
+    def kind(self) -> str:
+        """What it is: "chat", "text", or "completion" for a text behind a prompt."""
+        return "chat" if self.messages is not None else "completion" if self.prompt else "text"
+
     def media(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The images and videos in order, as parts of messages, each behind its place in the row."""
         for message, name in zip(self.messages or (), self.names):
@@ -117,7 +122,7 @@ def template_variables(row: Mapping[str, Any], default: Mapping[str, Any]) -> di
             raise ValueError(f"`chat_template_kwargs` must be a mapping of names and values, got {given!r:.100}.")
         variables |= without_none(given or {})
     if "thinking_mode" in variables:
-        check_thinking_mode(variables["thinking_mode"], "`thinking_mode` in `chat_template_kwargs`")
+        check_thinking_mode(variables["thinking_mode"], "`chat_template_kwargs.thinking_mode`")
     return variables
 
 
@@ -212,7 +217,9 @@ def _read_message(message: Any, where: str) -> Any:
     if isinstance(calls, str):
         calls = _parse(calls, f"{where.strip('`')}.tool_calls", "[")
     if is_list(calls):
-        message["tool_calls"] = [_read_call(call, f"{where}: `tool_calls[{index}]`") for index, call in enumerate(calls)]
+        message["tool_calls"] = [
+            _read_call(call, f"{where}: `tool_calls[{index}]`") for index, call in enumerate(calls)
+        ]
         if not calls:
             del message["tool_calls"]
     return message

@@ -103,7 +103,9 @@ def _split_text(text: str, kinds: set[str]) -> list[dict[str, Any]]:
 def _with_sources(part: Any, folder: str | None) -> Any:
     if not isinstance(part, dict) or part.get("type") not in ("image", "video"):
         return part
-    return {name: as_source(item, folder) if name in ("image", "video", "path") else item for name, item in part.items()}
+    return {
+        name: as_source(item, folder) if name in ("image", "video", "path") else item for name, item in part.items()
+    }
 
 
 def _distribute(kind: str, column: str, items: list[Any], messages: list[dict[str, Any]]) -> None:
@@ -127,7 +129,7 @@ def _distribute(kind: str, column: str, items: list[Any], messages: list[dict[st
         return
     if len(waiting) != len(items):
         raise ValueError(
-            f"`{column}` of a row must hold one item for each part of type {kind!r} without a source: "
+            f"`{column}` must hold one item for each part of type {kind!r} without a source: "
             f"{len(waiting)}, got {len(items)}."
         )
     for index, (part, item) in enumerate(zip(waiting, items)):

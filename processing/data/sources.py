@@ -10,7 +10,8 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ class RowSource:
         """The number of a row for messages. It counts from 1."""
         return index + 1
 
-    def stream(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """All rows with their numbers, read as they are needed."""
+    def stream(self) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
+        """All rows with their numbers, read as they are needed. A row that cannot be read comes as its fault."""
         for index in range(len(self)):
-            yield self.number(index), self.read(index)
+            yield self.number(index), _or_fault(self.read, index)
 
 
 class ListRows(RowSource):
@@ -111,14 +112,14 @@ class StreamedLines(RowSource):
     def __init__(self, name: str):
         self.name = name
 
-    def stream(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def stream(self) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
         """See `RowSource`."""
         import fsspec
 
         with fsspec.open(self.name, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, parse_line(line, self.name, number)
+                    yield number, _or_fault(parse_line, line, self.name, number)
 
 
 class TableRows(RowSource):
@@ -135,9 +136,33 @@ class TableRows(RowSource):
         """See `RowSource`."""
         return self._rows[index]
 
-    def stream(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def stream(self) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
         """See `RowSource`."""
         return enumerate(self._rows, 1)
+
+
+@dataclass
+class LocatedRow:
+    """A row, or the fault that it cannot be read, with its place.
+
+    Args:
+        index (int): Place among the rows of all sources, counted from 0.
+        file (str): Name of its source.
+        number (int): Number in its source, counted from 1.
+        row (dict or RowFault): The row.
+    """
+
+    index: int
+    file: str
+    number: int
+    row: dict[str, Any] | RowFault
+
+
+def stream_rows(sources: Iterable[RowSource]) -> Iterator[LocatedRow]:
+    """The rows of all sources, read as they are needed."""
+    places = ((source.name, number, row) for source in sources for number, row in source.stream())
+    for index, (file, number, row) in enumerate(places):
+        yield LocatedRow(index, file, number, row)
 
 
 class Rows:
@@ -150,10 +175,11 @@ class Rows:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def place(self, index: int) -> tuple[str, int]:
-        """The file of a row, and the number of the row in it."""
-        source, inside = self._find(index)
-        return source.name, source.number(inside)
+    def located(self, indices: Iterable[int]) -> Iterator["LocatedRow"]:
+        """The rows at these indices, each with its place."""
+        for index in indices:
+            source, inside = self._find(index)
+            yield LocatedRow(index, source.name, source.number(inside), _or_fault(source.read, inside))
 
     def read(self, index: int) -> dict[str, Any]:
         """See `RowSource`."""
@@ -163,6 +189,13 @@ class Rows:
     def _find(self, index: int) -> tuple[RowSource, int]:
         at = bisect.bisect_right(self._ends, index)
         return self.sources[at], int(index) - (self._ends[at - 1] if at else 0)
+
+
+def _or_fault(read: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any] | RowFault:
+    try:
+        return read(*arguments)
+    except RowFault as fault:
+        return fault
 
 
 def check_row(row: Any, name: str, number: int) -> dict[str, Any]:
@@ -175,7 +208,9 @@ def check_row(row: Any, name: str, number: int) -> dict[str, Any]:
         problem = f"a row must be an object of columns and values, got {type(row).__name__}: {row!r:.80}"
         raise RowFault(Fault(name, number, "", problem))
     if None in row:  # what the CSV reader makes of it
-        raise RowFault(Fault(name, number, "", f"the row has more cells than the header has columns: {row[None]!r:.80}"))
+        raise RowFault(
+            Fault(name, number, "", f"the row has more cells than the header has columns: {row[None]!r:.80}")
+        )
     return row
 
 
@@ -302,7 +337,7 @@ def _open_json(name: str, path: str, streaming: bool) -> RowSource:
     """A list of objects, one object over several lines, or an object in each line."""
     with open(path, "rb") as file:
         first = next((line for line in file if line.strip()), b"").removeprefix(UTF8_MARK).strip()
-    spans_lines = first in (b"{", b"[") or first.startswith(b"[{") or first.startswith(b"[ ")
+    spans_lines = first in (b"{", b"[") or first.startswith((b"[{", b"[ "))
     if not spans_lines:
         return StreamedLines(path) if streaming else JsonLines(name, path)
     with open(path, "rb") as file:
@@ -325,5 +360,3 @@ def _read_csv(path: str) -> list[dict[str, Any]]:
             return [{name: value for name, value in row.items() if value not in ("", None)} for row in reader]
     finally:
         csv.field_size_limit(limit)
-
-
