@@ -10,15 +10,16 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, TrainingArguments
 
 from processing_minimax_m3 import MiniMaxM3VLProcessor, MultimodalChatCollator
-from processing_minimax_m3.data import Encoder, Reading, Rows, RowSource, open_rows, read_example
+from processing_minimax_m3.data import Encoder, Reading, Rows, RowSource, open_rows
 from processing_minimax_m3.data.batches import RowCollator
+from processing_minimax_m3.data.encoded_rows import encode_rows
 from processing_minimax_m3.data.packing import PackedRows, pack_stream
 from processing_minimax_m3.data.sources import are_files, stream_rows
 from processing_minimax_m3.data.training_rows import Counts, MediaRows, training_rows, training_stream
 
 from .train_arguments import DataArguments
 
-# So many rows of a stream say what kind the data are.
+# So many rows of a stream are checked before anything is loaded, and say what kind the data are.
 FIRST_ROWS = 100
 
 
@@ -136,14 +137,11 @@ def _stream(
     has_media = False
     for name, given in sources.items():
         limit = data.max_rows if name == "training" else None
-        for located in itertools.islice(stream_rows(given), FIRST_ROWS if limit is None else min(limit, FIRST_ROWS)):
-            if isinstance(located.row, dict):
-                try:
-                    example = read_example(located.row, reading)
-                except ValueError:
-                    continue  # reported with its place, when its turn comes
-                kinds.add(example.kind)
-                has_media |= any(True for _ in example.media())
+        first = itertools.islice(stream_rows(given), FIRST_ROWS if limit is None else min(limit, FIRST_ROWS))
+        for result in encode_rows(first, encoder, reading):
+            example, encoded = result.checked()
+            kinds.add(example.kind)
+            has_media |= bool(encoded.media)
         found[name] = training_stream(given, encoder, reading, data.max_length, limit)
         if next(iter(found[name]), None) is None:
             raise ValueError(nothing_learned(name, data.max_length))
