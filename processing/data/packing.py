@@ -73,13 +73,19 @@ class PackedRows:
         rows (sequence): Rows with `input_ids` and `labels`, such as a data set.
         budget (int): Tokens that a pack may have.
 
+    Attributes:
+        packing (Packing): Which rows share a pack.
+        lengths (list of int): Tokens of each pack.
+
     Raises:
         ValueError: A row is longer than the budget.
     """
 
     def __init__(self, rows: Any, budget: int):
         self._rows = rows
-        self.packing = pack_lengths([len(ids) for ids in rows["input_ids"]], budget)
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        self.packing = pack_lengths(lengths, budget)
+        self.lengths = [sum(lengths[index] for index in pack) for pack in self.packing.packs]
         if self.packing.too_long:
             index = self.packing.too_long[0]
             raise ValueError(
