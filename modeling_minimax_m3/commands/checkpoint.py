@@ -24,8 +24,20 @@ def auto_class(config: PreTrainedConfig) -> type[AutoModelForImageTextToText] | 
     return AutoModelForImageTextToText if is_composite(config) else AutoModelForCausalLM
 
 
+def read_config(checkpoint: str) -> PreTrainedConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+    try:
+        return AutoConfig.from_pretrained(checkpoint)
+    except OSError as error:
+        raise ValueError(f"--model {checkpoint} cannot be read: {error}") from error
+
+
 def load_processor(checkpoint: str, config: PreTrainedConfig | None = None) -> Any:
     """The processor of a composite checkpoint, or the tokenizer of a language model."""
-    config = AutoConfig.from_pretrained(checkpoint) if config is None else config
+    config = read_config(checkpoint) if config is None else config
     # The tokenizer of a text model names the processor of the composite model, for which a text model has no files.
     return (AutoProcessor if is_composite(config) else AutoTokenizer).from_pretrained(checkpoint)

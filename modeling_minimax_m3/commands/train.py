@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
@@ -30,7 +30,7 @@ from processing_minimax_m3.data.sources import are_files, is_saved
 from ..layers.layer_types import attention_type
 from ..trainer_logging import IndexerLossLogging
 from .adapters import add_adapters, check_adapters
-from .checkpoint import auto_class, is_composite, load_processor
+from .checkpoint import auto_class, is_composite, load_processor, read_config
 from .idle_options import refuse_idle
 from .run_checks import check_run
 from .run_memory import check_memory
@@ -84,7 +84,7 @@ def check_arguments(
 
 def load_config(arguments: ModelArguments, max_length: int, given_options: set[str]) -> PreTrainedConfig:
     """The checkpoint's configuration, with the changes that the arguments make."""
-    config = AutoConfig.from_pretrained(arguments.model)
+    config = read_config(arguments.model)
     text = config.get_text_config()
     if max_length > text.max_position_embeddings:
         logger.warning(

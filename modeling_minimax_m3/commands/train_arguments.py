@@ -156,7 +156,12 @@ def parse_arguments(
             if known[name].nargs in ("+", "*") and not isinstance(value, list):
                 values[name] = [value]
         parser.set_defaults(**values)
-    arguments = parser.parse_args_into_dataclasses(argv)
+    try:
+        arguments = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        if "bf16/gpu" in str(error):
+            raise ValueError("--bf16 needs a GPU, or --use_cpu to compute in bfloat16 on the CPU") from error
+        raise
     unset = argparse.Namespace(**{action.dest: None for action in parser._actions})
     given = values.keys() | {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
     chosen = {name: value for part in arguments for name, value in vars(part).items() if name in given}
