@@ -1,6 +1,6 @@
 """Train a tiny MiniMax-M3 with LoRA from end to end: make a checkpoint, train it on a few chats, and ask it.
 
-    python examples/lora/walkthrough.py [--output FOLDER] [options of scripts/finetune.py]
+    python examples/lora/walkthrough.py [--output FOLDER] [options of minimax-m3 train]
 
 It runs on a CPU in a minute. With the options of identity.yaml the loss of the last steps is below 0.15. The model
 knew nothing before, and now gives the learned answers.
@@ -55,7 +55,7 @@ def main() -> float:
     print("\n[1/3] a tiny checkpoint: the real architecture with random weights")
     checkpoint = make_tiny_checkpoint(arguments.output / "checkpoint")
 
-    print("\n[2/3] training adapters: python scripts/finetune.py examples/lora/identity.yaml ...", flush=True)
+    print("\n[2/3] training adapters: minimax-m3 train examples/lora/identity.yaml ...", flush=True)
     adapter = arguments.output / "adapter"
     trainer = train.main(
         [str(HERE / "identity.yaml"), "--model", str(checkpoint), "--dataset", str(data)]

@@ -17,9 +17,9 @@ def check_run(training: TrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(training, name)}")
-    check_reporters(training.report_to)
+    check_reporters([training.report_to] if isinstance(training.report_to, str) else training.report_to or [])
     check_optimizer(training)
-    check_output(Path(training.output_dir))
+    check_output(Path(str(training.output_dir)))
     if training.push_to_hub:
         check_hub(training.hub_token)
 

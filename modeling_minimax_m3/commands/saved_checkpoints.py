@@ -53,7 +53,7 @@ def find_fault(checkpoint: Path) -> str | None:
 
 def last_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """The latest complete checkpoint of a run, and what is wrong with those after it."""
-    faults = []
+    faults: list[str] = []
     for checkpoint in list_checkpoints(folder):
         fault = find_fault(checkpoint)
         if fault is None:
@@ -74,24 +74,24 @@ def checkpoint_to_resume(given: str | bool | None, folder: Path) -> str | None:
         ValueError: There is no such folder or no complete checkpoint, the given one is incomplete, or the folder holds
             checkpoints but the run is not to continue from any.
     """
-    given = {"true": True, "false": None, "none": None}.get(str(given).lower(), given)
     complete, faults = last_complete(folder)
     incomplete = "".join(f"; {fault}" for fault in faults)
-    if given is None:
+    if given is None or str(given).lower() in ("false", "none"):
         if complete is None and not faults:
             return None
         name = faults[0] if complete is None else f"{complete.name} of an earlier run{incomplete}"
         advice = "" if complete is None else "Continue it with --resume_from_checkpoint true, or "
         raise ValueError(f"{folder} holds {name}. {advice}name another --output_dir")
-    if given is True:
+    if str(given).lower() == "true":
         if complete is None:
             raise ValueError(f"--resume_from_checkpoint true: there is no complete checkpoint in {folder}{incomplete}")
         if faults:
             logger.warning(f"{'; '.join(faults)}: the run continues from {complete.name}")
         return str(complete)
-    if not Path(given).is_dir():
-        raise ValueError(f"--resume_from_checkpoint: there is no folder {given}")
-    if fault := find_fault(Path(given)):
+    chosen = Path(str(given))
+    if not chosen.is_dir():
+        raise ValueError(f"--resume_from_checkpoint: there is no folder {chosen}")
+    if fault := find_fault(chosen):
         last = f"; the last complete checkpoint is {complete}" if complete is not None else ""
         raise ValueError(f"--resume_from_checkpoint: {given} is incomplete ({fault}){last}")
-    return str(given)
+    return str(chosen)

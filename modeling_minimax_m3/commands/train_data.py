@@ -103,25 +103,28 @@ def _read(
         seed = training.data_seed if training.data_seed is not None else training.seed
         chosen["training"], chosen["evaluation"] = hold_out(chosen["training"], data.eval_fraction, seed)
         rows["evaluation"] = rows["training"]
-    found, kinds, summary, has_media = {}, set(), [], False
+    data_sets: dict[str, Any] = {}
+    kinds: set[str] = set()
+    summary: list[str] = []
+    has_media = False
     for name, indices in chosen.items():
-        found[name], counts = training_rows(rows[name], indices, encoder, reading, data.max_length, data.num_proc)
+        data_sets[name], counts = training_rows(rows[name], indices, encoder, reading, data.max_length, data.num_proc)
         kinds |= set(counts.kinds)
         has_media |= counts.with_media > 0
-        if len(found[name]) == 0:
+        if len(data_sets[name]) == 0:
             raise ValueError(nothing_learned(name, data.max_length))
-        summary += describe(name, found[name], counts)
+        summary += describe(name, data_sets[name], counts)
     if data.packing and not has_media:
-        for name, encoded in found.items():
-            found[name] = PackedRows(encoded, data.max_length)
-            packing = found[name].packing
+        for name, encoded in data_sets.items():
+            data_sets[name] = PackedRows(encoded, data.max_length)
+            packing = data_sets[name].packing
             summary.append(
                 f"{name} data: {len(encoded)} rows in {len(packing.packs)} packs of {data.max_length} tokens, "
                 f"{packing.fill:.1%} full"
             )
-    longest = max(lengths_of(found["training"]) or [data.max_length])
+    longest = max(lengths_of(data_sets["training"]) or [data.max_length])
     collator = make_collator(data, processor, reading, has_media)
-    return RunData(found, collator, kinds, has_media, summary, longest)
+    return RunData(data_sets, collator, kinds, has_media, summary, longest)
 
 
 def _stream(

@@ -16,8 +16,8 @@ class RowCollator:
         media (Callable, optional): Makes batches in which a row has no `input_ids`.
     """
 
-    tokens: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
-    media: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None
+    tokens: Callable[[list[Any]], dict[str, torch.Tensor]]
+    media: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Makes the batch. See the collators for its tensors."""

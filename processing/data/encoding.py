@@ -170,21 +170,22 @@ class Encoder:
         """The prompt of a chat, and the learned spans of its characters."""
         if not self._template:
             raise ValueError(f"{_column(example)} is a chat, but the checkpoint's tokenizer has no chat template.")
+        chats: list[Any] = [example.messages]
         try:
-            rendered, spans = render_jinja_template(
-                [example.messages],
+            rendered: Any = render_jinja_template(
+                chats,
                 tools=example.tools,
                 chat_template=self._template,
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **example.variables},
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:  # templates of others may not check types
             match = TEMPLATE_PLACE.match(str(error))
             if match is None or int(match["index"]) >= len(example.names):
                 raise ValueError(f"{_column(example)} does not fit the chat template: {error}") from error
             name, problem = example.names[int(match["index"])], match["problem"]
             raise ValueError(f"{name} does not fit the chat template: {problem}") from error
-        (spans,) = spans
+        (text,), (spans,) = rendered
         if not all(example.learned) and len(spans) != len(example.learned):
             raise ValueError(
                 f"{_column(example)} has {len(example.learned)} answers, some of which are not learned, but the chat "
@@ -192,7 +193,7 @@ class Encoder:
             )
         if len(spans) == len(example.learned):
             spans = [span for span, is_learned in zip(spans, example.learned) if is_learned]
-        return rendered[0], [tuple(span) for span in spans]
+        return text, [(first, last) for first, last in spans]
 
     def _with_media(self, text: str, spans: list[tuple[int, int]], parts: list[tuple[str, Any]]) -> _Draft:
         """Puts the short text of each image and video in the place of its placeholder, and moves the spans along."""

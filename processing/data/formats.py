@@ -74,7 +74,8 @@ class Example:
         """The images and videos in order, as parts of messages, each behind its place in the row."""
         for message, name in zip(self.messages or (), self.names):
             content = message.get("content")
-            for index, part in enumerate(content if is_list(content) else ()):
+            parts: Sequence[Any] = content if isinstance(content, (list, tuple)) else ()
+            for index, part in enumerate(parts):
                 if part.get("type") in ("image", "video"):
                     yield (f"`{part[PLACE]}`" if PLACE in part else f"{name}: `content[{index}]`"), part
 
@@ -87,6 +88,7 @@ def read_example(row: Mapping[str, Any], reading: Reading = Reading()) -> Exampl
     """
     row = without_empty(row)
     messages_column, text_column = reading.messages_column, reading.text_column
+    used: tuple[str, ...]
     if messages_column in row:
         used, example = (messages_column,), _read_chat(row, messages_column, reading)
     elif "conversations" in row:

@@ -82,7 +82,7 @@ def _split_at_markers(content: Any, kinds: set[str]) -> Any:
         return content if len(parts) == 1 and parts[0].get("type") == "text" else parts
     if not is_list(content):
         return content
-    split = []
+    split: list[Any] = []
     for part in content:
         text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
         is_text = isinstance(part, str) or (isinstance(part, Mapping) and part.get("type") == "text")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -138,7 +139,7 @@ def test_only_decoding_finds_damage_behind_a_header(write_rows, tiny_checkpoint,
         (["show", "{rows}", "--model", "{model}", "--row", "4"], "show: --row: .* has no row 4; its rows are 1 to 3"),
         (["show", "{rows}", "--model", "{model}", "--row", "2"], "show: .* has no row 2"),
         (["show", "{rows}", "--model", "{model}", "--row", "3"], "show: .*row 3: `text`: must be a text, got 3"),
-        (["shwo"], "the command must be one of check, show, train, got 'shwo'"),
+        (["chek"], "the command must be one of check, show, train, got 'chek'"),
     ],
 )
 def test_mistakes(write_rows, tiny_checkpoint, arguments, message):
@@ -202,3 +203,12 @@ def test_the_package_is_the_command():
     assert "usage: minimax-m3 check" in done.stdout
     for script in entry_points(group="console_scripts", name="minimax-m3"):
         assert script.value == "modeling_minimax_m3.__main__:main"
+
+
+def test_snippet_of_the_page_runs(write_rows, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = re.findall("^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    write_rows({"messages": [ASK, ANSWER]}, {"text": 3}, name="chats.jsonl")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/data.md", "exec"), {"checkpoint": tiny_checkpoint})
+    assert "chats.jsonl, row 2: `text`: must be a text, got 3" in capsys.readouterr().out
