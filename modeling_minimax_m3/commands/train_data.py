@@ -192,12 +192,9 @@ def lengths_of(rows: Any) -> list[int] | None:
 
 def describe(name: str, found: Dataset | MediaRows, counts: Counts) -> list[str]:
     """What became of the rows of a data set."""
-    if isinstance(found, MediaRows):
-        lines = [f"{name} data: {len(found)} rows, {counts.with_media} with images or videos"]
-    else:
-        tokens = sum(found["length"])
-        learned = sum(label != -100 for labels in found["labels"] for label in labels)
-        lines = [f"{name} data: {len(found)} rows, {tokens} tokens, {learned} of them learned"]
+    media = f", {counts.with_media} with images or videos" if isinstance(found, MediaRows) else ""
+    tokens = f"{sum(lengths_of(found) or ())} tokens, {counts.learned} of them learned"
+    lines = [f"{name} data: {len(found)} rows{media}, {tokens}"]
     if counts.cut:
         lines.append(f"{name} data: {counts.cut} rows lose their end, which lies beyond --max_length")
     lines += [f"{name} data: left out {count} rows, which {reason}" for reason, count in counts.left_out.items()]

@@ -24,6 +24,8 @@ TEMPLATE_PLACE = re.compile(r"^(?P<problem>.*) \(message (?P<index>\d+)\)$", re.
 # Why an example is left out.
 NOTHING_LEARNED = "have nothing to learn within --max_length: chats need turns of the role 'assistant'"
 MEDIA_CUT = "have images or videos that end after --max_length"
+MISSING = re.compile("no such file|existing file")
+FOLDER_HINT = "Paths start from the current folder, or from --media_folder."
 NO_BRACKETS = np.zeros(0, np.int64)
 
 
@@ -156,7 +158,7 @@ class Encoder:
         text, spans = self._render(example)
         parts = list(example.media())
         if parts and self._meter is None:
-            raise ValueError(f"{parts[0][0]} is an image or a video, but the checkpoint reads text only.")
+            raise ValueError(f"`{parts[0][0]}` is an image or a video, but the checkpoint reads text only.")
         if len(found := PLACEHOLDER.findall(text)) != len(parts):
             raise ValueError(
                 f"{_column(example)} must hold a placeholder such as {IMAGE_TOKEN} for each image and video, and no "
@@ -204,9 +206,11 @@ class Encoder:
         start = shift = 0
         for match, (name, part) in zip(PLACEHOLDER.finditer(text), parts):
             try:
-                short, counts = self._meter.measure(part)
+                short, counts = self._meter.measure(part, name)
             except ValueError as error:
-                raise ValueError(f"{name}: {str(error).lstrip('`')}") from error
+                hint = f" {FOLDER_HINT}" if MISSING.search(str(error)) else ""
+                place = "" if str(error).startswith(f"`{name}`") else f"`{name}`: "
+                raise ValueError(f"{place}{error}{hint}") from error
             pieces += [text[start : match.start()], short]
             start = match.end()
             shift += len(short) - len(match[0])

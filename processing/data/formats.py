@@ -77,7 +77,7 @@ class Example:
             parts: Sequence[Any] = content if isinstance(content, (list, tuple)) else ()
             for index, part in enumerate(parts):
                 if part.get("type") in ("image", "video"):
-                    yield (f"`{part[PLACE]}`" if PLACE in part else f"{name}: `content[{index}]`"), part
+                    yield part.get(PLACE, f"{name.strip('`')}.content[{index}]"), part
 
 
 def read_example(row: Mapping[str, Any], reading: Reading = Reading()) -> Example:

@@ -40,7 +40,7 @@ def place_media(row: Mapping[str, Any], messages: list[dict[str, Any]], folder: 
     for kind, (column, items) in columns.items():
         if any(item is None for item in items):
             raise ValueError(
-                f"`{column}` of a row must not hold None: write an empty list, or None instead of the list."
+                f"`{column}` must not hold None: write an empty list, or None instead of the list."
             )
         _distribute(kind, column, [as_source(item, folder) for item in items], messages)
 

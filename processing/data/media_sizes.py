@@ -28,8 +28,12 @@ class MediaMeter:
     def __init__(self, processor: MiniMaxM3VLProcessor, decode: bool = False):
         self.processor, self.decode = processor, decode
 
-    def measure(self, part: Mapping[str, Any]) -> tuple[str, list[int]]:
+    def measure(self, part: Mapping[str, Any], name: str) -> tuple[str, list[int]]:
         """The text that stands for a part of type "image" or "video", and what it leaves out.
+
+        Args:
+            part (Mapping): The part.
+            name (str): Its place in the row, for errors.
 
         Returns:
             Text with one placeholder in each bracket, and for each bracket how many placeholders it has in the model's
@@ -40,13 +44,13 @@ class MediaMeter:
         """
         source = as_source(next(part[name] for name in KEYS if name in part))
         if part["type"] == "image":
-            return self._bracket(self.processor.image_token), [self._count_image(source)]
-        return self._measure_video(source)
+            return self._bracket(self.processor.image_token), [self._count_image(source, name)]
+        return self._measure_video(source, name)
 
     def _bracket(self, token: str) -> str:
         return f"{self.processor.VISION_START_TOKEN}{token}{self.processor.VISION_END_TOKEN}"
 
-    def _count_image(self, source: Any) -> int:
+    def _count_image(self, source: Any, name: str) -> int:
         processor = self.processor.image_processor
         if isinstance(source, (str, bytes)) and not self.decode:
             height, width = measure_image(source)
@@ -55,7 +59,7 @@ class MediaMeter:
             if not isinstance(image, Image.Image):  # an array, whose layout the processor finds
                 grid = processor(images=[image])["image_grid_thw"][0]
                 return math.prod(map(int, grid)) // processor.merge_size**2
-            check_pixels(image, "image")
+            check_pixels(image, name)
             width, height = image.size
         label = repr(shorten(source)) if isinstance(source, str) else "of the row"
         try:
@@ -63,7 +67,7 @@ class MediaMeter:
         except ValueError as error:
             raise ValueError(f"the image {label} of {width} x {height} pixels cannot be used: {error}") from error
 
-    def _measure_video(self, source: Any) -> tuple[str, list[int]]:
+    def _measure_video(self, source: Any, name: str) -> tuple[str, list[int]]:
         processor = self.processor.video_processor
         if not isinstance(source, str):
             inputs = self.processor.video_processor(videos=[source], return_metadata=True)
@@ -75,10 +79,10 @@ class MediaMeter:
         if not (processor.do_sample_frames or processor.num_frames):
             choose = partial(processor.sample_frames, fps=math.inf)
         if self.decode:
-            frames, metadata = decode_video(source, choose, "video")
+            frames, metadata = decode_video(source, choose, name)
             size = (len(frames), metadata.height, metadata.width)
         else:
-            size, metadata = measure_video(source, choose, "video")
+            size, metadata = measure_video(source, choose, name)
         options = {"do_resize": False} if self.processor.videos_kwargs.get("do_resize") is False else {}
         patches = processor.get_num_of_video_patches(*size, videos_kwargs=options)
         steps = math.ceil(size[0] / processor.temporal_patch_size)

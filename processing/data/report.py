@@ -200,5 +200,5 @@ def histogram(lengths: list[int], max_length: int) -> list[str]:
     for power, count in zip(range(first, last + 1), counts):
         bar = "#" * max(round(BAR * count / counts.max()), int(count > 0))
         beyond = "  beyond --max_length" if 2**power // 2 >= max_length and count else ""
-        lines.append(f"{2**power:>11,} {bar:<{BAR}} {count:,}{beyond}")
+        lines.append(f"  up to {2**power:>9,} {bar:<{BAR}} {count:,}{beyond}")
     return lines

@@ -111,7 +111,7 @@ def show_page(result: EncodedRow, processor: Any, max_length: int) -> str:
     pictures = "".join(
         f'<figure><img src="{_as_url(picture)}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
         for place, part in example.media()
-        for caption, picture in _pictures(part, place.replace("`", ""), processor)
+        for caption, picture in _pictures(part, place, processor)
     )
     pieces = split_pieces(result, tokenizer, max_length)
     text = "".join(f'<span class="{piece.kind}">{html.escape(piece.text)}</span>' for piece in pieces)

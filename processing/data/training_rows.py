@@ -14,7 +14,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
 
 from .encoded_rows import encode_rows
-from .encoding import Encoder
+from .encoding import IGNORED, Encoder
 from .faults import RowFault
 from .formats import Reading
 from .sources import LocatedRow, Rows, RowSource, stream_rows
@@ -23,6 +23,7 @@ FEATURES = {
     "input_ids": List(Value("int32")),
     "labels": List(Value("int32")),
     "length": Value("int64"),  # in the model's input, images and videos included
+    "learned": Value("int64"),  # tokens
     "row": Value("int64"),
     "kind": Value("string"),
     "has_media": Value("bool"),
@@ -39,6 +40,7 @@ class Counts:
         rows (int): Rows that were read.
         kinds (Counter): Rows by kind: "chat", "text", "completion".
         with_media (int): Rows with images or videos.
+        learned (int): Tokens that are learned.
         cut (int): Chats and completions that lose their end.
         left_out (Counter): Rows that are left out, by the reason.
     """
@@ -46,6 +48,7 @@ class Counts:
     rows: int = 0
     kinds: Counter = field(default_factory=Counter)
     with_media: int = 0
+    learned: int = 0
     cut: int = 0
     left_out: Counter = field(default_factory=Counter)
 
@@ -72,10 +75,13 @@ def _records(
             "left_out": left_out,
         }
         if left_out or encoded.media:
-            yield {**common, "input_ids": [], "labels": [], "length": min(encoded.length, max_length)}
+            learned = 0 if left_out else encoded.num_learned(max_length)
+            length = min(encoded.length, max_length)
+            yield {**common, "input_ids": [], "labels": [], "length": length, "learned": learned}
         else:
             for row in encoded.rows(max_length):
-                yield {**common, **row, "length": len(row["input_ids"])}
+                learned = sum(label != IGNORED for label in row["labels"])
+                yield {**common, **row, "length": len(row["input_ids"]), "learned": learned}
 
 
 def training_rows(
@@ -114,6 +120,7 @@ def training_rows(
     counts = Counts(
         rows=len(of_row),
         kinds=Counter(kind for kind, *_ in of_row.values()),
+        learned=sum(found["learned"]),
         with_media=sum(has_media for _, has_media, *_ in of_row.values()),
         cut=sum(is_cut and not left_out for *_, is_cut, left_out in of_row.values()),
         left_out=Counter(left_out for *_, left_out in of_row.values() if left_out),

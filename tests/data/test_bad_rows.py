@@ -76,7 +76,7 @@ CASES = {
     ),
     "image that is None": (look(None), "images", "must not hold None"),
     "image that is a number": (look(7), "messages[0].content[0].image", "must hold the image or its source, got 7"),
-    "missing image": (look("nowhere.png"), "images[0]", "the image 'nowhere.png' cannot be read: there is no such file"),
+    "missing image": (look("nowhere.png"), "images[0]", "the image 'nowhere.png' cannot be read: there is no such file.*--media_folder"),
     "missing image in a message": (
         chat({**ASK, "content": [{"type": "image", "path": "nowhere.png"}]}, ANSWER),
         "messages[0].content[0]",

@@ -149,7 +149,7 @@ def test_markers_become_parts_where_columns_have_items(picture):
         "image",
         "<video>.",
     ]
-    assert [place for place, _ in example.media()] == ["`images[0]`", "`images[1]`"]
+    assert [place for place, _ in example.media()] == ["images[0]", "images[1]"]
     assert read_example({"messages": row["messages"]}).messages[0]["content"] == "A <image> and <image><video>."
     said = {"messages": [ASK, {**ANSWER, "content": "<image>"}], "image": str(picture)}
     example = read_example(said)
