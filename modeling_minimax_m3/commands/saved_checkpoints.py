@@ -79,9 +79,14 @@ def checkpoint_to_resume(given: str | bool | None, folder: Path) -> str | None:
     if given is None or str(given).lower() in ("false", "none"):
         if complete is None and not faults:
             return None
-        name = faults[0] if complete is None else f"{complete.name} of an earlier run{incomplete}"
-        advice = "" if complete is None else "Continue it with --resume_from_checkpoint true, or "
-        raise ValueError(f"{folder} holds {name}. {advice}name another --output_dir")
+        if complete is None:
+            raise ValueError(
+                f"{folder} holds a run without a complete checkpoint{incomplete}. Name another --output_dir"
+            )
+        raise ValueError(
+            f"{folder} holds {complete.name} of an earlier run{incomplete}. Continue it with --resume_from_checkpoint "
+            "true, or name another --output_dir"
+        )
     if str(given).lower() == "true":
         if complete is None:
             raise ValueError(f"--resume_from_checkpoint true: there is no complete checkpoint in {folder}{incomplete}")

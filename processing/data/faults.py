@@ -1,8 +1,6 @@
 """A fault of the data: in which file, row and field it is, what came and what was expected."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,12 +63,3 @@ def as_fault(error: Exception, file: str, row: int | None) -> Fault:
         return error.fault
     field, problem = split_field(str(error))
     return Fault(file, row, field, problem)
-
-
-@contextmanager
-def located(file: str, row: int | None) -> Iterator[None]:
-    """Converts errors that a row's content causes to `RowFault`s with the place of the row."""
-    try:
-        yield
-    except ValueError as error:
-        raise RowFault(as_fault(error, file, row)) from error

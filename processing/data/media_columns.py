@@ -39,9 +39,7 @@ def place_media(row: Mapping[str, Any], messages: list[dict[str, Any]], folder: 
             message["content"] = [_with_sources(without_empty(part), folder) for part in message["content"]]
     for kind, (column, items) in columns.items():
         if any(item is None for item in items):
-            raise ValueError(
-                f"`{column}` must not hold None: write an empty list, or None instead of the list."
-            )
+            raise ValueError(f"`{column}` must not hold None: write an empty list, or None instead of the list.")
         _distribute(kind, column, [as_source(item, folder) for item in items], messages)
 
 

@@ -100,7 +100,7 @@ def training_rows(
     Raises:
         RowFault: A row has a fault.
     """
-    pieces = max(num_proc or 1, 1)
+    pieces = min(max(num_proc or 1, 1), max(len(indices), 1))
     bounds = [len(indices) * piece // pieces for piece in range(pieces + 1)]
     options = {
         "shards": list(itertools.pairwise(bounds)),
@@ -112,7 +112,9 @@ def training_rows(
         "folder": os.getcwd(),
     }
     try:
-        found = Dataset.from_generator(_records, Features(FEATURES), gen_kwargs=options, num_proc=num_proc)
+        found = Dataset.from_generator(
+            _records, Features(FEATURES), gen_kwargs=options, num_proc=pieces if pieces > 1 else None
+        )
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise cause if isinstance(cause, RowFault) else ValueError(f"the data cannot be read: {cause}") from error
@@ -128,8 +130,18 @@ def training_rows(
     if counts.left_out:
         found = found.select([place for place, left_out in enumerate(found["left_out"]) if not left_out])
     if counts.with_media:
-        return MediaRows(found, rows), counts
+        return MediaRows(found, rows, reading), counts
     return found.select_columns(["input_ids", "labels", "length"]), counts
+
+
+def for_collator(row: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """The row with its chat in the column in which `MultimodalChatCollator` looks for it."""
+    if reading.messages_column == "messages":
+        return row
+    row = {name: value for name, value in row.items() if name != "messages"}
+    if reading.messages_column in row:
+        row["messages"] = row.pop(reading.messages_column)
+    return row
 
 
 class MediaRows:
@@ -141,8 +153,8 @@ class MediaRows:
         lengths (list of int): Tokens of each row in the model's input.
     """
 
-    def __init__(self, found: Dataset, rows: Rows):
-        self._found, self._rows = found, rows
+    def __init__(self, found: Dataset, rows: Rows, reading: Reading):
+        self._found, self._rows, self._reading = found, rows, reading
         self.lengths: list[int] = list(found["length"])
 
     def __len__(self) -> int:
@@ -151,7 +163,7 @@ class MediaRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._found[index]
         if record["has_media"]:
-            return self._rows.read(record["row"])
+            return for_collator(self._rows.read(record["row"]), self._reading)
         return {name: record[name] for name in ("input_ids", "labels")}
 
 
@@ -167,7 +179,7 @@ def _stream_records(
             continue
         if encoded.media:
             assert isinstance(result.located.row, dict)
-            yield result.located.row
+            yield for_collator(result.located.row, reading)
         else:
             yield from encoded.rows(max_length)
 

@@ -168,7 +168,17 @@ def test_a_changed_file_is_read_again(train, arguments):
     assert other == {"Other.[e~["}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streaming"])
+def test_chats_about_images_in_another_column(train, arguments, picture, streaming):
+    chat = [{"role": "user", "content": "<image>What?"}, ANSWER]
+    rows = [{"chat": chat, "messages": "not this", "images": [str(picture)]}, {"text": "A text."}]
+    trainer = train.main(arguments(rows, "--messages_column", "chat", *(["--streaming"] if streaming else [])))
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    assert batch["image_grid_thw"].tolist() == [[1, 4, 6]]
+    assert trainer.processing_class.decode(batch["labels"][0][batch["labels"][0] >= 0]) == "</mm:think>Me.[e~["
+
+
+@pytest.mark.parametrize("processes", [1, 2, 16])
 def test_processes_read_the_same(train, arguments, processes):
     trainer = train.prepare(arguments(texts(9), "--num_proc", str(processes)))
     decode = trainer.processing_class.tokenizer.decode

@@ -85,7 +85,9 @@ def test_an_interrupted_save_is_named(saved, run, damage):
     shutil.rmtree(run / "checkpoint-2")
     with pytest.raises(ValueError, match=f"no complete checkpoint in .*; checkpoint-4 is incomplete .{fault}"):
         saved.checkpoint_to_resume("true", run)
-    with pytest.raises(ValueError, match="holds checkpoint-4 is incomplete|checkpoint-4 is incomplete.*name another"):
+    with pytest.raises(
+        ValueError, match="holds a run without a complete checkpoint; checkpoint-4 is incomplete .*Name another"
+    ):
         saved.checkpoint_to_resume(None, run)
 
 
