@@ -4,7 +4,7 @@
 """
 
 from .chat_template import load_chat_template
-from .collator import MultimodalChatCollator
+from .data.collator import MultimodalChatCollator
 from .image_processing import MiniMaxM3VLImageProcessor
 from .media_limits import MediaLimits, get_media_limits, set_media_limits
 from .processor import MiniMaxM3VLProcessor

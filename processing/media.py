@@ -114,12 +114,30 @@ def read_image(source: str | bytes) -> Image.Image:
                 return turn_upright(image)  # most images; a conversion to an array would double the time
             return Image.fromarray(to_rgb_array(image))
     except Exception as error:  # Pillow raises different errors for damage
-        label = repr(shorten(source)) if isinstance(source, str) else f"of {len(source)} bytes"
-        reason = shorten(str(error)) or type(error).__name__
-        raise ValueError(f"the image {label} cannot be read: {reason}") from error
+        raise _unreadable(source, error) from error
 
 
-def _open_image(file: BinaryIO, source: str | bytes) -> Image.Image:
+def measure_image(source: str | bytes) -> tuple[int, int]:
+    """Reads only the header of an image: (height, width) in pixels, as stored. Sources are those of `read_image`.
+
+    Raises:
+        ValueError: The source cannot be opened, or is not an image.
+    """
+    try:
+        with open_image_source(source) as file:
+            image = _open_image(file, source, is_verified=False)
+            return image.height, image.width
+    except Exception as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str | bytes, error: Exception) -> ValueError:
+    label = repr(shorten(source)) if isinstance(source, str) else f"of {len(source)} bytes"
+    reason = shorten(str(error)) or type(error).__name__
+    return ValueError(f"the image {label} cannot be read: {reason}")
+
+
+def _open_image(file: BinaryIO, source: str | bytes, is_verified: bool = True) -> Image.Image:
     formats = get_media_limits().image_formats
     if formats is not None:
         Image.init()
@@ -131,7 +149,7 @@ def _open_image(file: BinaryIO, source: str | bytes) -> Image.Image:
         if isinstance(file, io.BytesIO) and is_path_or_base64(source):
             raise ValueError(f"there is no such file, and as base64 text it is {content}") from error
         raise ValueError(f"it is {content}") from error
-    if image.format == "PNG":
+    if is_verified and image.format == "PNG":
         image.verify()  # checks checksums, which decoding skips; the image cannot be used afterwards
         file.seek(0)
         image = Image.open(file, formats=("PNG",))

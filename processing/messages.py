@@ -1,7 +1,7 @@
 """Checks the chats of `apply_chat_template` before any image or video is loaded, and brings them into one form."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import isfunction, ismethod
 from typing import Any
 
@@ -51,10 +51,20 @@ def _normalize_chat(chat: Any, index: int) -> list[dict[str, Any]]:
         raise ValueError(f"conversation {index} must be a list of messages, like conversation 0, got {chat!r:.100}.")
     if not chat:
         raise ValueError(f"conversation {index} must hold at least one message, got none.")
-    return [
-        _normalize_message(_as_plain(message), f"message {number} of conversation {index}")
-        for number, message in enumerate(chat)
-    ]
+    return normalize_messages(chat, [f"message {number} of conversation {index}" for number in range(len(chat))])
+
+
+def normalize_messages(messages: Sequence[Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Checks the messages of one chat, and copies them in the form of `normalize_conversations`.
+
+    Args:
+        messages (list): The messages.
+        names (list of str): A name for each message, with which the errors about it begin.
+
+    Raises:
+        ValueError: A message, part or tool call is malformed.
+    """
+    return [_normalize_message(_as_plain(message), name) for message, name in zip(messages, names)]
 
 
 def _as_plain(value: Any) -> Any:

@@ -65,8 +65,12 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the model's inputs, including `mm_token_type_ids`."""
-        return [*super().model_input_names, "mm_token_type_ids"]
+        """Names of the model's inputs, including `mm_token_type_ids`.
+
+        Those of the tokenizer come first, because `Trainer` takes the length of the first one for a row's length.
+        """
+        others = [name for name in super().model_input_names if name not in self.tokenizer.model_input_names]
+        return [*self.tokenizer.model_input_names, *others, "mm_token_type_ids"]
 
     @property
     def unused_input_names(self) -> list[str]:

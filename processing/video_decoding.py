@@ -53,6 +53,51 @@ def decode_video(
             `sample_indices_fn` refuses it.
         ImportError: No decoder is installed.
     """
+    video, metadata, indices, place = _open_video(source, sample_indices_fn, name)
+    try:
+        frames, metadata.frames_indices, metadata.frame_times = video.read(np.asarray(indices))
+    except Exception as error:
+        raise ValueError(f"{place} cannot be decoded with {metadata.video_backend}: {error}") from error
+
+    metadata.height, metadata.width = frames.shape[-2:] if isinstance(frames, torch.Tensor) else frames.shape[1:3]
+    if len(frames) < len(indices):
+        logger.warning(
+            f"{name} ({shorten(source)!r}): only {len(frames)} of {len(indices)} frames could be decoded; the file "
+            "may be damaged."
+        )
+    elif video.declared_duration is not None and metadata.duration < 0.9 * video.declared_duration:
+        logger.warning(
+            f"{name} ({shorten(source)!r}): only {metadata.duration:.1f} of {video.declared_duration:.1f} seconds could be "
+            "read; the file may be cut off."
+        )
+    return frames, metadata
+
+
+def measure_video(
+    source: str, sample_indices_fn: Callable[..., np.ndarray] | None = None, name: str = "videos"
+) -> tuple[tuple[int, int, int], VideoMetadata]:
+    """Reads the times of a video's frames and decodes the first frame alone.
+
+    Arguments and errors are those of `decode_video`.
+
+    Returns:
+        The size that `decode_video` returns frames in, as (frames, height, width), and the metadata of these frames.
+    """
+    video, metadata, indices, place = _open_video(source, sample_indices_fn, name)
+    try:
+        frames, _, _ = video.read(np.asarray(indices[:1]))
+    except Exception as error:
+        raise ValueError(f"{place} cannot be decoded with {metadata.video_backend}: {error}") from error
+    size = frames.shape[-2:] if isinstance(frames, torch.Tensor) else frames.shape[1:3]
+    metadata.frames_indices = indices
+    metadata.frame_times = [video.times[index] for index in indices]
+    return (len(indices), int(size[0]), int(size[1])), metadata
+
+
+def _open_video(
+    source: str, sample_indices_fn: Callable[..., np.ndarray] | None, name: str
+) -> tuple[PyavVideo | TorchcodecVideo, VideoMetadata, np.ndarray, str]:
+    """Opens a video: its reader, the metadata of all frames, the indices of the chosen ones, its place in errors."""
     if not is_address(source) and not get_media_limits().allow_files:
         raise ValueError(f"`{name}` must be an http(s) address, because `MediaLimits.allow_files` is False.")
     if not is_address(source) and not os.path.isfile(source):
@@ -76,23 +121,7 @@ def decode_video(
         indices = np.arange(len(video.times)) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-    try:
-        frames, metadata.frames_indices, metadata.frame_times = video.read(np.asarray(indices))
-    except Exception as error:
-        raise ValueError(f"{place} cannot be decoded with {decoder}: {error}") from error
-
-    metadata.height, metadata.width = frames.shape[-2:] if isinstance(frames, torch.Tensor) else frames.shape[1:3]
-    if len(frames) < len(indices):
-        logger.warning(
-            f"{name} ({shorten(source)!r}): only {len(frames)} of {len(indices)} frames could be decoded; the file "
-            "may be damaged."
-        )
-    elif video.declared_duration is not None and duration < 0.9 * video.declared_duration:
-        logger.warning(
-            f"{name} ({shorten(source)!r}): only {duration:.1f} of {video.declared_duration:.1f} seconds could be "
-            "read; the file may be cut off."
-        )
-    return frames, metadata
+    return video, metadata, indices, place
 
 
 def _fetch(address: str) -> bytes:

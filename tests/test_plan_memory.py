@@ -1,5 +1,6 @@
 """scripts/plan_memory.py, and how scripts/finetune.py uses the plan."""
 
+import importlib
 import json
 import os
 import re
@@ -110,13 +111,13 @@ def test_commands_of_the_pages_are_valid(command, page, tiny_checkpoint):
 
 
 @pytest.fixture
-def finetune(load_script):
-    return load_script("finetune")
+def finetune():
+    return importlib.import_module("modeling_minimax_m3.commands.train")
 
 
 @pytest.fixture
-def run_memory(load_script):
-    return load_script("run_memory")
+def run_memory():
+    return importlib.import_module("modeling_minimax_m3.commands.run_memory")
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def arguments(tiny_checkpoint, tmp_path):
 def test_what_cannot_fit_is_not_loaded(finetune, run_memory, arguments, monkeypatch, capsys):
     monkeypatch.setattr(run_memory, "planned_devices", lambda training: (1, 0.4))
     monkeypatch.setattr(finetune, "load_model", lambda *args: pytest.fail("the model was loaded"))
-    message = r"finetune.py: the run needs about 0\.6 GiB on a device of 0\.4 GiB.* --ignore_plan starts it"
+    message = r"train: the run needs about 0\.6 GiB on a device of 0\.4 GiB.* --ignore_plan starts it"
     with pytest.raises(SystemExit, match=message):
         finetune.main([*arguments, "--lora"])
     out = capsys.readouterr().out
@@ -167,11 +168,14 @@ def test_a_run_that_cannot_be_planned_goes_on(finetune, run_memory, arguments, m
     assert "there is no memory plan: `precision` must be given" in caplog.text
 
 
-def test_longest_row(finetune, arguments):
+def test_longest_row(finetune, arguments, monkeypatch):
+    planned = []
+    monkeypatch.setattr(
+        finetune, "check_memory", lambda config, model, lora, longest, training: planned.append(longest)
+    )
     trainer = finetune.prepare(arguments)
-    (row,) = trainer.train_dataset
-    assert finetune.longest_row(trainer.train_dataset, 4096) == len(row["input_ids"])
-    assert finetune.longest_row(trainer.train_dataset.to_iterable_dataset(), 4096) == 4096
+    finetune.prepare([*arguments, "--streaming"])
+    assert planned == [max(len(row["input_ids"]) for row in trainer.train_dataset), 4096]
 
 
 def test_a_cpu_has_no_plan(finetune, arguments, capsys):

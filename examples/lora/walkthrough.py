@@ -1,6 +1,6 @@
 """Train a tiny MiniMax-M3 with LoRA from end to end: make a checkpoint, train it on a few chats, and ask it.
 
-    python examples/lora/walkthrough.py [--output FOLDER] [options of scripts/finetune.py]
+    python examples/lora/walkthrough.py [--output FOLDER] [options of minimax-m3 train]
 
 It runs on a CPU in a minute. With the options of identity.yaml the loss of the last steps is below 0.15. The model
 knew nothing before, and now gives the learned answers.
@@ -20,8 +20,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import finetune
 from make_tiny_checkpoint import make_tiny_checkpoint
+from modeling_minimax_m3.commands import train
 
 # The model is so small that a second thread only waits for the first. On a busy machine it waits very long.
 torch.set_num_threads(1)
@@ -55,9 +55,9 @@ def main() -> float:
     print("\n[1/3] a tiny checkpoint: the real architecture with random weights")
     checkpoint = make_tiny_checkpoint(arguments.output / "checkpoint")
 
-    print("\n[2/3] training adapters: python scripts/finetune.py examples/lora/identity.yaml ...", flush=True)
+    print("\n[2/3] training adapters: minimax-m3 train examples/lora/identity.yaml ...", flush=True)
     adapter = arguments.output / "adapter"
-    trainer = finetune.main(
+    trainer = train.main(
         [str(HERE / "identity.yaml"), "--model", str(checkpoint), "--dataset", str(data)]
         + ["--output_dir", str(adapter), *options]
     )

@@ -31,6 +31,28 @@ def test_readme_names_every_module_of_a_folder(folder):
     assert named_in(PACKAGE / "README.md", folder) == modules_of(PACKAGE / folder)
 
 
+def test_readme_names_every_command():
+    assert named_in(PACKAGE / "README.md", "commands") == modules_of(PACKAGE / "commands")
+
+
+def test_readme_names_every_module_of_data():
+    assert named_in(ROOT / "processing" / "README.md", "data") == modules_of(ROOT / "processing" / "data")
+
+
+@pytest.mark.parametrize("folder", [ROOT / "processing" / "data", PACKAGE / "commands"], ids=["data", "commands"])
+def test_only_the_top_imports_data_and_commands(folder):
+    """Whoever uses the processor or the model alone needs neither."""
+    inside = set(folder.rglob("*.py"))
+    for path in (
+        {*(ROOT / "processing").rglob("*.py"), *PACKAGE.rglob("*.py")} - inside - {ROOT / "processing" / "__init__.py"}
+    ):
+        if path.is_relative_to(PACKAGE / "commands"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert folder.name not in (node.module or "").split("."), path.name
+
+
 @pytest.mark.parametrize("package", ["configuration", "processing", "modeling_minimax_m3"])
 def test_readme_names_every_module_of_a_package(package):
     assert named_in(ROOT / package / "README.md", package) == modules_of(ROOT / package)
@@ -63,4 +85,4 @@ def test_configuration_does_not_import_the_model():
 def test_numbers_need_pytorch_alone():
     tree = ast.parse((PACKAGE / f"{NUMBERS}.py").read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert [ast.unparse(node) for node in imports] == ["import torch"]
+    assert [ast.unparse(node) for node in imports] == ["from typing import NamedTuple", "import torch"]

@@ -179,18 +179,24 @@ def test_length_is_rounded_up(processor, rows):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"text": "Hello."}, "must have `messages`.*it has text"),
-        ({"messages": chat(IMAGE)}, "`images` of a row must hold one item .*: 1, got 0"),
-        ({"messages": chat(VIDEO), "videos": ["a.mp4", "b.mp4"]}, "`videos` of a row must hold .*: 1, got 2"),
+        ({"body": "Hello."}, "the row has the columns body, but needs 'messages'"),
+        ({"messages": chat(IMAGE)}, "`images` must hold one item .*: 1, got 0"),
+        ({"messages": chat(VIDEO), "videos": ["a.mp4", "b.mp4"]}, "`videos` must hold .*: 1, got 2"),
         ({"messages": [{"role": "assistant", "content": "Hi."}], "images": ["a.png"]}, "no user message"),
-        ({"messages": chat("Hi."), "chat_template_kwargs": {"thinking_mode": "on"}}, "`thinking_mode` .*'on'"),
-        ({"messages": chat("Hi."), "chat_template_kwargs": "disabled"}, "must be a mapping .* got 'disabled'"),
-        ({"messages": [*chat("Hi."), "Bye."]}, "message 4 of conversation 0 must be a mapping"),
-        ({"messages": chat({"type": "text"})}, r"message 0 of conversation 0: `content\[0\]`: `text`"),
+        (
+            {"messages": chat("Hi."), "chat_template_kwargs": {"thinking_mode": "on"}},
+            "`chat_template_kwargs.thinking_mode` .*'on'",
+        ),
+        (
+            {"messages": chat("Hi."), "chat_template_kwargs": "disabled"},
+            "`chat_template_kwargs` must be an object.* got 'disabled'",
+        ),
+        ({"messages": [*chat("Hi."), "Bye."]}, r"`messages\[4\]` must be a message"),
+        ({"messages": chat({"type": "text"})}, r"`messages\[0\]`: `content\[0\]`: `text`"),
         ({"messages": chat("Hi."), "tools": "look"}, "`tools` must be a list"),
     ],
     ids=[
-        "no messages",
+        "no known column",
         "an image is missing",
         "a video too many",
         "nobody asks",
@@ -208,7 +214,7 @@ def test_rows_that_are_refused(collator, row, message):
 
 @pytest.mark.parametrize("variables", [{"thinking_mode": "never"}, {"thinking_mode": True}, "disabled"])
 def test_thinking_modes_that_are_refused(processor, variables):
-    with pytest.raises(ValueError, match="`chat_template_kwargs`"):
+    with pytest.raises(ValueError, match="`chat_template_kwargs"):
         MultimodalChatCollator(processor, chat_template_kwargs=variables)
 
 

@@ -1,5 +1,6 @@
 """scripts/finetune.py and the walk-through of examples/lora."""
 
+import importlib
 import json
 import runpy
 import sys
@@ -22,8 +23,8 @@ QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_steps", "2", "--logging_s
 
 
 @pytest.fixture(scope="module")
-def finetune(load_script):
-    return load_script("finetune")
+def finetune():
+    return importlib.import_module("modeling_minimax_m3.commands.train")
 
 
 @pytest.fixture
@@ -194,8 +195,10 @@ def test_a_chat_about_an_image_that_is_cut_before_its_answer_is_left_out(finetun
     look["messages"][0]["content"].append({"type": "text", "text": "What? " * 400})
     images.write_text(json.dumps(look) + "\n" + json.dumps(talk) + "\n")
     trainer = finetune.prepare(arguments("--dataset", str(images), "--max_length", "700"))
-    assert [row["images"] for row in trainer.train_dataset] == [[]]
-    assert "left out 1 rows, whose" in capsys.readouterr().out
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    assert len(trainer.train_dataset) == 1
+    assert "pixel_values" not in batch
+    assert "left out 1 rows, which have nothing to learn within --max_length" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [[], ["--streaming"]], ids=["", "streaming"])
@@ -220,7 +223,9 @@ def test_a_video_and_a_row_that_does_not_fit(finetune, images, arguments, load_s
     assert batch["image_grid_thw"].tolist() == [[1, 6, 4]]
     assert len(batch["video_grid_thw"]) == 1
     assert len(batch["input_ids"]) == 2
-    assert ("training data: left out 1 rows, whose" in capsys.readouterr().out) == ("--streaming" not in flags)
+    assert ("training data: left out 1 rows, which have images" in capsys.readouterr().out) == (
+        "--streaming" not in flags
+    )
 
 
 def test_tensorboard(finetune, texts, arguments, tmp_path, monkeypatch):
@@ -241,25 +246,40 @@ def test_walkthrough_in_short(tmp_path, monkeypatch, capsys):
     assert loss < 4.5  # from 6.2
 
 
+def test_files_of_several_types_and_kinds(finetune, texts, chats, images, arguments, capsys):
+    """Texts, chats and chats about images in one data set, and others to evaluate on."""
+    files = [str(texts), str(chats), str(images)]
+    trainer = finetune.main(arguments("--dataset", *files, "--eval_dataset", str(texts)))
+    assert len(trainer.train_dataset) == 6 + 4 + 4
+    assert "14 rows, 2 with images or videos" in capsys.readouterr().out
+
+
 # ---- errors, before any work --------------------------------------------------------------------------------------
 
 ERRORS = {
     "file": (["--dataset", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
-    "types": (["--dataset", "{texts}", "{chats}"], "must be of one type, got json and parquet"),
     "names": (["--dataset", "{texts}", "squad"], "a data set of several names must consist of files"),
-    "column": (["--dataset", "{texts}", "--text_column", "body"], "columns text, but needs 'messages'"),
+    "column": (
+        ["--dataset", "{texts}", "--text_column", "body"],
+        "row 1: the row has the columns text, but needs 'messages'",
+    ),
     "split": (["--dataset", "{saved}", "--train_split", "dev"], "must be one of train, test of .*, got 'dev'"),
     "length": (["--dataset", "{texts}", "--max_length", "1"], "--max_length must be at least 2, got 1"),
-    "cut": (["--dataset", "{chats}", "--max_length", "20"], "anything to learn within its first 20 tokens"),
+    "cut": (["--dataset", "{chats}", "--max_length", "20"], "anything to learn.* within its first 20 tokens"),
     "stream": (["--dataset", "{texts}", "--streaming", "--max_steps", "-1"], "--streaming needs --max_steps"),
-    "resume": (["--dataset", "{texts}", "--resume_from_checkpoint", "true"], "there is no checkpoint in"),
-    "no image": (["--dataset", "{missing}"], "nowhere.png"),
-    "cut image": (["--dataset", "{look}", "--max_length", "300"], "no row .* videos, .* within its first 300 tokens"),
+    "resume": (["--dataset", "{texts}", "--resume_from_checkpoint", "true"], "there is no complete checkpoint in"),
+    "no image": (
+        ["--dataset", "{missing}"],
+        r"missing.jsonl, row 1: `images\[0\]`: the image 'nowhere.png' cannot be read",
+    ),
+    "cut image": (["--dataset", "{look}", "--max_length", "300"], "no row .*learn.* within its first 300 tokens"),
     "silent": (["--dataset", "{silent}"], "no row of the training data has .*anything to learn"),
-    "mixed": (["--dataset", "{texts}", "--eval_dataset", "{images}"], "training data needs a column 'messages'"),
     "empty": (["--dataset", "{empty}"], "the file .*empty.jsonl is empty"),
-    "no text": (["--dataset", "{holes}"], "every row of the training data must hold a text, got None"),
-    "no chat": (["--dataset", "{holes}", "--messages_column", "text"], "must hold a list of messages, got 'a'"),
+    "no text": (["--dataset", "{holes}"], "holes.jsonl, row 2: the row has no columns, but needs"),
+    "no chat": (
+        ["--dataset", "{holes}", "--messages_column", "text"],
+        "holes.jsonl, row 1: `text`: must be a list, .*, got 'a'",
+    ),
     "split of files": (
         ["--dataset", "{texts}", "--eval_split", "test"],
         "files have only the split 'train', got 'test'",
@@ -268,10 +288,19 @@ ERRORS = {
         ["--dataset", "{texts}", "--resume_from_checkpoint", "nowhere"],
         "there is no folder nowhere",
     ),
-    "role": (["--dataset", "{role}"], "a chat does not fit the chat template: role must be one of .* got .human"),
-    "role beside images": (["--dataset", "{role}", "--eval_dataset", "{images}"], "does not fit the chat template"),
-    "half a line": (["--dataset", "{half}"], "the data cannot be read: .*(JSON|Expected object)"),
-    "hole for image": (["--dataset", "{hole}"], "`images` of a row must not hold None"),
+    "role": (
+        ["--dataset", "{role}"],
+        r"role.jsonl, row 1: `messages\[0\]`: does not fit the chat template: role must be one of .* got .human",
+    ),
+    "role beside images": (
+        ["--dataset", "{role}", "--eval_dataset", "{images}"],
+        r"role.jsonl, row 1: `messages\[0\]`: does not fit",
+    ),
+    "half a line": (
+        ["--dataset", "{half}"],
+        "half.jsonl, row 2: the line is not JSON: Expecting value at character 10, near",
+    ),
+    "hole for image": (["--dataset", "{hole}"], "`images`: must not hold None"),
     "rows": (["--dataset", "{texts}", "--max_rows", "0"], "the training data has no rows"),
 }
 
@@ -279,7 +308,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_come_before_any_work(finetune, texts, chats, images, tiny_checkpoint, tmp_path, case, monkeypatch):
     flags, message = ERRORS[case]
-    monkeypatch.setattr(finetune.AutoModelForImageTextToText, "from_pretrained", None)  # nothing gets as far
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", None)  # nothing gets as far
     look = json.loads(images.read_text().splitlines()[0])
     files = {
         "look": json.dumps(look),
@@ -305,7 +334,8 @@ def test_errors_come_before_any_work(finetune, texts, chats, images, tiny_checkp
 
 @pytest.mark.parametrize("package", ["peft", "tensorboard"])
 def test_missing_packages_are_named(finetune, texts, arguments, package, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(finetune, "find_spec", lambda name: None)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
     flags = ["--lora"] if package == "peft" else ["--report_to", "tensorboard"]
     with pytest.raises(SystemExit, match=f"pip install {package}"):
         finetune.main(arguments("--dataset", str(texts), *flags))

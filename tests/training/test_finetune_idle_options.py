@@ -1,8 +1,10 @@
 """scripts/finetune.py refuses options that would do nothing, and names that fit nothing, before weights are loaded."""
 
+import importlib
 import json
 
 import pytest
+import transformers
 from datasets import Dataset, DatasetDict, IterableDataset
 from PIL import Image
 from transformers import AutoProcessor
@@ -16,13 +18,13 @@ TEXTS, CHATS, IMAGES = ["--dataset", "{texts}"], ["--dataset", "{chats}"], ["--d
 
 
 @pytest.fixture(scope="module")
-def finetune(load_script):
-    return load_script("finetune")
+def finetune():
+    return importlib.import_module("modeling_minimax_m3.commands.train")
 
 
 @pytest.fixture(scope="module")
-def idle_options(load_script):
-    return load_script("idle_options")
+def idle_options():
+    return importlib.import_module("modeling_minimax_m3.commands.idle_options")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def arguments(places, tmp_path):
 @pytest.fixture
 def no_weights(finetune, monkeypatch):
     for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM"):
-        monkeypatch.setattr(getattr(finetune, name), "from_pretrained", None)
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", None)
 
 
 # Circumstance: flags with an option that is idle in it, and the error.
@@ -83,19 +85,27 @@ CASES = {
     ),
     "no_evaluation": (
         [*TEXTS, "--eval_strategy", "steps", "--eval_steps", "3"],
-        "--eval_strategy, --eval_steps would do nothing without --eval_dataset or --eval_split",
+        "--eval_strategy, --eval_steps would do nothing without --eval_dataset, --eval_split or --eval_fraction",
     ),
     "any_run": ([*TEXTS, "--do_predict"], "--do_predict would do nothing here"),
     "streaming": ([*TEXTS, "--streaming", "--num_proc", "2"], "--num_proc would do nothing with --streaming"),
+    "held_out": (
+        [*TEXTS, "--eval_fraction", "0.5", "--eval_dataset", "{chats}"],
+        "--eval_dataset would do nothing with --eval_fraction",
+    ),
+    "packing": (
+        [*TEXTS, "--packing", "--padding_free", "true"],
+        "--padding_free would do nothing with --packing",
+    ),
     "no_named_data": (
         [*TEXTS, "--dataset_config", "en"],
         "--dataset_config would do nothing where the data are files",
     ),
     "no_chats": (
         [*TEXTS, "--messages_column", "chat", "--thinking_mode", "disabled"],
-        "--messages_column, --thinking_mode would do nothing where the data have no column of chats: the columns are text",
+        "--messages_column, --thinking_mode would do nothing where the data have no chats: the rows are of the kind text",
     ),
-    "no_texts": ([*CHATS, "--text_column", "body"], "--text_column would do nothing where all data are chats"),
+    "no_texts": ([*CHATS, "--text_column", "body"], "--text_column would do nothing where the data have no texts"),
     "media": ([*IMAGES, "--padding_free", "true"], "--padding_free would do nothing where the data have images"),
     "no_media": ([*CHATS, "--train_vision"], "--train_vision would do nothing where the data have neither images"),
     "no_vision": ([*TEXTS, "--train_vision"], "--train_vision would do nothing with a checkpoint that reads text"),

@@ -1,5 +1,6 @@
 """The thinking mode in which scripts/finetune.py teaches an answer, read from decoded batches."""
 
+import importlib
 import json
 
 import pytest
@@ -10,8 +11,8 @@ ANSWER = {"role": "assistant", "content": "Grey."}
 
 
 @pytest.fixture(scope="module")
-def finetune(load_script):
-    return load_script("finetune")
+def finetune():
+    return importlib.import_module("modeling_minimax_m3.commands.train")
 
 
 @pytest.fixture
@@ -62,9 +63,7 @@ def test_mode_is_the_rows_or_the_runs(prepare, with_images, flags, default):
 
 @pytest.mark.parametrize("with_images", [False, True], ids=["text", "images"])
 def test_unknown_mode_of_a_row_is_named(prepare, with_images):
-    with pytest.raises(
-        ValueError, match="row 1 of the training data: `thinking_mode` in `chat_template_kwargs` must .*'on'"
-    ):
+    with pytest.raises(ValueError, match="rows.jsonl, row 2: `chat_template_kwargs.thinking_mode`: must .*'on'"):
         prepare([{"thinking_mode": "disabled"}, {"thinking_mode": "on"}], with_images=with_images)
 
 

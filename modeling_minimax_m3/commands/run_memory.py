@@ -1,6 +1,6 @@
-"""The memory of a run of `finetune.py`, planned before weights are loaded.
+"""The memory of a run of `train`, planned before weights are loaded.
 
-`model` and `lora` are the arguments of that script: `ModelArguments` and `LoraArguments`.
+`model` and `lora` are the arguments of that command: `ModelArguments` and `LoraArguments`.
 """
 
 import os

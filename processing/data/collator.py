@@ -1,21 +1,16 @@
 """Batches for fine-tuning on chats with images and videos."""
 
-import base64
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
-from .chat_template import check_thinking_mode
-from .messages import is_list
-from .processor import MiniMaxM3VLProcessor
-
-IGNORED = -100  # label of a token that the model does not learn
-
-# Keys of a part that may hold its pixels. A part without any of these keys takes the next item of the row's column.
-SOURCES = {"image": ("image", "url", "path", "base64", "image_url"), "video": ("video", "url", "path", "video_url")}
+from ..processor import MiniMaxM3VLProcessor
+from .encoding import IGNORED, Encoder
+from .formats import Example, Reading, read_example, template_variables
 
 # The processor's outputs per token, and per image or video. The model does not use its other outputs.
 TOKEN_PADDING = {"attention_mask": 0, "labels": IGNORED}
@@ -26,12 +21,14 @@ MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_
 class MultimodalChatCollator:
     """Makes a batch from rows of chats, with or without images and videos. The model learns the assistant's turns.
 
-    A row has `messages` in the form that `processor.apply_chat_template` takes. It may have `tools` and
-    `chat_template_kwargs` (variables of the chat template, such as `{"thinking_mode": "disabled"}`). Images and videos
-    stand in the messages (`{"type": "image", "image": ...}`) or in columns `images` and `videos` of the row. The items
-    of a column go in order to the parts without a source (`{"type": "image"}`). If the messages have no such part at
-    all, the items come before the text of the first user message. Columns may hold anything that the processor reads,
-    and image files as `datasets` stores them (`{"bytes": ..., "path": ...}`).
+    A row has `messages` in the form that `processor.apply_chat_template` takes, or one of the other formats that
+    `read_example` reads. It may have `tools` and `chat_template_kwargs` (variables of the chat template, such as
+    `{"thinking_mode": "disabled"}`). Images and videos stand in the messages (`{"type": "image", "image": ...}`) or in
+    columns `images` and `videos` of the row. The items of a column go in order to the parts without a source
+    (`{"type": "image"}`) and to markers `<image>` in the text. If the messages have no such part at all, the items
+    come before the text of the first user message. Columns may hold anything that the processor reads, and image files
+    as `datasets` stores them (`{"bytes": ..., "path": ...}`). A row of tokens, with `input_ids` and `labels`, stays as
+    it is.
 
     Args:
         processor (`MiniMaxM3VLProcessor`): Decodes, resizes and tokenizes.
@@ -41,6 +38,7 @@ class MultimodalChatCollator:
         processor_kwargs (`dict`): Options of the processor's call, such as `{"videos_kwargs": {"fps": 1.0}}`.
         chat_template_kwargs (`dict`): Variables of the chat template for rows that do not set them. If neither this
             argument nor the row sets `thinking_mode`, the default of the chat template counts, "adaptive".
+        media_folder (`str`, *optional*): Folder of images and videos whose paths are not absolute.
 
     A call with a list of rows returns a `dict` of tensors. `input_ids`, `attention_mask` and `labels` have the shape
     (rows, tokens) and are padded on the right. `pixel_values`, `image_grid_thw`, `pixel_values_videos` and
@@ -48,7 +46,7 @@ class MultimodalChatCollator:
     including its end-of-turn token, and -100 elsewhere.
 
     Raises:
-        ValueError: A row has no messages, its images or videos do not match the parts that need them, its thinking
+        ValueError: A row fits no format, its images or videos do not match the parts that need them, its thinking
             mode is unknown, or `max_length` would cut off an image or a video. The message names the row of the batch.
     """
 
@@ -57,6 +55,7 @@ class MultimodalChatCollator:
     pad_to_multiple_of: int | None = None
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    media_folder: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_length", "pad_to_multiple_of"):
@@ -64,6 +63,7 @@ class MultimodalChatCollator:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer or None, got {value!r}.")
         template_variables({}, self.chat_template_kwargs)
+        self._reading = Reading(chat_template_kwargs=self.chat_template_kwargs, media_folder=self.media_folder)
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Encodes the rows and pads them on the right to the same length."""
@@ -108,18 +108,26 @@ class MultimodalChatCollator:
         return encoded | cut
 
     def _process(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        if row.get("input_ids") is not None:
+            return _as_tensors(row["input_ids"], row["labels"])
+        example = read_example(row, self._reading)
+        if example.messages is None:
+            (tokens,) = Encoder(self.processor)([example])
+            if isinstance(tokens, ValueError):
+                raise tokens
+            return _as_tensors(tokens.ids, np.where(tokens.learned, tokens.ids, IGNORED))
         output = self.processor.apply_chat_template(
-            [self._messages(row)],
-            tools=without_none(row.get("tools")) or None,
+            [example.messages],
+            tools=example.tools,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
             return_tensors="pt",
             processor_kwargs=dict(self.processor_kwargs),
-            **template_variables(row, self.chat_template_kwargs),
+            **example.variables,
         )
         ids = output["input_ids"][0]
-        learned = torch.as_tensor(output["assistant_masks"])[0].bool() & ~self._is_media(ids)
+        learned = learned_turns(torch.as_tensor(output["assistant_masks"])[0].bool(), example) & ~self._is_media(ids)
         encoded = {name: output[name] for name in MEDIA_INPUTS if name in output}
         labels = ids.where(learned, torch.full_like(ids, IGNORED))
         return encoded | {"input_ids": ids, "labels": labels, "attention_mask": output["attention_mask"][0]}
@@ -138,26 +146,19 @@ class MultimodalChatCollator:
         places = self._is_media(ids).nonzero()
         return int(places[-1]) + 1 if len(places) else 0
 
-    def _messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The messages of a row, with an image or a video in each part that needs one."""
-        if not row.get("messages"):
-            raise ValueError(f"a row must have `messages`, a list that is not empty; it has {', '.join(row)}.")
-        messages = row["messages"]
-        if not is_list(messages) or not all(isinstance(message, Mapping) for message in messages):
-            return messages  # the processor refuses them, and names the place
-        messages = [_without_empty(message) for message in messages]
-        for message in messages:
-            if is_list(message.get("content")):
-                message["content"] = [_with_sources(_without_empty(part)) for part in message["content"]]
-        for kind in SOURCES:
-            items = row.get(f"{kind}s")
-            items = [] if items is None else list(items) if is_list(items) else [items]
-            if any(item is None for item in items):
-                raise ValueError(
-                    f"`{kind}s` of a row must not hold None: write an empty list, or None instead of the list."
-                )
-            _distribute(kind, [_as_source(item) for item in items], messages)
-        return messages
+
+def learned_turns(mask: torch.Tensor, example: Example) -> torch.Tensor:
+    """Leaves in a mask of the assistant's tokens, bool (tokens,), the turns that are learned."""
+    if all(example.learned):
+        return mask
+    turns = (mask & ~torch.cat([mask.new_zeros(1), mask[:-1]])).cumsum(0)  # 1 in the first turn and behind it
+    is_learned = torch.tensor([False, *example.learned])
+    if int(turns[-1]) != len(example.learned):
+        raise ValueError(
+            f"`messages` has {len(example.learned)} answers, some of which are not learned, but the chat template "
+            f"marks {int(turns[-1])}."
+        )
+    return mask & is_learned[turns]
 
 
 @contextmanager
@@ -169,71 +170,6 @@ def named_in_errors(row: str) -> Iterator[None]:
         raise ValueError(f"{row}: {error}") from error
 
 
-def template_variables(row: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of the chat template for a row: `default`, updated by the row's `chat_template_kwargs`.
-
-    Raises:
-        ValueError: The variables are not a mapping, or their thinking mode is unknown.
-    """
-    variables: dict[str, Any] = {}
-    for given in (default, row.get("chat_template_kwargs")):
-        if given is not None and not isinstance(given, Mapping):
-            raise ValueError(f"`chat_template_kwargs` must be a mapping of names and values, got {given!r:.100}.")
-        variables |= without_none(given or {})
-    if "thinking_mode" in variables:
-        check_thinking_mode(variables["thinking_mode"], "`thinking_mode` in `chat_template_kwargs`")
-    return variables
-
-
-def without_none(value: Any) -> Any:
-    """Copies a value without the keys that hold None, at any depth (see `_without_empty`)."""
-    if isinstance(value, Mapping):
-        return {name: without_none(item) for name, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if is_list(value) else value
-
-
-def _as_source(item: Any) -> Any:
-    """Converts a file as `datasets` stores it (`{"bytes": ..., "path": ...}`), or its bytes, for the processor."""
-    if isinstance(item, Mapping) and item.keys() <= {"bytes", "path"}:
-        item = item.get("path") if item.get("bytes") is None else item["bytes"]
-    return base64.b64encode(item).decode() if isinstance(item, bytes) else item
-
-
-def _with_sources(part: Any) -> Any:
-    if not isinstance(part, dict):
-        return part
-    return {name: _as_source(item) if name in ("image", "video") else item for name, item in part.items()}
-
-
-def _without_empty(mapping: Any) -> Any:
-    """Copies a mapping without the keys that hold None, because `datasets` gives every row the keys of all rows."""
-    if not isinstance(mapping, Mapping):
-        return mapping
-    return {name: value for name, value in mapping.items() if value is not None}
-
-
-def _distribute(kind: str, items: list[Any], messages: list[dict[str, Any]]) -> None:
-    """Gives `items` in order to the parts of `messages` that have no source."""
-    parts = [
-        part
-        for message in messages
-        if is_list(message.get("content"))
-        for part in message["content"]
-        if isinstance(part, dict) and part.get("type") in (kind, f"{kind}_url")
-    ]
-    waiting = [part for part in parts if not any(name in part for name in SOURCES[kind])]
-    if items and not parts:
-        user = next((message for message in messages if message.get("role") == "user"), None)
-        if user is None:
-            raise ValueError(f"a row has `{kind}s`, but no user message to which they could belong.")
-        content = user.get("content", "")
-        text = list(content) if is_list(content) else [{"type": "text", "text": content}]
-        user["content"] = [{"type": kind, kind: item} for item in items] + text
-        return
-    if len(waiting) != len(items):
-        raise ValueError(
-            f"`{kind}s` of a row must hold one item for each part of type {kind!r} without a source: "
-            f"{len(waiting)}, got {len(items)}."
-        )
-    for part, item in zip(waiting, items):
-        part[kind] = item
+def _as_tensors(ids: Any, labels: Any) -> dict[str, torch.Tensor]:
+    tokens = {"input_ids": torch.as_tensor(ids), "labels": torch.as_tensor(labels)}
+    return {**tokens, "attention_mask": torch.ones_like(tokens["input_ids"])}

@@ -1,7 +1,7 @@
-"""Makes options of `finetune.py` that would do nothing an error."""
+"""Makes options of `train` that would do nothing an error."""
 
-# Every circumstance in which options do nothing: options of the script, and options of TrainingArguments that the
-# script does not use. Transformers itself checks how options of TrainingArguments affect each other.
+# Every circumstance in which options do nothing: options of the command, and options of TrainingArguments that the
+# command does not use. Transformers itself checks how options of TrainingArguments affect each other.
 IDLE = {
     "no_lora": (
         "without --lora",
@@ -16,22 +16,24 @@ IDLE = {
         ("indexer_loss_coef", "router_aux_loss_coef"),
     ),
     "no_evaluation": (
-        "without --eval_dataset or --eval_split",
+        "without --eval_dataset, --eval_split or --eval_fraction",
         (
             *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval", "per_device_eval_batch_size"),
             *("eval_accumulation_steps", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
         ),
     ),
     "any_run": (
-        "here: the script predicts nothing and measures the loss alone",
+        "here: the command predicts nothing and measures the loss alone",
         ("do_predict", "include_for_metrics", "batch_eval_metrics"),
     ),
     "streaming": ("with --streaming", ("num_proc", "data_seed", "train_sampling_strategy")),
+    "held_out": ("with --eval_fraction, which holds out training rows", ("eval_dataset", "eval_split")),
+    "packing": ("with --packing, whose packs have one length", ("padding_free", "train_sampling_strategy")),
     "no_named_data": ("where the data are files or were saved by `save_to_disk`", ("dataset_config",)),
-    "no_chats": ("where the data have no column of chats", ("messages_column", "thinking_mode")),
-    "no_texts": ("where all data are chats", ("text_column",)),
-    "media": ("where the data have images or videos", ("padding_free", "remove_unused_columns")),
-    "no_media": ("where the data have neither images nor videos", ("train_vision",)),
+    "no_chats": ("where the data have no chats", ("messages_column", "thinking_mode")),
+    "no_texts": ("where the data have no texts", ("text_column",)),
+    "media": ("where the data have images or videos", ("padding_free", "remove_unused_columns", "packing")),
+    "no_media": ("where the data have neither images nor videos", ("train_vision", "media_folder", "check_media")),
     "no_vision": ("with a checkpoint that reads text only", ("train_vision",)),
     "no_experts": ("with a checkpoint that has no routed experts", ("lora_experts", "router_aux_loss_coef")),
     "no_indexers": ("with a checkpoint that has no learned-sparse layers", ("indexer_loss_coef",)),

@@ -1,0 +1,42 @@
+"""The options of commands that read data without training."""
+
+import argparse
+from typing import Any
+
+from processing_minimax_m3.chat_template import THINKING_MODES
+from processing_minimax_m3.data import Encoder, Reading, Rows, open_rows
+
+from .checkpoint import load_processor
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", nargs="+", help="files, or a folder, or a name on the Hub")
+    parser.add_argument("--model", required=True, help="checkpoint whose tokenizer and chat template read the data")
+    parser.add_argument("--dataset_config", help="configuration of a data set on the Hub")
+    parser.add_argument("--split", default="train", help="split of the data set (train)")
+    parser.add_argument("--messages_column", default="messages", help="column of chats (messages)")
+    parser.add_argument("--text_column", default="text", help="column of texts (text)")
+    parser.add_argument(
+        "--thinking_mode", choices=THINKING_MODES, default=THINKING_MODES[0], help="of chats without one"
+    )
+    parser.add_argument("--media_folder", help="folder of images and videos whose paths are not absolute")
+    parser.add_argument("--max_length", type=int, default=4096, help="greatest number of tokens of a row (4096)")
+
+
+def open_data(arguments: argparse.Namespace, decode_media: bool = False) -> tuple[Rows, Encoder, Reading, Any]:
+    """The rows, what encodes them, how they are read, and the checkpoint's processor or tokenizer.
+
+    Raises:
+        ValueError: A file or an option is wrong.
+    """
+    if arguments.max_length < 2:
+        raise ValueError(f"--max_length must be at least 2, got {arguments.max_length}")
+    rows = Rows(open_rows(arguments.dataset, arguments.split, arguments.dataset_config))
+    processor = load_processor(arguments.model)
+    reading = Reading(
+        messages_column=arguments.messages_column,
+        text_column=arguments.text_column,
+        chat_template_kwargs={"thinking_mode": arguments.thinking_mode},
+        media_folder=arguments.media_folder,
+    )
+    return rows, Encoder(processor, decode_media), reading, processor

@@ -1,0 +1,74 @@
+"""What would stop a run later is found before anything is loaded: packages, sizes, folders, the Hub."""
+
+import tempfile
+from pathlib import Path
+
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import integration_utils
+
+# Packages whose names differ from those of their reporters.
+PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}
+# Reporters that Transformers' `is_..._available` knows by another name.
+CHECKS = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
+
+
+def check_run(training: TrainingArguments) -> None:
+    """Raises ValueError for options of `TrainingArguments` that would fail after the model is loaded."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(training, name)}")
+    check_reporters([training.report_to] if isinstance(training.report_to, str) else training.report_to or [])
+    check_optimizer(training)
+    check_output(Path(str(training.output_dir)))
+    if training.push_to_hub:
+        check_hub(training.hub_token)
+
+
+def check_reporters(names: list[str]) -> None:
+    """Raises ValueError for a reporter that is unknown or whose package is missing."""
+    known = set(integration_utils.INTEGRATION_TO_CALLBACK)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--report_to must be none, all or some of {', '.join(sorted(known))}, got {unknown[0]!r}")
+    for name in names:
+        if not getattr(integration_utils, f"is_{CHECKS.get(name, name)}_available")():
+            raise ValueError(f"--report_to {name} needs a package: pip install {PACKAGES.get(name, name)}")
+
+
+def check_optimizer(training: TrainingArguments) -> None:
+    """Raises ValueError if the package of the optimizer is missing."""
+    name = getattr(training.optim, "value", training.optim)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except ImportError as error:
+        raise ValueError(f"--optim {name} needs a package: {error}") from error
+    except ValueError as error:
+        if "install" in str(error) or "import" in str(
+            error
+        ):  # some optimizers say it this way; other errors come from the missing model
+            raise ValueError(f"--optim {name} needs a package: {error}") from error
+
+
+def check_output(folder: Path) -> None:
+    """Makes the folder of a run.
+
+    Raises:
+        ValueError: It cannot be made, or nothing can be written to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written: {error.strerror or error}") from error
+
+
+def check_hub(token: str | None) -> None:
+    """Raises ValueError if the Hub cannot be reached, or does not accept the token."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami(token=token)
+    except Exception as error:  # without network, without a token, with one that is not valid
+        raise ValueError(
+            f"--push_to_hub needs the Hub and a token that may write: {str(error).strip() or type(error).__name__}"
+        ) from error
