@@ -1,8 +1,8 @@
 """A whole model in MXFP8 beside the same one in bf16, on one GPU: `python -m benchmarks.mxfp8_model [--output PATH]`.
 
 Layers of the released geometry as in `model_step`: "4 layers" are one dense and three sparse, "7 layers" one and six.
-Experts, shared expert, dense MLP and attention projections are in MXFP8; head, embedding, router and indexer stay in
-bf16. A model is measured in bf16, then its weights are quantized in place, and it is measured again.
+Experts, shared expert, dense MLP and the projections of attention and indexer are in MXFP8, as in the released model;
+head, embedding and router stay in bf16. A model is measured in bf16, then its weights are quantized in place, and it is measured again.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def quantize(model: Any) -> None:
     """Puts layers with MXFP8 weights in place of the linear layers and experts of the decoder layers."""
     for layer in model.model.layers:
         for name, module in list(layer.named_modules()):
-            if type(module) is nn.Linear and "indexer" not in name:
+            if type(module) is nn.Linear:
                 replacement: Mxfp8Module = Mxfp8Linear(module.in_features, module.out_features, False, torch.bfloat16)
             elif name == "mlp.experts":
                 with torch.device("meta"):

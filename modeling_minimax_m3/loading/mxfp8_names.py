@@ -10,7 +10,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..layers.indexer import MiniMaxM3VLIndexer
 from ..layers.moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
 from ..layers.mxfp8 import SCALE_SUFFIX, Mxfp8Experts
 
@@ -43,11 +42,7 @@ def unquantized_as_released(model: PreTrainedModel) -> list[str]:
     for name, module in model.named_modules():
         if any(name.startswith(f"{parent}.") for parent in names):
             continue
-        if isinstance(module, MiniMaxM3VLTopKRouter | nn.Embedding):
-            names.append(name)
-        elif isinstance(module, MiniMaxM3VLIndexer):
-            names += [f"{name}.{child}" for child, layer in module.named_children() if type(layer) is nn.Linear]
-        elif name.rpartition(".")[2] == "lm_head":
+        if isinstance(module, MiniMaxM3VLTopKRouter | nn.Embedding) or name.rpartition(".")[2] == "lm_head":
             names.append(name)
         elif name.rpartition(".")[2] in ("vision_tower", "multi_modal_projector"):
             parts = [f"{name}.{child}" for child, layer in module.named_modules() if type(layer) is nn.Linear]

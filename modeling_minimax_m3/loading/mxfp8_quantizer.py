@@ -36,7 +36,7 @@ def mxfp8_config(modules_to_not_convert: list[str] | None = None, dequantize: bo
     Args:
         modules_to_not_convert (`list[str]`, *optional*): Names of modules, in the checkpoint or in the model, that stay
             as they are; a name stands for all that it contains. Default: those of the checkpoint, and for a checkpoint
-            that is not quantized those that the released one leaves in bfloat16: head, embeddings, routers, indexers,
+            that is not quantized those that the released one leaves in bfloat16: head, embeddings, routers,
             vision tower and projector.
         dequantize (`bool`): Whether a checkpoint in MXFP8 is loaded as a plain model.
     """

@@ -17,7 +17,7 @@ PARTS = (
 # Parts that a quantizer may take. Each has linear layers or stacked experts.
 QUANTIZABLE_PARTS = ("vision", "attention", "indexer", "dense MLPs", "routed experts", "shared experts", "head")
 # The parts that the released MXFP8 checkpoint keeps in bfloat16.
-UNQUANTIZED_PARTS = ("vision", "indexer", "head")
+UNQUANTIZED_PARTS = ("vision", "head")
 
 
 @dataclass(frozen=True)

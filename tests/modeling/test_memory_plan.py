@@ -115,10 +115,10 @@ def test_quantized_weights_of_the_released_model(released):
 
 def test_what_stays_in_bfloat16(released):
     plain, quantized = (on_one(released, precision=precision).gib for precision in ("bf16", "nf4"))
-    for part in ("vision", "embeddings", "indexer", "router", "norms", "head"):
+    for part in ("vision", "embeddings", "router", "norms", "head"):
         assert quantized[part] == plain[part]
-    for part in ("attention", "dense MLPs", "routed experts", "shared experts"):
-        assert quantized[part] == pytest.approx(plain[part] * 0.5625 / 2, rel=1e-4)
+    for part in ("attention", "indexer", "dense MLPs", "routed experts", "shared experts"):  # an indexer has norms too
+        assert quantized[part] == pytest.approx(plain[part] * 0.5625 / 2, rel=2e-4)
     chosen = on_one(released, precision="nf4", unquantized_parts=("routed experts",)).gib
     assert chosen["routed experts"] == plain["routed experts"]
     assert chosen["head"] == pytest.approx(plain["head"] * 0.5625 / 2)
