@@ -109,6 +109,10 @@ class MemoryPlan:
                 found.append(Change(description, request, plan.total_gib, bool(plan.fits)))
         return tuple(sorted(found, key=lambda change: (not change.fits, change.gib)))
 
+    def with_request(self, request: MemoryRequest) -> "MemoryPlan":
+        """The plan of another request for the same model, which is not built again."""
+        return _plan(self._model, request)
+
     def device_map(self) -> dict[str, int]:
         """The `device_map` for `from_pretrained` that a plan of the strategy `device_map` assumes.
 
