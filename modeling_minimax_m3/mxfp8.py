@@ -15,7 +15,7 @@ SCALE_DTYPE = torch.uint8
 _SCALE_BIAS = 127
 _LARGEST_SCALE = 254  # 255 means NaN
 _LARGEST_ORDINARY_SCALE = 134  # 2 ** 7
-_ELEMENTS_AT_A_TIME = 2**26  # that are quantized: 256 MiB in float32
+_ELEMENTS_AT_A_TIME = 2**26  # 256 MiB in float32
 
 
 class Mxfp8Tensors(NamedTuple):
@@ -106,13 +106,14 @@ def dequantize_mxfp8(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dt
 
 
 def is_ordinary(tensor: Mxfp8Tensors) -> bool:
-    """Whether no value is NaN and no scale is above 2 ** 7, as in all weights that work. It waits for a GPU.
+    """Whether no value is NaN and no scale is above 2 ** 7, as in all weights that work. It waits for a GPU once.
 
     The kernels that read MXFP8 directly rely on it. Weights of another kind are dequantized first.
     """
     values = tensor.values.view(torch.uint8).flatten()
-    has_nan = any(bool(((part & 0x7F) == 0x7F).any()) for part in values.split(_ELEMENTS_AT_A_TIME))
-    return not has_nan and bool((tensor.scales <= _LARGEST_ORDINARY_SCALE).all())
+    unusual = [((part & 0x7F) == 0x7F).any() for part in values.split(_ELEMENTS_AT_A_TIME)]
+    unusual.append((tensor.scales > _LARGEST_ORDINARY_SCALE).any())
+    return not bool(torch.stack(unusual).any())
 
 
 def scale_factors(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
