@@ -38,7 +38,8 @@ def find_modules(
     if unknown := [ending for ending, names in found.items() if not names]:
         there = sorted({last for name in possible if not (last := name.rpartition(".")[2]).isdigit()})
         raise ValueError(
-            f"{option}: nothing to train ends in {', '.join(unknown)}; possible are {', '.join(filter(None, there))}"
+            f"{option}: no module that can be trained ends in {', '.join(unknown)}; possible are "
+            f"{', '.join(filter(None, there))}"
         )
     return sorted(set(itertools.chain(*found.values())))
 

@@ -17,7 +17,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--messages_column", default="messages", help="column of chats (messages)")
     parser.add_argument("--text_column", default="text", help="column of texts (text)")
     parser.add_argument(
-        "--thinking_mode", choices=THINKING_MODES, default=THINKING_MODES[0], help="of chats without one"
+        "--thinking_mode",
+        choices=THINKING_MODES,
+        default=THINKING_MODES[0],
+        help="mode of chats that name none (adaptive)",
     )
     parser.add_argument("--media_folder", help="folder of images and videos whose paths are not absolute")
     parser.add_argument("--max_length", type=int, default=4096, help="greatest number of tokens of a row (4096)")

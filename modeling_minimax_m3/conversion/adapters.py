@@ -100,7 +100,7 @@ def open_adapter(folder: Path, config: MiniMaxM3VLConfig) -> Adapter:
     targets = []
     for name in stored:
         if not (name.startswith(_PREFIX) and name.endswith((_ENDING_A, _ENDING_B))):
-            raise ValueError(f"{folder / ADAPTER_FILE} holds {name}, which is no matrix of LoRA.")
+            raise ValueError(f"{folder / ADAPTER_FILE} holds {name}, which is not a matrix of LoRA.")
         if name.endswith(_ENDING_B) and name.removesuffix(_ENDING_B) + _ENDING_A not in stored:
             raise ValueError(f"{folder / ADAPTER_FILE} holds {name} without its lora_A.")
         if name.endswith(_ENDING_A):
@@ -233,7 +233,7 @@ class AdapterDeltas:
         assert total is not None
         if not bool(total.isfinite().all()):
             folders = ", ".join(str(adapter.folder) for adapter in self.adapters)
-            raise ValueError(f"{folders}: the adapter adds numbers to {name} that are infinite or no numbers.")
+            raise ValueError(f"{folders}: the adapter adds infinite or NaN values to {name}.")
         return total
 
 

@@ -29,7 +29,7 @@ def cut_config(content: dict[str, Any], layers: int | None, experts: int | None)
     text = content.get("text_config", content)
     for name, key, kept in (("layers", "num_hidden_layers", layers), ("experts", "num_local_experts", experts)):
         if kept is not None and not 1 <= kept <= text[key]:
-            raise ValueError(f"`{name}` must be from 1 to {text[key]}, which the model has, got {kept}.")
+            raise ValueError(f"`{name}` must be from 1 to {text[key]}, the number in the source, got {kept}.")
     if layers is not None:
         text["num_hidden_layers"] = layers
         for part, names in ((text, _LAYER_LISTS), (text.get("sparse_attention_config") or {}, _SPARSE_LAYER_LISTS)):

@@ -103,7 +103,7 @@ def convert(
     for name, shape in shapes.items():
         if name in quantized and shape[-1] % GROUP_SIZE:
             raise ValueError(
-                f"{name} has {shape[-1]} columns. MXFP8 needs a multiple of {GROUP_SIZE}, so it cannot hold this model."
+                f"{name} has {shape[-1]} columns, but MXFP8 needs a multiple of {GROUP_SIZE}. Keep the model in bf16."
             )
     deltas = AdapterDeltas([open_adapter(folder, checkpoint.config) for folder in conversion.adapters])
     values = Values(checkpoint.tensors, shapes, quantized, deltas)

@@ -79,7 +79,9 @@ def verify(folder: Path, *, hashes: bool = True, show_progress: bool = True) -> 
         if unlisted := sorted(weights.name for weights in checkpoint.files if weights.name not in files):
             raise ValueError(f"{folder / unlisted[0]} is not in {MANIFEST}: it was renamed or added.")
         if content.get("weights") != len(checkpoint.tensors):
-            raise ValueError(f"{file} counts {content.get('weights')} weights, got {len(checkpoint.tensors)}.")
+            raise ValueError(
+                f"{file} lists {content.get('weights')} weights, but {folder} holds {len(checkpoint.tensors)}."
+            )
         if hashes:
             _check_hashes(folder, files, show_progress)
     return checkpoint, files is not None

@@ -75,7 +75,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no readable JSON: {error}.") from error
+        raise ValueError(f"{file} is not readable JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, got a {type(content).__name__}.")
     return content

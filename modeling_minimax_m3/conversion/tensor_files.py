@@ -61,7 +61,7 @@ class Region:
             while view:
                 count = file.readinto(view)
                 if not count:
-                    raise ValueError(f"{self.file} ends inside of a tensor: it was cut off while it was read.")
+                    raise ValueError(f"{self.file} ends inside a tensor: it was cut off while it was read.")
                 view = view[count:]
         if not buffer:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -79,7 +79,9 @@ def read_header(file: Path) -> tuple[dict[str, Region], dict[str, str]]:
         start = stream.read(_LENGTH.size)
         length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else size
         if length > min(size - _LENGTH.size, _LARGEST_HEADER):
-            raise ValueError(f"{file} is no complete safetensors file: it has {size} bytes, fewer than its header.")
+            raise ValueError(
+                f"{file} is not a complete safetensors file: it has {size} bytes, too few for its header of {length}."
+            )
         try:
             entries = json.loads(stream.read(length))
             metadata = entries.pop("__metadata__", {})
@@ -87,10 +89,12 @@ def read_header(file: Path) -> tuple[dict[str, Region], dict[str, str]]:
             for name, entry in entries.items():
                 begin, end = entry["data_offsets"]
                 if entry["dtype"] not in DTYPES:
-                    raise ValueError(f"{file}: {name} has the dtype {entry['dtype']}, which no MiniMax-M3 has.")
+                    raise ValueError(f"{file}: {name} must have a dtype of {', '.join(DTYPES)}, got {entry['dtype']}.")
                 region = Region(file, _LENGTH.size + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
                 if region.nbytes != end - begin:
-                    raise ValueError(f"{file}: {name} has {end - begin} bytes, its shape needs {region.nbytes}.")
+                    raise ValueError(
+                        f"{file}: {name} must have {region.nbytes} bytes by its shape, got {end - begin}."
+                    )
                 tensors[name] = region
                 spans.append((begin, end))
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -140,13 +140,13 @@ def _check_place(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not overwrite:
-        raise FileExistsError(f"{folder} exists. Name another folder, or allow to replace it (--overwrite).")
+        raise FileExistsError(f"{folder} exists. Name another folder, or replace this one (--overwrite).")
     if os.path.ismount(folder):
         raise FileExistsError(f"{folder} is a mount point, which cannot be renamed. Name a folder inside it.")
     inside = sorted(folder.iterdir()) if folder.is_dir() else [folder]
     if inside and (not (folder / CONFIG).is_file() or not all(file.is_file() for file in inside)):
         raise FileExistsError(
-            f"{folder} holds other things than a checkpoint, so it is not replaced: remove it yourself."
+            f"{folder} holds other things than a checkpoint, so --overwrite does not replace it. Remove it yourself."
         )
     if _replaced_folder(folder).exists():
         raise FileExistsError(f"{_replaced_folder(folder)} is in the way: an earlier run put it there. Remove it.")

@@ -217,7 +217,7 @@ def refuse_half_quantized_weights(
     if missing:
         raise ValueError(
             f"The checkpoint has no tensor for {missing[0]} (and {len(missing) - 1} more of this kind), although its "
-            "`quantization_config` says that the layer is in MXFP8. Layers that are not belong into `ignored_layers`."
+            "`quantization_config` says that the layer is in MXFP8. `ignored_layers` must list the layers that are not."
         )
     ignored = model._keys_to_ignore_on_load_unexpected or []
     unexpected = sorted(
@@ -248,8 +248,8 @@ def _replace_layers(model: PreTrainedModel, unquantized: list[str], dtype: torch
         for width in widths:
             if width % GROUP_SIZE:
                 raise ValueError(
-                    f"{name} has rows of {width} values, and MXFP8 has a scale for {GROUP_SIZE} values each. Name the "
-                    "module in `modules_to_not_convert`."
+                    f"{name} has rows of {width} values, but MXFP8 needs a multiple of {GROUP_SIZE}. Name the module "
+                    "in `modules_to_not_convert`."
                 )
         with torch.device("meta"):
             if isinstance(module, nn.Linear):

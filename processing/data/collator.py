@@ -156,7 +156,7 @@ def learned_turns(mask: torch.Tensor, example: Example) -> torch.Tensor:
     if int(turns[-1]) != len(example.learned):
         raise ValueError(
             f"`messages` has {len(example.learned)} answers, some of which are not learned, but the chat template "
-            f"marks {int(turns[-1])}."
+            f"marks {int(turns[-1])} as `generation`."
         )
     return mask & is_learned[turns]
 

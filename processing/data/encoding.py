@@ -161,8 +161,8 @@ class Encoder:
             raise ValueError(f"`{parts[0][0]}` is an image or a video, but the checkpoint reads text only.")
         if len(found := PLACEHOLDER.findall(text)) != len(parts):
             raise ValueError(
-                f"{_column(example)} must hold a placeholder such as {IMAGE_TOKEN} for each image and video, and no "
-                f"other one: {len(parts)}, got {len(found)}."
+                f"{_column(example)} has {len(parts)} images and videos, but its prompt has {len(found)} placeholders "
+                f"such as {IMAGE_TOKEN}. Texts must hold none; the chat template writes one for each."
             )
         if not parts:
             return _Draft(text, spans)
@@ -191,7 +191,7 @@ class Encoder:
         if not all(example.learned) and len(spans) != len(example.learned):
             raise ValueError(
                 f"{_column(example)} has {len(example.learned)} answers, some of which are not learned, but the chat "
-                f"template marks {len(spans)}."
+                f"template marks {len(spans)} as `generation`."
             )
         if len(spans) == len(example.learned):
             spans = [span for span, is_learned in zip(spans, example.learned) if is_learned]

@@ -143,7 +143,9 @@ def _parse(text: str, name: str, opening: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` must be {wanted} as JSON text, but {error}: {text!r:.100}.") from None
+        raise ValueError(
+            f"`{name}` must be {wanted} as JSON text, got {text!r:.100}, which is not JSON: {error}."
+        ) from None
 
 
 def _text_of(row: Mapping[str, Any], name: str) -> str:
@@ -270,7 +272,8 @@ def _read_completion(row: Mapping[str, Any], reading: Reading) -> Example:
         names = _numbered("prompt", prompt) + _numbered("completion", completion)
         return _finish_chat(row, [*prompt, *completion], names, reading, not_learned=len(prompt))
     if is_list(prompt) or is_list(completion):
-        raise ValueError("`completion` must be a text if `prompt` is one, and a list of messages if `prompt` is one.")
+        kind = "a list of messages" if is_list(prompt) else "a text"
+        raise ValueError(f"`completion` must be {kind}, as `prompt` is, got {completion!r:.100}.")
     return Example(prompt=_text_of(row, "prompt"), text=_text_of(row, "completion"))
 
 

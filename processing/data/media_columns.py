@@ -127,8 +127,8 @@ def _distribute(kind: str, column: str, items: list[Any], messages: list[dict[st
         return
     if len(waiting) != len(items):
         raise ValueError(
-            f"`{column}` must hold one item for each part of type {kind!r} without a source: "
-            f"{len(waiting)}, got {len(items)}."
+            f"`{column}` must hold one item for each marker <{kind}> and each part of type {kind!r} without a source, "
+            f"{len(waiting)} in all, got {len(items)}."
         )
     for index, (part, item) in enumerate(zip(waiting, items)):
         part.update({kind: item, PLACE: f"{column}[{index}]"})

@@ -304,7 +304,7 @@ def _load_split(name: str, split: str, config: str | None, streaming: bool) -> A
     else:
         found = load_dataset(name, config, streaming=streaming)
     if split not in found:
-        raise ValueError(f"the split must be one of {', '.join(found)} of {name}, got {split!r}")
+        raise ValueError(f"the split of {name} must be one of {', '.join(found)}, got {split!r}")
     return found[split]
 
 

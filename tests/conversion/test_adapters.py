@@ -199,14 +199,14 @@ def test_adapters_that_do_not_fit_are_refused_by_name(bases, tmp_path):
     matrices = load_file(folder / "adapter_model.safetensors")
     one = next(name for name in matrices if "lora_A" in name)
     save_file({**matrices, "base_model.model.lm_head.weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="lm_head.weight, which is no matrix of LoRA"):
+    with pytest.raises(ValueError, match="lm_head.weight, which is not a matrix of LoRA"):
         open_adapter(folder, tiny_config())
     for dropped, kept in ((one, "lora_A"), (one.replace("lora_A", "lora_B"), "lora_B")):
         save_file({k: v for k, v in matrices.items() if k != dropped}, folder / "adapter_model.safetensors")
         with pytest.raises(ValueError, match=f"without its {kept}"):
             open_adapter(folder, tiny_config())
     (folder / "adapter_model.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors is no complete safetensors file"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is not a complete safetensors file"):
         open_adapter(folder, tiny_config())
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing"):
@@ -220,7 +220,9 @@ def test_numbers_that_are_none_are_named(bases, converted, tmp_path):
     matrices = load_file(file)
     matrices["base_model.model.model.language_model.layers.2.self_attn.o_proj.lora_B.weight"][3] = torch.nan
     save_file(matrices, file)
-    with pytest.raises(ValueError, match=r"lora: the adapter adds numbers to .*layers.2.self_attn.o_proj.weight"):
+    with pytest.raises(
+        ValueError, match=r"lora: the adapter adds infinite or NaN values to .*layers.2.self_attn.o_proj.weight"
+    ):
         converted(folder / "whole", tmp_path / "out", adapters=(tmp_path / "lora",))
 
 

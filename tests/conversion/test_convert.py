@@ -239,7 +239,7 @@ def test_bad_conversions_are_named(synthetic, converted, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             Conversion(**options)
-    with pytest.raises(ValueError, match="`layers` must be from 1 to 4, which the model has, got 9"):
+    with pytest.raises(ValueError, match="`layers` must be from 1 to 4, the number in the source, got 9"):
         converted(synthetic["bf16"], tmp_path / "out", layers=9)
     with pytest.raises(ValueError, match="`target` must be another folder"):
         converted(synthetic["bf16"], synthetic["bf16"], overwrite=True)

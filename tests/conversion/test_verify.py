@@ -149,7 +149,7 @@ def test_broken_index_config_and_manifest(folder):
     (folder / "model.safetensors.index.json").unlink()
     refuse(folder, "must hold model.safetensors.index.json or model.safetensors alone", FileNotFoundError)
     (folder / "config.json").write_text("{")
-    refuse(folder, "config.json is no readable JSON")
+    refuse(folder, "config.json is not readable JSON")
     (folder / "config.json").write_text('{"model_type": "llama"}')
     refuse(folder, "`model_type` must be 'minimax_m3_vl' or 'minimax_m3_vl_text', got 'llama'")
     (folder / "config.json").unlink()
@@ -187,7 +187,7 @@ def test_tensors_that_the_config_does_not_describe(single):
             rf"{NAME} must have the shape \(32, 64\) by the config, got \(31, 64\)",
         ),
         (tensors | {NAME: tensors[NAME].to(torch.uint8)}, f"{NAME} must be in torch.float32 or .*, got torch.uint8"),
-        (tensors | {NAME: tensors[NAME].to(torch.int32)}, f"{NAME} has the dtype I32"),
+        (tensors | {NAME: tensors[NAME].to(torch.int32)}, f"{NAME} must have a dtype of .*BF16.*, got I32"),
     ):
         save_file(changed, file, metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
@@ -216,7 +216,7 @@ def test_headers_that_contradict_themselves(single):
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     for change, message in (
-        (lambda entry: entry.update(shape=[1, 1]), f"{NAME} has 8192 bytes, its shape needs 4"),
+        (lambda entry: entry.update(shape=[1, 1]), f"{NAME} must have 4 bytes by its shape, got 8192"),
         (lambda entry: entry.update(data_offsets=[0, 8192]), "overlap or leave gaps"),
         (lambda entry: entry.pop("shape"), "has no readable safetensors header"),
     ):

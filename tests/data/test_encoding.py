@@ -95,7 +95,9 @@ def test_a_template_without_marks_learns_nothing_and_refuses_weights(processor):
     encoder._template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     plain, weighted = encoder([read_example({"messages": [ASK, {**ANSWER, "weight": weight}]}) for weight in (1, 0)])
     assert plain.why_left_out(4096) == NOTHING_LEARNED
-    assert "has 1 answers, some of which are not learned, but the chat template marks 0" in str(weighted)
+    assert "has 1 answers, some of which are not learned, but the chat template marks 0 as `generation`" in str(
+        weighted
+    )
     encoder._template = None
     (missing,) = encoder([read_example({"messages": [ASK, ANSWER]})])
     assert str(missing) == "`messages` is a chat, but the checkpoint's tokenizer has no chat template."

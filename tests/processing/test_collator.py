@@ -180,8 +180,8 @@ def test_length_is_rounded_up(processor, rows):
     "row, message",
     [
         ({"body": "Hello."}, "the row has the columns body, but needs 'messages'"),
-        ({"messages": chat(IMAGE)}, "`images` must hold one item .*: 1, got 0"),
-        ({"messages": chat(VIDEO), "videos": ["a.mp4", "b.mp4"]}, "`videos` must hold .*: 1, got 2"),
+        ({"messages": chat(IMAGE)}, "`images` must hold one item .*, 1 in all, got 0"),
+        ({"messages": chat(VIDEO), "videos": ["a.mp4", "b.mp4"]}, "`videos` must hold .*, 1 in all, got 2"),
         ({"messages": [{"role": "assistant", "content": "Hi."}], "images": ["a.png"]}, "no user message"),
         (
             {"messages": chat("Hi."), "chat_template_kwargs": {"thinking_mode": "on"}},

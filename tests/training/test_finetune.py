@@ -263,7 +263,10 @@ ERRORS = {
         ["--dataset", "{texts}", "--text_column", "body"],
         "row 1: the row has the columns text, but needs 'messages'",
     ),
-    "split": (["--dataset", "{saved}", "--train_split", "dev"], "must be one of train, test of .*, got 'dev'"),
+    "split": (
+        ["--dataset", "{saved}", "--train_split", "dev"],
+        "the split of .* must be one of train, test, got 'dev'",
+    ),
     "length": (["--dataset", "{texts}", "--max_length", "1"], "--max_length must be at least 2, got 1"),
     "cut": (["--dataset", "{chats}", "--max_length", "20"], "anything to learn.* within its first 20 tokens"),
     "stream": (["--dataset", "{texts}", "--streaming", "--max_steps", "-1"], "--streaming needs --max_steps"),

@@ -153,7 +153,7 @@ def test_idle_options_are_options(finetune, idle_options, capsys):
 NAMES = {
     "target": (
         ["--lora_targets", "q_proj", "qproj"],
-        "--lora_targets: nothing to train ends in qproj; possible are .*k_proj",
+        "--lora_targets: no module that can be trained ends in qproj; possible are .*k_proj",
     ),
     "target of the tower": (
         ["--lora_targets", "q_proj", "out_proj"],
@@ -163,20 +163,29 @@ NAMES = {
         ["--lora_targets", "norm"],
         "--lora_targets: .* ends in norm; possible are down_proj",
     ),
-    "part of a name": (["--lora_targets", "proj"], "--lora_targets: nothing to train ends in proj; possible are"),
+    "part of a name": (
+        ["--lora_targets", "proj"],
+        "--lora_targets: no module that can be trained ends in proj; possible are",
+    ),
     "target that is saved": (
         ["--lora_targets", "lm_head", "--lora_save", "lm_head"],
         "--lora_targets: .* in lm_head;",
     ),
     "indexer without a loss": (["--lora_targets", "indexer.q_proj"], "--lora_targets: .* ends in indexer.q_proj;"),
-    "saved": (["--lora_save", "lm_haed"], "--lora_save: nothing to train ends in lm_haed; possible are .*lm_head"),
+    "saved": (
+        ["--lora_save", "lm_haed"],
+        "--lora_save: no module that can be trained ends in lm_haed; possible are .*lm_head",
+    ),
     "saved indexer without a loss": (["--lora_save", "indexer"], "--lora_save: .* ends in indexer; possible are"),
     "saved tower without images": (
         ["--lora_save", "vision_tower"],
         "--lora_save: .* ends in vision_tower; possible are",
     ),
-    "saved without weights": (["--lora_save", "rotary_emb"], "--lora_save: nothing to train ends in rotary_emb;"),
-    "saved list": (["--lora_save", "layers"], "--lora_save: nothing to train ends in layers;"),
+    "saved without weights": (
+        ["--lora_save", "rotary_emb"],
+        "--lora_save: no module that can be trained ends in rotary_emb;",
+    ),
+    "saved list": (["--lora_save", "layers"], "--lora_save: no module that can be trained ends in layers;"),
     "dropout of experts": (["--lora_experts", "--lora_dropout", "0.1"], "PEFT cannot make the adapters: .*dropout"),
     "rank": (["--lora_rank", "0"], "PEFT cannot make the adapters: .*0"),
     "scale": (["--lora_alpha", "0"], "--lora_alpha must not be 0"),
@@ -239,5 +248,5 @@ def test_saved_data_have_splits_and_are_streamed(finetune, arguments, kind):
     assert isinstance(finetune.prepare(arguments(["--dataset", f"{{{kind}}}"])).train_dataset, Dataset)
     streamed = finetune.prepare(arguments(["--dataset", f"{{{kind}}}", "--streaming"])).train_dataset
     assert isinstance(streamed, IterableDataset)
-    with pytest.raises(SystemExit, match="must be one of train of .*, got 'test'"):
+    with pytest.raises(SystemExit, match="the split of .* must be one of train, got 'test'"):
         finetune.main(arguments(["--dataset", f"{{{kind}}}", "--eval_split", "test"]))
