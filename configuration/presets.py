@@ -11,7 +11,7 @@ _PAD_SLOT, _EOS_SLOT, _IMAGE_SLOT, _VIDEO_SLOT, _BOS_SLOT = 0, 20, 25, 26, 34
 
 
 def released_config() -> MiniMaxM3VLConfig:
-    """The geometry of the released model: about 428B parameters. One token uses about 23B of them."""
+    """The geometry of the released model: about 427B parameters. One token uses about 23B of them."""
     num_layers, num_dense = 60, 3
     num_sparse = num_layers - num_dense
     return MiniMaxM3VLConfig(

@@ -1,6 +1,6 @@
 """Say whether a MiniMax-M3 fits on the devices, before anything is loaded.
 
-    python scripts/plan_memory.py CHECKPOINT --precision nf4 --context 131072
+    python scripts/plan_memory.py CHECKPOINT --precision mxfp8 --context 131072
     python scripts/plan_memory.py released --precision mxfp8 --devices 8 --device_gib 80
     python scripts/plan_memory.py CHECKPOINT --training lora --gradient_checkpointing --devices 8 --device_gib 141
 
