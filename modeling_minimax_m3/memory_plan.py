@@ -150,7 +150,7 @@ class MemoryPlan:
     def _verdict(self) -> list[str]:
         request = self.request
         if request.usable_gib is None:
-            return ["the memory of a device is unknown: give it as `device_gib`"]
+            return ["the memory of a device is unknown: `device_gib` (`--device_gib`) gives it"]
         room = (
             f"{request.usable_gib:.2f} GiB, {1 - request.margin:.0%} of the {request.device_gib:.2f} GiB of a device"
         )

@@ -12,11 +12,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from processing_minimax_m3.data.checking import check_rows
 
-from .data_options import add_data_options, open_data
+from .data_options import add_data_options, open_data, output_file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--decode_media", action="store_true", help="decode all images and videos, which finds damage")
     parser.add_argument("--num_proc", type=int, help="processes (the number of cores, at most 16)")
     parser.add_argument("--max_faults", type=int, default=100, help="print at most this many faults (100)")
-    parser.add_argument("--report", type=Path, help="write all counts and all faults to this JSON file")
+    parser.add_argument("--report", type=output_file, help="write all counts and all faults to this JSON file")
     arguments = parser.parse_args(argv)
     try:
         rows, encoder, reading, _ = open_data(arguments, arguments.decode_media)

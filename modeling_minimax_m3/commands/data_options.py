@@ -1,12 +1,25 @@
 """The options of commands that read data without training."""
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 from processing_minimax_m3.chat_template import THINKING_MODES
 from processing_minimax_m3.data import Encoder, Reading, Rows, open_rows
 
 from .checkpoint import load_processor
+
+
+def output_file(text: str) -> Path:
+    """An option's file that is written last: refused before any work if that is bound to fail."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, got the folder {text!r}")
+    if not os.access(path.parent, os.W_OK):
+        why = "cannot be written to" if path.parent.is_dir() else "does not exist"
+        raise argparse.ArgumentTypeError(f"must be in a folder that can be written to: {str(path.parent)!r} {why}")
+    return path
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

@@ -10,13 +10,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from processing_minimax_m3.data import RowFault, Rows
 from processing_minimax_m3.data.encoded_rows import encode_rows
 from processing_minimax_m3.data.showing import show_page, show_text
 
-from .data_options import add_data_options, open_data
+from .data_options import add_data_options, open_data, output_file
 
 
 def find_row(rows: Rows, number: int | None) -> int:
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_data_options(parser)
     parser.add_argument("--row", type=int, help="number of the row in the first file, as `check` names it (the first)")
-    parser.add_argument("--html", type=Path, help="write a page with the row and its pictures to this file")
+    parser.add_argument("--html", type=output_file, help="write a page with the row and its pictures to this file")
     arguments = parser.parse_args(argv)
     try:
         rows, encoder, reading, processor = open_data(arguments)

@@ -135,7 +135,6 @@ def test_only_decoding_finds_damage_behind_a_header(write_rows, tiny_checkpoint,
             ["check", "{rows}", "--model", "{model}", "--max_length", "1"],
             "check: --max_length must be at least 2, got 1",
         ),
-        (["check", "{rows}", "--model", "{model}", "--report", "nowhere/r.json"], "check: .*nowhere/r.json"),
         (["show", "{rows}", "--model", "{model}", "--row", "4"], "show: --row: .* has no row 4; its rows are 1 to 3"),
         (["show", "{rows}", "--model", "{model}", "--row", "2"], "show: .* has no row 2"),
         (["show", "{rows}", "--model", "{model}", "--row", "3"], "show: .*row 3: `text`: must be a text, got 3"),
@@ -146,6 +145,15 @@ def test_mistakes(write_rows, tiny_checkpoint, arguments, message):
     places = {"rows": write_rows({"text": "a"}, b"", {"text": 3}), "model": tiny_checkpoint}
     with pytest.raises(SystemExit, match=message):
         main([argument.format(**places) for argument in arguments])
+
+
+@pytest.mark.parametrize(("command", "option"), [("check", "--report"), ("show", "--html")])
+def test_a_file_that_cannot_be_written_is_refused_first(write_rows, tmp_path, capsys, command, option):
+    for path, message in ((tmp_path / "no" / "file", "does not exist"), (tmp_path, "must be a file, got the folder")):
+        with pytest.raises(SystemExit):
+            main([command, str(write_rows({"text": "a"})), "--model", "not read", option, str(path)])
+        printed = capsys.readouterr().err
+        assert f"argument {option}: " in printed and message in printed
 
 
 def test_a_shown_row_marks_what_is_learned(mixed, tiny_checkpoint, capsys):
