@@ -128,11 +128,7 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
         _keep_rules_of_scales(model, self)
         for module in model.modules():
             if isinstance(module, Mxfp8Module):
-                for parameter in module.parameters(recurse=False):
-                    if parameter.element_size() == 1:
-                        parameter.requires_grad_(False)  # Transformers makes every floating-point parameter trainable
-                # Accelerate keeps weights that it moves on "meta" between calls.
-                module.shows_numbers = not any(parameter.is_meta for parameter in module.parameters(recurse=False))
+                module.finish_loading()
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
