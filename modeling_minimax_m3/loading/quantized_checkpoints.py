@@ -3,9 +3,12 @@
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
 from transformers.utils import logging
 
 from ..layers.moe import MiniMaxM3VLExperts
+from ..layers.quantized import QuantizedExperts
+from .expert_quantization import ExpertQuantization
 from .mxfp8_quantizer import Mxfp8Quantizer
 
 logger = logging.get_logger(__name__)
@@ -33,7 +36,7 @@ def _tell_of_plain_experts(model: PreTrainedModel) -> None:
     weights = [
         parameter
         for module in model.modules()
-        if isinstance(module, MiniMaxM3VLExperts)
+        if isinstance(module, MiniMaxM3VLExperts) and not isinstance(module, QuantizedExperts)
         for parameter in module.parameters(recurse=False)
         # Quantizers put classes of their own, or integers, in the place of what they quantize.
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
@@ -41,14 +44,25 @@ def _tell_of_plain_experts(model: PreTrainedModel) -> None:
     if not weights:
         return
     stored = sum(parameter.numel() * parameter.element_size() for parameter in weights)
-    numbers = sum(parameter.numel() for parameter in weights)
-    if isinstance(quantizer, Mxfp8Quantizer):
-        switch = "Take them out of `modules_to_not_convert` to store them"
-    else:
-        switch = "`quantization_config=modeling_minimax_m3.mxfp8_config()` in place of yours stores them"
     logger.warning_once(
-        f"{type(quantizer).__name__} leaves the routed experts in {weights[0].dtype}: {stored:,} bytes. {switch} in "
-        f"MXFP8, {numbers + numbers // 32:,} bytes, and the linear layers too."
+        f"{type(quantizer).__name__} leaves the routed experts in {weights[0].dtype}: {stored:,} bytes. "
+        + _switch_for_experts(quantizer, sum(parameter.numel() for parameter in weights))
+    )
+
+
+def _switch_for_experts(quantizer: HfQuantizer, numbers: int) -> str:
+    in_mxfp8 = f"MXFP8, {numbers + numbers // 32:,} bytes"
+    if isinstance(quantizer, Mxfp8Quantizer):
+        return f"Take them out of `modules_to_not_convert` to store them in {in_mxfp8}, and the linear layers too."
+    if isinstance(quantizer, ExpertQuantization):
+        switch = quantizer.how_to_quantize_experts(numbers)
+        if switch is not None and quantizer.pre_quantized:
+            return f"The checkpoint was saved so. For a plain checkpoint: {switch}"
+        if switch is not None:
+            return switch
+    return (
+        "`quantization_config=modeling_minimax_m3.mxfp8_config()` in place of yours stores them in "
+        f"{in_mxfp8}, and the linear layers too. `BitsAndBytesConfig(load_in_4bit=True)` stores both in 4 bits."
     )
 
 
