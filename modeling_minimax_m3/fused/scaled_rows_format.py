@@ -1,4 +1,7 @@
-"""Weights in 8 bits with one float32 scale for each row, as torchao's weight-only configs have them."""
+"""Weights in 8 bits with one float32 scale for each row, as torchao's weight-only configs have them.
+
+The scales are those of torchao for a weight in float32.
+"""
 
 from collections.abc import Sequence
 
@@ -16,13 +19,15 @@ class ScaledRowsFormat(WeightFormat):
     Args:
         name (str): Name of the format.
         dtype (torch.dtype): Of the values.
-        largest (float): The largest value, which stands for the largest absolute number of a row.
+        divisor (float): The largest absolute number of a row, divided by this, is the scale.
+        limits (tuple[float, float]): The smallest and the largest value.
     """
 
     plain_weights = "Load the model without a `quantization_config`, from a plain checkpoint, and merge into that."
 
-    def __init__(self, name: str, dtype: torch.dtype, largest: float):
-        self.name, self.label, self.dtype, self.largest = name, name, dtype, largest
+    def __init__(self, name: str, dtype: torch.dtype, divisor: float, limits: tuple[float, float]):
+        self.name, self.label, self.dtype = name, name, dtype
+        self.divisor, self.limits = divisor, limits
         self.suffixes = ("", f"_{name}_scale")
 
     def empty(self, shape: Sequence[int]) -> tuple[torch.Tensor, ...]:
@@ -36,8 +41,8 @@ class ScaledRowsFormat(WeightFormat):
         for matrix, matrix_values, matrix_scales in zip(weight.detach(), values, scales, strict=True):
             numbers = matrix.float()
             largest = numbers.abs().amax(-1, keepdim=True)
-            matrix_scales.copy_(torch.where(largest > 0, largest / self.largest, 1.0))
-            scaled = (numbers / matrix_scales).clamp_(-self.largest, self.largest)
+            matrix_scales.copy_(torch.where(largest > 0, largest / self.divisor, 1.0))
+            scaled = (numbers / matrix_scales).clamp_(*self.limits)
             matrix_values.copy_(scaled if self.dtype.is_floating_point else scaled.round_())
         return values, scales
 
@@ -57,7 +62,7 @@ class ScaledRowsFormat(WeightFormat):
         return values if values.dtype == self.dtype else values.detach().to(self.dtype), scales
 
 
-FLOAT8_ROWS = ScaledRowsFormat("float8", torch.float8_e4m3fn, 448.0)
-INT8_ROWS = ScaledRowsFormat("int8", torch.int8, 127.0)
+FLOAT8_ROWS = ScaledRowsFormat("float8", torch.float8_e4m3fn, 448.0, (-448.0, 448.0))
+INT8_ROWS = ScaledRowsFormat("int8", torch.int8, 127.5, (-128.0, 127.0))
 for _format in (FLOAT8_ROWS, INT8_ROWS):
     register_format(_format)

@@ -1,13 +1,16 @@
 """Repairs of a quantized model after Transformers and bitsandbytes have loaded it, and what its user should know."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.accelerate import expand_device_map
 from transformers.quantizers import HfQuantizer
 from transformers.utils import logging
 
 from ..layers.moe import MiniMaxM3VLExperts
-from ..layers.quantized import QuantizedExperts
+from ..layers.quantized import QuantizedExperts, QuantizedModule
 from .expert_quantization import ExpertQuantization
 from .mxfp8_quantizer import Mxfp8Quantizer
 
@@ -26,6 +29,30 @@ def finish_loading(model: PreTrainedModel) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     _tell_of_plain_experts(model)
+
+
+def refuse_quantizing_to_disk(
+    model: PreTrainedModel, quantizer: HfQuantizer | None, device_map: dict[str, Any] | None
+) -> None:
+    """Raise `ValueError` where weights that are quantized while they are loaded are to lie on the disk.
+
+    Transformers lets the model read them from the checkpoint again, where they are not quantized.
+
+    Args:
+        model (`PreTrainedModel`): The model, whose layers are replaced already.
+        quantizer (`HfQuantizer`, *optional*): How it is loaded.
+        device_map (`dict`, *optional*): Where its modules go.
+    """
+    if quantizer is None or quantizer.pre_quantized or "disk" not in (device_map or {}).values():
+        return
+    names = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
+    devices = expand_device_map(device_map, names)
+    on_disk = [name for name in names if devices.get(name) == "disk"]
+    if on_disk:
+        raise ValueError(
+            f"`device_map` must not put {on_disk[0]} (and {len(on_disk) - 1} more) on the disk while its weights are "
+            "being quantized. Load the model without the disk, save it with `save_pretrained`, and load that."
+        )
 
 
 def _tell_of_plain_experts(model: PreTrainedModel) -> None:

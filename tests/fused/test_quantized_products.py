@@ -5,6 +5,7 @@ import torch
 
 from modeling_minimax_m3.fused import quantized_products
 from modeling_minimax_m3.fused.four_bit_format import FOUR_BIT_FORMATS
+from modeling_minimax_m3.fused.scaled_rows_format import FLOAT8_ROWS, INT8_ROWS
 from modeling_minimax_m3.fused.weight_formats import MXFP8, StoredWeight
 
 EXPERTS, OUTPUTS, CHANNELS = 6, 96, 64
@@ -13,7 +14,7 @@ ROWS = 50
 IDS = torch.tensor([expert for expert, (a, b) in enumerate(zip([0, *ENDS], ENDS, strict=False)) for _ in range(a, b)])
 
 
-FORMATS = {weight_format.name: weight_format for weight_format in (MXFP8, *FOUR_BIT_FORMATS.values())}
+FORMATS = {weight_format.name: weight_format for weight_format in (MXFP8, FLOAT8_ROWS, INT8_ROWS, *FOUR_BIT_FORMATS.values())}
 
 
 @pytest.fixture(params=FORMATS)

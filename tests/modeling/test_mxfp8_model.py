@@ -459,28 +459,8 @@ class TestPlainExperts:
         assert f"{quantized:,} bytes" in message
         assert len(warnings) == 1
 
-    @pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
-    def test_other_libraries(self, plain, warnings, kind):
-        quantization = other_quantization(kind)
-        model = load(plain["text"], CLASSES["text"], quantization_config=quantization)
-        (message,) = warnings
-        assert re.search(r"quantization_config=modeling_minimax_m3.mxfp8_config\(\)", message)
-        assert f"{expert_bytes(model):,} bytes" in message
-
     def test_not_where_nothing_is_quantized(self, plain, released, warnings):
         load(plain["text"], CLASSES["text"])
         load(released)
         load(released, quantization_config=mxfp8_config(dequantize=True))
         assert warnings == []
-
-
-def other_quantization(kind: str):
-    if kind == "bitsandbytes":
-        pytest.importorskip("bitsandbytes")
-        from transformers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(load_in_4bit=True)
-    quantization = pytest.importorskip("torchao.quantization")
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(quantization.Float8WeightOnlyConfig())
