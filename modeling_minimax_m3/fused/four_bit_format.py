@@ -98,10 +98,11 @@ class FourBitFormat(WeightFormat):
 
     def restored(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """As in the base class. A cast of the scales, as mixed precision of FSDP2 makes it, is an error."""
-        for suffix, tensor in zip(self.suffixes, tensors, strict=True):
-            if tensor.dtype not in (torch.uint8, torch.float32):
+        dtypes = [torch.uint8, torch.uint8 if self.double else torch.float32, torch.float32, torch.float32]
+        for suffix, tensor, dtype in zip(self.suffixes, tensors, dtypes, strict=False):
+            if tensor.dtype != dtype:
                 raise TypeError(
-                    f"the tensor {suffix!r} of a weight in {self.label} must be in torch.float32, got {tensor.dtype}: "
+                    f"the tensor {suffix!r} of a weight in {self.label} must be in {dtype}, got {tensor.dtype}: "
                     "something has cast it, as mixed precision of FSDP2 does, and its numbers are lost"
                 )
         return tuple(tensors)
@@ -121,8 +122,6 @@ def _table(device: torch.device) -> torch.Tensor:
     return create_dynamic_map().to(device)
 
 
-FOUR_BIT_FORMATS = {
-    (kind, double): FourBitFormat(kind, double) for kind in ("nf4", "fp4") for double in (False, True)
-}
+FOUR_BIT_FORMATS = {(kind, double): FourBitFormat(kind, double) for kind in ("nf4", "fp4") for double in (False, True)}
 for _format in FOUR_BIT_FORMATS.values():
     register_format(_format)

@@ -1,5 +1,4 @@
-"""Products with weights that are stored in fewer bits. They dequantize what they multiply by, never all of a layer's
-experts.
+"""Products with weights that are stored in fewer bits. They dequantize what they multiply by, never all experts.
 
 The products are differentiable with respect to the states. Their gradients are products of the same kind, with the
 transposed weights, so nothing but the stored bytes is kept for the backward.

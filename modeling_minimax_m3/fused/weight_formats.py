@@ -106,9 +106,7 @@ def _select(tensor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 class _Mxfp8(WeightFormat):
     name, label = "mxfp8", "MXFP8"
-    plain_weights = (
-        "Load the model with `quantization_config=mxfp8_config(dequantize=True)`, and merge into that."
-    )
+    plain_weights = "Load the model with `quantization_config=mxfp8_config(dequantize=True)`, and merge into that."
     suffixes = ("", "_scale_inv")
     is_split_on_disk = True
 

@@ -31,9 +31,7 @@ class QuantizedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, stored, dtype, updates=(), parameter=None):
-        return torch.Tensor._make_wrapper_subclass(
-            cls, stored.shape, dtype=dtype, device=stored.tensors[0].device
-        )
+        return torch.Tensor._make_wrapper_subclass(cls, stored.shape, dtype=dtype, device=stored.tensors[0].device)
 
     def __init__(
         self,

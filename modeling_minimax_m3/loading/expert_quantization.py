@@ -49,24 +49,17 @@ class ExpertQuantization(_Quantizer):
         """Dtype of the experts' products, in a model that is loaded in `dtype`."""
         return dtype
 
-    def _process_model_before_weight_loading(
-        self,
-        model: PreTrainedModel,
-        dtype: torch.dtype | None = None,
-        checkpoint_files: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super()._process_model_before_weight_loading(
-            model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs
-        )
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
         experts = {name: module for name, module in model.named_modules() if type(module) is MiniMaxM3VLExperts}
         if not experts:
             return
         if self.pre_quantized:
-            formats = _formats_in_files(model, checkpoint_files or [], self.formats_in_checkpoints())
+            in_files = _formats_in_files(model, kwargs.get("checkpoint_files") or [], self.formats_in_checkpoints())
+            formats = {name: found for name, found in in_files.items() if name in experts}
         else:
             formats = {name: found for name in experts if (found := self.format_of_experts(name)) is not None}
-        compute_dtype = self.compute_dtype(dtype or model.dtype)
+        compute_dtype = self.compute_dtype(kwargs.get("dtype") or model.dtype)
         for name, weight_format in formats.items():
             with torch.device("meta"):
                 try:
@@ -178,11 +171,11 @@ def _formats_in_files(
     found: dict[str, WeightFormat] = {}
     # A format with more tensors may have all those of another one.
     for weight_format in sorted(formats, key=lambda candidate: -len(candidate.suffixes)):
-        ending = f".{QuantizedExperts.weight_names[0]}{weight_format.suffixes[-1]}"
+        marks = weight_format.suffixes[2:] or weight_format.suffixes[1:]
+        endings = tuple(f".{weight}{mark}" for weight in QuantizedExperts.weight_names for mark in marks)
         for key in keys:
-            if key.endswith(ending):
-                name = name_in_model(model, key).removesuffix(ending)
-                found.setdefault(_own_name(model, name), weight_format)
+            if key.endswith(endings):
+                found.setdefault(_own_name(model, name_in_model(model, key).rpartition(".")[0]), weight_format)
     return found
 
 

@@ -43,7 +43,9 @@ def with_fused_projections(mapping: list[WeightTransform]) -> list[WeightTransfo
             (concatenate,) = transform.operations
             transform.operations = [ConcatenateWhole(concatenate.dim, concatenate.num_shards_attribute)]
         elif type(transform.operations[0]) is MergeModulelist:
-            transform.operations = [_OPERATIONS_OF_EXPERTS.get(type(op), type(op))(op.dim) for op in transform.operations]
+            transform.operations = [
+                _OPERATIONS_OF_EXPERTS.get(type(op), type(op))(op.dim) for op in transform.operations
+            ]
     return mapping
 
 

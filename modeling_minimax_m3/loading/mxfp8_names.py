@@ -64,9 +64,7 @@ def unquantized_in_files(model: PreTrainedModel, files: list[str]) -> list[str]:
     for file in files:
         with safe_open(file, framework="pt") as opened:
             scales = [key for key in opened.keys() if key.endswith(SCALE_SUFFIX)]  # noqa: SIM118
-        with_scales.update(
-            name_in_model(model, key.removesuffix(SCALE_SUFFIX)).removeprefix(prefix) for key in scales
-        )
+        with_scales.update(name_in_model(model, key.removesuffix(SCALE_SUFFIX)).removeprefix(prefix) for key in scales)
     weights = ("weight", *Mxfp8Experts.weight_names)
     plain = [
         layer

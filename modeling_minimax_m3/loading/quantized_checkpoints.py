@@ -1,11 +1,10 @@
 """Repairs of a quantized model after Transformers and bitsandbytes have loaded it, and what its user should know."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import expand_device_map
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers import HfQuantizer
 from transformers.utils import logging
 
@@ -31,23 +30,34 @@ def finish_loading(model: PreTrainedModel) -> None:
     _tell_of_plain_experts(model)
 
 
-def refuse_quantizing_to_disk(
-    model: PreTrainedModel, quantizer: HfQuantizer | None, device_map: dict[str, Any] | None
-) -> None:
-    """Raise `ValueError` where weights that are quantized while they are loaded are to lie on the disk.
+def refuse_places(model: PreTrainedModel, load_config: LoadStateDictConfig) -> None:
+    """Raise where quantized weights are to go to places where they would be wrong without an error.
 
-    Transformers lets the model read them from the checkpoint again, where they are not quantized.
+    - Weights on the disk that are quantized while they are loaded: Transformers lets the model read them from the
+      checkpoint again, where they are not quantized.
+    - Experts that are spread over processes: the plans cut weights, and know the scales of MXFP8 alone.
 
     Args:
         model (`PreTrainedModel`): The model, whose layers are replaced already.
-        quantizer (`HfQuantizer`, *optional*): How it is loaded.
-        device_map (`dict`, *optional*): Where its modules go.
+        load_config (`LoadStateDictConfig`): How it is loaded.
+
+    Raises:
+        ValueError: The device map has the disk for such weights.
+        NotImplementedError: The experts of such a format are to be spread.
     """
-    if quantizer is None or quantizer.pre_quantized or "disk" not in (device_map or {}).values():
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+    if load_config.device_mesh is not None:
+        for name, module in modules.items():
+            if not module.weight_format.is_split_on_disk:
+                raise NotImplementedError(
+                    f"{name} cannot be spread over processes, because it is in {module.weight_format.label}. Experts in "
+                    "MXFP8 can: `quantization_config=mxfp8_config()`."
+                )
+    quantizer, device_map = load_config.hf_quantizer, load_config.device_map or {}
+    if quantizer is None or quantizer.pre_quantized or "disk" not in device_map.values():
         return
-    names = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
-    devices = expand_device_map(device_map, names)
-    on_disk = [name for name in names if devices.get(name) == "disk"]
+    devices = expand_device_map(device_map, list(modules))
+    on_disk = [name for name in modules if devices.get(name) == "disk"]
     if on_disk:
         raise ValueError(
             f"`device_map` must not put {on_disk[0]} (and {len(on_disk) - 1} more) on the disk while its weights are "

@@ -58,7 +58,9 @@ class TorchAoQuantizer(ExpertQuantization, TorchAoHfQuantizer):
     def how_to_quantize_experts(self, numbers: int) -> str | None:
         if _format_of(self.quantization_config.quant_type) is None:
             return None
-        return f"Take them out of `modules_to_not_convert` to store them in 8 bits, {numbers:,} bytes and their scales."
+        return (
+            f"Take them out of `modules_to_not_convert` to store them in 8 bits, {numbers:,} bytes and their scales."
+        )
 
 
 def _named_config(configs: dict[str, Any], module: str, weight: str) -> Any:

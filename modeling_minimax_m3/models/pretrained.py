@@ -18,7 +18,7 @@ from ..loading.disk_names import with_module_names
 from ..loading.expert_quantization import refuse_incomplete_experts
 from ..loading.mxfp8_quantizer import refuse_half_quantized_weights
 from ..loading.part_loading import finish_part_loading, part_conversions, refuse_parts_without_weights
-from ..loading.quantized_checkpoints import finish_loading, refuse_quantizing_to_disk
+from ..loading.quantized_checkpoints import finish_loading, refuse_places
 from ..runtime.captured_decoding import CapturedDecoding, obstacle_of_model
 from ..training.indexer_training import freeze_untrained_indexers, set_indexer_training
 
@@ -84,7 +84,7 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
             return PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
-        refuse_quantizing_to_disk(model, load_config.hf_quantizer, load_config.device_map)
+        refuse_places(model, load_config)
         conversions = part_conversions(model)
         load_config = replace(load_config, weight_mapping=[*conversions, *(load_config.weight_mapping or [])])
         info, disk_offload_index = PreTrainedModel._load_pretrained_model(

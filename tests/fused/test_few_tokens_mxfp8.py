@@ -319,7 +319,9 @@ class TestKernel:
         out = torch.ops.minimax_m3_msa_cuda.dequantize_mxfp8(*weight)
         assert out.dtype == torch.bfloat16 and out.shape == expected.shape
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(MXFP8.dequantize(weight, torch.float32), dequantize_mxfp8(*weight, torch.float32)) or not shape
+        assert (
+            torch.equal(MXFP8.dequantize(weight, torch.float32), dequantize_mxfp8(*weight, torch.float32)) or not shape
+        )
 
     def test_mismatched_tensors_raise(self):
         x, (values, scales) = random(2, 128, device="cuda"), weight_of(64, 128, device="cuda")

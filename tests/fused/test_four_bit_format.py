@@ -92,3 +92,5 @@ def test_cast_scales_are_refused():
     assert weight_format.restored((packed, scales)) == (packed, scales)
     with pytest.raises(TypeError, match="'_absmax' of a weight in NF4 must be in torch.float32, got torch.bfloat16"):
         weight_format.restored((packed, scales.bfloat16()))
+    with pytest.raises(TypeError, match="'_absmax' of a weight in NF4 must be in torch.float32, got torch.uint8"):
+        weight_format.restored((packed, scales.to(torch.uint8)))

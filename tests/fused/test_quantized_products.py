@@ -14,7 +14,9 @@ ROWS = 50
 IDS = torch.tensor([expert for expert, (a, b) in enumerate(zip([0, *ENDS], ENDS, strict=False)) for _ in range(a, b)])
 
 
-FORMATS = {weight_format.name: weight_format for weight_format in (MXFP8, FLOAT8_ROWS, INT8_ROWS, *FOUR_BIT_FORMATS.values())}
+FORMATS = {
+    weight_format.name: weight_format for weight_format in (MXFP8, FLOAT8_ROWS, INT8_ROWS, *FOUR_BIT_FORMATS.values())
+}
 
 
 @pytest.fixture(params=FORMATS)
@@ -112,7 +114,9 @@ def test_custom_operators(weight, name, transposed):
     states = states_of(len(IDS), torch.float32, OUTPUTS if transposed else CHANNELS).requires_grad_()
     # Its test of the schema computes with its inputs, which 8-bit floats cannot.
     utils = ("test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operator, (states, list(stored.tensors), stored.format.name, *places, transposed), test_utils=utils)
+    torch.library.opcheck(
+        operator, (states, list(stored.tensors), stored.format.name, *places, transposed), test_utils=utils
+    )
 
 
 @pytest.mark.parametrize("kind", CALLS)

@@ -34,7 +34,11 @@ def test_numbers_are_near(weight_format, weights, dtype):
 
 
 def test_numbers_that_fit_are_kept(weight_format):
-    values = torch.tensor([[[448.0, -3.5, 0.0, 26.0]]]) if weight_format is FLOAT8_ROWS else torch.tensor([[[127.5, -3, 1, 0]]])
+    values = (
+        torch.tensor([[[448.0, -3.5, 0.0, 26.0]]])
+        if weight_format is FLOAT8_ROWS
+        else torch.tensor([[[127.5, -3, 1, 0]]])
+    )
     numbers = weight_format.dequantize(weight_format.quantize(values * 2**-7), torch.float32)
     expected = values.clamp(max=127) if weight_format is INT8_ROWS else values
     assert torch.equal(numbers, expected * 2**-7)

@@ -3,13 +3,13 @@
 import copy
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.modeling_utils import LoadStateDictConfig
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM, mxfp8_config
@@ -17,6 +17,7 @@ from modeling_minimax_m3.fused import quantized_products
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLExperts
 from modeling_minimax_m3.layers.quantized import QuantizedExperts
 from modeling_minimax_m3.loading import quantized_checkpoints
+from modeling_minimax_m3.loading.quantized_checkpoints import refuse_places
 
 from .mxfp8_cases import NOTHING, tensors_in
 
@@ -177,7 +178,9 @@ class TestWhatIsQuantized:
     def test_shapes_that_do_not_fit(self, tmp_path):
         config = tiny_config(text={"intermediate_size": 3}).text_config
         MiniMaxM3VLForCausalLM(config).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"layers.1.mlp.experts cannot be quantized.*64 x 3.*llm_int8_skip_modules"):
+        with pytest.raises(
+            ValueError, match=r"layers.1.mlp.experts cannot be quantized.*64 x 3.*llm_int8_skip_modules"
+        ):
             MiniMaxM3VLForCausalLM.from_pretrained(tmp_path, quantization_config=quantization("nf4"))
 
 
@@ -298,7 +301,9 @@ class TestSaving:
         for name, experts in experts_of(model).items():
             assert type(experts) is MiniMaxM3VLExperts
             for weight in experts.state_dict():
-                assert torch.equal(getattr(experts, weight), stored[name].stored_weight(weight).dequantize(torch.bfloat16))
+                assert torch.equal(
+                    getattr(experts, weight), stored[name].stored_weight(weight).dequantize(torch.bfloat16)
+                )
         model.save_pretrained(tmp_path / "plain")
         assert tensors_in(tmp_path / "plain").keys() == tensors_in(plain["composite"]).keys()
         assert torch.equal(logits_of(CLASSES["composite"].from_pretrained(tmp_path / "plain")), logits_of(model))
@@ -317,13 +322,18 @@ class TestSaving:
         assert all(type(experts) is MiniMaxM3VLExperts for experts in experts_of(again).values())
         assert torch.equal(logits_of(again), logits_of(model))
 
-    @pytest.mark.parametrize("gone", ["down_proj", "gate_up_proj", "down_proj_absmax", "down_proj_nested_absmax"])
+    @pytest.mark.parametrize(
+        "gone",
+        ["down_proj", "gate_up_proj", "down_proj_absmax", "gate_up_proj_nested_absmax", "gate_up_proj_nested_offset"],
+    )
     def test_missing_tensor(self, load, gone, tmp_path):
         load("nf4 twice").save_pretrained(tmp_path)
         tensors = load_file(tmp_path / "model.safetensors")
         del tensors[f"model.layers.2.mlp.experts.{gone}"]
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=rf"no tensor for model.layers.2.mlp.experts.{gone}, which experts in NF4"):
+        with pytest.raises(
+            ValueError, match=rf"no tensor for model.layers.2.mlp.experts.{gone}, which experts in NF4"
+        ):
             MiniMaxM3VLForCausalLM.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize("kind", ["nf4", "nf4 twice"])
@@ -374,8 +384,20 @@ class TestPlaces:
         devices = {f"model.layers.{i}": "disk" if i == 3 else "cpu" for i in range(4)}
         devices |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
         config = mxfp8_config() if kind == "mxfp8" else quantization(kind)
-        with pytest.raises(ValueError, match=r"`device_map` must not put model.layers.3.* on the disk.*save_pretrained"):
+        with pytest.raises(
+            ValueError, match=r"`device_map` must not put model.layers.3.* on the disk.*save_pretrained"
+        ):
             load(quantization_config=config, device_map=devices, offload_folder=tmp_path)
+
+    @pytest.mark.parametrize("kind", ["nf4", "float8"])
+    def test_spreading_over_processes_is_refused(self, load, kind):
+        """The plans would cut the weights and leave the scales whole."""
+        model = load(kind)
+        spread = LoadStateDictConfig(device_mesh=object())
+        with pytest.raises(NotImplementedError, match=r"layers.1.mlp.experts cannot be spread over processes.*mxfp8"):
+            refuse_places(model, spread)
+        refuse_places(model, LoadStateDictConfig())
+        refuse_places(load(quantization_config=mxfp8_config()), spread)
 
 
 class TestChoicesOfTorchao:
@@ -421,7 +443,9 @@ class TestChoicesOfTorchao:
         from transformers import TorchAoConfig
 
         names = {r"re:.*\.experts\.down_proj": configs.Float8WeightOnlyConfig()}
-        with pytest.raises(ValueError, match="gives NoneType to .*gate_up_proj and Float8WeightOnlyConfig to .*down_proj"):
+        with pytest.raises(
+            ValueError, match="gives NoneType to .*gate_up_proj and Float8WeightOnlyConfig to .*down_proj"
+        ):
             load(quantization_config=TorchAoConfig(configs.FqnToConfig(names)))
 
 

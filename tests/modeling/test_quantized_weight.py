@@ -13,7 +13,9 @@ from modeling_minimax_m3.mxfp8 import dequantize_mxfp8, quantize_mxfp8
 @pytest.fixture
 def weight() -> QuantizedWeight:
     generator = torch.Generator().manual_seed(0)
-    return QuantizedWeight(StoredWeight(MXFP8, quantize_mxfp8(torch.randn(3, 4, 64, generator=generator))), torch.float32)
+    return QuantizedWeight(
+        StoredWeight(MXFP8, quantize_mxfp8(torch.randn(3, 4, 64, generator=generator))), torch.float32
+    )
 
 
 @pytest.fixture
