@@ -17,8 +17,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig
 from processing_minimax_m3.registration import register_processors
 
+from .loading.bnb_quantizer import register_bnb_quantizer
 from .loading.fused_projections import with_fused_projections
 from .loading.mxfp8_quantizer import register_quantizer
+from .loading.torchao_quantizer import register_torchao_quantizer
 from .models.multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
 from .models.sequence_classification import (
     MiniMaxM3VLForSequenceClassification,
@@ -46,6 +48,8 @@ def register() -> None:
 
     register_processors()
     register_quantizer()
+    register_bnb_quantizer()
+    register_torchao_quantizer()
 
     # Transformers converts checkpoint names only for its own classes and for model types registered by hand.
     register_checkpoint_conversion_mapping(

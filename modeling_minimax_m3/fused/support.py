@@ -75,7 +75,8 @@ def runs_as_written(module: torch.nn.Module, kind: type[Module]) -> TypeGuard[Mo
     return (
         not is_torchdynamo_compiling()
         and type(module) is kind
-        and kind.forward.__module__ == kind.__module__  # libraries of kernels replace the forward of a class
+        # Libraries of kernels replace the forward of a class.
+        and kind.forward.__module__ in (base.__module__ for base in kind.__mro__)
         and not is_watched(module)
     )
 

@@ -7,6 +7,9 @@ gate first. Transformers' rule for that goes wrong in two places, each without a
   concatenates this rank's shards. The result has its rows in another order than this rank's shard of the fused weight.
 - Where bitsandbytes has quantized the fused layer, Transformers 5.23 and 5.24 write halves of its packed bytes, and of
   the tensors beside them. Nothing can read such a file again.
+
+The experts of a composite checkpoint are apart as well, and stacked in the model. Quantized ones are written as they
+are in the model, unless their format has a released layout.
 """
 
 from typing import Any
@@ -14,20 +17,55 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import Chunk, Concatenate, WeightConverter, WeightTransform
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    SplitModulelist,
+    WeightConverter,
+    WeightTransform,
+)
 from transformers.distributed.utils import is_dtensor
+
+from ..layers.quantized import QuantizedModule
 
 
 def with_fused_projections(mapping: list[WeightTransform]) -> list[WeightTransform]:
     """`mapping`, with `ConcatenateWhole` where a rule does nothing but `Concatenate`.
 
-    The rules of experts merge them first, and Transformers shards those correctly.
+    The rules of experts merge them first, and Transformers shards those correctly. They get operations whose reverse
+    leaves quantized experts whole.
     """
     for transform in mapping:
-        if isinstance(transform, WeightConverter) and [type(op) for op in transform.operations] == [Concatenate]:
+        if not isinstance(transform, WeightConverter):
+            continue
+        if [type(op) for op in transform.operations] == [Concatenate]:
             (concatenate,) = transform.operations
             transform.operations = [ConcatenateWhole(concatenate.dim, concatenate.num_shards_attribute)]
+        elif type(transform.operations[0]) is MergeModulelist:
+            transform.operations = [
+                _OPERATIONS_OF_EXPERTS.get(type(op), type(op))(op.dim) for op in transform.operations
+            ]
     return mapping
+
+
+class MergeExperts(MergeModulelist):
+    """`MergeModulelist` that is reversed by `SplitUnlessQuantized`."""
+
+    @property
+    def reverse_op(self) -> "SplitUnlessQuantized":
+        return SplitUnlessQuantized(self.dim)
+
+
+class ConcatenateExperts(Concatenate):
+    """`Concatenate` that is reversed by `ChunkUnlessQuantized`."""
+
+    @property
+    def reverse_op(self) -> "ChunkUnlessQuantized":
+        return ChunkUnlessQuantized(self.dim)
+
+
+_OPERATIONS_OF_EXPERTS = {MergeModulelist: MergeExperts, Concatenate: ConcatenateExperts}
 
 
 class ConcatenateWhole(Concatenate):
@@ -106,21 +144,64 @@ class ChunkUnlessQuantized(Chunk):
             model (`PreTrainedModel`): Its parameter tells whether it is quantized.
             **kwargs: Passed to Transformers' operation.
         """
-        fused = source_patterns[0].replace(r"\.", ".")
-        layer, _, suffix = full_layer_name.rpartition(target_patterns[0])
-        weight = _parameter(model, layer + fused)
-        if weight is None or type(weight) is nn.Parameter or is_dtensor(weight):
+        name = _name_of_whole(model, full_layer_name, source_patterns, target_patterns)
+        if name is None:
             return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
         (tensors,) = input_dict.values()
-        return {layer + fused + suffix: tensors}
+        return {name: tensors}
 
 
-def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+class SplitUnlessQuantized(SplitModulelist):
+    """`SplitModulelist` that leaves quantized experts whole, as `ChunkUnlessQuantized` does."""
+
+    @torch.no_grad
+    def convert(
+        self,
+        input_dict: dict[str, torch.Tensor],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """As in Transformers.
+
+        Args:
+            input_dict (`dict`): The weight of all experts, or its parts.
+            source_patterns, target_patterns (`list[str]`): Names of that weight and of its parts.
+            full_layer_name (`str`): Name of the weight, with the first part's name in place of its own.
+            model (`PreTrainedModel`): Its module tells whether the experts are quantized.
+            **kwargs: Passed to Transformers' operation.
+        """
+        name = _name_of_whole(model, full_layer_name, source_patterns, target_patterns)
+        if name is None:
+            return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+        (tensors,) = input_dict.values()
+        return {name: tensors}
+
+
+def _name_of_whole(
+    model: PreTrainedModel, full_layer_name: str, source_patterns: list[str], target_patterns: list[str]
+) -> str | None:
+    """The name in the model of a tensor that is saved whole. None for one that is saved in parts."""
+    fused = source_patterns[0].replace(r"\.", ".")
+    layer, _, suffix = full_layer_name.rpartition(target_patterns[0])
+    module, weight = _module_and_parameter(model, layer + fused)
+    if isinstance(module, QuantizedModule):
+        return None if module.weight_format.is_split_on_disk else layer + fused + suffix
+    if weight is None or type(weight) is nn.Parameter or is_dtensor(weight):
+        return None
+    return layer + fused + suffix
+
+
+def _module_and_parameter(model: nn.Module, name: str) -> tuple[nn.Module | None, nn.Parameter | None]:
     path, _, leaf = name.rpartition(".")
     try:
-        return model.get_submodule(path)._parameters.get(leaf)  # as it is stored, whatever the layer shows
-    except AttributeError:  # a wrapper's names differ from the file's; what it wraps is no quantized layer
-        return None
+        module = model.get_submodule(path)
+    except AttributeError:  # a wrapper's names differ from the file's; what it wraps is not quantized
+        return None, None
+    return module, module._parameters.get(leaf)  # as it is stored, whatever the layer shows
 
 
 def _is_sharded(tensor: torch.Tensor, dim: int) -> bool:

@@ -24,7 +24,7 @@ def layers_of_names(model: PreTrainedModel, names: list[str]) -> set[str]:
     """
     layers = _layers(model)
     prefix = f"{model.base_model_prefix}."  # which a model without a head lacks
-    fused = {_name_in_model(model, f"{name}.weight").removesuffix(".weight") for name in names}
+    fused = {name_in_model(model, f"{name}.weight").removesuffix(".weight") for name in names}
     found = set()
     for layer, *on_disk in zip(
         layers, _names_on_disk(model, layers), _names_on_disk(model, [prefix + name for name in layers]), strict=True
@@ -64,9 +64,7 @@ def unquantized_in_files(model: PreTrainedModel, files: list[str]) -> list[str]:
     for file in files:
         with safe_open(file, framework="pt") as opened:
             scales = [key for key in opened.keys() if key.endswith(SCALE_SUFFIX)]  # noqa: SIM118
-        with_scales.update(
-            _name_in_model(model, key.removesuffix(SCALE_SUFFIX)).removeprefix(prefix) for key in scales
-        )
+        with_scales.update(name_in_model(model, key.removesuffix(SCALE_SUFFIX)).removeprefix(prefix) for key in scales)
     weights = ("weight", *Mxfp8Experts.weight_names)
     plain = [
         layer
@@ -78,19 +76,19 @@ def unquantized_in_files(model: PreTrainedModel, files: list[str]) -> list[str]:
     return [*names, *_names_on_disk(model, [layer for layer in plain if layer not in named])]
 
 
+def name_in_model(model: PreTrainedModel, weight: str) -> str:
+    """A weight's name on disk as that in the model. A name in the model stays."""
+    for rule in get_model_conversion_mapping(model):
+        weight, _ = rule.rename_source_key(weight)
+    return weight
+
+
 def _layers(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if type(module) in (nn.Linear, MiniMaxM3VLExperts)]
 
 
 def _is_named(module: str, names: list[str]) -> bool:
     return any(f".{name}." in f".{module}." for name in names) or not should_convert_module(module, names)
-
-
-def _name_in_model(model: PreTrainedModel, weight: str) -> str:
-    """A weight's name on disk as that in the model. A name in the model stays."""
-    for rule in get_model_conversion_mapping(model):
-        weight, _ = rule.rename_source_key(weight)
-    return weight
 
 
 def _names_on_disk(model: PreTrainedModel, names: list[str]) -> list[str]:

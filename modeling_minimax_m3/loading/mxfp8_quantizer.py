@@ -22,6 +22,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts
 from ..layers.mxfp8 import SCALE_SUFFIX, Mxfp8Experts, Mxfp8Linear, Mxfp8Module
 from ..mxfp8 import GROUP_SIZE, dequantize_mxfp8, quantize_mxfp8
+from .expert_quantization import plain_experts
 from .mxfp8_names import layers_of_names, unquantized_as_released, unquantized_in_files
 
 METHOD = "mxfp8"
@@ -128,11 +129,7 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
         _keep_rules_of_scales(model, self)
         for module in model.modules():
             if isinstance(module, Mxfp8Module):
-                for parameter in module.parameters(recurse=False):
-                    if parameter.element_size() == 1:
-                        parameter.requires_grad_(False)  # Transformers makes every floating-point parameter trainable
-                # Accelerate keeps weights that it moves on "meta" between calls.
-                module.shows_numbers = not any(parameter.is_meta for parameter in module.parameters(recurse=False))
+                module.finish_loading()
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -266,9 +263,7 @@ def _dequantized(module: Mxfp8Module, dtype: torch.dtype) -> nn.Module:
         plain.bias = None if module.bias is None else nn.Parameter(module.bias.to(dtype))
     else:
         assert isinstance(module, Mxfp8Experts)
-        with torch.device("meta"):
-            plain = MiniMaxM3VLExperts(module.config)
-        plain._is_expert_parallel = module._is_expert_parallel
+        return plain_experts(module, dtype)
     for name in module.weight_names:
         setattr(plain, name, nn.Parameter(dequantize_mxfp8(*module.stored(name), dtype)))
     return plain.train(module.training)

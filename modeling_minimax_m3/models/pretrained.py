@@ -15,9 +15,10 @@ from configuration_minimax_m3.auto_class import AutoClassByImport
 from ..layers.moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
 from ..layers.normalization import MiniMaxM3VLRMSNorm
 from ..loading.disk_names import with_module_names
+from ..loading.expert_quantization import refuse_incomplete_experts
 from ..loading.mxfp8_quantizer import refuse_half_quantized_weights
 from ..loading.part_loading import finish_part_loading, part_conversions, refuse_parts_without_weights
-from ..loading.quantized_checkpoints import finish_loading
+from ..loading.quantized_checkpoints import finish_loading, refuse_places
 from ..runtime.captured_decoding import CapturedDecoding, obstacle_of_model
 from ..training.indexer_training import freeze_untrained_indexers, set_indexer_training
 
@@ -83,6 +84,7 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
             return PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
+        refuse_places(model, load_config)
         conversions = part_conversions(model)
         load_config = replace(load_config, weight_mapping=[*conversions, *(load_config.weight_mapping or [])])
         info, disk_offload_index = PreTrainedModel._load_pretrained_model(
@@ -90,6 +92,7 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
         )
         finish_part_loading(model, conversions, load_config, info)
         refuse_half_quantized_weights(model, load_config.hf_quantizer, info)
+        refuse_incomplete_experts(model, load_config.hf_quantizer, info)
         refuse_parts_without_weights(model, info, MiniMaxM3VLPreTrainedModel)
         return info, disk_offload_index
 

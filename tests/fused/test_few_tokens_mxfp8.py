@@ -7,7 +7,7 @@ from torch import nn
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.fused import few_tokens
 from modeling_minimax_m3.fused.few_tokens import linear, mlp, mlp_reference, takes_linear, takes_mlp
-from modeling_minimax_m3.fused.mxfp8_products import dequantized
+from modeling_minimax_m3.fused.weight_formats import MXFP8
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock
 from modeling_minimax_m3.layers.mxfp8 import Mxfp8Experts, Mxfp8Linear
 from modeling_minimax_m3.mxfp8 import GROUP_SIZE, Mxfp8Tensors, dequantize_mxfp8, quantize_mxfp8
@@ -319,7 +319,9 @@ class TestKernel:
         out = torch.ops.minimax_m3_msa_cuda.dequantize_mxfp8(*weight)
         assert out.dtype == torch.bfloat16 and out.shape == expected.shape
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(dequantized(*weight, torch.float32), dequantize_mxfp8(*weight, torch.float32)) or not shape
+        assert (
+            torch.equal(MXFP8.dequantize(weight, torch.float32), dequantize_mxfp8(*weight, torch.float32)) or not shape
+        )
 
     def test_mismatched_tensors_raise(self):
         x, (values, scales) = random(2, 128, device="cuda"), weight_of(64, 128, device="cuda")

@@ -9,7 +9,7 @@ from torch import nn
 
 from configuration_minimax_m3 import released_config, tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM, mxfp8_config
-from modeling_minimax_m3.fused import mxfp8_products
+from modeling_minimax_m3.fused import quantized_products
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLExperts
 from modeling_minimax_m3.layers.mxfp8 import Mxfp8Experts
 from modeling_minimax_m3.mxfp8 import dequantize_mxfp8, quantize_mxfp8
@@ -118,7 +118,7 @@ class TestExperts:
     @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
     def test_results(self, small, small_config, tokens, implementation, monkeypatch):
         monkeypatch.setattr(small.config, "_experts_implementation", implementation)
-        monkeypatch.setattr(mxfp8_products, "DEQUANTIZED_BYTES", 3 * 256 * 256 * 2)
+        monkeypatch.setattr(quantized_products, "DEQUANTIZED_BYTES", 3 * 256 * 256 * 2)
         inputs = routing(tokens, small_config)
         with torch.no_grad():
             assert distance(small(*inputs), by_definition(small, *inputs)) < TOLERANCE
@@ -257,4 +257,4 @@ class TestReleasedLayer:
         # Weights of one group, a copy of its bytes where experts are gathered, and the largest activations: for each
         # pair the tokens, gates and ups, what the gate makes of them, and a second copy of the widest of these.
         pairs = tokens * config.num_experts_per_tok
-        assert extra <= 1.6 * mxfp8_products.DEQUANTIZED_BYTES + pairs * 2 * (4 * 6144 + 3072) + 2**26
+        assert extra <= 1.6 * quantized_products.DEQUANTIZED_BYTES + pairs * 2 * (4 * 6144 + 3072) + 2**26

@@ -19,7 +19,7 @@ from modeling_minimax_m3 import (
     MiniMaxM3VLModel,
     mxfp8_config,
 )
-from modeling_minimax_m3.fused import mxfp8_products
+from modeling_minimax_m3.fused import quantized_products, weight_formats
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLExperts
 from modeling_minimax_m3.layers.mxfp8 import Mxfp8Experts, Mxfp8Linear, Mxfp8Module
 from modeling_minimax_m3.loading import quantized_checkpoints
@@ -112,13 +112,13 @@ def tokens():
 @pytest.fixture
 def dequantized(monkeypatch) -> list[torch.Size]:
     """The shapes that are dequantized from now on."""
-    shapes, dequantize = [], mxfp8_products.dequantize_mxfp8
+    shapes, dequantize = [], weight_formats.dequantize_mxfp8
 
     def record(values, scales, dtype):
         shapes.append(values.shape)
         return dequantize(values, scales, dtype)
 
-    monkeypatch.setattr(mxfp8_products, "dequantize_mxfp8", record)
+    monkeypatch.setattr(weight_formats, "dequantize_mxfp8", record)
     return shapes
 
 
@@ -151,7 +151,7 @@ class TestAnswers:
         assert largest == 8 * 64 * 64  # all experts at a time: they are small
         dequantized.clear()
         most = 3 * 64 * 64  # elements
-        monkeypatch.setattr(mxfp8_products, "DEQUANTIZED_BYTES", 2 * most)
+        monkeypatch.setattr(quantized_products, "DEQUANTIZED_BYTES", 2 * most)
         assert torch.equal(logits_of(model, tokens), expected)
         assert max(shape.numel() for shape in dequantized if len(shape) == 3) == most
 
@@ -459,28 +459,8 @@ class TestPlainExperts:
         assert f"{quantized:,} bytes" in message
         assert len(warnings) == 1
 
-    @pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
-    def test_other_libraries(self, plain, warnings, kind):
-        quantization = other_quantization(kind)
-        model = load(plain["text"], CLASSES["text"], quantization_config=quantization)
-        (message,) = warnings
-        assert re.search(r"quantization_config=modeling_minimax_m3.mxfp8_config\(\)", message)
-        assert f"{expert_bytes(model):,} bytes" in message
-
     def test_not_where_nothing_is_quantized(self, plain, released, warnings):
         load(plain["text"], CLASSES["text"])
         load(released)
         load(released, quantization_config=mxfp8_config(dequantize=True))
         assert warnings == []
-
-
-def other_quantization(kind: str):
-    if kind == "bitsandbytes":
-        pytest.importorskip("bitsandbytes")
-        from transformers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(load_in_4bit=True)
-    quantization = pytest.importorskip("torchao.quantization")
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(quantization.Float8WeightOnlyConfig())

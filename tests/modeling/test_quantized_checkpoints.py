@@ -89,7 +89,8 @@ def test_options_of_saving(quantize, model_class, options, tmp_path):
 
 @pytest.mark.parametrize("kind", ["nf4 twice", "int8"])
 def test_stock_loads_what_is_saved(quantize, model_class, stock, kind, tmp_path):
-    model = quantize(kind)
+    """Stock knows linear layers only, so the experts are left as they are."""
+    model = quantize(kind, llm_int8_skip_modules=["lm_head", "mlp.experts"])
     model.save_pretrained(tmp_path)
     theirs = getattr(stock, model_class.__name__).from_pretrained(tmp_path)
     torch.testing.assert_close(theirs.state_dict(), model.state_dict(), rtol=0, atol=0)

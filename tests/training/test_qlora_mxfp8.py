@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM, mxfp8_config
-from modeling_minimax_m3.fused import mxfp8_products
+from modeling_minimax_m3.fused import quantized_products, weight_formats
 
 ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -84,7 +84,7 @@ def assert_close_training(model, reference, tolerance: float) -> None:
 @pytest.mark.parametrize("rank", [4, 8, 3])
 @pytest.mark.parametrize("targets", TARGETS)
 def test_loss_and_gradients(load, targets, rank, monkeypatch):
-    monkeypatch.setattr(mxfp8_products, "DEQUANTIZED_BYTES", 2 * 64 * 64 * 4)  # two experts at a time
+    monkeypatch.setattr(quantized_products, "DEQUANTIZED_BYTES", 2 * 64 * 64 * 4)  # two experts at a time
     models = [with_adapters(load(dequantize), rank, **TARGETS[targets]) for dequantize in (False, True)]
     assert_close_training(*models, tolerance=1e-5)
 
@@ -131,11 +131,10 @@ def test_bytes_stay_after_passes(load):
 
 
 def test_experts_are_never_dequantized_whole(load, monkeypatch):
-    largest, dequantize = [], mxfp8_products.dequantize_mxfp8
-    monkeypatch.setattr(mxfp8_products, "DEQUANTIZED_BYTES", 64 * 64 * 4)
+    largest, dequantize = [], weight_formats.dequantize_mxfp8
+    monkeypatch.setattr(quantized_products, "DEQUANTIZED_BYTES", 64 * 64 * 4)
     record = lambda values, *rest: largest.append(values[..., 0, 0].numel()) or dequantize(values, *rest)  # noqa: E731
-    monkeypatch.setattr(mxfp8_products, "dequantize_mxfp8", record)
-    monkeypatch.setattr("modeling_minimax_m3.layers.mxfp8_weight.dequantize_mxfp8", record)
+    monkeypatch.setattr(weight_formats, "dequantize_mxfp8", record)
     loss_and_gradients(with_adapters(load(), **EXPERTS))
     assert set(largest) == {1, 2}  # experts of the four, whose down projections have half of the elements
 

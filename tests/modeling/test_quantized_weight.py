@@ -1,30 +1,33 @@
-"""MXFP8 weights as other libraries see them: reading dequantizes, writing and moving raise."""
+"""Quantized weights as other libraries see them: reading dequantizes, writing and moving raise."""
 
 import pytest
 import torch
 from torch import nn
 
+from modeling_minimax_m3.fused.weight_formats import MXFP8, StoredWeight
 from modeling_minimax_m3.layers.mxfp8 import Mxfp8Linear
-from modeling_minimax_m3.layers.mxfp8_weight import Mxfp8Weight
+from modeling_minimax_m3.layers.quantized_weight import QuantizedWeight
 from modeling_minimax_m3.mxfp8 import dequantize_mxfp8, quantize_mxfp8
 
 
 @pytest.fixture
-def weight() -> Mxfp8Weight:
+def weight() -> QuantizedWeight:
     generator = torch.Generator().manual_seed(0)
-    return Mxfp8Weight(*quantize_mxfp8(torch.randn(3, 4, 64, generator=generator)), torch.float32)
+    return QuantizedWeight(
+        StoredWeight(MXFP8, quantize_mxfp8(torch.randn(3, 4, 64, generator=generator))), torch.float32
+    )
 
 
 @pytest.fixture
 def numbers(weight) -> torch.Tensor:
-    return dequantize_mxfp8(weight.mxfp8_values, weight.mxfp8_scales, torch.float32)
+    return dequantize_mxfp8(*weight.stored.tensors, torch.float32)
 
 
 def test_looks_like_a_frozen_parameter(weight):
     assert isinstance(weight, nn.Parameter) and not weight.requires_grad
     assert (weight.shape, weight.dtype, weight.device) == ((3, 4, 64), torch.float32, torch.device("cpu"))
-    assert repr(weight) == "Mxfp8Weight((3, 4, 64), dtype=torch.float32, device=cpu)"
-    assert all(type(same) is Mxfp8Weight for same in (weight.data, weight.detach()))
+    assert repr(weight) == "QuantizedWeight((3, 4, 64), dtype=torch.float32, device=cpu)"
+    assert all(type(same) is QuantizedWeight for same in (weight.data, weight.detach()))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,7 @@ def test_gradient_of_what_reads_it(weight, numbers):
 def test_low_rank_update(weight, numbers):
     left, right = torch.randn(3, 4, 2, requires_grad=True), torch.randn(3, 2, 64, requires_grad=True)
     updated = torch.baddbmm(torch.baddbmm(weight, left, right, alpha=0.5), left, right)
-    assert type(updated) is Mxfp8Weight and len(updated.updates) == 2 and weight.updates == ()
+    assert type(updated) is QuantizedWeight and len(updated.updates) == 2 and weight.updates == ()
     expected = torch.baddbmm(torch.baddbmm(numbers, left, right, alpha=0.5), left, right)
     assert torch.equal(updated.dequantize(), expected)
 
