@@ -247,7 +247,9 @@ class RunMonitor(TrainerCallback):
             values["expert_most_used"] = max(load["most_used"] for load in layers.values())
             values["expert_least_used"] = min(load["least_used"] for load in layers.values())
         of_layers = {
-            f"layer_{number:02}/expert_{name}": value for number, load in layers.items() for name, value in load.items()
+            f"layer_{number:02}/expert_{name}": value
+            for number, load in layers.items()
+            for name, value in load.items()
         }
         mass, mass_of_layers = self._mass(sums)
         values |= {"selected_mass": mass} if mass is not None else {}

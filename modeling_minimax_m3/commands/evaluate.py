@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import DataCollatorWithFlattening
 
 from processing_minimax_m3 import MiniMaxM3VLProcessor, MultimodalChatCollator
 from processing_minimax_m3.data import Encoder, Rows
 from processing_minimax_m3.data.batches import RowCollator
 from processing_minimax_m3.data.training_rows import training_rows
-from transformers import DataCollatorWithFlattening
 
 from .checkpoint import read_config
 from .data_options import add_data_options, open_data

@@ -23,7 +23,14 @@ IDLE = {
         "without --eval_dataset, --eval_split or --eval_fraction",
         (
             *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval", "per_device_eval_batch_size"),
-            *("samples", "sample_tokens", "eval_accumulation_steps", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+            *(
+                "samples",
+                "sample_tokens",
+                "eval_accumulation_steps",
+                "load_best_model_at_end",
+                "metric_for_best_model",
+                "greater_is_better",
+            ),
         ),
     ),
     "any_run": (

@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(f"merge: {error}")
-    print(f"merged {', '.join(map(str, adapters))} into {arguments.target}: {checkpoint.precision}, {checkpoint.layout}")
+    print(
+        f"merged {', '.join(map(str, adapters))} into {arguments.target}: {checkpoint.precision}, {checkpoint.layout}"
+    )
     for obstacle in serving_report(checkpoint):
         print(f"vLLM and SGLang cannot serve it: {obstacle}")
 

@@ -38,7 +38,7 @@ def load_running_model(name: str, arguments: argparse.Namespace, config: PreTrai
         ValueError: The adapter does not fit.
     """
     has_gpu = torch.cuda.is_available()
-    model = auto_class(config).from_pretrained(
+    model: Any = auto_class(config).from_pretrained(
         name,
         dtype=SHORT_DTYPES.get(arguments.dtype, arguments.dtype),
         device_map=arguments.device or ("auto" if has_gpu else None),

@@ -34,7 +34,7 @@ class RunData:
         has_media (bool): Whether rows have images or videos. Of a stream, whether the first rows have.
         summary (list of str): What became of the rows, line by line.
         longest (int): The tokens of the longest row of a batch, or `max_length` where the rows are not known yet.
-        sources (list of tuple): Name of each file or data set, what it is for, and its rows, if they are known.
+        sources (sequence of tuple): Name of each file or data set, what it is for, and its rows, if they are known.
     """
 
     rows: dict[str, Any]
@@ -43,7 +43,7 @@ class RunData:
     has_media: bool
     summary: list[str]
     longest: int
-    sources: list[tuple[str, str, int | None]]
+    sources: Sequence[tuple[str, str, int | None]]
 
 
 def read_data(data: DataArguments, training: TrainingArguments, processor: Any) -> RunData:

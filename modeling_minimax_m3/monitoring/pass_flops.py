@@ -1,5 +1,6 @@
 """Operations of training passes, counted on the device without waiting for it, and what devices can do."""
 
+import itertools
 import re
 
 import torch
@@ -34,7 +35,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = re.split(r"[\s-]+", torch.cuda.get_device_name(device))
-    words = [*name, *(f"{one} {other}" for one, other in zip(name, name[1:]))]
+    words = [*name, *(f"{one} {other}" for one, other in itertools.pairwise(name))]
     return next((peak for part, peak in PEAK_FLOPS.items() if part in words), None)
 
 

@@ -51,6 +51,11 @@ def points_of(history: Sequence[dict[str, Any]], name: str) -> list[tuple[float,
     return found if stride <= 1 else [*found[:-1:stride], found[-1]]
 
 
+def tick(value: float) -> str:
+    """A number beside a line of the grid."""
+    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e4 else format_count(value) if value else "0"
+
+
 def chart(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
     """Curves over steps as inline SVG, with a legend that holds the last values."""
     curves = {name: points for name, points in curves.items() if points}
@@ -68,11 +73,11 @@ def chart(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
         return x, 8 + up * (1 - (value - low) / (high - low))
 
     parts = []
-    for tick in range(4):
-        value = low + (high - low) * tick / 3
+    for number in range(4):
+        value = low + (high - low) * number / 3
         _, y = place(first, value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{format_count(value)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick(value)}</text>')
     for step, anchor in {first: "start", last: "end"}.items():
         x, _ = place(step, low)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">step {step:.0f}</text>')
@@ -110,9 +115,7 @@ def layer_table(layers: dict[int, dict[str, float]]) -> str:
     head = "".join(f"<th>{html.escape(text)}</th>" for text in ("layer", *names.values()))
     rows = "".join(
         f'<tr><td class="number">{layer}</td>'
-        + "".join(
-            f'<td class="number">{"" if name not in values else f"{values[name]:.4f}"}</td>' for name in names
-        )
+        + "".join(f'<td class="number">{"" if name not in values else f"{values[name]:.4f}"}</td>' for name in names)
         + "</tr>"
         for layer, values in sorted(layers.items())
     )
@@ -152,7 +155,8 @@ def report_page(
         samples (sequence of dict): `step`, `prompt`, `answer` and `reference` of generations.
     """
     rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td><pre>{html.escape(value)}</pre></td></tr>" for name, value in facts.items()
+        f"<tr><th>{html.escape(name)}</th><td><pre>{html.escape(value)}</pre></td></tr>"
+        for name, value in facts.items()
     )
     charts = "".join(
         chart(heading, {text: points_of(history, name) for name, text in curves.items()}) for heading, curves in CHARTS

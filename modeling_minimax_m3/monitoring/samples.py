@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 IGNORED = -100
@@ -63,7 +64,9 @@ def sample_prompts(dataloader: Any, count: int, media_tokens: set[int]) -> list[
 
 
 def _rows(dataset: Any) -> Iterator[Any]:
-    return (dataset[index] for index in range(len(dataset))) if hasattr(dataset, "__len__") else iter(dataset)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return iter(dataset)
+    return (dataset[index] for index in range(len(dataset)))
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class PassTallies:
             raise ValueError(f"the run must train a MiniMax-M3, got {type(model).__name__}")
         self.wants_mass = False
         self.is_averaged = 1
-        self._config = head.config.get_text_config()
+        self._config: Any = head.config.get_text_config()
         parameters = list(model.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         self._flops = PassFlops(self._config, trained / max(sum(parameter.numel() for parameter in parameters), 1))
@@ -144,7 +144,8 @@ class PassTallies:
         self, shape: tuple[int, int], device: torch.device, mask: Any, position_ids: Any, offsets: Any
     ) -> None:
         labels = self._inputs["labels"]
-        tokens = torch.tensor(shape[0] * shape[1]) if self._real is None else self._real.sum()
+        all_tokens = torch.full((), shape[0] * shape[1], device=device)
+        tokens = all_tokens if self._real is None else self._real.sum()
         learned: torch.Tensor | int = 0 if labels is None else (labels[:, 1:] != IGNORED).sum()
         positions = token_positions(shape, device, mask, position_ids, offsets)
         self._add("tokens", tokens)

@@ -168,7 +168,19 @@ def test_an_evaluation_is_that_of_training(adapter, chats, tiny_checkpoint, tmp_
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt": "2 + 2 =", "completion": " 4"}) + "\n")
     output = tmp_path / "scores.json"
-    run("evaluate", chats, other, "--model", tiny_checkpoint, "--adapter", adapter, "--output", output, "--device", "cpu")
+    run(
+        "evaluate",
+        chats,
+        other,
+        "--model",
+        tiny_checkpoint,
+        "--adapter",
+        adapter,
+        "--output",
+        output,
+        "--device",
+        "cpu",
+    )
     scores = json.loads(output.read_text())
     assert list(scores["files"]) == [str(chats), str(other)]
     of_chats = scores["files"][str(chats)]
@@ -299,7 +311,9 @@ def damaged(adapter, tmp_path):
             save_file(load_file(adapter / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
     tensors = load_file(adapter / "adapter_model.safetensors")
     name = min(tensors)
-    save_file({**tensors, name: tensors[name][..., :-1].contiguous()}, tmp_path / "wrong" / "adapter_model.safetensors")
+    save_file(
+        {**tensors, name: tensors[name][..., :-1].contiguous()}, tmp_path / "wrong" / "adapter_model.safetensors"
+    )
     file = tmp_path / "cut" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     return tmp_path
@@ -326,7 +340,10 @@ ERRORS = {
     "evaluate length": (["evaluate", "{chats}", "--max_length", "20"], "no row has anything to learn within"),
     "evaluate dtype": (["evaluate", "{chats}", "--dtype", "int8"], "--dtype must be one of .*, got 'int8'"),
     "chat image": (["chat", "--prompt", "a", "--image", "nowhere.png"], "chat: there is no file 'nowhere.png'"),
-    "chat device": (["chat", "--prompt", "a", "--device", "moon"], "--device must be the name of a device, got 'moon'"),
+    "chat device": (
+        ["chat", "--prompt", "a", "--device", "moon"],
+        "--device must be the name of a device, got 'moon'",
+    ),
     "chat top_p": (["chat", "--top_p", "1.5"], "--top_p must be above 0 and at most 1, got 1.5"),
     "chat idle": (["chat", "--top_p", "0.5", "--temperature", "0"], "--top_p would do nothing"),
     "chat tokens": (["chat", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),

@@ -44,9 +44,7 @@ def make_rows(*lengths: int) -> list[dict[str, list[int]]]:
 
 def make_trainer(folder, model, rows, monitor=None, **options) -> Trainer:
     given = {"max_steps": 2, "logging_steps": 1, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-    arguments = TrainingArguments(
-        str(folder), use_cpu=True, **{**given, "per_device_train_batch_size": 2, **options}
-    )
+    arguments = TrainingArguments(str(folder), use_cpu=True, **{**given, "per_device_train_batch_size": 2, **options})
     trainer = Trainer(
         model, arguments, train_dataset=rows, eval_dataset=rows[:2], data_collator=DataCollatorWithFlattening()
     )
@@ -305,7 +303,9 @@ def test_one_line_for_each_log(tmp_path, capsys):
 
 
 def test_bars_stay_and_their_lines_go(tmp_path, capsys):
-    trainer = make_trainer(tmp_path, make_model(num_hidden_layers=2), make_rows(50, 50), RunMonitor(), disable_tqdm=False)
+    trainer = make_trainer(
+        tmp_path, make_model(num_hidden_layers=2), make_rows(50, 50), RunMonitor(), disable_tqdm=False
+    )
     assert any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks)
     trainer.train()
     assert "{'loss'" not in capsys.readouterr().out
@@ -314,7 +314,9 @@ def test_bars_stay_and_their_lines_go(tmp_path, capsys):
 def test_tensorboard_has_the_values(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    trainer = make_trainer(tmp_path, make_model(**LOSSES), make_rows(150, 100), RunMonitor(), report_to=["tensorboard"])
+    trainer = make_trainer(
+        tmp_path, make_model(**LOSSES), make_rows(150, 100), RunMonitor(), report_to=["tensorboard"]
+    )
     trainer.train()
     found = accumulator.EventAccumulator(str(tmp_path / "logs"))
     found.Reload()
@@ -375,7 +377,7 @@ def test_the_report_needs_no_other_file(tmp_path):
     assert "<script" not in page and "http" not in page and "src=" not in page
     assert page.count("<polyline") >= 10
     assert "a&lt;b" in page and "c&amp;d" in page
-    assert page.count("<tr><td class=\"number\">") == 3  # layers with experts; the sparse ones are among them
+    assert page.count('<tr><td class="number">') == 3  # layers with experts; the sparse ones are among them
 
 
 def test_values_of_curves():
