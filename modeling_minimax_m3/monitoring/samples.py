@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 IGNORED = -100
@@ -64,7 +63,7 @@ def sample_prompts(dataloader: Any, count: int, media_tokens: set[int]) -> list[
 
 
 def _rows(dataset: Any) -> Iterator[Any]:
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
         return iter(dataset)
     return (dataset[index] for index in range(len(dataset)))
 

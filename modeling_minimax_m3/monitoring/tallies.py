@@ -2,10 +2,12 @@
 
 import math
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+
+from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from ..layers.attention import MiniMaxM3VLAttention
 from ..layers.moe import MiniMaxM3VLTopKRouter
@@ -48,7 +50,7 @@ class PassTallies:
             raise ValueError(f"the run must train a MiniMax-M3, got {type(model).__name__}")
         self.wants_mass = False
         self.is_averaged = 1
-        self._config: Any = head.config.get_text_config()
+        self._config = cast(MiniMaxM3VLTextConfig, head.config.get_text_config())
         parameters = list(model.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         self._flops = PassFlops(self._config, trained / max(sum(parameter.numel() for parameter in parameters), 1))
