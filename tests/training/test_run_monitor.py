@@ -165,7 +165,7 @@ def test_the_selected_mass_is_that_of_plain_attention(layout):
         }
         real, start = None, short
     else:
-        before, after = (60, 0) if layout == "left" else (0, 60)
+        before, after = (200, 0) if layout == "left" else (0, 200)  # longer than the document
         mask = torch.nn.functional.pad(torch.ones_like(ids), (before, after))
         inputs = {"input_ids": torch.nn.functional.pad(ids, (before, after)), "attention_mask": mask}
         real, start = mask.bool(), before
