@@ -32,7 +32,7 @@ GIB = 2**30
 
 
 class RunMonitor(TrainerCallback):
-    """A callback for `Trainer` and the trainers of TRL that measures a run and shows it.
+    """A callback for `Trainer` and subclasses, such as TRL's `SFTTrainer`: it measures a run and shows it.
 
         RunMonitor(samples=2).attach(trainer)
         trainer.train()

@@ -104,6 +104,9 @@ def test_from_pictures_to_a_checkpoint_that_stock_transformers_loads(
     torch.testing.assert_close(found, expected, **tolerance)
     assert (expected - before).abs().max() > 5 * tolerance["atol"], "the adapter must matter"
 
+    assert [metadata(folder)[0]["base_model"] for folder in (adapter, tmp_path / "merged")] == [
+        str(tiny_checkpoint)
+    ] * 2
     page = (adapter / "report.html").read_text()
     assert "<polyline" in page and "<script" not in page and "What is this?" in page
     samples = [json.loads(line) for line in (adapter / "samples.jsonl").read_text().splitlines()]
