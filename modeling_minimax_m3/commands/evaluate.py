@@ -13,7 +13,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from processing_minimax_m3.data.batches import RowCollator
 from processing_minimax_m3.data.training_rows import training_rows
 
 from .checkpoint import read_config
-from .data_options import add_data_options, open_data
+from .data_options import add_data_options, open_data, output_file
 from .running_model import add_model_options, check_model_options, load_running_model
 
 IGNORED = -100
@@ -103,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores]:
     add_data_options(parser)
     add_model_options(parser)
     parser.add_argument("--batch_size", type=int, default=4, help="rows of a batch (4)")
-    parser.add_argument("--output", type=Path, help="write the scores to this JSON file")
+    parser.add_argument("--output", type=output_file, help="write the scores to this JSON file")
     arguments = parser.parse_args(argv)
     try:
         return evaluate(arguments)
@@ -119,8 +118,6 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Scores]:
     """
     if arguments.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {arguments.batch_size}")
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        raise ValueError(f"--output: there is no folder {arguments.output.parent}")
     check_model_options(arguments)
     config = read_config(arguments.model)
     all_rows, _, reading, processor = open_data(arguments)

@@ -339,7 +339,6 @@ ERRORS = {
     "evaluate file": (["evaluate", "nowhere.jsonl"], "evaluate: there is no file nowhere.jsonl"),
     "evaluate adapter": (["evaluate", "{chats}", "--adapter", "nowhere"], "--adapter nowhere holds no adapter_config"),
     "evaluate batch": (["evaluate", "{chats}", "--batch_size", "0"], "--batch_size must be at least 1, got 0"),
-    "evaluate output": (["evaluate", "{chats}", "--output", "no/where.json"], "--output: there is no folder no"),
     "evaluate length": (["evaluate", "{chats}", "--max_length", "20"], "no row has anything to learn within"),
     "evaluate dtype": (["evaluate", "{chats}", "--dtype", "int8"], "--dtype must be one of .*, got 'int8'"),
     "chat image": (["chat", "--prompt", "a", "--image", "nowhere.png"], "chat: there is no file 'nowhere.png'"),
@@ -365,6 +364,12 @@ def test_errors_come_before_the_weights(damaged, chats, tiny_checkpoint, tmp_pat
     with pytest.raises(SystemExit) as stopped:
         run(name, *flags)
     assert re.search(message, str(stopped.value))
+
+
+def test_scores_that_cannot_be_written_are_refused(chats, tiny_checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        run("evaluate", chats, "--model", tiny_checkpoint, "--output", "no/where.json")
+    assert "--output: must be in a folder that can be written to: 'no' does not exist" in capsys.readouterr().err
 
 
 def test_files_without_a_prompt_are_refused(tiny_checkpoint, capsys):
