@@ -8,6 +8,9 @@ COMMANDS = {
     "check": "read all rows of a data set, and report every fault with its file, row and field",
     "show": "show one row as the model sees it, with the learned tokens marked",
     "train": "fine-tune a checkpoint, whole or with LoRA",
+    "evaluate": "measure loss, perplexity and accuracy on files",
+    "merge": "add an adapter to the weights of its checkpoint, or export it",
+    "chat": "chat with a checkpoint in the terminal",
 }
 
 

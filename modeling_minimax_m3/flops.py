@@ -41,22 +41,40 @@ def forward_flops(config: MiniMaxM3VLTextConfig, tokens: int) -> dict[str, int]:
 
     The difference from the count for `tokens - 1` is the cost of the last token, with the others in a cache.
     """
+    weights = matrix_weights(config)
+    products = dict.fromkeys(PARTS, 0)  # multiply-adds between tokens
+    for layer_type in config.layer_types:
+        products["attention"] += products_per_key(config) * attended_keys(config, layer_type, tokens)
+        if attention_type(layer_type).layer_type.has_indexer:
+            products["index scores"] += products_per_scored_key(config) * _all_keys(tokens)
+    return {part: 2 * (tokens * weights[part] + products[part]) for part in PARTS}
+
+
+def matrix_weights(config: MiniMaxM3VLTextConfig) -> dict[str, int]:
+    """The weights of the matrices that a token passes through, by part (`PARTS`)."""
     hidden = config.hidden_size
     query_width = config.num_attention_heads * config.head_dim
     key_width = config.num_key_value_heads * config.head_dim
     index_width = config.index_n_heads * config.index_head_dim
     experts = config.num_experts_per_tok * config.intermediate_size + config.shared_intermediate_size
-    weights = dict.fromkeys(PARTS, 0)  # of the matrices that a token passes through
-    products = dict.fromkeys(PARTS, 0)  # multiply-adds between tokens
+    weights = dict.fromkeys(PARTS, 0)
     for layer_type, mlp_type in zip(config.layer_types, config.mlp_layer_types, strict=True):
         weights["attention projections"] += 2 * hidden * (query_width + key_width)
-        products["attention"] += 2 * query_width * attended_keys(config, layer_type, tokens)
         if attention_type(layer_type).layer_type.has_indexer:
             weights["indexer projections"] += hidden * (index_width + config.index_head_dim)
-            products["index scores"] += index_width * _all_keys(tokens)
         if mlp_type == "sparse":
             weights["mlp"] += hidden * (config.num_local_experts + 3 * experts)
         else:
             weights["mlp"] += 3 * hidden * config.dense_intermediate_size
     weights["output head"] = hidden * config.vocab_size
-    return {part: 2 * (tokens * weights[part] + products[part]) for part in PARTS}
+    return weights
+
+
+def products_per_key(config: MiniMaxM3VLTextConfig) -> int:
+    """Multiply-adds of one layer between a token and a key that it attends to, scores and values together."""
+    return 2 * config.num_attention_heads * config.head_dim
+
+
+def products_per_scored_key(config: MiniMaxM3VLTextConfig) -> int:
+    """Multiply-adds of one layer's indexer between a token and a key."""
+    return config.index_n_heads * config.index_head_dim

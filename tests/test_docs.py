@@ -17,7 +17,7 @@ PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*/?")
 BASES = ("modeling_minimax_m3", "modeling_minimax_m3/msa", "modeling_minimax_m3/msa/csrc")
 # Names of files that something writes, or that stand elsewhere.
 WRITTEN = {
-    *("config.json", "photo.png", "clip.mp4", "results/NAME.json"),
+    *("config.json", "photo.png", "clip.mp4", "results/NAME.json", "samples.jsonl"),
     *("build", "dist", "demo_output", "finetune_demo"),
 }
 

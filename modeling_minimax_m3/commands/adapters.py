@@ -3,8 +3,12 @@
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint import auto_class
@@ -89,6 +93,67 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments, with_media: b
         return get_peft_model(model, config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"PEFT cannot make the adapters: {error}") from error
+
+
+def open_adapter_config(folder: str, lora: LoraArguments) -> tuple[Any, LoraArguments]:
+    """The configuration of the adapter in a folder, and the options that would make one like it.
+
+    Raises:
+        ValueError: There is no adapter of LoRA in the folder.
+    """
+    from peft import PeftConfig
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    if missing := [name for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME) if not (Path(folder) / name).is_file()]:  # fmt: skip
+        raise ValueError(f"--adapter {folder} holds no {missing[0]}")
+    try:
+        adapter: Any = PeftConfig.from_pretrained(folder)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"--adapter {folder} cannot be read: {error}") from error
+    if str(getattr(adapter.peft_type, "value", adapter.peft_type)) != "LORA":
+        raise ValueError(f"--adapter {folder} must be an adapter of LoRA, got {adapter.peft_type}")
+    adapter.inference_mode = False
+    targets = adapter.target_modules
+    names = sorted(targets) if isinstance(targets, (list, set)) else lora.lora_targets
+    like = replace(
+        lora,
+        lora=True,
+        lora_rank=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        lora_targets=names,
+        lora_experts=bool(adapter.target_parameters),
+        lora_save=list(adapter.modules_to_save or ()),
+    )
+    return adapter, like
+
+
+def check_fit(config: PreTrainedConfig, folder: str, adapter: Any, given_options: set[str]) -> None:
+    """Raises ValueError if the adapter in a folder is one for another model. No weights are loaded."""
+    from peft import get_peft_model, get_peft_model_state_dict
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = auto_class(config)._model_mapping[type(config)](copy.deepcopy(config))
+        try:
+            model = get_peft_model(model, copy.deepcopy(adapter))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"--adapter {folder} does not fit the model: {error}") from error
+    expected = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
+    file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"--adapter: {file} cannot be read: {error}") from error
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"--adapter {folder} does not fit the model: {name} must have the shape {expected.get(name)}, got "
+                f"{found.get(name)}"
+            )
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    refuse_idle(given_options, no_adapted_indexers=not any(".indexer." in name for name in trained))
 
 
 def check_adapters(config: PreTrainedConfig, lora: LoraArguments, with_media: bool, given_options: set[str]) -> None:

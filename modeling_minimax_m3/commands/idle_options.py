@@ -3,12 +3,16 @@
 # Every circumstance in which options do nothing: options of the command, and options of TrainingArguments that the
 # command does not use. Transformers itself checks how options of TrainingArguments affect each other.
 IDLE = {
+    "adapter": (
+        "with --adapter, which has its own",
+        ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_experts", "lora_save"),
+    ),
     "no_lora": (
         "without --lora",
         ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_experts", "lora_save"),
     ),
     "lora": (
-        "with --lora, which trains adapters of the language model and what --lora_save names",
+        "with --lora or --adapter, which train adapters of the language model and what --lora_save names",
         ("train_vision",),
     ),
     "label_smoothing": (
@@ -19,7 +23,14 @@ IDLE = {
         "without --eval_dataset, --eval_split or --eval_fraction",
         (
             *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval", "per_device_eval_batch_size"),
-            *("eval_accumulation_steps", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+            *(
+                "samples",
+                "sample_tokens",
+                "eval_accumulation_steps",
+                "load_best_model_at_end",
+                "metric_for_best_model",
+                "greater_is_better",
+            ),
         ),
     ),
     "any_run": (

@@ -13,6 +13,7 @@ assistant's turns of a chat, all of a text, and the completion of a prompt. All 
 loaded. A data set is a name on the Hub, a folder, or files (`.jsonl`, `.json`, `.parquet`, `.csv`, `.arrow`).
 """
 
+import math
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -28,10 +29,12 @@ from processing_minimax_m3.data import RowFault
 from processing_minimax_m3.data.sources import are_files, is_saved
 
 from ..layers.layer_types import attention_type
+from ..run_monitor import RunMonitor
 from ..trainer_logging import IndexerLossLogging
-from .adapters import add_adapters, check_adapters
+from .adapters import add_adapters, check_adapters, check_fit, open_adapter_config
 from .checkpoint import auto_class, is_composite, load_processor, read_config
 from .idle_options import refuse_idle
+from .model_card import CARD, DataFile, ModelCard, describe_data, hide_in_command, usage_of
 from .run_checks import check_run
 from .run_memory import check_memory
 from .saved_checkpoints import checkpoint_to_resume
@@ -49,8 +52,8 @@ def check_arguments(
     given_options: set[str],
 ) -> None:
     """Raises ValueError for arguments that would fail or do nothing later, before anything is loaded."""
-    if lora.lora and find_spec("peft") is None:
-        raise ValueError("--lora needs PEFT: pip install peft")
+    if (lora.lora or lora.adapter) and find_spec("peft") is None:
+        raise ValueError("--lora and --adapter need PEFT: pip install peft")
     if data.max_length < 2:
         raise ValueError(f"--max_length must be at least 2, got {data.max_length}")
     if data.streaming and training.max_steps <= 0:
@@ -68,8 +71,9 @@ def check_arguments(
     sources = [data.dataset, data.eval_dataset] if data.eval_dataset else [data.dataset]
     refuse_idle(
         given_options,
-        no_lora=not lora.lora,
-        lora=lora.lora,
+        adapter=lora.adapter is not None,
+        no_lora=not lora.lora and lora.adapter is None,
+        lora=lora.lora or lora.adapter is not None,
         label_smoothing=bool(training.label_smoothing_factor),
         no_evaluation=not (data.eval_dataset or data.eval_split or data.eval_fraction),
         held_out=bool(data.eval_fraction),
@@ -117,7 +121,27 @@ def load_model(arguments: ModelArguments, config: PreTrainedConfig, with_media: 
 
 
 class FinetuneTrainer(IndexerLossLogging, Trainer):
-    """Trainer whose logs show the indexers' loss, if indexers are trained, and that knows the lengths of its rows."""
+    """Trainer whose logs show the indexers' loss, that knows the lengths of its rows, and writes the card of a run.
+
+    Attributes:
+        card (ModelCard, optional): What the card says. The scores are filled in.
+    """
+
+    card: ModelCard | None = None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md, also before a push to the Hub."""
+        if self.card is None or not self.is_world_process_zero():
+            return
+        scores: dict[str, float] = {"steps": self.state.global_step}
+        for entry in self.state.log_history:  # the last values
+            scores |= {name: value for name, value in entry.items() if name == "train_loss" or name.endswith("_loss")}
+        if "eval_loss" in scores:
+            scores["eval_perplexity"] = math.exp(min(scores["eval_loss"], 700.0))
+        self.card.scores = scores
+        folder = Path(str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CARD).write_text(str(self.card), encoding="utf-8")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         lengths = lengths_of(self.train_dataset)
@@ -157,15 +181,20 @@ def prepare(argv: list[str]) -> Trainer:
     model_arguments, lora_arguments, data_arguments, training, given_options = parse_arguments(argv, __doc__)
     check_arguments(model_arguments, lora_arguments, data_arguments, training, given_options)
     config = load_config(model_arguments, data_arguments.max_length, given_options)
+    adapter = None
+    if lora_arguments.adapter is not None:
+        adapter, lora_arguments = open_adapter_config(lora_arguments.adapter, lora_arguments)
     set_seed(training.seed)
     processor = load_processor(model_arguments.model, config)
-    if lora_arguments.lora:  # names that fit nothing, before the data are read
+    if adapter is not None:
+        check_fit(config, str(lora_arguments.adapter), adapter, given_options)
+    elif lora_arguments.lora:  # names that fit nothing, before the data are read
         check_adapters(config, lora_arguments, True, given_options)
 
     with training.main_process_first(desc="reading the data"):
         data = read_data(data_arguments, training, processor)
     check_data(data, config, given_options)
-    if lora_arguments.lora and not data.has_media:
+    if lora_arguments.lora and adapter is None and not data.has_media:
         check_adapters(config, lora_arguments, False, given_options)
     if isinstance(processor, MiniMaxM3VLProcessor) and (data.has_media or data_arguments.streaming):
         training.remove_unused_columns = False  # the collator reads these columns
@@ -174,7 +203,11 @@ def prepare(argv: list[str]) -> Trainer:
 
     check_memory(config, model_arguments, lora_arguments, data.longest, training)
     model = load_model(model_arguments, config, data.has_media)
-    if lora_arguments.lora:
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(lora_arguments.adapter), is_trainable=True)
+    elif lora_arguments.lora:
         model = add_adapters(model, lora_arguments, data.has_media)
     if training.process_index == 0:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -182,13 +215,46 @@ def prepare(argv: list[str]) -> Trainer:
             print(line)
         print(f"training {trained:,} of {model.num_parameters():,} parameters", flush=True)
     training.prediction_loss_only = True
-    return FinetuneTrainer(
+    trainer = FinetuneTrainer(
         model,
         training,
         data_collator=data.collator,
         train_dataset=data.rows["training"],
         eval_dataset=data.rows.get("evaluation"),
         processing_class=processor,
+    )
+    facts = {"command": hide_in_command(["minimax-m3", "train", *argv]), "data": "\n".join(data.summary)}
+    RunMonitor(data_arguments.samples, data_arguments.sample_tokens, facts=facts).attach(trainer)
+    if training.process_index == 0:
+        groups = (model_arguments, lora_arguments, data_arguments, training)
+        values = {name: value for group in groups for name, value in vars(group).items() if name in given_options}
+        chosen = {name: getattr(value, "value", value) for name, value in values.items()}
+        trainer.card = make_card(training, data, chosen, model_arguments.model, lora_arguments.lora, config, argv)
+    return trainer
+
+
+def make_card(
+    training: TrainingArguments,
+    data: RunData,
+    options: dict[str, Any],
+    base: str,
+    is_adapter: bool,
+    config: PreTrainedConfig,
+    argv: list[str],
+) -> ModelCard:
+    """What the card of a run says before there are scores."""
+    folder = str(training.output_dir)
+    files: list[DataFile] = [describe_data(*source) for source in data.sources]
+    return ModelCard(
+        title=Path(folder).name,
+        base=base,
+        is_adapter=is_adapter,
+        is_composite=is_composite(config),
+        usage=usage_of(is_composite(config), folder, base if is_adapter else None),
+        command=["minimax-m3", "train", *argv],
+        data=files,
+        notes=data.summary,
+        options=options,
     )
 
 
@@ -209,6 +275,7 @@ def main(argv: Iterable[str] | None = None) -> Trainer:
         metrics |= trainer.evaluate()
     trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics)
+    trainer.create_model_card()
     if trainer.args.process_index == 0:
         print(f"saved to {trainer.args.output_dir}")
     return trainer

@@ -47,6 +47,9 @@ class ModelArguments:
 @dataclass
 class LoraArguments:
     lora: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the weights."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder of an adapter to train further, with its own rank and modules."}
+    )
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: float = field(default=32, metadata={"help": "Scale of the adapters, divided by their rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters."})
@@ -110,11 +113,19 @@ class DataArguments:
         default=True, metadata={"help": "Concatenate the rows of a batch instead of padding them."}
     )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    samples: int = field(
+        default=2, metadata={"help": "Rows of the evaluation data whose prompts the model answers at each evaluation."}
+    )
+    sample_tokens: int = field(default=64, metadata={"help": "Greatest length of such an answer, in tokens."})
 
     def __post_init__(self) -> None:
         check_thinking_mode(self.thinking_mode, "--thinking_mode")
         if self.check_media not in ("decode", "header"):
             raise ValueError(f"--check_media must be decode or header, got {self.check_media!r}")
+        if self.samples < 0:
+            raise ValueError(f"--samples must be at least 0, got {self.samples}")
+        if self.sample_tokens < 1:
+            raise ValueError(f"--sample_tokens must be at least 1, got {self.sample_tokens}")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"--eval_fraction must be at least 0 and below 1, got {self.eval_fraction}")
 

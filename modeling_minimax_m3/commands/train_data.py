@@ -34,6 +34,7 @@ class RunData:
         has_media (bool): Whether rows have images or videos. Of a stream, whether the first rows have.
         summary (list of str): What became of the rows, line by line.
         longest (int): The tokens of the longest row of a batch, or `max_length` where the rows are not known yet.
+        sources (sequence of tuple): Name of each file or data set, what it is for, and its rows, if they are known.
     """
 
     rows: dict[str, Any]
@@ -42,6 +43,7 @@ class RunData:
     has_media: bool
     summary: list[str]
     longest: int
+    sources: Sequence[tuple[str, str, int | None]]
 
 
 def read_data(data: DataArguments, training: TrainingArguments, processor: Any) -> RunData:
@@ -124,7 +126,8 @@ def _read(
             )
     longest = max(lengths_of(data_sets["training"]) or [data.max_length])
     collator = make_collator(data, processor, reading, has_media)
-    return RunData(data_sets, collator, kinds, has_media, summary, longest)
+    names = [(source.name, role, len(source)) for role, found in sources.items() for source in found]
+    return RunData(data_sets, collator, kinds, has_media, summary, longest, names)
 
 
 def _stream(
@@ -153,9 +156,9 @@ def _stream(
                 pack_stream, gen_kwargs={"rows": found[name], "budget": data.max_length}
             )
     collator = make_collator(data, processor, reading, has_media)
-    return RunData(
-        found, collator, kinds, has_media, [f"{name} data: a stream of rows" for name in found], data.max_length
-    )
+    summary = [f"{name} data: a stream of rows" for name in found]
+    names = [(source.name, role, None) for role, given in sources.items() for source in given]
+    return RunData(found, collator, kinds, has_media, summary, data.max_length, names)
 
 
 def nothing_learned(name: str, max_length: int) -> str:

@@ -66,6 +66,7 @@ def convert(
     overwrite: bool = False,
     restart: bool = False,
     show_progress: bool = True,
+    texts: dict[str, str] | None = None,
 ) -> Checkpoint:
     """Write the converted checkpoint. The memory that this needs does not depend on the size of the checkpoint.
 
@@ -76,6 +77,8 @@ def convert(
         overwrite (bool): Whether `target` may be replaced.
         restart (bool): Whether to throw away what an earlier run left, instead of going on with it.
         show_progress (bool): Whether to show bars.
+        texts (dict[str, str], optional): Other files to write, by name, such as README.md. They take the place of
+            those of the source.
 
     Returns:
         The new checkpoint.
@@ -130,8 +133,8 @@ def convert(
         metadata={key: value for key, value in checkpoint.metadata.items() if key == "synthetic"},
         made_by=made_by,
         inputs=_fingerprint(checkpoint, deltas.adapters),
-        companions=_companions(source, conversion.vision_from),
-        texts={},
+        companions=[file for file in _companions(source, conversion.vision_from) if file.name not in (texts or {})],
+        texts=texts or {},
     )
     write_checkpoint(output, overwrite=overwrite, restart=restart, show_progress=show_progress)
     return open_checkpoint(target)

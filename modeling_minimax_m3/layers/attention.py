@@ -1,5 +1,6 @@
 """The attention layer: projections, QK-norm, rotary, cache update, then dense or MiniMax Sparse Attention."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,14 @@ class MiniMaxM3VLAttention(nn.Module):
         config (`MiniMaxM3VLTextConfig`): `config.layer_types[layer_idx]` names the kind of layer; `layer_types.py` has
             the kinds.
         layer_idx (`int`): Position of the layer in the model.
+
+    Attributes:
+        selection_observer (`Callable`, *optional*): Called in every pass over selected blocks with the layer, the
+            queries (B, T, H_q, D), the keys (B, S, H_kv, D), the block ids (B, T, H_kv, W), all in working order, and
+            the layout.
     """
+
+    selection_observer: Callable[..., None] | None = None
 
     def __init__(self, config: MiniMaxM3VLTextConfig, layer_idx: int):
         super().__init__()
@@ -249,6 +257,8 @@ class MiniMaxM3VLAttention(nn.Module):
         needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         reads_cache = layout.is_cached and not needs_grad and not output_indexer_loss
         block_indices = self.selector.select(layout, key, index, reads_cache)
+        if self.selection_observer is not None:
+            self.selection_observer(self, query, key, block_indices, layout)
         lse = weights = indexer_kl = None
         if output_attentions or layout.allowed is not None:
             out, weights = materialized_attention(*unordered, block_indices, layout, **options)

@@ -138,7 +138,7 @@ def test_only_decoding_finds_damage_behind_a_header(write_rows, tiny_checkpoint,
         (["show", "{rows}", "--model", "{model}", "--row", "4"], "show: --row: .* has no row 4; its rows are 1 to 3"),
         (["show", "{rows}", "--model", "{model}", "--row", "2"], "show: .* has no row 2"),
         (["show", "{rows}", "--model", "{model}", "--row", "3"], "show: .*row 3: `text`: must be a text, got 3"),
-        (["shows"], "the command must be one of check, show, train, got 'shows'"),
+        (["shows"], "the command must be one of check, show, train, evaluate, merge, chat, got 'shows'"),
     ],
 )
 def test_mistakes(write_rows, tiny_checkpoint, arguments, message):

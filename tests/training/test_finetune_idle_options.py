@@ -74,11 +74,15 @@ def no_weights(finetune, monkeypatch):
 
 # Circumstance: flags with an option that is idle in it, and the error.
 CASES = {
+    "adapter": (
+        [*TEXTS, "--adapter", "run", "--lora_rank", "8"],
+        "--lora_rank would do nothing with --adapter, which has its own",
+    ),
     "no_lora": (
         [*TEXTS, "--lora_rank", "16", "--lora_experts"],
         "--lora_rank, --lora_experts would .* without --lora",
     ),
-    "lora": ([*IMAGES, "--lora", "--train_vision"], "--train_vision would do nothing with --lora, which"),
+    "lora": ([*IMAGES, "--lora", "--train_vision"], "--train_vision would do nothing with --lora or --adapter, which"),
     "label_smoothing": (
         [*TEXTS, "--label_smoothing_factor", "0.1", "--indexer_loss_coef", "0.1"],
         "--indexer_loss_coef would do nothing with --label_smoothing_factor",

@@ -1,0 +1,53 @@
+"""Loads a checkpoint, with an adapter or without, to run it: for `evaluate` and `chat`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from .checkpoint import auto_class
+from .train_arguments import SHORT_DTYPES
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", help="folder of an adapter of PEFT to put on the model")
+    parser.add_argument("--dtype", default="auto", help="of the weights: auto (as saved), bf16, fp16 or fp32")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: all GPUs, or the CPU)")
+
+
+def check_model_options(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options that would fail after the weights are loaded."""
+    dtypes = ("auto", *SHORT_DTYPES, *SHORT_DTYPES.values())
+    if arguments.dtype not in dtypes:
+        raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {arguments.dtype!r}")
+    if arguments.adapter is not None and not (Path(arguments.adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"--adapter {arguments.adapter} holds no adapter_config.json")
+    if arguments.device is not None:
+        try:
+            torch.device(arguments.device)
+        except RuntimeError as error:
+            raise ValueError(f"--device must be the name of a device, got {arguments.device!r}") from error
+
+
+def load_running_model(name: str, arguments: argparse.Namespace, config: PreTrainedConfig) -> Any:
+    """The model in evaluation mode.
+
+    Raises:
+        ValueError: The adapter does not fit.
+    """
+    has_gpu = torch.cuda.is_available()
+    model: Any = auto_class(config).from_pretrained(
+        name,
+        dtype=SHORT_DTYPES.get(arguments.dtype, arguments.dtype),
+        device_map=arguments.device or ("auto" if has_gpu else None),
+    )
+    if arguments.adapter is not None:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, arguments.adapter)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"--adapter {arguments.adapter} does not fit {name}: {error}") from error
+    return model.eval()

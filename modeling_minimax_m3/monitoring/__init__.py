@@ -1,0 +1,1 @@
+"""What a training run shows of itself. `run_monitor` is its public side."""

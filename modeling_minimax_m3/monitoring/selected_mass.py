@@ -1,0 +1,58 @@
+"""The share of the attention to all keys that the selected blocks hold."""
+
+import torch
+
+from ..runtime.sequence_layout import SequenceLayout
+
+# Queries of a sample, and how many query-key pairs they may have together.
+MOST_QUERIES, MOST_PAIRS = 8, 2**18
+
+
+def selected_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    block_indices: torch.Tensor,
+    layout: SequenceLayout,
+    real: torch.Tensor | None,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attends from the few queries that see the most keys to all of their keys, and sums over the selected blocks.
+
+    Queries whose blocks are all selected say nothing and do not count.
+
+    Args:
+        query (B, T, H_q, D), key (B, T, H_kv, D), block_indices (B, T, H_kv, W): In working order, without a cache.
+        layout (SequenceLayout): Where the documents lie.
+        real (bool (B, T), optional): False at padding, in working order.
+        block_size (int): Keys of a block.
+        softmax_scale (float): Factor of the scores.
+
+    Returns:
+        The sum of the shares, each the mean over heads from 0 to 1, and the number of queries that count: float32
+        scalars on the device.
+    """
+    num_tokens, (heads, width) = query.shape[0] * query.shape[1], block_indices.shape[2:]
+    positions = layout.working_positions()
+    if real is not None:
+        positions = positions.masked_fill(~real, -1)
+    positions = positions.flatten()
+    count = max(1, min(MOST_QUERIES, MOST_PAIRS // num_tokens, num_tokens))
+    position, chosen = positions.topk(count)  # documents are consecutive, so this says where each starts
+    start = (chosen - position)[:, None]
+
+    token = torch.arange(num_tokens, device=query.device)
+    visible = (token >= start) & (token <= chosen[:, None])  # (queries, keys)
+    grouped = query.flatten(0, 1)[chosen].unflatten(1, (heads, -1))
+    scores = torch.einsum("nhgd,shd->nhgs", grouped, key.flatten(0, 1)).float() * softmax_scale
+    weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
+
+    num_blocks = -(-num_tokens // block_size)
+    blocks = block_indices.flatten(0, 1)[chosen].long()  # (queries, heads, W); -1 is no block
+    is_selected = torch.zeros(count, heads, num_blocks + 1, dtype=torch.bool, device=query.device)
+    is_selected.scatter_(2, blocks.masked_fill(blocks < 0, num_blocks), True)
+    block_of_key = ((token - start).clamp(min=0) // block_size)[:, None].expand(-1, heads, -1)
+    held = is_selected[..., :num_blocks].gather(2, block_of_key)
+    share = (weights * held[:, :, None]).sum(-1).mean((1, 2))
+    counts = (position >= width * block_size).float()
+    return (share * counts).sum(), counts.sum()
