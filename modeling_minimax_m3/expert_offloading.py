@@ -108,7 +108,7 @@ def offload_experts(
             for name, parameter in layers[number].items():
                 parameter.data = cache.host[number][name]
             put_on_host(block, cache, number, blocks[number + 1 : number + 2] if prefetch else [])
-        model.to(device)
+        nn.Module.to(model, device)
     except BaseException:
         for block in blocks:
             if type(block) is HostSparseMoeBlock:
@@ -192,7 +192,7 @@ def _number_of_slots(
 def _as_bytes(size: int | str) -> int:
     try:
         return convert_file_size_to_int(size)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"`experts_on_device` must be a size such as '20GiB', got {size!r}") from error
 
 

@@ -5,6 +5,8 @@ The classes here replace those of blocks and experts in place, so parameters kee
 E is the number of experts, K of experts per token, S of slots.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,8 +22,8 @@ from .mxfp8 import SCALE_SUFFIX, Mxfp8Experts
 _WEIGHT_NAMES = ("gate_up_proj", "down_proj")
 
 
-class HostExpertsMixin:
-    """What plain experts and those in MXFP8 have in common.
+class HostExperts(MiniMaxM3VLExperts):
+    """Experts whose weights are plain tensors on the host.
 
     Attributes:
         expert_cache (`ExpertCache`): Shared by all layers.
@@ -34,14 +36,6 @@ class HostExpertsMixin:
     def _apply(self, fn, recurse=True):
         """Moves and casts nothing: the weights stay where they are when the model moves."""
         return self
-
-    def slot_weights(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
-        """Weights (S, ...) for the kernels of few tokens; None where these must not read them."""
-        raise NotImplementedError
-
-    def _of_one(self, states: torch.Tensor, slot: int) -> torch.Tensor:
-        """Outputs (rows, hidden) of the expert in a slot."""
-        raise NotImplementedError
 
     @torch.compiler.disable
     def forward(
@@ -66,25 +60,27 @@ class HostExpertsMixin:
                 outputs[rows[expert]] = self._of_one(states, slot)
         return many_tokens.unpermute(outputs, top_k_weights.float(), 1.0, order)
 
-
-class HostExperts(HostExpertsMixin, MiniMaxM3VLExperts):
-    """Experts whose weights are plain tensors on the host."""
-
-    def slot_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both weights (S, ...)."""
+    def slot_weights(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
+        """Both weights (S, ...) for the kernels of few tokens; None where these must not read them."""
         slots = self.expert_cache.slots
         return slots["gate_up_proj"], slots["down_proj"]
 
     def _of_one(self, states: torch.Tensor, slot: int) -> torch.Tensor:
-        gate_up, down = self.slot_weights()
-        return F.linear(self._apply_gate(F.linear(states, gate_up[slot])), down[slot])
+        """Outputs (rows, hidden) of the expert in a slot."""
+        gate_up, down = (self.expert_cache.slots[name][slot] for name in _WEIGHT_NAMES)
+        return F.linear(self._apply_gate(F.linear(states, gate_up)), down)
 
 
-class HostMxfp8Experts(HostExpertsMixin, Mxfp8Experts):
-    """Experts whose weights are in MXFP8 on the host, and in the slots."""
+class HostMxfp8Experts(HostExperts, Mxfp8Experts):
+    """Experts whose weights are in MXFP8 on the host, and in the slots.
 
-    def slot_weights(self) -> tuple[Mxfp8Tensors, Mxfp8Tensors] | None:
-        """Both weights (S, ...); None if they hold numbers that the kernels do not read."""
+    Attributes:
+        are_ordinary (`bool`): Whether the kernels of few tokens may read all of them.
+    """
+
+    are_ordinary: bool
+
+    def slot_weights(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
         return self._slot_tensors() if self.are_ordinary else None
 
     def _slot_tensors(self) -> tuple[Mxfp8Tensors, Mxfp8Tensors]:
@@ -94,14 +90,14 @@ class HostMxfp8Experts(HostExpertsMixin, Mxfp8Experts):
 
     def _of_one(self, states: torch.Tensor, slot: int) -> torch.Tensor:
         gate_up, down = self._slot_tensors()
-        numbers = mxfp8_products.linear(states.to(self.compute_dtype), gate_up.values[slot], gate_up.scales[slot])
-        return mxfp8_products.linear(self._apply_gate(numbers), down.values[slot], down.scales[slot])
+        states = mxfp8_products.linear(states, gate_up.values[slot], gate_up.scales[slot])
+        return mxfp8_products.linear(self._apply_gate(states), down.values[slot], down.scales[slot])
 
 
 _ON_HOST = {MiniMaxM3VLExperts: HostExperts, Mxfp8Experts: HostMxfp8Experts}
 
 
-def check_call(experts: MiniMaxM3VLExperts, tokens: torch.Tensor, expert_weights: torch.Tensor) -> None:
+def check_call(experts: HostExperts, tokens: torch.Tensor, expert_weights: torch.Tensor) -> None:
     """Whether offloaded experts can take these tokens.
 
     Raises:
@@ -135,6 +131,7 @@ class HostSparseMoeBlock(MiniMaxM3VLSparseMoeBlock):
             no submodule.
     """
 
+    experts: HostExperts
     next_block: list["HostSparseMoeBlock"]
 
     @torch.compiler.disable
@@ -208,19 +205,20 @@ def put_on_host(
     block: MiniMaxM3VLSparseMoeBlock, cache: ExpertCache, layer: int, next_block: list[MiniMaxM3VLSparseMoeBlock]
 ) -> None:
     """Makes a block read its experts from `cache`. It may already hold their weights under this number."""
-    experts = block.experts
+    experts: Any = block.experts
+    kind = type(experts)
     experts.expert_cache, experts.layer = cache, layer
-    if isinstance(experts, Mxfp8Experts):
+    if kind is Mxfp8Experts:
         experts.are_ordinary = all(is_ordinary(experts.stored(name)) for name in experts.weight_names)
-    experts.__class__ = _ON_HOST[type(experts)]
-    block.next_block = next_block
+    experts.__class__ = _ON_HOST[kind]
+    vars(block)["next_block"] = next_block
     block.__class__ = HostSparseMoeBlock
 
 
 def take_from_host(block: MiniMaxM3VLSparseMoeBlock) -> None:
     """Undoes `put_on_host`. The weights stay on the host."""
-    experts = block.experts
-    experts.__class__ = next(plain for plain, on_host in _ON_HOST.items() if isinstance(experts, on_host))
+    experts: Any = block.experts
+    experts.__class__ = {on_host: plain for plain, on_host in _ON_HOST.items()}[type(experts)]
     for name in ("expert_cache", "layer", "are_ordinary"):
         experts.__dict__.pop(name, None)
     block.__dict__.pop("next_block", None)

