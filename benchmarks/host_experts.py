@@ -162,7 +162,7 @@ def prefill(model: Any, tokens: int) -> float:
 
 def offload_by_accelerate(model: Any) -> None:
     """Lets Accelerate move the experts of each layer, and nothing else."""
-    from accelerate import dispatch_model
+    from accelerate.big_modeling import dispatch_model
 
     holders = {name for name, module in model.named_modules() for _ in module._parameters or module._buffers}
     device_map = {name: "cpu" if name.endswith("mlp.experts") else 0 for name in holders}

@@ -152,11 +152,16 @@ class HostSparseMoeBlock(MiniMaxM3VLSparseMoeBlock):
             return super()._combine(tokens, top_k_index, top_k_weights)
         with cache.lock:
             cache.count(experts.layer, counts, len(tokens))
-            slots = cache.fetch(experts.layer, counts)
+            placement = cache.place(experts.layer, counts)
+            slots = placement.slots
+            # Before the copies of experts, as this small one waits for all that its stream waits for.
+            slot_ids = torch.tensor(
+                [[slots.get(expert, -1) for expert in row] for row in choices], device=cache.device
+            )
+            cache.fetch(placement)
             if next_block is not None:
                 wanted = dict.fromkeys(expert for row in predicted for expert in row)
                 cache.prefetch(next_block.experts.layer, wanted, slots.values())
-            slot_ids = [[slots.get(expert, -1) for expert in row] for row in choices]
             gate_up, down, expert_gate_up, expert_down = weights
             output = few_tokens.mlp(
                 tokens,
@@ -166,7 +171,7 @@ class HostSparseMoeBlock(MiniMaxM3VLSparseMoeBlock):
                 experts.swiglu_limit,
                 expert_gate_up,
                 expert_down,
-                torch.tensor(slot_ids, device=tokens.device),
+                slot_ids,
                 top_k_weights,
                 float(self.routed_scaling_factor),
             )

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -52,10 +53,24 @@ class OffloadStats:
             setattr(self, field.name, 0)
 
 
+class Placement(NamedTuple):
+    """Experts of a layer and their slots.
+
+    Attributes:
+        layer (int): The number of the layer.
+        slots (dict of int): The slot of each expert.
+        missing (list of int): Experts whose weights are not there yet.
+    """
+
+    layer: int
+    slots: dict[int, int]
+    missing: list[int]
+
+
 class ExpertCache:
     """The experts of all layers.
 
-    Whoever uses it holds `lock`: for a call of `fetch` until `release`, for `each` until the last expert.
+    Whoever uses it holds `lock`: from `place` over `fetch` to `release`, or for `each` until the last expert.
 
     Args:
         weights (sequence of dicts of torch.Tensor): The weights of each layer by name, each (E, ...), on the host. All
@@ -89,6 +104,8 @@ class ExpertCache:
         self._used: list[tuple[torch.cuda.Stream, torch.cuda.Event] | None] = [None] * num_slots
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # for the zeros
+            for tensor in self.slots.values():
+                tensor.record_stream(self._stream)  # a copy may still run when the slots are freed
 
     def __reduce__(self):
         raise TypeError(
@@ -111,18 +128,23 @@ class ExpertCache:
         """See `ExpertSlots.count`."""
         self._places.count(layer, counts, num_tokens)
 
-    def fetch(self, layer: int, experts: Collection[int]) -> dict[int, int]:
-        """The slots of at most S experts. Work that is queued from now on finds them there."""
-        slots, missing = self._start(layer, experts)
-        self._wait_for(slots.values())
-        self._note(len(slots) - len(missing), len(missing), waits=bool(missing))
-        return slots
+    def place(self, layer: int, experts: Collection[int], kept: Iterable[int] = ()) -> Placement:
+        """Gives at most S experts slots, beside the slots `kept`. Their weights come with `fetch`."""
+        return Placement(layer, *self._places.place(layer, experts, kept))
+
+    def fetch(self, placement: Placement) -> None:
+        """Copies what is missing. Work that is queued from now on finds the experts in their slots."""
+        self._start(placement)
+        self._wait_for(placement.slots.values())
+        missing = len(placement.missing)
+        self._note(len(placement.slots) - missing, missing, waits=missing > 0)
 
     def prefetch(self, layer: int, experts: Iterable[int], kept: Collection[int]) -> None:
         """Starts copies of experts that a pass may need soon, as many as there is room for beside the slots `kept`."""
         wanted = list(experts)[: self.num_slots - len(kept)]
-        _, missing = self._start(layer, wanted, kept)
-        self.stats.prefetched += len(missing)
+        placement = self.place(layer, wanted, kept)
+        self._start(placement)
+        self.stats.prefetched += len(placement.missing)
 
     def each(self, layer: int, experts: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Any number of experts with their slots, one after the other, while the next ones are being copied.
@@ -135,9 +157,10 @@ class ExpertCache:
         while waiting or ready:
             while waiting and len(ready) < min(_AHEAD + 1, self.num_slots):
                 expert = waiting.popleft()
-                slots, missing = self._start(layer, [expert], [slot for _, slot in ready])
-                ready.append((expert, slots[expert]))
-                hits, misses = hits + (not missing), misses + len(missing)
+                placement = self.place(layer, [expert], [slot for _, slot in ready])
+                self._start(placement)
+                ready.append((expert, placement.slots[expert]))
+                hits, misses = hits + (not placement.missing), misses + len(placement.missing)
             expert, slot = ready[0]
             self._wait_for([slot])
             yield expert, slot
@@ -158,26 +181,22 @@ class ExpertCache:
             self._used[slot] = (stream, used)
         used.record(stream)
 
-    def _start(
-        self, layer: int, experts: Collection[int], kept: Iterable[int] = ()
-    ) -> tuple[dict[int, int], list[int]]:
-        slots, missing = self._places.place(layer, experts, kept)
+    def _start(self, placement: Placement) -> None:
         if self._stream is None:
-            self._copy(layer, missing, slots)
-        elif missing:
+            self._copy(placement)
+        elif placement.missing:
             with torch.cuda.stream(self._stream):
-                self._copy(layer, missing, slots)
-        self.stats.bytes_copied += len(missing) * self.expert_bytes
-        return slots, missing
+                self._copy(placement)
+        self.stats.bytes_copied += len(placement.missing) * self.expert_bytes
 
-    def _copy(self, layer: int, experts: Iterable[int], slots: dict[int, int]) -> None:
-        for expert in experts:
-            slot = slots[expert]
+    def _copy(self, placement: Placement) -> None:
+        for expert in placement.missing:
+            slot = placement.slots[expert]
             used = self._used[slot]
             if self._stream is not None and used is not None:
                 self._stream.wait_event(used[1])
             for name, row in self._rows[slot].items():
-                row.copy_(self.host[layer][name][expert], non_blocking=True)
+                row.copy_(self.host[placement.layer][name][expert], non_blocking=True)
             if self._stream is not None:
                 self._copied[slot] = self._stream.record_event()
 

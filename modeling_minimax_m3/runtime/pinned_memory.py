@@ -57,4 +57,5 @@ def _lock(tensor: torch.Tensor) -> str | None:
 
 
 def _unlock(tensor: torch.Tensor) -> None:
+    torch.cuda.synchronize()  # a copy may still read it
     torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
