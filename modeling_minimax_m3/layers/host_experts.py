@@ -101,10 +101,15 @@ def check_call(experts: HostExperts, tokens: torch.Tensor, expert_weights: torch
     """Whether offloaded experts can take these tokens.
 
     Raises:
-        NotImplementedError: A gradient is to be recorded.
+        NotImplementedError: A gradient is to be recorded, or adapters change the weights.
         ValueError: The tokens are on another device than the slots, or in another dtype than the experts.
     """
     cache = experts.expert_cache
+    if nn.utils.parametrize.is_parametrized(experts):
+        raise NotImplementedError(
+            "adapters on experts (`target_parameters`) do not reach experts that are offloaded to the host. Call "
+            "`remove()` of the offload, or merge the adapters before `offload_experts`."
+        )
     if torch.is_grad_enabled() and (tokens.requires_grad or expert_weights.requires_grad):
         raise NotImplementedError(
             "no gradient passes experts that are offloaded to the host. Call the model under `torch.no_grad()`, or call "
@@ -186,6 +191,8 @@ class HostSparseMoeBlock(MiniMaxM3VLSparseMoeBlock):
         self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> tuple[few_tokens.Weight, ...] | None:
         """Weights of the shared expert and of all slots, where the kernels of few tokens take the call."""
+        if type(self.experts) not in _ON_HOST.values():
+            return None  # adapters around them, which the experts refuse
         shared, routed = self._weights_of_shared_expert(), self.experts.slot_weights()
         if shared is None or routed is None or is_watched(self.experts):
             return None

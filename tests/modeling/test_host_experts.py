@@ -317,6 +317,27 @@ def test_adapters_on_experts_are_refused(load):
         offload(adapted)
 
 
+def test_adapters_on_offloaded_experts_are_refused(load, kernels_of_few_tokens):
+    """They would have no effect."""
+    model = load()
+    offload(model)
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["experts.down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    for length in (1, 40):
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="adapters on experts"):
+            adapted(tokens(length=length))
+
+
+def test_offloaded_experts_are_not_dequantized(load):
+    model = load("mxfp8")
+    offloaded = offload(model)
+    with pytest.raises(ValueError, match=r"call `remove\(\)` of the offload"):
+        model.dequantize()
+    offloaded.remove()
+    model.dequantize()
+    assert {type(block.experts) for block in blocks_of(model)} == {MiniMaxM3VLExperts}
+
+
 def test_a_copy_is_refused(load):
     model = load()
     offload(model)
