@@ -182,6 +182,15 @@ def test_copies_run_ahead_of_use(monkeypatch):
     assert queued[-1] == EXPERTS
 
 
+def test_experts_that_are_there_come_first():
+    """Else those before them would take their slots."""
+    cache = ExpertCache([{"weight": torch.zeros(EXPERTS, 1)}], torch.device("cpu"), SLOTS)
+    cache.fetch(cache.place(0, [5, 6, 7]))
+    cache.stats.reset()
+    assert sorted(expert for expert, _ in cache.each(0, range(EXPERTS))) == list(range(EXPERTS))
+    assert (cache.stats.hits, cache.stats.misses) == (3, 5)
+
+
 def test_pinning_needs_a_gpu(monkeypatch):
     asked = []
     monkeypatch.setattr(expert_cache, "PinnedMemory", lambda tensor: asked.append(tensor) or SimpleNamespace(tensor=0))

@@ -39,6 +39,13 @@ def test_experts_chosen_often_stay():
     assert choose(slots, 0, 0, 1) == [1]
 
 
+def test_empty_slots_are_filled_first():
+    slots = ExpertSlots(num_layers=1, num_experts=4, num_slots=2)
+    choose(slots, 0, 3)
+    choose(slots, 0, 0)
+    assert slots.has(0, 3) and slots.has(0, 0)
+
+
 def test_old_choices_count_less():
     slots = ExpertSlots(num_layers=1, num_experts=4, num_slots=2)
     for _ in range(20):
