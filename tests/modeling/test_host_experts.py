@@ -173,6 +173,43 @@ def test_statistics_count_experts_and_bytes(load):
         handle.remove()
 
 
+@pytest.mark.parametrize("length", [1, 6, 40])
+def test_choices_are_counted_for_the_policy(load, length, kernels_of_few_tokens, monkeypatch):
+    model, ids = load(), tokens(batch=1, length=length)
+    chosen, counted = [], []
+    offload(model, experts_on_device=1.0)
+    for block in blocks_of(model):
+        block.gate.register_forward_hook(lambda _, __, out: chosen.append(out[2]))
+    cache = blocks_of(model)[0].experts.expert_cache
+    monkeypatch.setattr(cache, "count", lambda *arguments: counted.append(arguments))
+    with torch.no_grad():
+        model(ids)
+    expected = [dict(zip(*(part.tolist() for part in choice.unique(return_counts=True)))) for choice in chosen]
+    assert counted == [(layer, counts, length) for layer, counts in enumerate(expected)]
+
+
+def test_more_choices_than_slots_take_the_other_way(load, kernels_of_few_tokens):
+    model, ids = load(), tokens(batch=1, length=8)
+    with torch.no_grad():
+        expected = model(ids).logits
+        offload(model, experts_on_device=2 / 24)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_slots_are_released_behind_the_kernels(load, kernels_of_few_tokens, monkeypatch):
+    model, events = load(), []
+    offload(model)
+    cache = blocks_of(model)[0].experts.expert_cache
+    fetch, mlp = cache.fetch, few_tokens.mlp
+    monkeypatch.setattr(cache, "fetch", lambda placement: events.append(placement.slots) or fetch(placement))
+    monkeypatch.setattr(few_tokens, "mlp", lambda *args: events.append(args[7].flatten().tolist()) or mlp(*args))
+    monkeypatch.setattr(cache, "release", lambda slots: events.append(list(slots)))
+    with torch.no_grad():
+        model.model.layers[1].mlp(torch.randn(1, 1, CONFIG.hidden_size))
+    fetched, used, released = events
+    assert set(fetched.values()) == set(used) == set(released)
+
+
 def test_slots_take_the_share_that_was_asked_for(load):
     size = 3 * CONFIG.hidden_size * CONFIG.intermediate_size * 4
     for share, slots in ((0.5, 12), (5 * size, 5), (f"{6 * size // 1000 + 1}KB", 6), (10**15, 24)):
