@@ -147,8 +147,8 @@ class HostSparseMoeBlock(MiniMaxM3VLSparseMoeBlock):
         experts, cache = self.experts, self.experts.expert_cache
         check_call(experts, tokens, top_k_weights)
         next_block = self.next_block[0] if self.next_block else None
-        rows = [*top_k_index] if next_block is None else [*top_k_index, *next_block.predicted(tokens)]
-        choices = torch.stack(rows).tolist()  # the one time that the host waits for the GPU
+        ids = top_k_index if next_block is None else torch.cat([top_k_index, next_block.predicted(tokens)])
+        choices = ids.tolist()  # the one time that the host waits for the GPU
         choices, predicted = choices[: len(tokens)], choices[len(tokens) :]
         counts: dict[int, int] = {}
         for expert in (expert for row in choices for expert in row if 0 <= expert < experts.num_experts):

@@ -95,6 +95,7 @@ class ExpertCache:
             for name, tensor in weights[0].items()
         }
         num_experts = len(next(iter(weights[0].values())))
+        self._unfinished: tuple[int, Collection[int]] | None = None  # experts whose copies may not be queued
         self._places = ExpertSlots(len(weights), num_experts, num_slots)
         self.expert_bytes = sum(tensor[0].nbytes for tensor in weights[0].values())
         # Writing through `data` leaves the versions of the slots as they are, so nobody looks at their values again.
@@ -130,6 +131,9 @@ class ExpertCache:
 
     def place(self, layer: int, experts: Collection[int], kept: Iterable[int] = ()) -> Placement:
         """Gives at most S experts slots, beside the slots `kept`. Their weights come with `fetch`."""
+        if self._unfinished is not None:  # an interrupt came between a placement and its copies
+            self._places.forget(*self._unfinished)
+        self._unfinished = (layer, experts)
         return Placement(layer, *self._places.place(layer, experts, kept))
 
     def fetch(self, placement: Placement) -> None:
@@ -187,6 +191,7 @@ class ExpertCache:
         elif placement.missing:
             with torch.cuda.stream(self._stream):
                 self._copy(placement)
+        self._unfinished = None
         self.stats.bytes_copied += len(placement.missing) * self.expert_bytes
 
     def _copy(self, placement: Placement) -> None:

@@ -78,3 +78,10 @@ class ExpertSlots:
                 self._owner[slot] = layer * self._num_experts + expert
                 self._slot_of[layer, expert] = slots[expert] = slot
         return slots, missing
+
+    def forget(self, layer: int, experts: Iterable[int]) -> None:
+        """Empties the slots of experts, if they have any."""
+        for expert in experts:
+            slot = self._slot_of[layer, expert]
+            if slot >= 0:
+                self._owner[slot] = self._slot_of[layer, expert] = -1

@@ -191,6 +191,26 @@ def test_experts_that_are_there_come_first():
     assert (cache.stats.hits, cache.stats.misses) == (3, 5)
 
 
+def test_an_interrupt_before_the_copies_leaves_no_wrong_expert(monkeypatch):
+    cache = ExpertCache([{"weight": torch.arange(1.0, EXPERTS + 1)[:, None]}], torch.device("cpu"), SLOTS)
+    cache.place(0, [1, 2])  # an interrupt, as of a notebook
+    placement = cache.place(0, [2, 3])
+    assert placement.missing == [2, 3]
+    cache.fetch(placement)
+    rows = [{"weight": SimpleNamespace(copy_=_interrupt)} for _ in range(SLOTS)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "_rows", rows)
+        cache.fetch(cache.place(0, [4, 5]))
+    for expert in (4, 5, 1, 2, 3):
+        placement = cache.place(0, [expert])
+        cache.fetch(placement)
+        assert float(cache.slots["weight"][placement.slots[expert]]) == expert + 1
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_pinning_needs_a_gpu(monkeypatch):
     asked = []
     monkeypatch.setattr(expert_cache, "PinnedMemory", lambda tensor: asked.append(tensor) or SimpleNamespace(tensor=0))
