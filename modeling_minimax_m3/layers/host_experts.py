@@ -219,9 +219,9 @@ def put_on_host(
     """Makes a block read its experts from `cache`. It may already hold their weights under this number."""
     experts: Any = block.experts
     kind = type(experts)
-    experts.expert_cache, experts.layer = cache, layer
     if kind is Mxfp8Experts:
         experts.are_ordinary = all(is_ordinary(experts.stored(name)) for name in experts.weight_names)
+    experts.expert_cache, experts.layer = cache, layer
     experts.__class__ = _ON_HOST[kind]
     vars(block)["next_block"] = next_block
     block.__class__ = HostSparseMoeBlock
