@@ -146,7 +146,7 @@ def test_generate_writes_the_same_tokens(kernels, load, form, prefetch):
 
 @torch.no_grad()
 def test_a_copy_waits_for_the_expert_that_is_in_use(kernels, load):
-    """Random sizes of passes, with room for the experts of one layer: a slot that is overwritten too early gives another answer."""
+    """Room for one layer's experts: a slot that is overwritten too early gives another answer."""
     model = load()
     offload_experts(model, experts_on_device=16 / 48, show_progress=False)
     inputs = [tokens(1, 1 + seed % 5 * (1 + seed % 3 * 40), seed=seed) for seed in range(30)]
