@@ -1,5 +1,6 @@
 """MiniMax-M3 for Transformers. Importing this package registers its classes with the Auto classes."""
 
+from .expert_offloading import ExpertOffload, offload_experts
 from .loading.mxfp8_quantizer import mxfp8_config
 from .models.multimodal import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLModel
 from .models.outputs import MiniMaxM3VLCausalLMOutputWithPast, MiniMaxM3VLModelOutputWithPast
@@ -16,6 +17,7 @@ from .version import __version__ as __version__
 register()
 
 __all__ = [
+    "ExpertOffload",
     "MiniMaxM3SparseForConditionalGeneration",
     "MiniMaxM3VLCausalLMOutputWithPast",
     "MiniMaxM3VLForCausalLM",
@@ -27,4 +29,5 @@ __all__ = [
     "MiniMaxM3VLTextModel",
     "MiniMaxM3VLVisionModel",
     "mxfp8_config",
+    "offload_experts",
 ]

@@ -19,6 +19,7 @@ SCRIPTS = [
     "cuda_model",
     "model_step",
     "language_loss",
+    "host_experts",
     "memory_plan",
 ]
 

@@ -22,6 +22,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts
 from ..layers.mxfp8 import SCALE_SUFFIX, Mxfp8Experts, Mxfp8Linear, Mxfp8Module
 from ..mxfp8 import GROUP_SIZE, dequantize_mxfp8, quantize_mxfp8
+from ..runtime.expert_cache import has_offloaded_experts
 from .expert_quantization import plain_experts
 from .mxfp8_names import layers_of_names, unquantized_as_released, unquantized_in_files
 
@@ -133,6 +134,10 @@ class Mxfp8Quantizer(FineGrainedFP8HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        if has_offloaded_experts(model):
+            raise ValueError(
+                "the experts are offloaded to the host; call `remove()` of the offload before `dequantize`"
+            )
         dtype = dtype or model.dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, Mxfp8Module):

@@ -18,6 +18,7 @@ from transformers.generation.candidate_generator import (
 from transformers.utils import ModelOutput, logging
 
 from ..runtime.captured_decoding import obstacle_of_cache, obstacle_of_model
+from ..runtime.expert_cache import has_offloaded_experts
 from ..runtime.gathered_weights import gathers_weights
 from ..runtime.layout_building import create_masks_for_generate
 from ..runtime.transformers_versions import CACHE_NAME, GenerationMixin
@@ -268,6 +269,8 @@ class MiniMaxM3GenerationMixin(GenerationMixin):
             return True
         # An offloaded cache moves between devices at every step, so each step would be compiled again.
         if getattr(model_kwargs.get(CACHE_NAME), "offloading", False):
+            return False
+        if has_offloaded_experts(self) and generation_config.compile_config is None:
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..fused.support import is_idle_recorder
 from .cache import MiniMaxM3VLDynamicLayer, MiniMaxM3VLStaticLayer
+from .expert_cache import has_offloaded_experts
 from .gathered_weights import gathers_weights
 from .layout_building import build_layout
 from .transformers_versions import output_fields, takes_cache
@@ -65,6 +66,8 @@ def obstacle_of_model(model: PreTrainedModel) -> str | None:
     if obstacle is not None:
         return obstacle
     device = model.device
+    if has_offloaded_experts(model):
+        return "experts are on the host, and the host chooses which of them are copied"
     for name, module in model.named_modules():
         for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if isinstance(tensor, DTensor) and not _is_part_of_plan(model, tensor):
