@@ -66,7 +66,7 @@ def reference_pages(split: str) -> tuple[tuple[str, str], ...]:
 
 
 def code_row(numbers: random.Random, split: str, characters: int) -> Row:
-    """Source files one behind the other, each under its path, `characters` long unless one file is the whole library."""
+    """Source files one behind the other, each under its path, from any place on: `characters` long."""
     pieces: list[str] = []
     paths = source_paths(split)
     place = numbers.randrange(len(paths))
@@ -75,7 +75,7 @@ def code_row(numbers: random.Random, split: str, characters: int) -> Row:
         path = paths[(place + len(pieces)) % len(paths)]
         pieces.append(f"# {path}\n{source_text(path)}\n")
     text = "".join(pieces)
-    start = numbers.randrange(len(pieces[0])) if len(pieces[0]) > characters else 0
+    start = numbers.randrange(max(1, len(text) - characters))
     return {"task": "code", "modality": "code", "text": text[start : start + characters], "scene": {"path": paths[place]}}
 
 
