@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from transformers import GenerationConfig, HfArgumentParser, TrainingArguments, set_seed
+from transformers import GenerationConfig, HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, small_config, tiny_config
@@ -74,7 +74,11 @@ class PretrainingOptions:
     )
     indexer_loss_coef: float = field(default=1.0, metadata={"help": "weight of the indexers' loss"})
     indexer_warmup_share: float = field(
-        default=0.2, metadata={"help": "share of the steps in which sparse layers attend to all keys"}
+        default=0.0,
+        metadata={
+            "help": "share of the steps in which sparse layers attend to all keys by `indexer_warmup`. Rows of a first "
+            "stage that have no more blocks than a query selects need none: their attention is dense in any case"
+        },
     )
     eval_packs: int = field(default=8, metadata={"help": "held-out packs of an evaluation"})
     time_limit: float = field(default=0.0, metadata={"help": "seconds after which the run saves and stops; 0: none"})
@@ -97,7 +101,8 @@ class PretrainingOptions:
 
 
 def read_options(argv: list[str]) -> tuple[PretrainingOptions, TrainingArguments]:
-    parser = HfArgumentParser((PretrainingOptions, TrainingArguments), description=(__doc__ or "").split("\n")[0])
+    kinds: Any = (PretrainingOptions, TrainingArguments)
+    parser = HfArgumentParser(kinds, description=(__doc__ or "").split("\n")[0])
     given = {part.split("=")[0] for part in argv if part.startswith("--")}
     defaults = dict(DEFAULTS)
     if not given & {"--bf16", "--fp16"} and "--use_cpu" not in given:
@@ -133,6 +138,13 @@ def check_shared_memory(training: TrainingArguments, pack_tokens: int) -> None:
         )
 
 
+def dense_steps(config: MiniMaxM3VLConfig, stages: tuple[Stage, ...], max_steps: int, warmup_steps: int) -> int:
+    """How many of the first steps have dense attention: in the warm-up, or because a query selects all its blocks."""
+    selected = config.text_config.index_topk_blocks * config.text_config.index_block_size
+    ends = [stage.end for stage in stages if stage.max_length <= selected]
+    return max(warmup_steps, round(max(ends, default=0.0) * max_steps))
+
+
 def prepare_config(options: PretrainingOptions) -> MiniMaxM3VLConfig:
     config = CONFIGS[options.config]()
     config.text_config.output_router_logits = True  # with the routers' loss, so that experts stay balanced
@@ -156,9 +168,10 @@ def prepare(argv: list[str]) -> PackTrainer:
     model = MiniMaxM3SparseForConditionalGeneration(config)
     model.set_indexer_training(options.indexer_loss_coef, warmup=options.indexer_warmup_share > 0)
     warmup_steps = round(options.indexer_warmup_share * training.max_steps)
-    output = Path(training.output_dir)
-    callbacks = [IndexerPhases(options.indexer_loss_coef, warmup_steps)]
-    callbacks += [CurveLog(output / "curves.jsonl", packs_per_step * options.pack_tokens)]
+    callbacks: list[TrainerCallback] = [
+        IndexerPhases(options.indexer_loss_coef, warmup_steps),
+        CurveLog(Path(str(training.output_dir)) / "curves.jsonl", packs_per_step * options.pack_tokens),
+    ]
     if options.time_limit:
         callbacks.append(TimeLimit(options.time_limit))
     trainer = PackTrainer(
@@ -168,7 +181,8 @@ def prepare(argv: list[str]) -> PackTrainer:
     if training.process_index == 0:
         size = model.num_parameters()
         print(f"{size:,} parameters, {size * 2 / 1e6:.1f} MB in bfloat16")
-        print(f"{training.max_steps} steps of {packs_per_step * options.pack_tokens:,} tokens, {warmup_steps} of them dense")
+        print(f"{training.max_steps} steps of {packs_per_step * options.pack_tokens:,} tokens")
+        print(f"dense attention in the first {dense_steps(config, stages, training.max_steps, warmup_steps)} steps")
     return trainer
 
 
@@ -216,7 +230,7 @@ def main(argv: Iterable[str] | None = None) -> PackTrainer:
         metrics = trainer.evaluate()
     if trainer.args.process_index == 0:
         if is_done:
-            save_final(trainer, Path(trainer.args.output_dir) / "final", arguments, metrics)
+            save_final(trainer, Path(str(trainer.args.output_dir)) / "final", arguments, metrics)
             print(f"saved to {trainer.args.output_dir}/final")
         else:
             print(f"stopped at step {trainer.state.global_step}: go on with --resume_from_checkpoint true")

@@ -84,7 +84,7 @@ class PackTrainer(IndexerLossLogging, Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Scores all packs of the data set, in every process. See `score_packs`."""
-        packs = self.eval_dataset if eval_dataset is None else eval_dataset
+        packs: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
         started = time.perf_counter()
         with self.compute_loss_context_manager():
@@ -110,9 +110,11 @@ def score_packs(model: torch.nn.Module, packs: Packs) -> dict[str, float]:
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    losses, tokens = defaultdict(float), defaultdict(int)
-    right, total = defaultdict(int), defaultdict(int)
-    load: torch.Tensor | int = 0
+    losses: defaultdict[str, float] = defaultdict(float)
+    tokens: defaultdict[str, int] = defaultdict(int)
+    right: defaultdict[str, int] = defaultdict(int)
+    total: defaultdict[str, int] = defaultdict(int)
+    load = torch.zeros((), device=device)
     for index in range(len(packs)):
         pack = packs[index]
         inputs = {name: value.to(device) for name, value in collate_packs([pack]).items()}
@@ -122,19 +124,19 @@ def score_packs(model: torch.nn.Module, packs: Packs) -> dict[str, float]:
         logits = outputs.logits[0].float()
         values = torch.nn.functional.cross_entropy(logits, labels[places], reduction="none")
         hits = np.zeros(len(labels), bool)
-        places, values, is_hit = places.cpu().numpy(), values.cpu().numpy(), logits.argmax(-1) == labels[places]
-        hits[places] = is_hit.cpu().numpy()
+        hits[places.cpu().numpy()] = (logits.argmax(-1) == labels[places]).cpu().numpy()
         load = load + _chosen(model, outputs.router_logits)
-        row_of = np.searchsorted(np.cumsum(pack["lengths"]), places, side="right")
+        row_of = np.searchsorted(np.cumsum(pack["lengths"]), places.cpu().numpy(), side="right")
+        nats = values.cpu().numpy()
         for row, modality in enumerate(pack["modalities"]):
-            losses[modality] += float(values[row_of == row].sum())
+            losses[modality] += float(nats[row_of == row].sum())
             tokens[modality] += int((row_of == row).sum())
         for task, question, start, end in pack["answers"]:
             for name in (task, f"{task}_{question}"):
                 right[name] += bool(hits[start:end].all())
                 total[name] += 1
     model.train(was_training)
-    shares = load / load.sum(-1, keepdim=True)  # type: ignore[union-attr]
+    shares = load / load.sum(-1, keepdim=True)
     scores = {"loss": sum(losses.values()) / sum(tokens.values())}
     scores |= {f"loss_{name}": losses[name] / max(1, tokens[name]) for name in sorted(losses)}
     scores |= {f"accuracy_{name}": right[name] / total[name] for name in sorted(total)}
@@ -143,7 +145,7 @@ def score_packs(model: torch.nn.Module, packs: Packs) -> dict[str, float]:
     return {name: round(value, 5) for name, value in scores.items()}
 
 
-def _chosen(model: torch.nn.Module, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _chosen(model: Any, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """How often each expert of each layer was chosen: (layers, experts)."""
     config = model.config.get_text_config()
     chosen = torch.stack(tuple(router_logits)).float().topk(config.num_experts_per_tok, dim=-1).indices

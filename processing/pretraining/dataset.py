@@ -24,7 +24,7 @@ def as_columns(row: Row, videos: Path, name: str) -> dict[str, Any]:
     columns: dict[str, Any] = {name: row[name] for name in ("task", "modality")}
     columns |= {"text": row.get("text"), "scene": json.dumps(row["scene"]), "images": [], "videos": []}
     columns |= {name: row.get(name, []) for name in ("questions", "answers")}
-    columns |= {name: None for name in ("messages", "tools", "chat_template_kwargs")}
+    columns |= dict.fromkeys(("messages", "tools", "chat_template_kwargs"))
     if "messages" not in row:
         return columns
     messages = []
@@ -50,7 +50,9 @@ def _placed(part: dict[str, Any], columns: dict[str, Any], videos: Path, name: s
     return {"type": part["type"]}
 
 
-def _columns(task: str, split: str, num_rows: int, seed: int, characters: int, videos: str) -> Iterator[dict[str, Any]]:
+def _columns(
+    task: str, split: str, num_rows: int, seed: int, characters: int, videos: str
+) -> Iterator[dict[str, Any]]:
     for index in range(num_rows):
         row = make_row(task, split, index, seed=seed, characters=characters)
         yield as_columns(row, Path(videos), f"{task}-{split}-{seed}-{index}")

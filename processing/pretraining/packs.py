@@ -3,7 +3,6 @@
 So a run that resumes in the middle reads the same packs as one that was never stopped, with any number of workers.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,11 +121,17 @@ class Packs(Dataset):
         starts_long = bool(long_tasks) and longest > SHORT_TOKENS and numbers.random() < LONG_SHARE
         while room >= MIN_TOKENS and misses < MISSES:
             shares = [self.weights[task] for task in tasks]
-            task = numbers.choice(long_tasks if starts_long else tasks) if starts_long else numbers.choices(tasks, shares)[0]
+            task = (
+                numbers.choice(long_tasks if starts_long else tasks)
+                if starts_long
+                else numbers.choices(tasks, shares)[0]
+            )
             low, high = (longest // 2, longest) if starts_long else (128, min(longest, SHORT_TOKENS))
             wanted = min(int(low * (high / low) ** numbers.random()), room)
             starts_long = False
-            row = make_row(task, self.split, numbers.getrandbits(62), seed=self.seed, characters=self._characters(task, wanted))
+            row = make_row(
+                task, self.split, numbers.getrandbits(62), seed=self.seed, characters=self._characters(task, wanted)
+            )
             limit = min(wanted if "text" in row else longest, room)
             encoded = self.encoder.encode(row, limit)
             if encoded is None:

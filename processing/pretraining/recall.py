@@ -9,9 +9,58 @@ from collections.abc import Sequence
 from .rows import Row, chat_row
 from .text import code_row, english_row
 
-ADJECTIVES = tuple("amber brave calm dusty early faint green happy icy jolly kind loud misty noble odd pale".split())
-NOUNS = tuple("anchor bridge candle desert engine forest garden harbor island jacket kettle ladder mirror needle".split())
-CITIES = tuple("Bonn Cairo Delhi Quito Lima Oslo Paris Rome Seoul Tokyo Vienna Zurich Accra Dakar Hanoi Kyiv".split())
+ADJECTIVES = (
+    "amber",
+    "brave",
+    "calm",
+    "dusty",
+    "early",
+    "faint",
+    "green",
+    "happy",
+    "icy",
+    "jolly",
+    "kind",
+    "loud",
+    "misty",
+    "noble",
+    "odd",
+    "pale",
+)
+NOUNS = (
+    "anchor",
+    "bridge",
+    "candle",
+    "desert",
+    "engine",
+    "forest",
+    "garden",
+    "harbor",
+    "island",
+    "jacket",
+    "kettle",
+    "ladder",
+    "mirror",
+    "needle",
+)
+CITIES = (
+    "Bonn",
+    "Cairo",
+    "Delhi",
+    "Quito",
+    "Lima",
+    "Oslo",
+    "Paris",
+    "Rome",
+    "Seoul",
+    "Tokyo",
+    "Vienna",
+    "Zurich",
+    "Accra",
+    "Dakar",
+    "Hanoi",
+    "Kyiv",
+)
 MAX_QUESTIONS = 6
 
 
@@ -52,9 +101,7 @@ def _depths(numbers: random.Random, count: int, depths: Sequence[float] | None) 
     return sorted(numbers.random() for _ in range(count)) if depths is None else list(depths)
 
 
-def key_value_row(
-    numbers: random.Random, split: str, characters: int, depths: Sequence[float] | None = None
-) -> Row:
+def key_value_row(numbers: random.Random, split: str, characters: int, depths: Sequence[float] | None = None) -> Row:
     """Numbers of several things; as many other things with numbers make it hard to guess."""
     asked = _depths(numbers, numbers.randint(2, MAX_QUESTIONS), depths)
     others = [numbers.random() for _ in asked]
@@ -69,16 +116,16 @@ def key_value_row(
     return _row(numbers, text, questions, scene)
 
 
-def variable_row(
-    numbers: random.Random, split: str, characters: int, depths: Sequence[float] | None = None
-) -> Row:
+def variable_row(numbers: random.Random, split: str, characters: int, depths: Sequence[float] | None = None) -> Row:
     """Chains of variables: each gets the value of an earlier one, or a number.
 
     `depths` are those of the assignments whose variables are asked for.
     """
     places = _depths(numbers, numbers.randint(3, 2 * MAX_QUESTIONS), depths)
     places.sort()
-    names = numbers.sample([f"{letter}{digit}" for letter in "abcdehkmnpqrstuvwxz" for digit in range(10)], len(places))
+    names = numbers.sample(
+        [f"{letter}{digit}" for letter in "abcdehkmnpqrstuvwxz" for digit in range(10)], len(places)
+    )
     steps: list[tuple[str, str]] = []
     values: dict[str, str] = {}
     hops: dict[str, int] = {}
@@ -96,7 +143,9 @@ def variable_row(
     asked = names if depths is not None else numbers.sample(names, min(len(names), MAX_QUESTIONS))
     questions = [(f"variable_{hops[name]}", f"What is the value of {name}?", values[name]) for name in asked]
     depth_of = dict(zip(names, places))
-    return _row(numbers, text, questions, {"steps": steps, "asked": asked, "depths": [depth_of[name] for name in asked]})
+    return _row(
+        numbers, text, questions, {"steps": steps, "asked": asked, "depths": [depth_of[name] for name in asked]}
+    )
 
 
 def needle_row(numbers: random.Random, split: str, characters: int, depths: Sequence[float] | None = None) -> Row:

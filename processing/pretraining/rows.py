@@ -28,6 +28,7 @@ def random_numbers(*key: Any) -> random.Random:
 
 
 def check_split(split: str) -> None:
+    """Raises `ValueError` where `split` is unknown."""
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {SPLITS}, got {split!r}.")
 

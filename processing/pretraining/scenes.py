@@ -80,6 +80,7 @@ def make_scene(numbers: random.Random) -> list[Thing]:
 
 
 def draw_scene(things: list[Thing], numbers: random.Random) -> Image.Image:
+    """A picture of the objects, of `SIDE` pixels."""
     image = background(numbers, SIDE)
     draw = ImageDraw.Draw(image)
     for thing in things:
@@ -116,7 +117,9 @@ def make_question(things: list[Thing], kind: str, numbers: random.Random) -> tup
         thing = numbers.choice(chosen)
         return f"What shape is the {thing['colour']} object?", thing["shape"]
     if kind == "count":
-        what = numbers.choice(("object", *(thing["shape"] for thing in things), *(thing["colour"] for thing in things)))
+        what = numbers.choice(
+            ("object", *(thing["shape"] for thing in things), *(thing["colour"] for thing in things))
+        )
         if what == "object":
             return "How many objects are there?", COUNTS[len(things)]
         number = sum(what in (thing["shape"], thing["colour"]) for thing in things)

@@ -36,6 +36,7 @@ def source_paths(split: str) -> tuple[str, ...]:
 
 
 def standard_library() -> Path:
+    """The folder of Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -76,7 +77,12 @@ def code_row(numbers: random.Random, split: str, characters: int) -> Row:
         pieces.append(f"# {path}\n{source_text(path)}\n")
     text = "".join(pieces)
     start = numbers.randrange(max(1, len(text) - characters))
-    return {"task": "code", "modality": "code", "text": text[start : start + characters], "scene": {"path": paths[place]}}
+    return {
+        "task": "code",
+        "modality": "code",
+        "text": text[start : start + characters],
+        "scene": {"path": paths[place]},
+    }
 
 
 def english_row(numbers: random.Random, split: str, characters: int) -> Row:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -29,5 +30,5 @@ def tokenizer_texts(weights: Mapping[str, float] = WEIGHTS, seed: int = 0) -> It
                 continue
             chats = [row["messages"]]
             variables = row["chat_template_kwargs"]
-            (text,), _ = render_jinja_template(chats, tools=row.get("tools"), chat_template=template, **variables)
-            yield from CONTROL_TOKENS.split(text)
+            rendered: Any = render_jinja_template(chats, tools=row.get("tools"), chat_template=template, **variables)
+            yield from CONTROL_TOKENS.split(rendered[0][0])

@@ -8,8 +8,25 @@ from typing import Any
 from .recall import CITIES
 from .rows import Row, check_split
 
-NAMES = tuple("Ada Ben Cleo Dan Eva Finn Gina Hugo Ida Jan Kim Leo Mia Nils Olga Paul".split())
-ITEMS = tuple("apples books candles eggs flowers kites lamps marbles pens shells".split())
+NAMES = (
+    "Ada",
+    "Ben",
+    "Cleo",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gina",
+    "Hugo",
+    "Ida",
+    "Jan",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Nils",
+    "Olga",
+    "Paul",
+)
+ITEMS = ("apples", "books", "candles", "eggs", "flowers", "kites", "lamps", "marbles", "pens", "shells")
 SKIES = ("sun", "rain", "snow", "fog", "wind")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 CURRENCIES = ("dollar", "euro", "pound", "yen")

@@ -1,11 +1,12 @@
 """A processor whose tokenizer learnt from the pretraining data."""
 
 import pytest
-from .pretraining_cases import available_tasks
 
 from configuration_minimax_m3 import tiny_config
 from processing_minimax_m3.pretraining import WEIGHTS
 from processing_minimax_m3.pretraining.tokenizer_texts import tokenizer_texts
+
+from .pretraining_cases import available_tasks
 
 
 @pytest.fixture(scope="session")

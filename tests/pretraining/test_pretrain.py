@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from configuration_minimax_m3 import tiny_config
+from configuration_minimax_m3 import small_config, tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
-from processing_minimax_m3.pretraining import Packs, Stage, collate_packs
+from processing_minimax_m3.pretraining import Packs, Stage, collate_packs, parse_stages
 from processing_minimax_m3.pretraining.packs import join_rows
 
 STEPS = 6
@@ -104,6 +104,15 @@ def test_phases_follow_the_number_of_the_step(load_script):
     assert found == [(True, 0.5), (True, 0.5), (False, 0.5), (False, 0.5)]
 
 
+def test_first_stage_may_be_the_warm_up(load_script):
+    """A query of the small model selects 16 blocks of 128 keys."""
+    dense_steps = load_script("pretrain").dense_steps
+    stages = parse_stages("1024:0.2,2048:0.4,4096:1")
+    assert dense_steps(small_config(), stages, 1000, 0) == 400
+    assert dense_steps(small_config(), stages, 1000, 500) == 500
+    assert dense_steps(small_config(), stages[2:], 1000, 0) == 0
+
+
 def test_scores_equal_those_of_each_row_alone(load_script, processor, weights):
     torch.manual_seed(0)
     model = MiniMaxM3SparseForConditionalGeneration(tiny_config(text={"vocab_size": 1024}))
@@ -124,7 +133,9 @@ def test_scores_equal_those_of_each_row_alone(load_script, processor, weights):
                     count[row.modality] = count.get(row.modality, 0) + 1
             for answer in row.answers:
                 guesses = logits[answer.start - 1 : answer.end - 1].argmax(-1).tolist()
-                right[answer.task] = right.get(answer.task, 0) + (guesses == row.ids[answer.start : answer.end].tolist())
+                right[answer.task] = right.get(answer.task, 0) + (
+                    guesses == row.ids[answer.start : answer.end].tolist()
+                )
                 answers[answer.task] = answers.get(answer.task, 0) + 1
     assert len(total) > 2
     for modality in total:

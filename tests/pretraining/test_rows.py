@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from .pretraining_cases import available_tasks, media, question_texts
 
 from processing_minimax_m3.pretraining import SPLITS, make_row
 from processing_minimax_m3.pretraining import text as text_sources
@@ -22,6 +21,8 @@ from processing_minimax_m3.pretraining.recall import hide, key_value_row, needle
 from processing_minimax_m3.pretraining.rows import random_numbers
 from processing_minimax_m3.pretraining.scenes import COLOURS, COUNTS, SHAPES
 from processing_minimax_m3.pretraining.text import reference_pages, source_paths
+
+from .pretraining_cases import available_tasks, media, question_texts
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60
@@ -150,7 +151,10 @@ def test_pictures_show_the_objects_and_nothing_else():
             covered = np.zeros(pixels.shape[:2], bool)
             for thing in things:
                 x, y, radius = (thing[name] for name in ("x", "y", "radius"))
-                box = (slice(int(y - radius - 1), int(y + radius + 2)), slice(int(x - radius - 1), int(x + radius + 2)))
+                box = (
+                    slice(int(y - radius - 1), int(y + radius + 2)),
+                    slice(int(x - radius - 1), int(x + radius + 2)),
+                )
                 is_colour = (abs(pixels[box] - np.array(COLOURS[thing["colour"]])) < 3).all(-1)
                 assert is_colour.sum() > 80, thing
                 covered[box] = True
@@ -255,7 +259,9 @@ def test_sums_are_right_and_so_are_their_steps():
         row = make_row("thinking", "train", index)
         answers = [message for message in row["messages"] if message["role"] == "assistant"]
         for question, message, answer in zip(question_texts(row), answers, row["answers"], strict=True):
-            changes = [int(n) * (-1 if verb == "loses" else 1) for verb, n in re.findall(r"(has|buys|loses) (\d+)", question)]
+            changes = [
+                int(n) * (-1 if verb == "loses" else 1) for verb, n in re.findall(r"(has|buys|loses) (\d+)", question)
+            ]
             assert int(answer) == sum(changes) > 0
             assert message["content"] == answer
             equations = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)\.", message["reasoning_content"])
@@ -279,7 +285,10 @@ def test_calls_fit_the_tools_and_the_questions(processor):
                 continue
             before, after = (
                 processor.apply_chat_template(
-                    row["messages"][:end], tools=row["tools"], thinking_mode="disabled", add_generation_prompt=is_prompt
+                    row["messages"][:end],
+                    tools=row["tools"],
+                    thinking_mode="disabled",
+                    add_generation_prompt=is_prompt,
                 )
                 for end, is_prompt in ((place, True), (place + 1, False))
             )
