@@ -52,7 +52,6 @@ DEFAULTS = {  # of `TrainingArguments`, where ours differ
     "eval_strategy": "steps",
     "eval_steps": 1000,
     "dataloader_num_workers": max(0, min(14, (os.cpu_count() or 1) - 2)),
-    "dataloader_persistent_workers": False,
     "train_sampling_strategy": "sequential",
     "remove_unused_columns": False,
     "report_to": "none",

@@ -88,8 +88,6 @@ class RowEncoder(Encoder):
         super().__init__(processor)
         self.processor = processor
         self._meter = DrawnMedia(processor)
-        ids = {"image": processor.image_token_id, "video": processor.video_token_id}
-        self._placeholders = np.array(sorted(ids.values()))
 
     def encode(self, row: Row, max_length: int | None = None) -> EncodedRow | None:
         """The tokens of a row.

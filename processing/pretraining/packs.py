@@ -70,7 +70,6 @@ class Packs(Dataset):
         stages (sequence of Stage): The curriculum. No row is longer than a pack.
         weights (mapping): Shares of the tasks among the rows that fill a pack up.
         seed (int): Another seed gives other packs.
-        start (int): Number of the first pack, where several data sets continue each other.
 
     Raises:
         ValueError: A stage is longer than a pack, or a task is unknown.
@@ -120,12 +119,8 @@ class Packs(Dataset):
         room, misses = self.tokens, 0
         starts_long = bool(long_tasks) and longest > SHORT_TOKENS and numbers.random() < LONG_SHARE
         while room >= MIN_TOKENS and misses < MISSES:
-            shares = [self.weights[task] for task in tasks]
-            task = (
-                numbers.choice(long_tasks if starts_long else tasks)
-                if starts_long
-                else numbers.choices(tasks, shares)[0]
-            )
+            choice = long_tasks if starts_long else tasks
+            (task,) = numbers.choices(choice, [self.weights[name] for name in choice])
             low, high = (longest // 2, longest) if starts_long else (128, min(longest, SHORT_TOKENS))
             wanted = min(int(low * (high / low) ** numbers.random()), room)
             starts_long = False

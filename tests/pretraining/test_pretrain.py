@@ -76,6 +76,7 @@ def test_result_is_a_checkpoint_of_its_own(finished):
     assert "thinking=1,image=1" in record["command"]
 
 
+@pytest.mark.slow
 def test_resumed_run_has_the_same_losses_and_weights(load_script, finished, tmp_path):
     resumed = tmp_path / "resumed"
     shutil.copytree(finished, resumed, ignore=shutil.ignore_patterns("final", f"checkpoint-{STEPS}"))
@@ -85,6 +86,7 @@ def test_resumed_run_has_the_same_losses_and_weights(load_script, finished, tmp_
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_time_limit_saves_a_run_that_goes_on(load_script, finished, tmp_path, capsys):
     run(load_script, tmp_path, "--time_limit", "0.001")
     assert "stopped at step 1" in capsys.readouterr().out

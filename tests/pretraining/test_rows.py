@@ -43,6 +43,7 @@ def fingerprints(tasks: list[str]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_rows_are_the_same_in_every_process():
     """Whatever the order of sets of a process is."""
     tasks = available_tasks()
