@@ -117,11 +117,11 @@ def make_question(things: list[Thing], kind: str, numbers: random.Random) -> tup
         thing = numbers.choice(chosen)
         return f"What shape is the {thing['colour']} object?", thing["shape"]
     if kind == "count":
-        what = numbers.choice(
-            ("object", *(thing["shape"] for thing in things), *(thing["colour"] for thing in things))
-        )
-        if what == "object":
+        # Half about all objects, and some about what is not there: most colours and shapes would count one otherwise.
+        if numbers.random() < 0.5:
             return "How many objects are there?", COUNTS[len(things)]
+        shown = [thing[name] for thing in things for name in ("shape", "colour")]
+        what = numbers.choice(shown if numbers.random() < 0.7 else (*SHAPES, *COLOURS))
         number = sum(what in (thing["shape"], thing["colour"]) for thing in things)
         noun = f"{what} objects" if what in COLOURS else {"cross": "crosses"}.get(what, f"{what}s")
         return f"How many {noun} are there?", COUNTS[number]
