@@ -1,7 +1,7 @@
 """Configuration of MiniMax-M3: text, vision and whole model, and presets."""
 
 from .multimodal import MiniMaxM3VLConfig
-from .presets import released_config, tiny_config
+from .presets import released_config, small_config, tiny_config
 from .text import MiniMaxM3VLTextConfig
 from .vision import MiniMaxM3VLVisionConfig
 
@@ -10,5 +10,6 @@ __all__ = [
     "MiniMaxM3VLTextConfig",
     "MiniMaxM3VLVisionConfig",
     "released_config",
+    "small_config",
     "tiny_config",
 ]

@@ -10,6 +10,7 @@ weights are random (the same for the same seed), so the model's answers mean not
 
 import argparse
 import pydoc_data.topics
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -53,11 +54,11 @@ def training_text() -> list[str]:
     return [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
 
 
-def train_tokenizer(config: MiniMaxM3VLConfig) -> PreTrainedTokenizerFast:
+def train_tokenizer(config: MiniMaxM3VLConfig, texts: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE whose special tokens have the ids of `config`.
 
-    Special tokens come last in the vocabulary, in the released order. The other tokens are learnt from
-    `training_text`.
+    Special tokens come last in the vocabulary, in the released order. The other tokens are learnt from `texts`, by
+    default from `training_text`.
 
     Raises:
         ValueError: The vocabulary has no room for the bytes and the special tokens, or `config` places a special
@@ -75,7 +76,7 @@ def train_tokenizer(config: MiniMaxM3VLConfig) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=num_learnt, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(training_text(), trainer)
+    tokenizer.train_from_iterator(training_text() if texts is None else texts, trainer)
     if tokenizer.get_vocab_size() != num_learnt:
         raise ValueError(
             f"`config` leaves {num_learnt} ids below the special tokens, but the tokenizer has "
@@ -116,8 +117,11 @@ def _check_token_ids(config: MiniMaxM3VLConfig, tokenizer: PreTrainedTokenizerFa
         raise ValueError(f"`vocab_size` must be at least {len(tokenizer)}, got {config.text_config.vocab_size}.")
 
 
-def build_processor(config: MiniMaxM3VLConfig) -> MiniMaxM3VLProcessor:
-    """Builds the joint processor for `config`, with its tokenizer and the patch sizes of its vision tower."""
+def build_processor(config: MiniMaxM3VLConfig, texts: Iterable[str] | None = None) -> MiniMaxM3VLProcessor:
+    """Builds the joint processor for `config`, with its tokenizer and the patch sizes of its vision tower.
+
+    `texts` are those that the tokenizer learns from, by default `training_text`.
+    """
     vision = config.vision_config
     patches = {
         "patch_size": vision.patch_size,
@@ -126,7 +130,7 @@ def build_processor(config: MiniMaxM3VLConfig) -> MiniMaxM3VLProcessor:
     }
     return MiniMaxM3VLProcessor(
         image_processor=MiniMaxM3VLImageProcessor(**patches),
-        tokenizer=train_tokenizer(config),
+        tokenizer=train_tokenizer(config, texts),
         video_processor=MiniMaxM3VLVideoProcessor(**patches),
         chat_template=load_chat_template(),
     )

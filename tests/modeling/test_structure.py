@@ -35,14 +35,19 @@ def test_readme_names_every_command():
     assert named_in(PACKAGE / "README.md", "commands") == modules_of(PACKAGE / "commands")
 
 
-def test_readme_names_every_module_of_data():
-    assert named_in(ROOT / "processing" / "README.md", "data") == modules_of(ROOT / "processing" / "data")
+@pytest.mark.parametrize("folder", ["data", "pretraining"])
+def test_readme_names_every_module_of_the_folders_of_processing(folder):
+    assert named_in(ROOT / "processing" / "README.md", folder) == modules_of(ROOT / "processing" / folder)
 
 
-@pytest.mark.parametrize("folder", [ROOT / "processing" / "data", PACKAGE / "commands"], ids=["data", "commands"])
+@pytest.mark.parametrize(
+    "folder",
+    [ROOT / "processing" / "data", ROOT / "processing" / "pretraining", PACKAGE / "commands"],
+    ids=["data", "pretraining", "commands"],
+)
 def test_only_the_top_imports_data_and_commands(folder):
-    """Whoever uses the processor or the model alone needs neither."""
-    inside = set(folder.rglob("*.py"))
+    """Whoever uses the processor or the model alone needs neither. Data for pretraining are data."""
+    inside = {*folder.rglob("*.py"), *(ROOT / "processing" / "pretraining").rglob("*.py")}
     for path in (
         {*(ROOT / "processing").rglob("*.py"), *PACKAGE.rglob("*.py")} - inside - {ROOT / "processing" / "__init__.py"}
     ):

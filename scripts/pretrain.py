@@ -1,0 +1,240 @@
+"""Train a small MiniMax-M3 from nothing, on text, code, recall, tools, pictures and videos that the machine makes.
+
+    python scripts/pretrain.py --output_dir run --max_steps 8000
+    python scripts/pretrain.py --output_dir run --max_steps 8000 --resume_from_checkpoint true
+    accelerate launch --num_processes 8 scripts/pretrain.py --output_dir run --max_steps 8000
+
+Besides the options of `PretrainingOptions`, the script takes every field of `TrainingArguments`. The folder gets the
+checkpoints of the run, the curves as JSON lines (`curves.jsonl`), and at the end the model in bfloat16 with tokenizer,
+processor and chat template (`final`). docs/pretraining.md explains the data, the phases and the figures.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Everything is on this machine; both are read when Transformers and its tokenizers are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from transformers import GenerationConfig, HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from configuration_minimax_m3 import MiniMaxM3VLConfig, small_config, tiny_config
+from make_tiny_checkpoint import build_processor
+from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from pretraining_run import CurveLog, IndexerPhases, PackTrainer, TimeLimit
+from processing_minimax_m3 import MiniMaxM3VLProcessor
+from processing_minimax_m3.pretraining import WEIGHTS, Packs, Stage, collate_packs, parse_stages
+from processing_minimax_m3.pretraining.tokenizer_texts import tokenizer_texts
+
+CONFIGS = {"small": small_config, "tiny": tiny_config}
+DEFAULTS = {  # of `TrainingArguments`, where ours differ
+    "max_steps": 8000,
+    "per_device_train_batch_size": 1,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.02},
+    "warmup_steps": 0.03,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "optim": "adamw_torch_fused",
+    "logging_steps": 50,
+    "logging_nan_inf_filter": False,  # it would wait for the device at every step
+    "save_steps": 2000,
+    "save_total_limit": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 1000,
+    "dataloader_num_workers": max(0, min(14, (os.cpu_count() or 1) - 2)),
+    "train_sampling_strategy": "sequential",
+    "remove_unused_columns": False,
+    "report_to": "none",
+}
+
+
+@dataclass
+class PretrainingOptions:
+    """Options beside those of `TrainingArguments`."""
+
+    config: str = field(default="small", metadata={"help": "small (7M parameters) or tiny (for tests)"})
+    pack_tokens: int = field(default=32768, metadata={"help": "tokens of a pack; a batch counts packs"})
+    stages: str = field(
+        default="2048:0.4,8192:0.7,16384:1",
+        metadata={"help": "curriculum: most tokens of a row, and the share of the steps at which the stage ends"},
+    )
+    tasks: str = field(
+        default="", metadata={"help": "weights of tasks, such as image=4,video=2; others are left out. Default: all"}
+    )
+    indexer_loss_coef: float = field(default=1.0, metadata={"help": "weight of the indexers' loss"})
+    indexer_warmup_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the steps in which sparse layers attend to all keys by `indexer_warmup`. Rows of a first "
+            "stage that have no more blocks than a query selects need none: their attention is dense in any case"
+        },
+    )
+    eval_packs: int = field(default=8, metadata={"help": "held-out packs of an evaluation"})
+    time_limit: float = field(default=0.0, metadata={"help": "seconds after which the run saves and stops; 0: none"})
+
+    def weights(self) -> dict[str, float]:
+        """The weights of the tasks."""
+        if not self.tasks:
+            return dict(WEIGHTS)
+        weights = {}
+        for part in self.tasks.split(","):
+            name, _, weight = part.partition("=")
+            try:
+                weights[name.strip()] = float(weight or 1)
+            except ValueError as error:
+                raise ValueError(f"`--tasks` must be NAME=WEIGHT,..., got {part!r} in {self.tasks!r}.") from error
+        return weights
+
+    def parsed_stages(self) -> tuple[Stage, ...]:
+        return parse_stages(self.stages)
+
+
+def read_options(argv: list[str]) -> tuple[PretrainingOptions, TrainingArguments]:
+    kinds: Any = (PretrainingOptions, TrainingArguments)
+    parser = HfArgumentParser(kinds, description=(__doc__ or "").split("\n")[0])
+    given = {part.split("=")[0] for part in argv if part.startswith("--")}
+    defaults = dict(DEFAULTS)
+    if not given & {"--bf16", "--fp16"} and "--use_cpu" not in given:
+        defaults["bf16"] = torch.cuda.is_available()
+    parser.set_defaults(**defaults)
+    options, training = parser.parse_args_into_dataclasses(argv)
+    if options.config not in CONFIGS:
+        raise ValueError(f"`--config` must be one of {sorted(CONFIGS)}, got {options.config!r}.")
+    if not 0 <= options.indexer_warmup_share <= 1:
+        raise ValueError(f"`--indexer_warmup_share` must be from 0 to 1, got {options.indexer_warmup_share}.")
+    if training.max_steps < 1:
+        raise ValueError(f"`--max_steps` must be at least 1, since the data have no end, got {training.max_steps}.")
+    if training.train_sampling_strategy != "sequential":
+        raise ValueError(f"`--train_sampling_strategy` must be sequential, got {training.train_sampling_strategy}.")
+    if options.time_limit and training.world_size > 1:
+        raise ValueError("`--time_limit` works in one process, because processes do not stop at the same step.")
+    return options, training
+
+
+def check_shared_memory(training: TrainingArguments, pack_tokens: int) -> None:
+    """Raises `ValueError` if the batches that wait in the workers may not fit into /dev/shm, which kills workers."""
+    shared = Path("/dev/shm")
+    if not training.dataloader_num_workers or not shared.is_dir():
+        return
+    free = shutil.disk_usage(shared).free
+    waiting = training.dataloader_num_workers * (training.dataloader_prefetch_factor or 2) + 1
+    # measured: a pack of the default mixture has up to 0.3 patches a token, of 1176 float32 numbers
+    needed = int(waiting * training.per_device_train_batch_size * pack_tokens * 0.3 * 1176 * 4)
+    if needed > free:
+        raise ValueError(
+            f"/dev/shm has {free / 2**20:.0f} MiB free, but {training.dataloader_num_workers} workers may need "
+            f"{needed / 2**20:.0f} MiB. Lower `--dataloader_num_workers`, or give the container more (--shm-size)."
+        )
+
+
+def dense_steps(config: MiniMaxM3VLConfig, stages: tuple[Stage, ...], max_steps: int, warmup_steps: int) -> int:
+    """How many of the first steps have dense attention: in the warm-up, or because a query selects all its blocks."""
+    selected = config.text_config.index_topk_blocks * config.text_config.index_block_size
+    ends = [stage.end for stage in stages if stage.max_length <= selected]
+    return max(warmup_steps, round(max(ends, default=0.0) * max_steps))
+
+
+def prepare_config(options: PretrainingOptions) -> MiniMaxM3VLConfig:
+    config = CONFIGS[options.config]()
+    config.text_config.output_router_logits = True  # with the routers' loss, so that experts stay balanced
+    return config
+
+
+def prepare(argv: list[str]) -> PackTrainer:
+    """Builds tokenizer, model and data, and checks everything that can be checked before training."""
+    options, training = read_options(argv)
+    check_shared_memory(training, options.pack_tokens)
+    weights = options.weights()
+    set_seed(training.seed)
+    config = prepare_config(options)
+    packs_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    data: dict[str, Any] = {"tokens": options.pack_tokens, "weights": weights, "seed": training.seed}
+    stages = options.parsed_stages()
+    processor = build_processor(config, tokenizer_texts(weights, training.seed))
+    train = Packs(processor, "train", packs_per_step * training.max_steps, stages=stages, **data)
+    heldout = Packs(processor, "heldout", options.eval_packs, stages=[Stage(1.0, stages[-1].max_length)], **data)
+
+    model = MiniMaxM3SparseForConditionalGeneration(config)
+    model.set_indexer_training(options.indexer_loss_coef, warmup=options.indexer_warmup_share > 0)
+    warmup_steps = round(options.indexer_warmup_share * training.max_steps)
+    callbacks: list[TrainerCallback] = [
+        IndexerPhases(options.indexer_loss_coef, warmup_steps),
+        CurveLog(Path(str(training.output_dir)) / "curves.jsonl", packs_per_step * options.pack_tokens),
+    ]
+    if options.time_limit:
+        callbacks.append(TimeLimit(options.time_limit))
+    trainer = PackTrainer(
+        model, training, data_collator=collate_packs, train_dataset=train, eval_dataset=heldout, callbacks=callbacks
+    )
+    trainer.processor, trainer.options = processor, options
+    if training.process_index == 0:
+        size = model.num_parameters()
+        print(f"{size:,} parameters, {size * 2 / 1e6:.1f} MB in bfloat16")
+        print(f"{training.max_steps} steps of {packs_per_step * options.pack_tokens:,} tokens")
+        print(f"dense attention in the first {dense_steps(config, stages, training.max_steps, warmup_steps)} steps")
+    return trainer
+
+
+def save_final(trainer: PackTrainer, folder: Path, argv: list[str], metrics: dict[str, Any]) -> None:
+    """Saves the model in bfloat16 as a checkpoint of its own, with how it was made."""
+    processor: MiniMaxM3VLProcessor = trainer.processor
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.set_indexer_training(0.0)
+    model.config.text_config.output_router_logits = False
+    tokenizer = processor.tokenizer
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    record = {
+        "command": ["python", "scripts/pretrain.py", *argv],
+        "options": asdict(trainer.options),
+        "seed": trainer.args.seed,
+        "steps": trainer.state.global_step,
+        "python": sys.version.split()[0],  # the texts are those of this release
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "heldout": {name: value for name, value in metrics.items() if name.startswith("eval_")},
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main(argv: Iterable[str] | None = None) -> PackTrainer:
+    """Trains. Errors of arguments end the program with their message."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        trainer = prepare(arguments)
+        resume = trainer.args.resume_from_checkpoint
+        if resume is not None and str(resume).lower() == "true":
+            resume = get_last_checkpoint(trainer.args.output_dir)
+            if resume is None:
+                raise ValueError(f"`--resume_from_checkpoint true`: no checkpoint in {trainer.args.output_dir!r}.")
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"pretrain: {error}") from error
+    trainer.train(resume_from_checkpoint=resume)
+    is_done = trainer.state.global_step >= trainer.args.max_steps
+    metrics = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
+    if metrics.get("step") != trainer.state.global_step:
+        metrics = trainer.evaluate()
+    if trainer.args.process_index == 0:
+        if is_done:
+            save_final(trainer, Path(str(trainer.args.output_dir)) / "final", arguments, metrics)
+            print(f"saved to {trainer.args.output_dir}/final")
+        else:
+            print(f"stopped at step {trainer.state.global_step}: go on with --resume_from_checkpoint true")
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

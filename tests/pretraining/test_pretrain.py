@@ -1,0 +1,190 @@
+"""`scripts/pretrain.py` from end to end on a tiny model: it learns, resumes to the same weights, and scores rightly."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from configuration_minimax_m3 import small_config, tiny_config
+from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from processing_minimax_m3.pretraining import Packs, Stage, collate_packs, parse_stages
+from processing_minimax_m3.pretraining.packs import join_rows
+
+STEPS = 6
+OPTIONS = (
+    *("--config", "tiny", "--use_cpu", "--max_steps", str(STEPS), "--pack_tokens", "2048", "--stages", "1024:0.5,2048:1"),
+    *("--tasks", "thinking=1,image=1", "--eval_packs", "2", "--eval_steps", "3", "--logging_steps", "1"),
+    *("--save_steps", "4", "--dataloader_num_workers", "0", "--indexer_warmup_share", "0.34", "--disable_tqdm", "true"),
+)  # fmt: skip
+
+
+def run(load_script, folder, *more: str):
+    return load_script("pretrain").main([*OPTIONS, "--output_dir", str(folder), *more])
+
+
+def curves(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "curves.jsonl").read_text().splitlines()]
+
+
+def losses(folder) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in curves(folder) if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def finished(load_script, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    run(load_script, folder)
+    return folder
+
+
+def test_run_learns_and_logs_its_curves(finished):
+    found = losses(finished)
+    assert list(found) == list(range(1, STEPS + 1))
+    assert found[STEPS] < found[1] - 0.5
+    lines = curves(finished)
+    assert {line["step"]: line["tokens"] for line in lines}[STEPS] == STEPS * 2048
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [3, 6]
+    for name in ("eval_loss_image", "eval_loss_tools", "eval_accuracy_thinking_sum", "eval_expert_load"):
+        assert name in evaluations[0]
+    assert all(line["indexer_loss"] > 0 for line in lines if "loss" in line)
+
+
+def test_result_is_a_checkpoint_of_its_own(finished):
+    folder = finished / "final"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "indexer_loss_coef" not in config["text_config"]
+    assert not config["text_config"]["output_router_logits"]
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+    assert model.config.text_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("[e~[")
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": "How many apples are left?"}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+    record = json.loads((folder / "training.json").read_text())
+    assert record["seed"] == 42
+    assert record["steps"] == STEPS
+    assert "thinking=1,image=1" in record["command"]
+
+
+@pytest.mark.slow
+def test_resumed_run_has_the_same_losses_and_weights(load_script, finished, tmp_path):
+    resumed = tmp_path / "resumed"
+    shutil.copytree(finished, resumed, ignore=shutil.ignore_patterns("final", f"checkpoint-{STEPS}"))
+    run(load_script, resumed, "--resume_from_checkpoint", "true")
+    assert losses(resumed) == losses(finished)
+    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (finished, resumed)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_time_limit_saves_a_run_that_goes_on(load_script, finished, tmp_path, capsys):
+    run(load_script, tmp_path, "--time_limit", "0.001")
+    assert "stopped at step 1" in capsys.readouterr().out
+    assert not (tmp_path / "final").exists()
+    run(load_script, tmp_path, "--resume_from_checkpoint", "true")
+    assert losses(tmp_path) == losses(finished)
+
+
+def test_phases_follow_the_number_of_the_step(load_script):
+    phases = load_script("pretraining_run").IndexerPhases(0.5, warmup_steps=2)
+    model = MiniMaxM3SparseForConditionalGeneration(tiny_config())
+    found = []
+    for step in (0, 1, 2, 5):
+        phases.on_step_begin(None, SimpleNamespace(global_step=step), None, model=model)
+        text = model.config.get_text_config()
+        found.append((text.indexer_warmup, text.indexer_loss_coef))
+    assert found == [(True, 0.5), (True, 0.5), (False, 0.5), (False, 0.5)]
+
+
+def test_first_stage_may_be_the_warm_up(load_script):
+    """A query of the small model selects 16 blocks of 128 keys."""
+    dense_steps = load_script("pretrain").dense_steps
+    stages = parse_stages("1024:0.2,2048:0.4,4096:1")
+    assert dense_steps(small_config(), stages, 1000, 0) == 400
+    assert dense_steps(small_config(), stages, 1000, 500) == 500
+    assert dense_steps(small_config(), stages[2:], 1000, 0) == 0
+
+
+def test_scores_equal_those_of_each_row_alone(load_script, processor, weights):
+    torch.manual_seed(0)
+    model = MiniMaxM3SparseForConditionalGeneration(tiny_config(text={"vocab_size": 1024}))
+    packs = Packs(processor, "heldout", 2, tokens=2048, stages=[Stage(1.0, 1024)], weights=weights)
+    scores = load_script("pretraining_run").score_packs(model, packs)
+    assert model.training
+    model.eval()
+    total, count, right, answers = {}, {}, {}, {}
+    for index in range(2):
+        for row in packs.rows(index):
+            inputs = collate_packs([join_rows([row], len(row.ids), processor.tokenizer.pad_token_id)])
+            with torch.no_grad():
+                logits = model(**inputs, use_cache=False).logits[0].log_softmax(-1)
+            for place in range(1, len(row.ids)):
+                if row.labels[place] >= 0:
+                    value = -logits[place - 1, row.labels[place]].item()
+                    total[row.modality] = total.get(row.modality, 0.0) + value
+                    count[row.modality] = count.get(row.modality, 0) + 1
+            for answer in row.answers:
+                guesses = logits[answer.start - 1 : answer.end - 1].argmax(-1).tolist()
+                right[answer.task] = right.get(answer.task, 0) + (
+                    guesses == row.ids[answer.start : answer.end].tolist()
+                )
+                answers[answer.task] = answers.get(answer.task, 0) + 1
+    assert len(total) > 2
+    for modality in total:
+        assert scores[f"loss_{modality}"] == pytest.approx(total[modality] / count[modality], abs=2e-4)
+    assert scores["loss"] == pytest.approx(sum(total.values()) / sum(count.values()), abs=2e-4)
+    for task in answers:
+        assert scores[f"answers_{task}"] == answers[task]
+        assert scores[f"accuracy_{task}"] == pytest.approx(right[task] / answers[task], abs=1e-4)
+    assert 1 <= scores["expert_load"] <= 4
+
+
+def test_right_answers_count_as_right(load_script, processor, monkeypatch):
+    """A stand-in for the model knows the next token, except in some answers."""
+    packs = Packs(processor, "heldout", 1, tokens=2048, stages=[Stage(1.0, 1024)], weights={"thinking": 1.0})
+    pack = packs[0]
+    missed = pack["answers"][1]
+
+    class Knowing(torch.nn.Linear):
+        config = tiny_config()
+
+        def forward(self, input_ids, logits_to_keep, **kwargs):
+            following = input_ids[0, logits_to_keep + 1].clone()
+            following[logits_to_keep + 1 == missed[3] - 1] += 1  # the last token of one answer
+            logits = torch.nn.functional.one_hot(following, 1024).float()[None] * 20
+            return SimpleNamespace(logits=logits, router_logits=(torch.rand(2048, 4),))
+
+    scores = load_script("pretraining_run").score_packs(Knowing(1, 1), packs)
+    number = len(pack["answers"])
+    assert scores["accuracy_thinking"] == pytest.approx((number - 1) / number, abs=1e-4)
+    assert scores["loss"] < 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--config", "huge"), "`--config` must be one of .*'huge'"),
+        (("--max_steps", "-1"), "`--max_steps` must be at least 1"),
+        (("--indexer_warmup_share", "2"), "`--indexer_warmup_share` must be from 0 to 1, got 2"),
+        (("--tasks", "poetry=1"), "poetry"),
+        (("--tasks", "image=many"), "`--tasks` must be NAME=WEIGHT.*'image=many'"),
+        (("--stages", "4096:1"), "pack of 2048 tokens cannot hold"),
+        (("--train_sampling_strategy", "random"), "must be sequential"),
+        (("--resume_from_checkpoint", "true"), "no checkpoint in"),
+        (("--dataloader_num_workers", "100000"), "/dev/shm has .* MiB free.*dataloader_num_workers"),
+    ],
+)
+def test_faulty_options_end_the_program_with_their_name(load_script, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=f"^pretrain: .*{message}"):
+        run(load_script, tmp_path, *more)
+    assert not list(tmp_path.iterdir())
