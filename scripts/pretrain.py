@@ -128,8 +128,8 @@ def check_shared_memory(training: TrainingArguments, pack_tokens: int) -> None:
         return
     free = shutil.disk_usage(shared).free
     waiting = training.dataloader_num_workers * (training.dataloader_prefetch_factor or 2) + 1
-    # measured: a pack of the default mixture has up to 0.3 patches a token, of 1176 float32 numbers
-    needed = int(waiting * training.per_device_train_batch_size * pack_tokens * 0.3 * 1176 * 4)
+    # measured: a pack of the default mixture has up to 0.4 patches a token, of 1176 float32 numbers
+    needed = int(waiting * training.per_device_train_batch_size * pack_tokens * 0.4 * 1176 * 4)
     if needed > free:
         raise ValueError(
             f"/dev/shm has {free / 2**20:.0f} MiB free, but {training.dataloader_num_workers} workers may need "
