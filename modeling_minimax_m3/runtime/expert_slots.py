@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
-# How much a choice counts one token of its layer later, so about 100 tokens decide what stays. On the skewed trace of
-# `benchmarks.host_experts` it hits 0.62 of all choices, 0.98 and 0.995 hit 0.61, 0.9 hits 0.56, and LRU 0.53.
+# How much a choice counts one token of its layer later, so about 100 tokens decide what stays.
 DECAY = 0.99
 _MOST_TOKENS = 4096  # of a pass that count; DECAY ** 4096 is still a float
 _LARGEST_UNIT = 1e100
