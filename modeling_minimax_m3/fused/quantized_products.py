@@ -32,18 +32,19 @@ def linear(x: torch.Tensor, weight: StoredWeight) -> torch.Tensor:
     return torch.ops.minimax_m3_quantized.linear(x, weight.tensors, weight.format.name, False)
 
 
-def grouped_product(states: torch.Tensor, weight: StoredWeight, offsets: torch.Tensor) -> torch.Tensor:
-    """Rows times the weights of their experts. It waits for a GPU once, to learn which experts have rows.
+def grouped_product(states: torch.Tensor, weight: StoredWeight, ends: torch.Tensor) -> torch.Tensor:
+    """Rows times the weights of their experts.
 
     Args:
         states (rows, channels): Sorted by expert.
         weight (E, outputs, channels): The weights.
-        offsets (E,): int32, where the rows of each expert end.
+        ends (E,): int32, where the rows of each expert end. On the host, since the host has to know which experts have
+            rows: several products then wait for a GPU once.
 
     Returns:
         (rows, outputs) in the dtype of `states`; rows of no expert are 0.
     """
-    return torch.ops.minimax_m3_quantized.grouped_product(states, weight.tensors, weight.format.name, offsets, False)
+    return torch.ops.minimax_m3_quantized.grouped_product(states, weight.tensors, weight.format.name, ends, False)
 
 
 def paired_product(states: torch.Tensor, weight: StoredWeight, expert_ids: torch.Tensor) -> torch.Tensor:
@@ -68,23 +69,25 @@ def _linear(x: torch.Tensor, tensors: list[torch.Tensor], weight_format: str, tr
 
 @torch.library.custom_op("minimax_m3_quantized::grouped_product", mutates_args=())
 def _grouped_product(
-    states: torch.Tensor, tensors: list[torch.Tensor], weight_format: str, offsets: torch.Tensor, transposed: bool
+    states: torch.Tensor, tensors: list[torch.Tensor], weight_format: str, ends: torch.Tensor, transposed: bool
 ) -> torch.Tensor:
     stored = _stored(tensors, weight_format)
     out = states.new_zeros((len(states), _outputs(stored, transposed)))
-    for group in _groups_with_rows(offsets.tolist(), _most_experts(stored, states.dtype)):
+    for group in _groups_with_rows(ends.tolist(), _most_experts(stored, states.dtype)):
         weight = _experts_of(stored, group).dequantize(states.dtype)
         start = group[0].start
         rows, result = states[start : group[-1].end], out[start : group[-1].end]
-        ends = [expert.end - start for expert in group]
+        ends_here = [expert.end - start for expert in group]
         if states.is_cuda:
-            offsets_here = torch.tensor(ends, dtype=torch.int32, device=states.device)
+            offsets = _on_device(ends_here, torch.int32, states.device)
             if transposed:
-                result.copy_(nn.functional.grouped_mm(rows, weight, offs=offsets_here))
+                result.copy_(nn.functional.grouped_mm(rows, weight, offs=offsets))
             else:
-                result.copy_(product_of_groups(rows, weight, offsets_here))
+                result.copy_(product_of_groups(rows, weight, offsets))
         else:
-            for matrix, begin, end in zip(weight if transposed else weight.mT, [0, *ends], ends, strict=False):
+            for matrix, begin, end in zip(
+                weight if transposed else weight.mT, [0, *ends_here], ends_here, strict=False
+            ):
                 torch.mm(rows[begin:end], matrix, out=result[begin:end])
         del weight  # before the next one is made
     return out
@@ -126,7 +129,13 @@ def _experts_of(stored: StoredWeight, group: list[_RowsOfExpert]) -> StoredWeigh
     first, last = group[0].expert, group[-1].expert
     if last - first + 1 == len(group):
         return stored.of_experts(slice(first, last + 1))
-    return stored.of_experts(torch.tensor([rows.expert for rows in group], device=stored.tensors[0].device))
+    return stored.of_experts(_on_device([rows.expert for rows in group], torch.int64, stored.tensors[0].device))
+
+
+def _on_device(numbers: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of the numbers. A copy from pinned memory does not wait for the GPU."""
+    on_host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 def _stored(tensors: list[torch.Tensor], weight_format: str) -> StoredWeight:

@@ -236,11 +236,12 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
 
     def runs_in_parts(self, num_tokens: int) -> bool:
         """Whether a layer calls `add_in_parts` in place of the module."""
-        return may_run_in_parts(
-            num_tokens,
-            token_parts.TOKENS_OF_A_PART,
-            chain((self,), self.experts.modules(), self.shared_experts.modules()),
-        )
+        modules = chain((self,), self.experts.modules(), self.shared_experts.modules())
+        return may_run_in_parts(num_tokens, self._tokens_of_a_part(), modules)
+
+    def _tokens_of_a_part(self) -> int:
+        is_quantized = getattr(type(self.experts), "weights_are_quantized", False)
+        return token_parts.TOKENS_OF_A_QUANTIZED_PART if is_quantized else token_parts.TOKENS_OF_A_PART
 
     def add_in_parts(self, total: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """Add `self(hidden_states)` to `total`, which is contiguous, in place. Both are (..., hidden).
@@ -249,5 +250,5 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
         """
         total, tokens = (states.reshape(-1, states.shape[-1]) for states in (total, hidden_states))
         _, top_k_weights, top_k_index = self.gate(tokens)
-        for part in parts_of(len(tokens), token_parts.TOKENS_OF_A_PART):
+        for part in parts_of(len(tokens), self._tokens_of_a_part()):
             total[part] += self._combine(tokens[part], top_k_index[part], top_k_weights[part])

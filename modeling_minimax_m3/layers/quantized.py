@@ -106,6 +106,7 @@ class QuantizedExperts(QuantizedModule, MiniMaxM3VLExperts):
     """
 
     weight_names = ("gate_up_proj", "down_proj")
+    weights_are_quantized = True
 
     def __init__(self, experts: MiniMaxM3VLExperts, weight_format: WeightFormat, compute_dtype: torch.dtype):
         QuantizedModule.__init__(self, weight_format, compute_dtype)
@@ -149,21 +150,26 @@ class QuantizedExperts(QuantizedModule, MiniMaxM3VLExperts):
         tokens: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
-        product: Callable[[torch.Tensor, str, many_tokens.ExpertOrder], torch.Tensor],
+        product: Callable[[torch.Tensor, str, many_tokens.ExpertOrder, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         order = many_tokens.plan(top_k_index, self.num_experts)
+        ends = order.offsets.cpu()
         states = many_tokens.permute(tokens, order)
-        states = self._apply_gate(product(states, "gate_up_proj", order))
-        states = product(states, "down_proj", order)
+        states = self._apply_gate(product(states, "gate_up_proj", order, ends))
+        states = product(states, "down_proj", order, ends)
         return many_tokens.unpermute(states, top_k_weights.float(), 1.0, order)
 
-    def _product(self, states: torch.Tensor, name: str, order: many_tokens.ExpertOrder) -> torch.Tensor:
-        return quantized_products.grouped_product(states, self.stored_weight(name), order.offsets)
+    def _product(
+        self, states: torch.Tensor, name: str, order: many_tokens.ExpertOrder, ends: torch.Tensor
+    ) -> torch.Tensor:
+        return quantized_products.grouped_product(states, self.stored_weight(name), ends)
 
-    def _product_with_adapters(self, states: torch.Tensor, name: str, order: many_tokens.ExpertOrder) -> torch.Tensor:
+    def _product_with_adapters(
+        self, states: torch.Tensor, name: str, order: many_tokens.ExpertOrder, ends: torch.Tensor
+    ) -> torch.Tensor:
         weight = getattr(self, name) if nn.utils.parametrize.is_parametrized(self, name) else None
         if weight is None:
-            return self._product(states, name, order)
+            return self._product(states, name, order, ends)
         if not isinstance(weight, QuantizedWeight):
             if not self.shows_numbers:
                 raise NotImplementedError(
@@ -171,7 +177,7 @@ class QuantizedExperts(QuantizedModule, MiniMaxM3VLExperts):
                     "are moved between host and device by Accelerate. Keep them on their devices, or load them dequantized."
                 )
             return many_tokens.grouped_product(states, weight, order)
-        product = quantized_products.grouped_product(states, weight.stored, order.offsets)
+        product = quantized_products.grouped_product(states, weight.stored, ends)
         for left, right, factor in weight.updates:
             # Grouped products read contiguous tensors 16 bytes at a time, so the rank is padded to a multiple of 8.
             padding = -left.shape[-1] % 8

@@ -42,7 +42,7 @@ def grouped_by_hand(states: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor
     return torch.stack(rows + [torch.zeros(OUTPUTS, dtype=states.dtype)] * (len(states) - len(IDS)))
 
 
-def offsets() -> torch.Tensor:
+def ends() -> torch.Tensor:
     return torch.tensor(ENDS, dtype=torch.int32)
 
 
@@ -50,7 +50,7 @@ def offsets() -> torch.Tensor:
 def test_grouped_product(weight, numbers, most_experts, monkeypatch):
     monkeypatch.setattr(quantized_products, "DEQUANTIZED_BYTES", most_experts * OUTPUTS * CHANNELS * 8)
     states = states_of(ROWS)
-    result = quantized_products.grouped_product(states, weight, offsets())
+    result = quantized_products.grouped_product(states, weight, ends())
     torch.testing.assert_close(result, grouped_by_hand(states, numbers))
 
 
@@ -71,15 +71,15 @@ def test_linear(weight, numbers, shape):
 
 
 def test_no_rows(weight):
-    no_offsets = torch.zeros(EXPERTS, dtype=torch.int32)
-    assert quantized_products.grouped_product(states_of(0), weight, no_offsets).shape == (0, OUTPUTS)
+    no_ends = torch.zeros(EXPERTS, dtype=torch.int32)
+    assert quantized_products.grouped_product(states_of(0), weight, no_ends).shape == (0, OUTPUTS)
     assert torch.equal(
-        quantized_products.grouped_product(states_of(4), weight, no_offsets), torch.zeros(4, OUTPUTS).double()
+        quantized_products.grouped_product(states_of(4), weight, no_ends), torch.zeros(4, OUTPUTS).double()
     )
 
 
 CALLS = {
-    "grouped": lambda states, weight: quantized_products.grouped_product(states, weight, offsets()),
+    "grouped": lambda states, weight: quantized_products.grouped_product(states, weight, ends()),
     "paired": lambda states, weight: quantized_products.paired_product(states, weight, IDS),
     "linear": lambda states, weight: quantized_products.linear(states, weight.of_expert(0)),
 }
@@ -109,7 +109,7 @@ def test_nothing_dequantized_is_kept_for_the_backward(weight, kind):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_custom_operators(weight, name, transposed):
     operator = getattr(torch.ops.minimax_m3_quantized, name).default
-    places = {"linear": (), "grouped_product": (offsets(),), "paired_product": (IDS,)}[name]
+    places = {"linear": (), "grouped_product": (ends(),), "paired_product": (IDS,)}[name]
     stored = weight.of_expert(0) if name == "linear" else weight
     states = states_of(len(IDS), torch.float32, OUTPUTS if transposed else CHANNELS).requires_grad_()
     # Its test of the schema computes with its inputs, which 8-bit floats cannot.

@@ -78,7 +78,8 @@ def test_training_steps_and_generation(checkpoint, autocast, kernels):
         optimizer.zero_grad()
         losses.append(outputs.loss.item())
     assert losses[-1] < losses[0]
-    assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in frozen.items())
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], parameter) for name, parameter in frozen.items())
 
     model.eval()
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalve
     few_token_linear_kernel(const FewTokenLinearParams params) {
   using Element = typename Weights::Element;
   constexpr int kChannels = Weights::kChannels;
-  constexpr int kSteps = Weights::loads(kHalves) / kTiles;
+  constexpr int kSteps = Weights::loads(kHalves, kTiles) / kTiles;
   __shared__ WarpSums<kHalves, kTiles> warp_sums;
   let_next_kernel_start();
   if (!params.weights_are_constant) wait_for_kernels_before();
