@@ -13,6 +13,7 @@ from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
 from .planning import devices as device_memory
 from .planning.changes import candidates
 from .planning.devices import DevicePlan
+from .planning.holdings import Model, trained_of
 from .planning.request import (
     CACHES,
     DTYPES,
@@ -22,9 +23,10 @@ from .planning.request import (
     Config,
     MemoryRequest,
     detected_devices,
+    detected_host_gib,
     read_config,
-    saved_precision,
 )
+from .planning.saved_checkpoints import saved_precision, saved_unquantized_parts
 from .planning.weights import OPTIMIZERS, PARTS, PRECISIONS, QUANTIZABLE_PARTS, UNQUANTIZED_PARTS
 
 __all__ = [
@@ -44,9 +46,11 @@ __all__ = [
     "UNQUANTIZED_PARTS",
     "as_dict",
     "detected_devices",
+    "detected_host_gib",
     "plan_memory",
     "read_config",
     "saved_precision",
+    "saved_unquantized_parts",
 ]
 
 
@@ -58,12 +62,14 @@ class Change:
         description (str): The change, by the fields of `MemoryRequest`.
         request (MemoryRequest): The changed request.
         gib (float): What the fullest device then needs.
+        host_gib (float): What the host then needs for each process.
         fits (bool): Whether that fits.
     """
 
     description: str
     request: MemoryRequest
     gib: float
+    host_gib: float
     fits: bool
 
 
@@ -77,6 +83,7 @@ class MemoryPlan:
         parameters (dict[str, int]): Number of parameters of each part of the model.
         trained_parameters (int): How many parameters are trained, those of adapters included.
         paged_gib (float): States of a paged optimizer, in host memory, for each process.
+        host_gib (float): Those and the weights that the host holds where experts stay there, for each process.
     """
 
     request: MemoryRequest
@@ -84,7 +91,8 @@ class MemoryPlan:
     parameters: dict[str, int]
     trained_parameters: int
     paged_gib: float
-    _model: device_memory.Model = field(repr=False, compare=False)
+    host_gib: float
+    _model: Model = field(repr=False, compare=False)
 
     @property
     def total_gib(self) -> float:
@@ -93,9 +101,15 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether every device has room. None where `device_gib` is unknown."""
+        """Whether every device has room, and the host where `host_gib` is known. None where `device_gib` is unknown."""
         usable = self.request.usable_gib
-        return None if usable is None else self.total_gib <= usable
+        return None if usable is None else self.total_gib <= usable and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether the host has room. True where `host_gib` is unknown."""
+        usable = self.request.usable_host_gib
+        return usable is None or self.host_gib <= usable
 
     @cached_property
     def changes(self) -> tuple[Change, ...]:
@@ -105,8 +119,8 @@ class MemoryPlan:
         found = []
         for description, request in candidates(self.request, lambda other: bool(_plan(self._model, other).fits)):
             plan = _plan(self._model, request)
-            if plan.total_gib < self.total_gib:
-                found.append(Change(description, request, plan.total_gib, bool(plan.fits)))
+            if plan.total_gib < self.total_gib or (not self.fits_host and plan.host_gib < self.host_gib):
+                found.append(Change(description, request, plan.total_gib, plan.host_gib, bool(plan.fits)))
         return tuple(sorted(found, key=lambda change: (not change.fits, change.gib)))
 
     def with_request(self, request: MemoryRequest) -> "MemoryPlan":
@@ -141,6 +155,10 @@ class MemoryPlan:
         lines.append(f"{total:,} parameters" + (f", {self.trained_parameters:,} trained" if self._trains else ""))
         if self.paged_gib:
             lines.append(f"beside that {self.paged_gib:.2f} GiB of paged optimizer states in host memory")
+        if self.host_gib > self.paged_gib:
+            lines.append(
+                f"beside that {self.host_gib:.2f} GiB of weights in host memory, page-locked for the most part"
+            )
         return "\n".join([*lines, *self._verdict()])
 
     @property
@@ -156,14 +174,24 @@ class MemoryPlan:
         )
         if self.fits:
             return [f"fits: at most {self.total_gib:.2f} of {room}"]
-        lines = [f"does not fit: {self.total_gib:.2f} GiB are needed, and there are {room}"]
+        needed = f"{self.total_gib:.2f} GiB are needed, and there are {room}"
+        if not self.fits_host:
+            needed += (
+                f"; {self.host_gib:.2f} GiB of the host are needed, and there are {request.usable_host_gib:.2f} GiB, "
+                f"{1 - request.margin:.0%} of {request.host_gib:.2f}"
+            )
+        lines = [f"does not fit: {needed}"]
         shown = [change for change in self.changes if change.fits] or self.changes[:5]
         if not shown:
             return [*lines, "no single change needs less"]
         lines.append(
             "one of these changes makes it fit:" if shown[0].fits else "no single change makes it fit; the best:"
         )
-        return lines + [f"  {change.description}: {change.gib:.2f} GiB" for change in shown]
+        return lines + [
+            f"  {change.description}: {change.gib:.2f} GiB"
+            + (f", and {change.host_gib:.2f} GiB of host memory" if change.host_gib else "")
+            for change in shown
+        ]
 
 
 def plan_memory(config: Config | str | os.PathLike, request: MemoryRequest) -> MemoryPlan:
@@ -178,10 +206,10 @@ def plan_memory(config: Config | str | os.PathLike, request: MemoryRequest) -> M
     """
     if not isinstance(config, MiniMaxM3VLConfig | MiniMaxM3VLTextConfig):
         config = read_config(config)
-    return _plan(device_memory.Model(config), request)
+    return _plan(Model(config), request)
 
 
-def _plan(model: device_memory.Model, request: MemoryRequest) -> MemoryPlan:
+def _plan(model: Model, request: MemoryRequest) -> MemoryPlan:
     parameters = dict.fromkeys(PARTS, 0)
     for weight in model.weights:
         parameters[weight.part] += weight.elements
@@ -189,8 +217,9 @@ def _plan(model: device_memory.Model, request: MemoryRequest) -> MemoryPlan:
         request=request,
         devices=device_memory.device_plans(model, request),
         parameters={part: count for part, count in parameters.items() if count},
-        trained_parameters=sum(weight.elements for weight in device_memory.trained_of(model, request).weights),
+        trained_parameters=sum(weight.elements for weight in trained_of(model, request).weights),
         paged_gib=device_memory.paged_bytes(model, request) / GIB,
+        host_gib=device_memory.bytes_on_host(model, request) / GIB,
         _model=model,
     )
 
@@ -207,9 +236,16 @@ def as_dict(plan: MemoryPlan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "trained_parameters": plan.trained_parameters,
         "paged_gib": plan.paged_gib,
+        "host_gib": plan.host_gib,
         "total_gib": plan.total_gib,
         "fits": plan.fits,
         "changes": [
-            {"description": change.description, "gib": change.gib, "fits": change.fits} for change in plan.changes
+            {
+                "description": change.description,
+                "gib": change.gib,
+                "host_gib": change.host_gib,
+                "fits": change.fits,
+            }
+            for change in plan.changes
         ],
     }

@@ -16,6 +16,14 @@ from typing import Any
 
 from modeling_minimax_m3 import memory_plan as planner
 
+
+def _share_or_size(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 # Flags by the names of `MemoryRequest`'s fields, which takes its own defaults for those that are left out.
 FLAGS: dict[str, dict[str, Any]] = {
     "precision": {"choices": planner.PRECISIONS, "help": "of the loaded weights; default: as saved, else bf16"},
@@ -47,6 +55,14 @@ FLAGS: dict[str, dict[str, Any]] = {
         "choices": planner.STRATEGIES,
         "help": "default with several devices: device_map for generation, fsdp2 for training",
     },
+    "experts_on_device": {
+        "type": _share_or_size,
+        "help": "keep the experts on the host, and so many on the device: a share such as 0.25, or a size such as 20GiB",
+    },
+    "host_gib": {
+        "type": float,
+        "help": "GiB of the host for each process; default with experts there: this machine's",
+    },
     "margin": {"type": float, "help": "share of a device that stays free"},
 }
 
@@ -67,8 +83,12 @@ def request_of(arguments: argparse.Namespace, config: planner.Config) -> planner
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     if "precision" not in given:
         given["precision"] = planner.saved_precision(config)
+        given.setdefault("unquantized_parts", planner.saved_unquantized_parts(config))
     detected = planner.detected_devices()
     if detected is not None:
+        if "experts_on_device" in given:
+            given.setdefault("devices", 1)
+            given.setdefault("host_gib", planner.detected_host_gib())
         given.setdefault("devices", detected[0])
         given.setdefault("device_gib", detected[1])
     if given.get("devices", 1) > 1:

@@ -46,8 +46,10 @@ def memory_request(
     devices: tuple[int, float],
 ) -> memory_plan.MemoryRequest | None:
     """What the planner has to know of a run. None for weights that cannot be trained, which `Trainer` refuses."""
-    if model.dtype == "auto":
+    unquantized = memory_plan.UNQUANTIZED_PARTS
+    if model.dtype == "auto" or getattr(config, "quantization_config", None) is not None:  # which `dtype` leaves
         precision = memory_plan.saved_precision(config)
+        unquantized = memory_plan.saved_unquantized_parts(config)
     else:
         dtype: Any = getattr(torch, model.dtype, None)
         precision = memory_plan.DTYPES.get(dtype, "bf16")
@@ -62,6 +64,7 @@ def memory_request(
         strategy = "fsdp2" if shards else "zero3" if is_zero else "ddp"
     return memory_plan.MemoryRequest(
         precision=precision,
+        unquantized_parts=unquantized,
         context=longest,
         batch_size=training.per_device_train_batch_size,
         training=("qlora" if is_quantized else "lora") if lora.lora else "full",

@@ -6,27 +6,16 @@ Sizes are bytes until a `DevicePlan` is made.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from configuration_minimax_m3 import MiniMaxM3VLTextConfig
-
+from ..fused.few_tokens import MAX_TOKENS
+from ..fused.quantized_products import DEQUANTIZED_BYTES
 from . import passes
-from .request import GIB, Config, MemoryRequest
-from .weights import (
-    PARTS,
-    PRECISIONS,
-    Weight,
-    adapters,
-    copies,
-    is_adapter,
-    is_quantized,
-    list_weights,
-    optimizer_bytes,
-    stored_bytes,
-)
+from .holdings import Model, Trained, loaded_bytes, share_of, states_bytes, trained_of
+from .host_experts import host_bytes, share_in_slots
+from .request import GIB, MemoryRequest
+from .weights import PARTS, Weight, is_quantized
 
 # Outside of PyTorch's allocator: the CUDA context with the loaded kernels, and the buffers of NCCL.
 CONTEXT_GIB, NCCL_GIB = 0.6, 0.8
-# Experts that are dequantized at a time, where a pass has many tokens.
-DEQUANTIZED_EXPERT_BYTES = 2 * GIB
 # The parts beside the weights, in the order of a table.
 OTHER_ROWS = (
     *("adapters", "float32 weights", "gathered weights", "dequantized weights", "merged experts"),
@@ -57,80 +46,6 @@ class DevicePlan:
         return sum(self.gib.values())
 
 
-class Model:
-    """A configuration with the list of its parameters."""
-
-    def __init__(self, config: Config):
-        text = config if isinstance(config, MiniMaxM3VLTextConfig) else config.text_config
-        self.text: MiniMaxM3VLTextConfig = text
-        self.weights = list_weights(config)
-        self.layers = range(self.text.num_hidden_layers)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a request trains.
-
-    Args:
-        weights (list[Weight]): The weights.
-        are_new (bool): Whether they stand beside the model's own: adapters, and copies of what is trained whole.
-        whole_bytes (int): Bytes of an element of a trained weight, and of its gradient. Those of adapters have 4.
-    """
-
-    weights: list[Weight]
-    are_new: bool
-    whole_bytes: int
-
-    def bytes_of(self, weight: Weight) -> int:
-        """Bytes of the weight, or of its gradient."""
-        return weight.elements * self.element_bytes(weight)
-
-    def element_bytes(self, weight: Weight) -> int:
-        """Bytes of an element of the weight. PEFT makes adapters float32."""
-        return 4 if is_adapter(weight) else self.whole_bytes
-
-
-def trained_of(model: Model, request: MemoryRequest) -> Trained:
-    """What a request trains.
-
-    Raises:
-        ValueError: The model has no such module, or no indexer to train.
-    """
-    # The sharding engines of Accelerate train float32 weights, and compute in bfloat16.
-    shards = request.strategy in ("fsdp2", "zero3")
-    element_bytes = 4 if shards else max(2, int(PRECISIONS[request.precision].element_bytes))
-    if request.training == "none":
-        return Trained([], False, element_bytes)
-    if request.training in ("lora", "qlora"):
-        added = adapters(model.weights, request.lora_targets, request.lora_rank, request.lora_experts)
-        return Trained(added + copies(model.weights, request.lora_save), True, element_bytes)
-    if request.training == "indexers":
-        weights = [weight for weight in model.weights if weight.part == "indexer"]
-        if not weights:
-            raise ValueError("`training` must not be 'indexers', because the model has no indexer")
-    else:
-        weights = [
-            weight
-            for weight in model.weights
-            if weight.requires_grad and (request.train_vision or weight.part != "vision")
-        ]
-    return Trained(weights, False, element_bytes)
-
-
-def _share(weight: Weight, request: MemoryRequest) -> float:
-    """The part of a weight that one device holds, where all devices hold equally much."""
-    strategy, trains = request.strategy, request.training != "none"
-    if strategy in ("fsdp2", "zero3") or (strategy == "expert_parallel" and trains):
-        is_cut = True  # beside expert parallelism in training, FSDP2 shards all but the experts
-    elif strategy in ("tensor_parallel", "expert_parallel"):
-        is_cut = weight.part in ("routed experts", "embeddings", "head") or (
-            weight.part == "attention" and weight.is_linear
-        )
-    else:
-        is_cut = False
-    return 1 / request.devices if is_cut else 1
-
-
 def device_plans(model: Model, request: MemoryRequest) -> tuple[DevicePlan, ...]:
     """A plan for each device, or a single one where all devices hold equally much."""
     trained = trained_of(model, request)
@@ -145,12 +60,17 @@ def device_plans(model: Model, request: MemoryRequest) -> tuple[DevicePlan, ...]
     return tuple(_device(model, request, trained, f"cuda:{index}", is_on(index)) for index in range(request.devices))
 
 
+def bytes_on_host(model: Model, request: MemoryRequest) -> float:
+    """What the host holds for one process: experts that are offloaded, and states of a paged optimizer."""
+    return paged_bytes(model, request) + host_bytes(model, request)
+
+
 def paged_bytes(model: Model, request: MemoryRequest) -> float:
     """States of a paged optimizer, which count as host memory, for one process."""
     if not request.optimizer.startswith("paged"):
         return 0
     trained = trained_of(model, request)
-    return sum(_states(weight, request, trained) for weight in trained.weights)
+    return sum(states_bytes(weight, request, trained) for weight in trained.weights)
 
 
 def _device(
@@ -162,7 +82,8 @@ def _device(
     layers = sorted({weight.layer for weight in weights if weight.layer is not None})
     rows: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for weight in weights:
-        rows[weight.part] += _stored(weight, request) * _share(weight, request)
+        rows[weight.part] += loaded_bytes(weight, request) * share_of(weight, request)
+    rows["routed experts"] *= share_in_slots(model, request)
     has_head = request.strategy != "device_map" or any(
         weight.part == "norms" and weight.layer is None for weight in weights
     )
@@ -171,21 +92,15 @@ def _device(
     else:
         rows |= _states_rows(request, own)
         moments = _training_moments(model, request, own, layers, has_head)
-    rows |= _passing_weights(request, weights, own)
+    passing = _passing_weights(request, weights, own)
+    dequantized = passing.pop("dequantized weights")
+    for parts in moments.values():
+        parts.setdefault("dequantized weights", dequantized)
+    rows |= passing
     rows["CUDA context"] = GIB * (CONTEXT_GIB + (NCCL_GIB if _has_processes(request) else 0))
     moment, largest = max(moments.items(), key=lambda item: sum(item[1].values()))
     gib = {row: size / GIB for row, size in (rows | largest).items() if size}
     return DevicePlan(name, gib, moment, tuple(layers))
-
-
-def _stored(weight: Weight, request: MemoryRequest) -> float:
-    return stored_bytes(
-        weight, request.precision, request.unquantized_parts, unquantized_bytes=4 if request.prepared_for_kbit else 2
-    )
-
-
-def _states(weight: Weight, request: MemoryRequest, trained: Trained) -> float:
-    return optimizer_bytes(weight.shape, request.optimizer, trained.element_bytes(weight)) * _share(weight, request)
 
 
 def _has_processes(request: MemoryRequest) -> bool:
@@ -201,15 +116,15 @@ def _states_rows(request: MemoryRequest, trained: Trained) -> dict[str, float]:
     """Adapters, float32 copies of the weights, and the optimizer's states."""
     rows = {"adapters": 0.0, "float32 weights": 0.0, "optimizer": 0.0}
     for weight in trained.weights:
-        share = _share(weight, request)
+        share = share_of(weight, request)
         if trained.are_new:
             rows["adapters"] += trained.bytes_of(weight) * share
         elif request.strategy == "zero3":
             rows["float32 weights"] += 4 * weight.elements * share
         elif request.strategy == "fsdp2":  # in place of the loaded weight
-            rows["float32 weights"] += (4 * weight.elements - _stored(weight, request)) * share
+            rows["float32 weights"] += (4 * weight.elements - loaded_bytes(weight, request)) * share
         if not request.optimizer.startswith("paged"):
-            rows["optimizer"] += _states(weight, request, trained)
+            rows["optimizer"] += states_bytes(weight, request, trained)
     return rows
 
 
@@ -217,18 +132,13 @@ def _passing_weights(request: MemoryRequest, weights: list[Weight], trained: Tra
     """Weights that exist while a layer runs: gathered from other devices, dequantized, or merged with adapters."""
     rows = dict.fromkeys(("gathered weights", "dequantized weights", "merged experts", "autocast weights"), 0.0)
     if request.autocast:  # autocast keeps its copies of trained weights to the end of a pass
-        copied = 0 if trained.are_new else sum(w.elements * _share(w, request) for w in trained.weights)
+        copied = 0 if trained.are_new else sum(w.elements * share_of(w, request) for w in trained.weights)
         rows["autocast weights"] = 2 * (copied or max((w.elements for w in weights), default=0))
     if request.devices > 1:
         rows["gathered weights"] = _gathered_bytes(request, weights, trained)
     quantized = [w for w in weights if is_quantized(w, request.precision, request.unquantized_parts)]
     if quantized:
-        rows["dequantized weights"] = max(
-            min(2 * weight.elements, DEQUANTIZED_EXPERT_BYTES)
-            if weight.part == "routed experts"
-            else 2 * weight.elements
-            for weight in quantized
-        )
+        rows["dequantized weights"] = max(_dequantized_bytes(weight, request) for weight in quantized)
     if request.training == "lora" and request.lora_experts:
         # PEFT adds the product of the adapters to all experts of a layer: the sums of a layer's two weights, and for
         # one weight the product in float32, its scaled copy and the gradient of the sum.
@@ -241,13 +151,23 @@ def _passing_weights(request: MemoryRequest, weights: list[Weight], trained: Tra
     return rows
 
 
+def _dequantized_bytes(weight: Weight, request: MemoryRequest) -> int:
+    """What of a weight exists in 16 bits at a time: of experts a group, or one where they come from the host."""
+    if weight.part != "routed experts":
+        return 2 * weight.elements
+    of_one = 2 * weight.elements // weight.shape[0]
+    if request.experts_on_device is not None:
+        return of_one
+    return of_one * min(weight.shape[0], max(1, DEQUANTIZED_BYTES // of_one))
+
+
 def _gathered_bytes(request: MemoryRequest, weights: list[Weight], trained: Trained) -> float:
     """Weights, and gradients, that a sharding engine holds whole for a while."""
     trains = request.training != "none"
     if request.strategy not in ("fsdp2", "zero3") and not (request.strategy == "expert_parallel" and trains):
         return 0
     moved = [w for w in weights if request.strategy != "expert_parallel" or w.part != "routed experts"]
-    size = {w.name: _stored(w, request) if request.is_quantized else 2 * w.elements for w in moved}
+    size = {w.name: loaded_bytes(w, request) if request.is_quantized else 2 * w.elements for w in moved}
     gradients = {} if trained.are_new else {w.name: 2 * w.elements for w in trained.weights}
     layers: dict[int, float] = {}
     layer_gradients: dict[int, float] = {}
@@ -294,6 +214,7 @@ def _generation_moments(
                 element_bytes=size,
                 layers_in_parts=request.devices == 1 and not is_static,
                 mlps_in_parts=request.devices == 1,
+                experts_one_by_one=request.experts_on_device is not None,
             )
             for layer in layers
         ]
@@ -304,6 +225,8 @@ def _generation_moments(
             "workspaces": workspace,
             "loss and logits": logits,
         }
+    if request.precision == "mxfp8" and rows <= MAX_TOKENS:  # kernels read its 8 bits
+        moments["decoding"]["dequantized weights"] = 0.0
     return moments
 
 
@@ -332,7 +255,7 @@ def _training_moments(
     buckets = 2 if request.strategy == "ddp" and request.devices > 1 else 1  # DDP sums gradients in buckets of its own
     gradients: dict[int | None, float] = dict.fromkeys((None, *layers), 0.0)
     for weight in trained.weights:
-        gradients[weight.layer] += buckets * trained.bytes_of(weight) * _share(weight, request)
+        gradients[weight.layer] += buckets * trained.bytes_of(weight) * share_of(weight, request)
     all_gradients = sum(gradients.values())
     accumulates = request.gradient_accumulation_steps > 1 or buckets > 1
     kept = sum(sizes[layer].input + saved[layer] for layer in layers)
@@ -354,8 +277,8 @@ def _training_moments(
         kept -= sizes[layer].input + saved[layer]
     step = 0.0
     if request.optimizer == "adafactor":  # gradient, update and weight of a tensor in float32
-        step = 12 * max((weight.elements * _share(weight, request) for weight in trained.weights), default=0)
-    moments["the optimizer's step"] = {"workspaces": step, "gradients": all_gradients}
+        step = 12 * max((weight.elements * share_of(weight, request) for weight in trained.weights), default=0)
+    moments["the optimizer's step"] = {"workspaces": step, "gradients": all_gradients, "dequantized weights": 0.0}
     return moments
 
 
@@ -388,12 +311,12 @@ def _split_over_devices(model: Model, request: MemoryRequest, trained: Trained) 
         for layer in model.layers
     }
     before = after = 0.0
-    sizes = [(weight, _stored(weight, request)) for weight in model.weights]
+    sizes = [(weight, loaded_bytes(weight, request)) for weight in model.weights]
     sizes += [
         (
             weight,
             trained.bytes_of(weight) * (2 if trained.are_new else 1)
-            + (0 if request.optimizer.startswith("paged") else _states(weight, request, trained)),
+            + (0 if request.optimizer.startswith("paged") else states_bytes(weight, request, trained)),
         )
         for weight in trained.weights
     ]

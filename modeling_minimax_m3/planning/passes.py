@@ -78,6 +78,7 @@ def prefill_bytes(
     element_bytes: int,
     layers_in_parts: bool,
     mlps_in_parts: bool,
+    experts_one_by_one: bool = False,
 ) -> tuple[float, float]:
     """Bytes of a pass without gradients at the largest moment of a layer.
 
@@ -90,6 +91,7 @@ def prefill_bytes(
         element_bytes (int): Bytes of an element of the hidden states.
         layers_in_parts (bool): Whether layers take long inputs in parts, as over a dynamic cache on one device.
         mlps_in_parts (bool): Whether MLPs and experts do, as on one device.
+        experts_one_by_one (bool): Whether tokens meet one expert at a time, as where experts are on the host.
 
     Returns:
         Bytes of the activations, and of the kernels' workspace.
@@ -102,7 +104,7 @@ def prefill_bytes(
     workspace = max(_forward_workspace(config, layer, part, keys), _selection_workspace(config, layer, part, keys))
     attention = part * (hidden + 2 * queries + 2 * key_values + index) * element_bytes
     pairs = min(part, TOKENS_OF_A_PART) if mlps_in_parts else part
-    mlp = part * 2 * hidden + pairs * _mlp_channels(config, layer)
+    mlp = part * 2 * hidden + pairs * _mlp_channels(config, layer, experts_one_by_one)
     held = tokens * (hidden + config.rotary_width) * element_bytes
     if attention + workspace > mlp * element_bytes:
         return held + attention, workspace
@@ -199,10 +201,13 @@ def _widths(config: MiniMaxM3VLTextConfig, layer: int) -> tuple[int, int, int]:
     return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim, index
 
 
-def _mlp_channels(config: MiniMaxM3VLTextConfig, layer: int) -> int:
+def _mlp_channels(config: MiniMaxM3VLTextConfig, layer: int, one_by_one: bool = False) -> float:
     """Channels for each token at the largest moment of an MLP without gradients."""
     if config.mlp_layer_types[layer] == "sparse":
-        return config.num_experts_per_tok * (config.hidden_size + 2 * config.intermediate_size)
+        choices, hidden = config.num_experts_per_tok, config.hidden_size
+        if one_by_one:  # the outputs of all experts, and what one computes with, if all have equally many tokens
+            return choices * (hidden + (2 * hidden + 3 * config.intermediate_size) / config.num_local_experts)
+        return choices * (hidden + 2 * config.intermediate_size)
     return 3 * config.dense_intermediate_size + config.hidden_size
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import AutoConfig
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, released_config
@@ -20,6 +21,7 @@ CACHES = ("dynamic", "static")
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # What `generate` reads at a time.
 PREFILL_TOKENS = 32768
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bf16"}
 
 Config: TypeAlias = MiniMaxM3VLConfig | MiniMaxM3VLTextConfig
@@ -56,10 +58,14 @@ class MemoryRequest:
         loss_chunk (int): Tokens whose logits exist at the same time in training.
         cache (str): `"dynamic"`, which doubles when it is full, or `"static"`.
         prefill_chunk (int): Tokens of a row that `generate` reads at a time.
+        experts_on_device (float, int, str or None): Room on the device for experts that stay on the host, as in
+            `offload_experts`: a share of all of them (a float up to 1), or bytes (an int, or a text such as `"20GiB"`).
+            None: no expert stays on the host. Only for generation on one device with plain experts or those in MXFP8.
         devices (int): Number of devices.
         device_gib (float or None): Memory of each. None: unknown, so that the plan does not say what fits.
         strategy (str): How devices share the work: one of `STRATEGIES`.
-        margin (float): Share of each device that stays free, for what the allocator cannot use.
+        host_gib (float or None): Memory of the host for each process. None: unknown, and then not checked.
+        margin (float): Share of each device, and of the host, that stays free, for what the allocator cannot use.
 
     Raises:
         ValueError: A field is out of range, or contradicts another. The message names the field.
@@ -84,9 +90,11 @@ class MemoryRequest:
     loss_chunk: int = CHUNK_TOKENS
     cache: str = "dynamic"
     prefill_chunk: int = PREFILL_TOKENS
+    experts_on_device: float | int | str | None = None
     devices: int = 1
     device_gib: float | None = None
     strategy: str = "single"
+    host_gib: float | None = None
     margin: float = 0.05
 
     def __post_init__(self) -> None:
@@ -112,8 +120,9 @@ class MemoryRequest:
             raise ValueError(
                 f"`new_tokens` must be from 0 to context - 1 = {self.context - 1}, got {self.new_tokens!r}"
             )
-        if self.device_gib is not None and not self.device_gib > 0:
-            raise ValueError(f"`device_gib` must be positive or None, got {self.device_gib!r}")
+        for name in ("device_gib", "host_gib"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive or None, got {getattr(self, name)!r}")
         if not 0 <= self.margin < 1:
             raise ValueError(f"`margin` must be at least 0 and below 1, got {self.margin!r}")
         if self.strategy == "single" and self.devices > 1:
@@ -139,6 +148,37 @@ class MemoryRequest:
         if self.training in ("lora", "qlora") and not self.lora_targets and not self.lora_experts:
             raise ValueError("`lora_targets` must name a linear layer where `lora_experts` is False, got none")
 
+        if self.experts_on_device is not None:
+            self._check_experts_on_device()
+
+    def _check_experts_on_device(self) -> None:
+        room = self.experts_on_device
+        if isinstance(room, float) and not 0 < room <= 1:
+            raise ValueError(
+                f"`experts_on_device` must be a share between 0 and 1 (a float), or bytes (an int or a text such as "
+                f"'20GiB'), got {room!r}"
+            )
+        if not isinstance(room, float):
+            try:
+                convert_file_size_to_int(room)
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(f"`experts_on_device` must be a size such as '20GiB', got {room!r}") from error
+        if self.training != "none" or self.strategy != "single":
+            raise ValueError(
+                f"`experts_on_device` needs training='none' and strategy='single', got {self.training!r} and "
+                f"{self.strategy!r}"
+            )
+        if not self.experts_can_be_on_host:
+            raise ValueError(
+                f"`experts_on_device` needs plain experts or those in mxfp8, got precision={self.precision!r}"
+            )
+
+    @property
+    def experts_can_be_on_host(self) -> bool:
+        """Whether `offload_experts` takes experts in this precision."""
+        is_plain = not self.is_quantized or "routed experts" in self.unquantized_parts
+        return is_plain or self.precision == "mxfp8"
+
     @property
     def is_quantized(self) -> bool:
         """Whether some weights are quantized."""
@@ -148,6 +188,11 @@ class MemoryRequest:
     def usable_gib(self) -> float | None:
         """Memory of a device that a plan may fill."""
         return None if self.device_gib is None else self.device_gib * (1 - self.margin)
+
+    @property
+    def usable_host_gib(self) -> float | None:
+        """Memory of the host that a plan may fill."""
+        return None if self.host_gib is None else self.host_gib * (1 - self.margin)
 
 
 def read_config(source: str | os.PathLike, layers: int | None = None) -> Config:
@@ -176,35 +221,12 @@ def read_config(source: str | os.PathLike, layers: int | None = None) -> Config:
     return config
 
 
-def saved_precision(config: Config) -> str:
-    """The precision in which the checkpoint of a configuration is saved, a key of `PRECISIONS`.
-
-    Raises:
-        ValueError: The checkpoint is quantized in a way that the planner does not know.
-    """
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        dtype = _dtype_of(config)
-        return "bf16" if dtype is None else DTYPES.get(dtype, "bf16")
-    entries = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = str(getattr(entries.get("quant_method"), "value", entries.get("quant_method")))
-    if method in ("mxfp8", "fp8"):
-        return "mxfp8"
-    if method == "bitsandbytes":
-        if entries.get("load_in_8bit"):
-            return "int8"
-        return "nf4-double" if entries.get("bnb_4bit_use_double_quant") else "nf4"
-    if method == "torchao":
-        return "int8" if "int8" in str(entries.get("quant_type")).lower() else "fp8"
-    raise ValueError(f"`precision` must be given: the checkpoint's quantization {method!r} is unknown to the planner")
-
-
-def _dtype_of(config: Config) -> torch.dtype | None:
-    for part in (config, config.get_text_config()):
-        dtype = getattr(torch, part.dtype, None) if isinstance(part.dtype, str) else part.dtype
-        if isinstance(dtype, torch.dtype):
-            return dtype
-    return None
+def detected_host_gib() -> float:
+    """The GiB of the host's memory, or of the container that this process is in."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if _CONTAINER_LIMIT.is_file() and (text := _CONTAINER_LIMIT.read_text().strip()).isdigit():
+        size = min(size, int(text))
+    return size / GIB
 
 
 def detected_devices() -> tuple[int, float] | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
 
@@ -122,16 +122,20 @@ def part_of(name: str) -> str:
     return "norms"
 
 
+def meta_model(config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig) -> PreTrainedModel:
+    """The model with a head that `config` describes, without memory for its weights."""
+    auto_class = AutoModelForImageTextToText if isinstance(config, MiniMaxM3VLConfig) else AutoModelForCausalLM
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return auto_class.from_config(copy.deepcopy(config))
+
+
 def list_weights(config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig) -> list[Weight]:
     """All parameters of the model with a head that `config` describes, in the order of a pass.
 
-    The model is built without memory for its weights, which takes a second for the released geometry.
+    That takes a second for the released geometry.
     """
-    auto_class = AutoModelForImageTextToText if isinstance(config, MiniMaxM3VLConfig) else AutoModelForCausalLM
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model = auto_class.from_config(copy.deepcopy(config))
     weights = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in meta_model(config).named_parameters():
         part = part_of(name)
         layer = None if part == "vision" or ".layers." not in name else int(name.split(".layers.")[1].split(".")[0])
         weights.append(Weight(name, tuple(parameter.shape), part, layer, parameter.requires_grad))
