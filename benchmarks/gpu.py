@@ -121,6 +121,10 @@ def require_gpu() -> None:
         raise SystemExit("this benchmark needs a CUDA GPU, and this machine has none")
 
 
+class Skipped(Exception):
+    """This machine cannot run a case. The message says why."""
+
+
 class Run:
     """The record of a benchmark, which is written after every case, so that a time limit loses no result.
 
@@ -148,7 +152,7 @@ class Run:
         }
 
     def cases(self, cases: Iterable[tuple], measure: Callable[..., Any]) -> None:
-        """Calls `measure` with each case in order. A case that fails is recorded and does not end the run."""
+        """Calls `measure` with each case in order. A case that fails, or is `Skipped`, is recorded and ends no run."""
         cases = {", ".join(map(str, case)): case for case in cases}
         left = list(cases)
         for label, case in cases.items():
@@ -159,6 +163,9 @@ class Run:
             try:
                 torch.cuda.empty_cache()
                 measure(*case)
+            except Skipped as reason:
+                print(f"          skipped: {reason}", flush=True)
+                self.record.setdefault("skipped", {})[label] = str(reason)
             except Exception as reason:
                 traceback.print_exc()
                 self.record["failed"][label] = f"{type(reason).__name__}: {reason}"[:500]
@@ -196,5 +203,6 @@ def record_text(record: dict[str, Any], tables: Callable[[dict], str]) -> str:
     ]
     if record["state"] != "complete":
         parts.insert(1, f"Not complete: {record['state']}.")
+    parts += [f"Skipped: {label}: {reason}" for label, reason in record.get("skipped", {}).items()]
     parts += [f"Failed: {label}: {reason}" for label, reason in record["failed"].items()]
     return "\n\n".join(parts)

@@ -1,37 +1,46 @@
-"""The memory planner beside measured peaks: `python -m benchmarks.memory_plan [--cases NAME ...] [--output PATH]`.
+"""The memory planner beside measured peaks: `python -m benchmarks.memory_plan [--cases TEXT ...] [--output PATH]`.
 
 Each case runs in a process of its own on one GPU, or on two for the case of two cards: a model of the released layer
 geometry with few layers and random weights. The peak is the most that PyTorch's allocator has handed out, so the
 estimate beside it leaves the CUDA context out. `--list` prints the estimates alone, and needs no GPU.
 
-Quantised cases replace the linear layers alone, by bitsandbytes or torchao. The routed experts stay in bf16 there, and
-the request says so. Cases whose package is missing are recorded as failed.
+Quantized layers are put into the model by hand, as a quantizer would have loaded them: MXFP8 and NF4 into experts and
+the linear layers of the decoder, fp8 into experts alone. NF4 needs bitsandbytes. A case that this machine cannot run is
+skipped, and the record says why.
 """
 
 import argparse
 import gc
-import json
-import subprocess
-import sys
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import nn
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig, released_config
-from modeling_minimax_m3.memory_plan import DevicePlan, MemoryPlan, MemoryRequest, plan_memory
+from modeling_minimax_m3 import offload_experts
+from modeling_minimax_m3.fused.four_bit_format import FOUR_BIT_FORMATS
+from modeling_minimax_m3.fused.scaled_rows_format import FLOAT8_ROWS
+from modeling_minimax_m3.fused.weight_formats import WeightFormat
+from modeling_minimax_m3.layers.moe import MiniMaxM3VLExperts
+from modeling_minimax_m3.layers.quantized import QuantizedExperts, QuantizedModule
+from modeling_minimax_m3.memory_plan import QUANTIZABLE_PARTS, DevicePlan, MemoryPlan, MemoryRequest, plan_memory
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
-from .gpu import Run, parse_arguments, require_gpu
+from . import mxfp8_model
+from .gpu import Run, Skipped, parse_arguments, require_gpu
 from .report import as_table
 
 GIB = 2**30
 DEVICE = "cuda"
 NEW_TOKENS = 32
-# What the quantised cases leave in bf16: only linear layers of attention and MLPs are replaced.
-UNQUANTIZED = ("vision", "indexer", "head", "routed experts")
 
 
 @dataclass(frozen=True)
@@ -71,24 +80,34 @@ def training(kind: str, context: int, checkpointing: bool = True, **options: Any
     return MemoryRequest(training=kind, context=context, gradient_checkpointing=checkpointing, **options)
 
 
-QUANTIZED: dict[str, Any] = {"unquantized_parts": UNQUANTIZED}
+EXPERTS_ALONE = tuple(part for part in QUANTIZABLE_PARTS if part != "routed experts")
+# The quick ones that say most come first.
 CASES = {
     "generate, 32k": Case(1, 3, None, generation(32768 + NEW_TOKENS)),
-    "generate, 128k, static cache": Case(1, 3, None, generation(131072 + NEW_TOKENS, cache="static")),
-    "generate, 8 rows of 8k": Case(1, 3, None, generation(8192 + NEW_TOKENS, batch_size=8)),
-    "generate, 32k, 7 layers": Case(1, 6, None, generation(32768 + NEW_TOKENS)),
+    "MXFP8, generate, 32k, 7 layers": Case(1, 6, None, generation(32768 + NEW_TOKENS, precision="mxfp8")),
     "LoRA, 8k": Case(1, 3, None, training("lora", 8192)),
-    "LoRA, 16k, no checkpointing": Case(1, 3, None, training("lora", 16384, checkpointing=False)),
+    "MXFP8, QLoRA with experts, 8k, 7 layers": Case(
+        1, 6, None, training("qlora", 8192, precision="mxfp8", lora_experts=True)
+    ),
     "full, 8k": Case(1, 2, 32, training("full", 8192)),
-    "full, 16k, SGD": Case(1, 2, 64, training("full", 16384, optimizer="sgd")),
+    "generate, 128k, static cache": Case(1, 3, None, generation(131072 + NEW_TOKENS, cache="static")),
+    "LoRA with experts, 8k": Case(1, 2, 32, training("lora", 8192, lora_experts=True)),
+    "experts on the host, generate, 32k": Case(1, 3, 32, generation(32768 + NEW_TOKENS, experts_on_device=0.25)),
+    "generate, 8 rows of 8k": Case(1, 3, None, generation(8192 + NEW_TOKENS, batch_size=8)),
+    "LoRA, 16k, no checkpointing": Case(1, 3, None, training("lora", 16384, checkpointing=False)),
     "indexers, 32k": Case(1, 3, None, training("indexers", 32768)),
-    "NF4, generate, 32k": Case(24, 2, 32, generation(32768 + NEW_TOKENS, precision="nf4", **QUANTIZED)),
-    "NF4, QLoRA, 8k": Case(24, 2, 32, training("qlora", 8192, precision="nf4", **QUANTIZED)),
-    "fp8, generate, 32k": Case(24, 2, 32, generation(32768 + NEW_TOKENS, precision="fp8", **QUANTIZED)),
-    "two cards, generate, 32k": Case(
+    "full, 16k, SGD": Case(1, 2, 64, training("full", 16384, optimizer="sgd")),
+    "fp8 experts, generate, 32k": Case(
+        1, 3, None, generation(32768 + NEW_TOKENS, precision="fp8", unquantized_parts=EXPERTS_ALONE)
+    ),
+    "NF4, generate, 32k, 7 layers": Case(1, 6, None, generation(32768 + NEW_TOKENS, precision="nf4")),
+    "NF4, QLoRA with experts, 8k, 7 layers": Case(
+        1, 6, None, training("qlora", 8192, precision="nf4", lora_experts=True)
+    ),
+    "two cards, generate, 32k, 7 layers": Case(
         1, 6, None, generation(32768 + NEW_TOKENS, devices=2, strategy="device_map")
     ),
-}  # fmt: skip
+}
 
 
 # ---- one case -----------------------------------------------------------------------------------------------------
@@ -105,37 +124,55 @@ def build(case: Case) -> nn.Module:
     torch.set_default_dtype(torch.float32)
     request = case.request
     if request.is_quantized:
-        {"nf4": to_nf4, "fp8": to_fp8}[request.precision](model)
+        {"mxfp8": mxfp8_model.quantize, "nf4": to_nf4, "fp8": to_fp8}[request.precision](model)
+        for module in model.modules():
+            if isinstance(module, QuantizedModule):
+                module.finish_loading()
     if request.strategy == "device_map":
         from accelerate.big_modeling import dispatch_model
 
         model = dispatch_model(model, case.plan().device_map())
+    if request.experts_on_device is not None:
+        offload_experts(model, DEVICE, request.experts_on_device, show_progress=False)
     return prepare_training(model, request) if request.training != "none" else model.eval()
 
 
-def is_quantized(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and "lm_head" not in name and ".indexer." not in name
+@torch.no_grad()
+def quantize_experts(model: nn.Module, weight_format: WeightFormat) -> None:
+    """Puts experts in a format in the place of plain ones, one layer after the other."""
+    for name, experts in list(model.named_modules()):
+        if type(experts) is not MiniMaxM3VLExperts:
+            continue
+        with torch.device("meta"):
+            replacement = QuantizedExperts(experts, weight_format, torch.bfloat16)
+        for weight in replacement.weight_names:
+            stored = weight_format.quantize(experts._parameters.pop(weight))
+            for suffix, tensor in zip(weight_format.suffixes, stored, strict=True):
+                replacement.register_parameter(weight + suffix, nn.Parameter(tensor, requires_grad=False))
+        model.set_submodule(name, replacement)
 
 
 def to_nf4(model: Any) -> None:
+    """Experts and all linear layers but the head."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+    quantize_experts(model, FOUR_BIT_FORMATS["nf4", False])
     for name, linear in list(model.named_modules()):
-        if is_quantized(name, linear):
-            with torch.device("meta"):
-                replaced = Linear4bit(
-                    linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-                )
-            weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=replaced)
-            replaced.weight = weight.to(DEVICE)
-            model.set_submodule(name, replaced)
+        if type(linear) is not nn.Linear or "lm_head" in name:
+            continue
+        with torch.device("meta"):
+            replaced = Linear4bit(
+                linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+        weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=replaced)
+        replaced.weight = weight.to(DEVICE)
+        model.set_submodule(name, replaced)
     model.is_loaded_in_4bit = True  # PEFT asks
 
 
 def to_fp8(model: nn.Module) -> None:
-    from torchao.quantization import Float8WeightOnlyConfig, quantize_
-
-    quantize_(model, Float8WeightOnlyConfig(), filter_fn=lambda module, name: is_quantized(name, module))
+    """Experts alone, in E4M3 with a scale for each row, as torchao's `Float8WeightOnlyConfig` has them."""
+    quantize_experts(model, FLOAT8_ROWS)
 
 
 def prepare_training(model: Any, request: MemoryRequest) -> Any:
@@ -153,6 +190,9 @@ def prepare_training(model: Any, request: MemoryRequest) -> Any:
             task_type="CAUSAL_LM",
             r=request.lora_rank,
             target_modules=list(request.lora_targets),
+            target_parameters=[f"mlp.experts.{name}" for name in QuantizedExperts.weight_names]
+            if request.lora_experts
+            else None,
             exclude_modules=r".*\bindexer\b.*",
         )
         model = get_peft_model(model, adapters)
@@ -221,12 +261,57 @@ def allocated_estimate(device: DevicePlan) -> float:
 # ---- the record ---------------------------------------------------------------------------------------------------
 
 
-def in_own_process(name: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.memory_plan", "--only", name]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
+def cannot_run(case: Case) -> str | None:
+    """Why this machine cannot run the case, or None."""
+    devices = torch.cuda.device_count()
+    if case.request.devices > devices:
+        return f"needs {case.request.devices} GPUs, and this machine has {devices}"
+    if case.request.precision == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        return "needs bitsandbytes"
+    return None
+
+
+def in_own_process(name: str, seconds: float) -> dict[str, Any]:
+    """Measures a case in a process that is forked from one which has the imports and no CUDA context.
+
+    Args:
+        name (str): Key of `CASES`.
+        seconds (float): After which the process is killed.
+
+    Raises:
+        RuntimeError: The case failed, ended its process, or took too long.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["benchmarks.memory_plan"])
+    receiver, sender = processes.Pipe(duplex=False)
+    process = processes.Process(target=send_measurement, args=(name, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            raise RuntimeError(f"took more than {seconds:.0f} s")
+        found = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"its process ended with exit code {process.exitcode}") from None
+    finally:
+        process.join(timeout=10)  # its GPU memory is free once it has ended
+        process.kill()
+        process.join()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def send_measurement(name: str, sender: Connection) -> None:
+    """Sends the result of a case, or its error as text."""
+    started = time.monotonic()
+    try:
+        require_gpu()
+        sender.send(measure(CASES[name]) | {"seconds": time.monotonic() - started})
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        sender.send(f"{type(error).__name__}: {error}")
 
 
 def difference(row: dict[str, Any]) -> float:
@@ -255,30 +340,45 @@ def tables(record: dict[str, Any]) -> str:
     return text
 
 
+def chosen(texts: list[str]) -> list[str]:
+    """The cases of these names, and those whose names contain one of the other texts.
+
+    Raises:
+        SystemExit: A text is in no name.
+    """
+    for text in texts:
+        if not any(text in name for name in CASES):
+            raise SystemExit(f"--cases: {text!r} must be in the name of a case: {'; '.join(CASES)}")
+    return [name for name in CASES if any(text == name or (text in name and text not in CASES) for text in texts)]
+
+
 def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES), help="which cases to measure")
-        parser.add_argument("--only", choices=CASES, help="measure one case here and print a line of JSON")
+        parser.add_argument("--cases", nargs="+", default=[""], help="run the cases whose names contain one of these")
+        parser.add_argument("--case_seconds", type=float, default=120.0, help="stop a case after so many seconds")
         parser.add_argument("--list", action="store_true", help="print the plans without measuring")
 
     arguments = parse_arguments("memory_plan", "Measure peaks beside the memory planner's estimates.", add)
+    names = chosen(arguments.cases)
     if arguments.list:
-        for name in arguments.cases:
+        for name in names:
             print(f"{name}\n{CASES[name].plan().table()}\n")
         return
-    require_gpu()
-    if arguments.only:
-        print(json.dumps(measure(CASES[arguments.only])))
-        return
     run = Run("memory_plan", arguments, tables)
+    for package in ("peft", "accelerate", "bitsandbytes"):
+        if importlib.util.find_spec(package) is not None:
+            run.record["machine"][package] = importlib.metadata.version(package)
     run.record["cases"] = {}
 
     def case(name: str) -> None:
-        if CASES[name].request.devices > torch.cuda.device_count():
-            raise RuntimeError(f"needs {CASES[name].request.devices} devices")
-        run.record["cases"][name] = in_own_process(name)
+        reason = cannot_run(CASES[name])
+        if reason is not None:
+            raise Skipped(reason)
+        found = run.record["cases"][name] = in_own_process(name, arguments.case_seconds)
+        for row in found["devices"]:
+            print(f"{'':10}{row['device']}: estimate {row['estimate_gib']:.2f}, peak {row['peak_gib']:.2f} GiB")
 
-    run.cases([(name,) for name in arguments.cases], case)
+    run.cases([(name,) for name in names], case)
     run.finish()
 
 

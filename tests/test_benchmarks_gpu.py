@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,10 @@ def test_cases_of_the_memory_planner(script):
         {"training": "lora", "gradient_checkpointing": True},
         {"training": "full", "optimizer": "sgd"},
         {"training": "indexers"},
+        {"precision": "mxfp8"},
+        {"training": "qlora", "precision": "mxfp8", "lora_experts": True, "gradient_checkpointing": True},
+        {"precision": "fp8", "unquantized_parts": ("vision", "attention", "indexer", "dense MLPs", "shared experts")},
+        {"experts_on_device": 0.5},
     ],
     ids=str,
 )
@@ -219,12 +225,91 @@ def test_works_of_the_memory_planner_run(script, monkeypatch, options):
     model = module.build(module.Case(0, 0, None, request))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     plan = module.Case(0, 0, None, request).plan()
+    if request.is_quantized:
+        held = sum(
+            parameter.nbytes
+            for name, parameter in model.named_parameters()
+            if ".experts." in name and "lora" not in name
+        )
+        planned = sum(device.gib["routed experts"] for device in plan.devices) * 2**30
+        assert held == pytest.approx(planned, rel=0.02)
     if request.training == "none":
         module.run_generation(model, request)
         return
     module.run_training(model, request)
     assert sum(model.get_parameter(name).numel() for name in trained) == plan.trained_parameters
     assert sum(parameter.numel() for parameter in model.parameters()) >= sum(plan.parameters.values())
+
+
+def test_nf4_of_the_memory_planner_has_the_planned_bytes(script, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    module = script("memory_plan")
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module.Case, "config", lambda case: tiny_config().text_config)
+    case = module.Case(0, 0, None, module.MemoryRequest(context=40, new_tokens=4, precision="nf4"))
+    model = module.build(case)
+    held = sum(tensor.nbytes for name, tensor in model.named_parameters() if ".experts." in name)
+    assert held == pytest.approx(case.plan().devices[0].gib["routed experts"] * 2**30)
+    assert {parameter.dtype for name, parameter in model.named_parameters() if "q_proj" in name} == {torch.uint8}
+
+
+def test_a_case_of_the_memory_planner_that_fails_ends_no_other(gpu, script, monkeypatch, tmp_path):
+    """Real processes: without a GPU each says so. One case fails by its own process, one needs more cards."""
+    module = script("memory_plan")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(module, "require_gpu", gpu.require_gpu)
+    output = tmp_path / "plan"
+    command = ["memory_plan", "--cases", "generate, 32k", "LoRA, 8k", "two cards", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    seen = []
+
+    def in_own_process(name, seconds):
+        seen.append(name)
+        assert seconds == 120
+        if name == "generate, 32k":
+            return real(name, 60)
+        row = {"device": "cuda:0", "estimate_gib": 49.0, "peak_gib": 50.0, "reserved_gib": 51.0, "moment": "prefill"}
+        return {"devices": [row], "seconds": 1.0}
+
+    real = module.in_own_process
+    monkeypatch.setattr(module, "in_own_process", in_own_process)
+    with pytest.raises(SystemExit, match="1 cases failed"):
+        module.main()
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert list(record["failed"]) == ["generate, 32k"]
+    assert "needs a CUDA GPU" in record["failed"]["generate, 32k"]
+    assert list(record["skipped"]) == ["two cards, generate, 32k, 7 layers"]
+    assert record["skipped"]["two cards, generate, 32k, 7 layers"] == "needs 2 GPUs, and this machine has 1"
+    assert "LoRA, 8k" in record["cases"] and "two cards, generate, 32k, 7 layers" not in seen
+    assert {"gpu", "commit", "command", "torch", "transformers", "peft"} <= set(record["machine"])
+    assert "Skipped: two cards" in output.with_suffix(".md").read_text()
+
+
+def end_the_process(name, sender):
+    os._exit(7)
+
+
+def test_a_process_of_the_memory_planner_that_ends_or_hangs(script, monkeypatch):
+    module = script("memory_plan")
+    monkeypatch.setattr(module, "send_measurement", end_the_process)
+    with pytest.raises(RuntimeError, match="its process ended with exit code 7"):
+        module.in_own_process("LoRA, 8k", 60)
+    monkeypatch.setattr(module, "send_measurement", wait_for_ever)
+    with pytest.raises(RuntimeError, match="took more than 1 s"):
+        module.in_own_process("LoRA, 8k", 1)
+
+
+def wait_for_ever(name, sender):
+    time.sleep(600)
+
+
+def test_cases_of_the_memory_planner_by_text(script):
+    module = script("memory_plan")
+    assert module.chosen(["NF4", "static"]) == [name for name in module.CASES if "NF4" in name or "static" in name]
+    assert module.chosen(["generate, 32k"]) == ["generate, 32k"], "not those that go on"
+    assert module.chosen([""]) == list(module.CASES)
+    with pytest.raises(SystemExit, match="--cases: 'int4' must be in the name of a case: generate, 32k; "):
+        module.chosen(["int4"])
 
 
 def test_differences_of_the_memory_planner(script):

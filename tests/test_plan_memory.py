@@ -56,6 +56,33 @@ def test_json(command, capsys, tiny_checkpoint):
     assert found["fits"] is None and found["trained_parameters"] > 0
 
 
+def test_a_checkpoint_whose_quantizer_left_the_experts(command, capsys, tiny_checkpoint, tmp_path):
+    """8 bits of bitsandbytes: the plan has the experts in bfloat16 without being told."""
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    needs = {}
+    for bits in (4, 8):
+        config["quantization_config"] = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        command.main([str(tmp_path), "--json"])
+        needs[bits] = json.loads(capsys.readouterr().out)["devices"][0]["gib"]["routed experts"]
+    assert needs[8] == pytest.approx(needs[4] * 2 / 0.5625, rel=1e-3)
+    command.main([str(tmp_path), "--precision", "nf4", "--json"])
+    assert json.loads(capsys.readouterr().out)["devices"][0]["gib"]["routed experts"] == needs[4]
+
+
+def test_experts_on_the_host_of_this_machine(command, capsys, monkeypatch):
+    monkeypatch.setattr(memory_plan, "detected_devices", lambda: (4, 79.1))
+    monkeypatch.setattr(memory_plan, "detected_host_gib", lambda: 256.0)
+    assert command.main(["released", "--precision", "mxfp8", "--experts_on_device", "0.1", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    request = found["request"]
+    assert (request["devices"], request["experts_on_device"], request["host_gib"]) == (1, 0.1, 256.0)
+    assert found["host_gib"] == pytest.approx(413, abs=1)
+    flags = ["--precision", "mxfp8", "--experts_on_device", "20GiB", "--host_gib", "512"]
+    assert command.main(["released", *flags]) == 0
+    assert "GiB of weights in host memory" in capsys.readouterr().out
+
+
 def test_devices_of_this_machine(command, capsys, monkeypatch):
     monkeypatch.setattr(memory_plan, "detected_devices", lambda: (4, 139.8))
     assert command.main(["released", "--precision", "mxfp8", "--json"]) == 0
@@ -211,6 +238,11 @@ def test_request_of_a_run(finetune, run_memory, arguments, monkeypatch):
             patch.setenv(variable, "true")
             found = run_memory.memory_request(config, model, lora, 128, training, (8, 80.0))
         assert (found.strategy, found.devices) == (strategy, 8)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    for model.dtype in ("auto", "bfloat16"):  # a dtype leaves quantized weights as they are
+        found = run_memory.memory_request(config, model, lora, 128, training, (1, 80.0))
+        assert (found.precision, found.training, found.autocast) == ("int8", "qlora", False)
+        assert "routed experts" in found.unquantized_parts, "which that quantizer does not take"
     config.quantization_config = {"quant_method": "mxfp8"}
     assert run_memory.memory_request(config, model, lora, 128, training, (1, 80.0)).training == "qlora"
     lora.lora = False
