@@ -13,12 +13,9 @@ import argparse
 import gc
 import importlib.metadata
 import importlib.util
-import multiprocessing
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -35,7 +32,8 @@ from modeling_minimax_m3.memory_plan import QUANTIZABLE_PARTS, DevicePlan, Memor
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 from . import mxfp8_model
-from .gpu import Run, Skipped, parse_arguments, require_gpu
+from .gpu import Run, Skipped, parse_arguments
+from .own_process import in_own_process
 from .report import as_table
 
 GIB = 2**30
@@ -271,47 +269,10 @@ def cannot_run(case: Case) -> str | None:
     return None
 
 
-def in_own_process(name: str, seconds: float) -> dict[str, Any]:
-    """Measures a case in a process that is forked from one which has the imports and no CUDA context.
-
-    Args:
-        name (str): Key of `CASES`.
-        seconds (float): After which the process is killed.
-
-    Raises:
-        RuntimeError: The case failed, ended its process, or took too long.
-    """
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["benchmarks.memory_plan"])
-    receiver, sender = processes.Pipe(duplex=False)
-    process = processes.Process(target=send_measurement, args=(name, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(seconds):
-            raise RuntimeError(f"took more than {seconds:.0f} s")
-        found = receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"its process ended with exit code {process.exitcode}") from None
-    finally:
-        process.join(timeout=10)  # its GPU memory is free once it has ended
-        process.kill()
-        process.join()
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found
-
-
-def send_measurement(name: str, sender: Connection) -> None:
-    """Sends the result of a case, or its error as text."""
+def measure_named(name: str) -> dict[str, Any]:
+    """Measures a case of `CASES`, and how long that took."""
     started = time.monotonic()
-    try:
-        require_gpu()
-        sender.send(measure(CASES[name]) | {"seconds": time.monotonic() - started})
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        sender.send(f"{type(error).__name__}: {error}")
+    return measure(CASES[name]) | {"seconds": time.monotonic() - started}
 
 
 def difference(row: dict[str, Any]) -> float:
@@ -374,7 +335,7 @@ def main() -> None:
         reason = cannot_run(CASES[name])
         if reason is not None:
             raise Skipped(reason)
-        found = run.record["cases"][name] = in_own_process(name, arguments.case_seconds)
+        found = run.record["cases"][name] = in_own_process(measure_named, (name,), arguments.case_seconds)
         for row in found["devices"]:
             print(f"{'':10}{row['device']}: estimate {row['estimate_gib']:.2f}, peak {row['peak_gib']:.2f} GiB")
 

@@ -23,6 +23,7 @@ SCRIPTS = [
     "language_loss",
     "host_experts",
     "memory_plan",
+    "qlora",
 ]
 
 
@@ -257,17 +258,17 @@ def test_a_case_of_the_memory_planner_that_fails_ends_no_other(gpu, script, monk
     """Real processes: without a GPU each says so. One case fails by its own process, one needs more cards."""
     module = script("memory_plan")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(module, "require_gpu", gpu.require_gpu)
     output = tmp_path / "plan"
     command = ["memory_plan", "--cases", "generate, 32k", "LoRA, 8k", "two cards", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", command)
     seen = []
 
-    def in_own_process(name, seconds):
+    def in_own_process(function, arguments, seconds):
+        (name,) = arguments
         seen.append(name)
         assert seconds == 120
         if name == "generate, 32k":
-            return real(name, 60)
+            return real(function, arguments, 60)
         row = {"device": "cuda:0", "estimate_gib": 49.0, "peak_gib": 50.0, "reserved_gib": 51.0, "moment": "prefill"}
         return {"devices": [row], "seconds": 1.0}
 
@@ -285,22 +286,28 @@ def test_a_case_of_the_memory_planner_that_fails_ends_no_other(gpu, script, monk
     assert "Skipped: two cards" in output.with_suffix(".md").read_text()
 
 
-def end_the_process(name, sender):
+def fail():
+    raise ValueError("no such weights")
+
+
+def end_without_result(*_):
     os._exit(7)
 
 
-def test_a_process_of_the_memory_planner_that_ends_or_hangs(script, monkeypatch):
-    module = script("memory_plan")
-    monkeypatch.setattr(module, "send_measurement", end_the_process)
-    with pytest.raises(RuntimeError, match="its process ended with exit code 7"):
-        module.in_own_process("LoRA, 8k", 60)
-    monkeypatch.setattr(module, "send_measurement", wait_for_ever)
-    with pytest.raises(RuntimeError, match="took more than 1 s"):
-        module.in_own_process("LoRA, 8k", 1)
-
-
-def wait_for_ever(name, sender):
+def wait_for_ever(*_):
     time.sleep(600)
+
+
+def test_a_process_of_its_own_that_fails_ends_or_hangs(script, monkeypatch):
+    own_process = script("own_process")
+    with pytest.raises(RuntimeError, match="needs a CUDA GPU"):  # the process has imports of its own
+        own_process.in_own_process(fail, (), 60)
+    monkeypatch.setattr(own_process, "_send_result", end_without_result)
+    with pytest.raises(RuntimeError, match="its process ended with exit code 7"):
+        own_process.in_own_process(fail, (), 60)
+    monkeypatch.setattr(own_process, "_send_result", wait_for_ever)
+    with pytest.raises(RuntimeError, match="took more than 1 s"):
+        own_process.in_own_process(fail, (), 1)
 
 
 def test_cases_of_the_memory_planner_by_text(script):

@@ -114,6 +114,30 @@ class Segments:
     runs: tuple[tuple[int, int], ...] | None
 
 
+def position_ids_of(grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """Time, row and column of each patch, as Transformers' `get_vision_position_ids` gives them.
+
+    That function runs ten operations for each image, this one the same number for all of them.
+
+    Args:
+        grid_thw (`torch.Tensor`): (segments, 3) integers: patches along time, height and width.
+        merge_size (`int`): Side of a merge group, whose patches lie next to each other.
+
+    Returns:
+        (patches, 3) int64.
+    """
+    times, heights, widths = grid_thw.long().unbind(1)
+    sizes = times * heights * widths
+    places = torch.arange(int(sizes.sum()), device=grid_thw.device)
+    segment = torch.repeat_interleave(sizes, output_size=len(places))
+    in_segment = places - (sizes.cumsum(0) - sizes)[segment]
+    areas, columns = (heights * widths)[segment], (widths // merge_size)[segment]
+    in_frame = in_segment % areas
+    group, in_group = in_frame // merge_size**2, in_frame % merge_size**2
+    rows = group // columns * merge_size + in_group // merge_size
+    return torch.stack((in_segment // areas, rows, group % columns * merge_size + in_group % merge_size), dim=1)
+
+
 def split_into_runs(cu_seqlens: torch.Tensor, num_patches: int) -> tuple[tuple[int, int], ...]:
     """Group successive segments of equal length, so that each group is one batched attention call."""
     if cu_seqlens.shape[0] == 2:
@@ -125,6 +149,27 @@ def split_into_runs(cu_seqlens: torch.Tensor, num_patches: int) -> tuple[tuple[i
             torch._check(length > 1)
         return tuple((1, length) for length in lengths)
     return tuple((len(list(run)), length) for length, run in groupby(lengths))
+
+
+def _dtype_of_sdpa(states: torch.Tensor) -> torch.dtype:
+    """The dtype to which autocast would bring inputs of SDPA."""
+    device_type = states.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else states.dtype
+
+
+def _runs_packed(query: torch.Tensor, segments: Segments) -> bool:
+    """Whether PyTorch's flash kernel takes all segments of (patches, H_q, D) at once."""
+    return (
+        len(segments.runs or ()) > 1
+        and query.is_cuda
+        and torch.version.hip is None
+        and _dtype_of_sdpa(query) in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.backends.cuda.flash_sdp_enabled()
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and not is_torchdynamo_compiling()
+    )
 
 
 def eager_attention_forward(
@@ -189,7 +234,11 @@ class MiniMaxM3VLVisionAttention(nn.Module):
         query = rotate(self.q_proj(hidden_states).view(heads), *position_embeddings)
         key = rotate(self.k_proj(hidden_states).view(heads), *position_embeddings)
         value = self.v_proj(hidden_states).view(heads)
-        attend = self._attend_varlen if segments.runs is None else self._attend_runs
+        attend = self._attend_runs
+        if segments.runs is None:
+            attend = self._attend_varlen
+        elif implementation == "sdpa" and _runs_packed(query, segments):
+            attend = self._attend_packed
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, probabilities = attend(attention_function, query, key, value, segments)
         return self.out_proj(output.reshape(hidden_states.shape)), probabilities
@@ -214,6 +263,28 @@ class MiniMaxM3VLVisionAttention(nn.Module):
             max_length_q=segments.max_seqlen,
             max_length_k=segments.max_seqlen,
         )
+        return output, None
+
+    def _attend_packed(
+        self,
+        attention_function: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: Segments,
+    ) -> tuple[torch.Tensor, None]:
+        """As `_attend_runs` with SDPA, by PyTorch's kernel for sequences of several lengths.
+
+        A step of training sees tens of images of as many sizes. SDPA would be called for each, and cuDNN, which it
+        may choose, prepares each new size for half a millisecond on the host.
+        """
+        query, key, value = (states.to(_dtype_of_sdpa(states)) for states in (query, key, value))
+        dropout = self.attention_dropout if self.training else 0.0
+        longest = max(length for _, length in segments.runs or ())
+        offsets = segments.cu_seqlens
+        output = torch.ops.aten._flash_attention_forward(
+            query, key, value, offsets, offsets, longest, longest, dropout, False, False, scale=self.scaling
+        )[0]
         return output, None
 
     def _attend_runs(
@@ -350,6 +421,9 @@ class MiniMaxM3VLVisionModel(MiniMaxM3VLPreTrainedModel):
 
     def patch_position_ids(self, grid_thw: torch.Tensor, precomputed: dict[str, Any]) -> torch.Tensor:
         """Positions (patches, 3) of a grid, or those that are taken out of `precomputed`."""
+        if precomputed.get("position_ids") is None and not is_torchdynamo_compiling():
+            precomputed.pop("position_ids", None)
+            return position_ids_of(grid_thw, self.config.spatial_merge_size)
         return get_vision_position_ids(
             grid_thw, self.config.spatial_merge_size, include_temporal=True, kwargs=precomputed
         )

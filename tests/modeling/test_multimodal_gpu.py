@@ -7,6 +7,7 @@ import torch
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from modeling_minimax_m3.models import vision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,6 +55,33 @@ def test_vision_features_in_bfloat16(on_cpu, inputs, relative_error):
         grid_on_host = torch.cat(model.get_image_features(on_gpu["pixels"], pixels[1]).pooler_output)
     assert relative_error(output.cpu(), expected) < 3e-2
     torch.testing.assert_close(grid_on_host, output, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_images_of_several_sizes_are_one_call(on_cpu, make_inputs, relative_error, autocast, monkeypatch):
+    """One flash kernel for all of them gives the features and gradients of SDPA image by image."""
+    model = copy.deepcopy(on_cpu).to("cuda", torch.float32 if autocast else torch.bfloat16).train()
+    grids = [[1, 4, 6], [1, 4, 4], [1, 4, 4], [1, 8, 2], [3, 2, 2], [1, 2, 2]]
+    inputs = make_inputs(model.config, images=grids, length=150)
+    pixels, grid = inputs["pixel_values"].cuda(), inputs["image_grid_thw"]
+    calls = []
+    attend = vision.MiniMaxM3VLVisionAttention._attend_packed
+    counted = lambda self, *args: calls.append(1) or attend(self, *args)  # noqa: E731
+    monkeypatch.setattr(vision.MiniMaxM3VLVisionAttention, "_attend_packed", counted)
+
+    def run():
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            features = torch.cat(model.get_image_features(pixels, grid).pooler_output)
+        features.float().square().mean().backward()
+        grads = [parameter.grad for parameter in model.model.vision_tower.parameters() if parameter.grad is not None]
+        return features.detach(), torch.cat([grad.flatten().float() for grad in grads])
+
+    packed = run()
+    assert len(calls) == model.config.vision_config.num_hidden_layers
+    monkeypatch.setattr(vision, "_runs_packed", lambda *_: False)
+    for ours, expected in zip(packed, run(), strict=True):
+        assert relative_error(ours.cpu(), expected.cpu()) < 2e-2
 
 
 def test_static_cache_generates_what_the_dynamic_one_does(on_cpu, inputs):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
+from transformers.vision_utils import get_vision_position_ids
 
-from modeling_minimax_m3.models.vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel
+from modeling_minimax_m3.models.vision import MiniMaxM3VLMultiModalProjector, MiniMaxM3VLVisionModel, position_ids_of
 
 # images, and chunks of a video, of equal and of different sizes
 MIXED_GRID = torch.tensor([[1, 4, 6], [1, 4, 4], [2, 4, 4], [2, 4, 4], [1, 8, 4], [3, 2, 2]])
@@ -47,6 +48,17 @@ def test_low_precision_is_as_good_as_stock(make_towers, make_patches, config, re
         for tower in make_towers("sdpa", dtype)
     )
     assert error < 1.2 * stock_error < 0.03
+
+
+@pytest.mark.parametrize("merge_size", [1, 2, 3])
+def test_position_ids_are_those_of_transformers(merge_size):
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 17):
+        grid = torch.randint(1, 6, (count, 3), generator=generator)
+        grid[:, 1:] *= merge_size
+        expected = get_vision_position_ids(grid, merge_size, include_temporal=True)
+        torch.testing.assert_close(position_ids_of(grid, merge_size), expected, rtol=0, atol=0)
+        torch.testing.assert_close(position_ids_of(grid.int(), merge_size), expected, rtol=0, atol=0)
 
 
 def test_patch_embedding_is_the_convolution(make_towers, make_patches, config):

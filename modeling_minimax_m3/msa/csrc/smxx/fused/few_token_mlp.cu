@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalve
     few_token_gate_up_kernel(const FewTokenMlpParams params) {
   using Element = typename Weights::Element;
   constexpr int kChannels = Weights::kChannels;
-  constexpr int kSteps = Weights::loads(kHalves, 1) / 2;
+  constexpr int kSteps = Weights::loads(kHalves, 2) / 2;
   constexpr int kStride = kWarps * kChannels;
   __shared__ WarpSums<kHalves, 2> warp_sums;
   let_next_kernel_start();

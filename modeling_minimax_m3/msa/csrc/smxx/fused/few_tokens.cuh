@@ -54,9 +54,7 @@ class PlainWeights {
   static constexpr int kUnits = 1;      // of eight channels, that a lane reads by one load
   static constexpr int kChannels = 32;  // that a group of four lanes reads by one load a lane
 
-  // In flight in a lane that reads at `places` of weights: enough for the bytes in flight, few
-  // enough for the registers.
-  static constexpr int loads(int halves, int places) { return 8; }
+  static constexpr int loads(int halves, int tiles) { return 8; }  // in flight in a lane
 
   // Thread blocks that fit a multiprocessor: enough for the bytes in flight, few enough for the
   // registers.
@@ -87,8 +85,12 @@ class Mxfp8Weights {
   static constexpr int kUnits = 2;
   static constexpr int kChannels = 64;
 
-  static constexpr int loads(int halves, int places) { return halves == 1 && places == 2 ? 6 : 8; }
-  static constexpr int thread_blocks_per_sm(int halves, int tiles) { return halves == 1 ? 3 : 2; }
+  static constexpr int loads(int halves, int tiles) {
+    return halves == 2 ? 8 : tiles == 2 ? 6 : 4;
+  }
+  static constexpr int thread_blocks_per_sm(int halves, int tiles) {
+    return halves * tiles == 1 ? 4 : halves == 1 ? 3 : 2;
+  }
 
   __device__ Mxfp8Weights() = default;
   __device__ Mxfp8Weights(const FewTokenWeights& matrix, int64_t place)
