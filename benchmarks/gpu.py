@@ -121,6 +121,11 @@ def require_gpu() -> None:
         raise SystemExit("this benchmark needs a CUDA GPU, and this machine has none")
 
 
+def _card() -> dict[str, Any]:
+    driver = command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver, **ceilings()}
+
+
 class Skipped(Exception):
     """This machine cannot run a case. The message says why."""
 
@@ -132,20 +137,20 @@ class Run:
         name (str): Module of the benchmark.
         arguments (argparse.Namespace): What `parse_arguments` returned.
         tables (Callable): Makes the Markdown tables from the record.
+        needs_gpu (bool): Whether it runs on a GPU. Without one, the record has no rates of a card.
     """
 
-    def __init__(self, name: str, arguments: argparse.Namespace, tables: Callable):
-        require_gpu()
+    def __init__(self, name: str, arguments: argparse.Namespace, tables: Callable, needs_gpu: bool = True):
+        if needs_gpu:
+            require_gpu()
         self._started = time.monotonic()
         self._arguments, self._tables = arguments, tables
         torch.manual_seed(0)
         self.record: dict[str, Any] = {
             "machine": {
                 **environment(),
-                "gpu": torch.cuda.get_device_name(),
-                "driver": command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
                 "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-                **ceilings(),
+                **(_card() if needs_gpu else {}),
             },
             "state": "no case ran yet",
             "failed": {},
@@ -194,11 +199,16 @@ class Run:
 def record_text(record: dict[str, Any], tables: Callable[[dict], str]) -> str:
     """The card, the tables and the failures of a record."""
     machine = record["machine"]
+    place = machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['cores']} cores"
+    line = f"{place}, torch {machine['torch']}, Transformers {machine['transformers']}, {machine['date']}"
+    if "gpu" in machine:
+        line += (
+            f"; an 8192^3 bf16 matmul runs at {machine['matmul_tflops']:.0f} TFLOP/s, a copy reads and writes "
+            f"{machine['copy_bytes_per_second'] / 1e12:.2f} TB/s, a sum reads "
+            f"{machine['read_bytes_per_second'] / 1e12:.2f} TB/s"
+        )
     parts = [
-        f"{machine['gpu']}, torch {machine['torch']}, Transformers {machine['transformers']}, {machine['date']}; "
-        f"an 8192^3 bf16 matmul runs at {machine['matmul_tflops']:.0f} TFLOP/s, a copy reads and writes "
-        f"{machine['copy_bytes_per_second'] / 1e12:.2f} TB/s, a sum reads "
-        f"{machine['read_bytes_per_second'] / 1e12:.2f} TB/s.",
+        f"{line}.",
         tables(record),
     ]
     if record["state"] != "complete":

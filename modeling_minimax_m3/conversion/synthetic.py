@@ -34,6 +34,7 @@ nothing. `scripts/make_synthetic_checkpoint.py` wrote them with the seed {seed}.
 """
 _STANDARD_DEVIATION = 0.02
 _BLOCK_ELEMENTS = 2**20
+_REPEATED_BLOCKS = 4
 # Keys of the config classes that the released file does not have.
 _NOT_RELEASED = (
     *("layer_types", "mlp_layer_types", "rope_parameters", "index_n_heads", "index_head_dim", "index_block_size"),
@@ -50,6 +51,7 @@ def make_synthetic_checkpoint(
     precision: str = "bf16",
     seed: int = 0,
     max_shard_size: int = MAX_SHARD_SIZE,
+    repeated: bool = False,
     overwrite: bool = False,
     restart: bool = False,
     show_progress: bool = True,
@@ -67,6 +69,8 @@ def make_synthetic_checkpoint(
         precision (str): "bf16" or "mxfp8".
         seed (int): Seed of the weights.
         max_shard_size (int): Bytes of a file.
+        repeated (bool): Whether blocks of a weight repeat the same random numbers, which is written faster. To measure
+            loading, what the numbers are is all the same.
         overwrite (bool): Whether `folder` may be replaced.
         restart (bool): Whether to throw away what an earlier run left.
         show_progress (bool): Whether to show a bar.
@@ -96,11 +100,11 @@ def make_synthetic_checkpoint(
     output = Output(
         folder=folder,
         tensors=tensors,
-        values=_RandomValues(shapes, quantized, seed),
+        values=(_RepeatedValues if repeated else _RandomValues)(shapes, quantized, seed),
         config=converted_config(content, config, "released", precision),
         max_shard_size=max_shard_size,
         metadata={"synthetic": NOTICE},
-        made_by={"synthetic": NOTICE, "version": __version__, "seed": seed, **options},
+        made_by={"synthetic": NOTICE, "version": __version__, "seed": seed, "repeated": repeated, **options},
         inputs=hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest(),
         companions=[],
         texts={"README.md": _README.format(seed=seed, **options)},
@@ -146,18 +150,46 @@ class _RandomValues:
         rows, columns = self.shapes[weight][0], math.prod(self.shapes[weight][1:])
         step = max(1, _BLOCK_ELEMENTS // columns)
         for start in range(0, rows, step):
-            numbers = self._numbers(weight, start, (min(step, rows - start), columns))
-            if weight in self.quantized:
-                values, scales = quantize_mxfp8(numbers)
-                numbers = scales if name.endswith(SCALE_SUFFIX) else values
-            yield numbers
+            yield self._block(name, start, (min(step, rows - start), columns))
+
+    def _block(self, name: str, start: int, shape: tuple[int, int]) -> torch.Tensor:
+        weight = name.removesuffix(SCALE_SUFFIX)
+        numbers = self._numbers(weight, start, shape)
+        if weight not in self.quantized:
+            return numbers
+        values, scales = quantize_mxfp8(numbers)
+        return scales if name.endswith(SCALE_SUFFIX) else values
 
     def _numbers(self, weight: str, start: int, shape: tuple[int, int]) -> torch.Tensor:
         dtype = released_dtype(weight)
-        if weight.endswith((".bias", "e_score_correction_bias")):
-            return torch.zeros(shape, dtype=dtype)
-        if "layer_norm" in weight or "layrnorm" in weight:
-            return torch.ones(shape, dtype=dtype)
+        constant = _constant_of(weight)
+        if constant is not None:
+            return torch.full(shape, constant, dtype=dtype)
         digest = hashlib.sha256(f"{self.seed} {weight} {start}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return torch.empty(shape).normal_(0, _STANDARD_DEVIATION, generator=generator).to(dtype)
+
+
+class _RepeatedValues(_RandomValues):
+    """Random values of which a few blocks are made, and written again and again."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._made: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def _block(self, name: str, start: int, shape: tuple[int, int]) -> torch.Tensor:
+        weight = name.removesuffix(SCALE_SUFFIX)
+        if _constant_of(weight) is not None:
+            return super()._block(name, start, shape)
+        number = start // shape[0] % _REPEATED_BLOCKS
+        key = (number, shape, self.dtype(name), weight in self.quantized)
+        if key not in self._made:
+            self._made[key] = super()._block(name, number, shape)
+        return self._made[key]
+
+
+def _constant_of(weight: str) -> float | None:
+    """The value of a weight that is not random: a bias, or a norm that multiplies by its weight."""
+    if weight.endswith((".bias", "e_score_correction_bias")):
+        return 0.0
+    return 1.0 if "layer_norm" in weight or "layrnorm" in weight else None

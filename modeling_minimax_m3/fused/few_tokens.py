@@ -4,9 +4,10 @@ A decoding step reads each weight that it uses once, and takes hardly longer tha
 run as one kernel, without a copy of their weights. The chosen experts and the shared expert run as two.
 """
 
+import weakref
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -24,8 +25,21 @@ _MAX_CHOICES = 256  # of all tokens
 _MULTIPLE = 32  # of the channels that a kernel takes at a time
 _MXFP8_MULTIPLE = 64
 
-# Of MXFP8 values that were looked at: addresses and versions of them and their scales, and whether they are ordinary.
-_known_values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+class _Look(NamedTuple):
+    """At a weight in MXFP8: what memory values and scales had, their addresses and versions, and the answer.
+
+    An address may belong to another tensor by now. The storage that was there is told from it, as a weak reference
+    never comes back to life.
+    """
+
+    storages: tuple[weakref.ref, ...]
+    state: list[tuple[int, int]]
+    is_ordinary: bool
+
+
+# By the values of the weight.
+_looks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 Weight: TypeAlias = torch.Tensor | Mxfp8Tensors
 
@@ -89,12 +103,13 @@ def _is_read(x: torch.Tensor, weight: Weight) -> bool:
 def _is_known_as_ordinary(weight: Mxfp8Tensors) -> bool:
     """`is_ordinary`, whose answer is kept until the weight changes. False where a capture keeps it from looking."""
     state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in weight]
-    known = _known_values.get(weight.values)
-    if known is None or known[0] != state:
+    storages = tuple(tensor.untyped_storage() for tensor in weight)
+    look: _Look | None = _looks.get(weight.values)
+    if look is None or look.state != state or any(a() is not b for a, b in zip(look.storages, storages, strict=True)):
         if weight.values.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        known = _known_values[weight.values] = (state, is_ordinary(weight))
-    return known[1]
+        look = _looks[weight.values] = _Look(tuple(map(weakref.ref, storages)), state, is_ordinary(weight))
+    return look.is_ordinary
 
 
 def _is_faster(x: torch.Tensor, weights: Sequence[Weight]) -> bool:

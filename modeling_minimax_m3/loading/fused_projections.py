@@ -33,8 +33,8 @@ from ..layers.quantized import QuantizedModule
 def with_fused_projections(mapping: list[WeightTransform]) -> list[WeightTransform]:
     """`mapping`, with `ConcatenateWhole` where a rule does nothing but `Concatenate`.
 
-    The rules of experts merge them first, and Transformers shards those correctly. They get operations whose reverse
-    leaves quantized experts whole.
+    The rules of experts merge them first, and Transformers shards those correctly. They get operations that copy each
+    expert once, and whose reverse leaves quantized experts whole.
     """
     for transform in mapping:
         if not isinstance(transform, WeightConverter):
@@ -43,14 +43,55 @@ def with_fused_projections(mapping: list[WeightTransform]) -> list[WeightTransfo
             (concatenate,) = transform.operations
             transform.operations = [ConcatenateWhole(concatenate.dim, concatenate.num_shards_attribute)]
         elif type(transform.operations[0]) is MergeModulelist:
-            transform.operations = [
-                _OPERATIONS_OF_EXPERTS.get(type(op), type(op))(op.dim) for op in transform.operations
-            ]
+            merge, *rest = transform.operations
+            fused_dim = rest[0].dim if [type(op) for op in rest] == [Concatenate] else None
+            rest = [ConcatenateExperts(op.dim) if type(op) is Concatenate else op for op in rest]
+            transform.operations = [MergeExperts(merge.dim, fused_dim), *rest]
     return mapping
 
 
 class MergeExperts(MergeModulelist):
-    """`MergeModulelist` that is reversed by `SplitUnlessQuantized`."""
+    """`MergeModulelist` that is reversed by `SplitUnlessQuantized`.
+
+    Where gate and up projections are to be concatenated next, it does that too: each weight is copied to its place in
+    the fused tensor, in place of a copy into a stack and another one from there.
+
+    Args:
+        dim (`int`): As in Transformers.
+        fused_dim (`int`, *optional*): The axis along which `ConcatenateExperts` comes next. None: it does not.
+    """
+
+    def __init__(self, dim: int = 0, fused_dim: int | None = None):
+        super().__init__(dim)
+        self.fused_dim = fused_dim
+
+    @torch.no_grad
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """As in Transformers, but the result may have the name and the content that `ConcatenateExperts` would give it.
+
+        Args:
+            input_dict (`dict`): For each source its tensors, one for each expert of this rank.
+            source_patterns, target_patterns (`list[str]`): The sources in order, and the name of the result.
+            **kwargs: Passed to Transformers' operation.
+        """
+        parts = [input_dict[pattern] for pattern in source_patterns if pattern in input_dict]
+        if self.fused_dim is None or self.dim != 0 or len(parts) < 2 or not _are_stacks(parts):
+            return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+        shape = [len(parts[0]), *parts[0][0].shape]
+        widths = [part[0].shape[self.fused_dim - 1] for part in parts]
+        shape[self.fused_dim] = sum(widths)
+        fused = parts[0][0].new_empty(shape)
+        for piece, part in zip(fused.split(widths, self.fused_dim), parts, strict=True):
+            for expert, tensor in enumerate(part):
+                piece[expert].copy_(tensor)
+        input_dict.clear()
+        return {target_patterns[0]: fused}
 
     @property
     def reverse_op(self) -> "SplitUnlessQuantized":
@@ -58,14 +99,47 @@ class MergeExperts(MergeModulelist):
 
 
 class ConcatenateExperts(Concatenate):
-    """`Concatenate` that is reversed by `ChunkUnlessQuantized`."""
+    """`Concatenate` that is reversed by `ChunkUnlessQuantized`, and passes on what `MergeExperts` has fused."""
+
+    @torch.no_grad
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """As in Transformers.
+
+        Args:
+            input_dict (`dict`): The fused tensor under its name, or a stack for each source.
+            source_patterns, target_patterns (`list[str]`): The sources in order, and the name of the result.
+            **kwargs: Passed to Transformers' operation.
+        """
+        if list(input_dict) == target_patterns and isinstance(input_dict[target_patterns[0]], torch.Tensor):
+            return input_dict
+        return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
 
     @property
     def reverse_op(self) -> "ChunkUnlessQuantized":
         return ChunkUnlessQuantized(self.dim)
 
 
-_OPERATIONS_OF_EXPERTS = {MergeModulelist: MergeExperts, Concatenate: ConcatenateExperts}
+def _are_stacks(parts: list[Any]) -> bool:
+    """Whether each part is a list of plain tensors, as many in each, of one dtype, device and shape in a list."""
+    if not all(isinstance(part, list) and part for part in parts):
+        return False
+    first = parts[0][0]
+    return all(
+        len(part) == len(parts[0])
+        and all(
+            type(tensor) is torch.Tensor
+            and tensor.shape == part[0].shape
+            and (tensor.dtype, tensor.device) == (first.dtype, first.device)
+            for tensor in part
+        )
+        for part in parts
+    )
 
 
 class ConcatenateWhole(Concatenate):

@@ -335,3 +335,30 @@ class TestKernel:
             call(x, values, values, *nothing[1:], scales, *nothing, False)
         with pytest.raises(RuntimeError, match="bfloat16"):
             call(x.half(), values, *nothing, scales, *nothing, False)
+
+
+def test_an_answer_is_not_kept_for_other_memory_at_the_same_address():
+    """As where memory is freed, and an allocator gives its address out again."""
+    memory = bytearray(64 * 64)
+
+    def tensor_there() -> torch.Tensor:
+        return torch.frombuffer(memory, dtype=torch.uint8).view(torch.float8_e4m3fn).view(64, 64)
+
+    weight = Mxfp8Tensors(tensor_there(), torch.full((64, 2), 127, dtype=torch.uint8))
+    assert few_tokens._is_known_as_ordinary(weight)
+    address, version = weight.values.data_ptr(), weight.values._version
+    memory[:] = b"\x7f" * len(memory)  # NaN
+    weight.values.data = tensor_there()
+    assert (weight.values.data_ptr(), weight.values._version) == (address, version)
+    assert not few_tokens._is_known_as_ordinary(weight)
+
+
+def test_an_answer_is_kept_while_nothing_changes(monkeypatch):
+    weight = quantize_mxfp8(torch.randn(64, 64))
+    assert few_tokens._is_known_as_ordinary(weight)
+    monkeypatch.setattr(few_tokens, "is_ordinary", lambda weight: pytest.fail("looked again"))
+    assert few_tokens._is_known_as_ordinary(weight)
+    monkeypatch.setattr(few_tokens, "is_ordinary", lambda weight: False)
+    weight.values[0, 0] = 1.0
+    assert not few_tokens._is_known_as_ordinary(weight), "a new version"
+    assert not few_tokens._is_known_as_ordinary(weight._replace(scales=weight.scales.clone())), "other scales"
