@@ -18,7 +18,6 @@ import math
 import mmap
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -34,6 +33,7 @@ from configuration_minimax_m3 import MiniMaxM3VLConfig, released_config
 from modeling_minimax_m3.checkpoint_conversion import Checkpoint, make_synthetic_checkpoint, open_checkpoint
 
 from .gpu import Run, Skipped, parse_arguments
+from .own_process import result_of, start_group
 from .report import as_table
 
 GIB = 2**30
@@ -294,7 +294,8 @@ def run_case(name: str, checkpoint: Checkpoint, arguments: argparse.Namespace) -
     files = list(checkpoint.files)
     cached = [drop_from_cache(files)]
     read = read_seconds(files)
-    processes = _start(name, case.processes or devices, checkpoint.folder, arguments.device)
+    worker = ["benchmarks.loading", "--worker", name, "--folder", str(checkpoint.folder), "--device", arguments.device]
+    processes = start_group(worker, case.processes or devices)
     try:
         for process in processes:
             _wait_until_ready(process)
@@ -302,7 +303,7 @@ def run_case(name: str, checkpoint: Checkpoint, arguments: argparse.Namespace) -
         for process in processes:
             process.stdin.write("go\n")
             process.stdin.flush()
-        found = [_result_of(process, arguments.case_seconds) for process in processes]
+        found = [result_of(process, arguments.case_seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -331,40 +332,11 @@ def host_bytes(found: dict[str, Any]) -> int:
     return max(0, anonymous - found["weights_on_host_bytes"]) + found["pinned_peak_bytes"]
 
 
-def _start(name: str, count: int, folder: Path, device: str) -> list[subprocess.Popen]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    command = [sys.executable, "-m", "benchmarks.loading", "--worker", name]
-    command += ["--folder", str(folder), "--device", device]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-    return [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-
-
 def _wait_until_ready(process: subprocess.Popen) -> None:
     for line in process.stdout:
         if line.strip() == "ready":
             return
     raise RuntimeError(f"a process ended with exit code {process.wait()} before it loaded; its error is above")
-
-
-def _result_of(process: subprocess.Popen, seconds: float) -> dict[str, Any]:
-    try:
-        out, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"a process took more than {seconds:.0f} s") from None
-    if process.returncode != 0:
-        raise RuntimeError(f"a process ended with exit code {process.returncode}; its error is above")
-    return json.loads(out.splitlines()[-1])
 
 
 def tables(record: dict[str, Any]) -> str:

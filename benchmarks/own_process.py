@@ -1,6 +1,11 @@
-"""Measurements in processes of their own, so that each starts with an empty GPU and one that fails ends alone."""
+"""Measurements in processes of their own: an empty GPU for each, one that fails ends alone, several make a group."""
 
+import json
 import multiprocessing
+import os
+import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -50,3 +55,39 @@ def _send_result(sender: Connection, function: Callable[..., Any], arguments: tu
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         sender.send((None, f"{type(error).__name__}: {error}"))
+
+
+def start_group(arguments: list[str], count: int) -> list[subprocess.Popen]:
+    """Processes `python -m ARGUMENTS` that torch.distributed knows as the ranks of one machine.
+
+    Their standard input and output are pipes.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def result_of(process: subprocess.Popen, seconds: float) -> Any:
+    """The JSON that a process of a group prints last.
+
+    Raises:
+        RuntimeError: It failed or took too long.
+    """
+    try:
+        out, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"a process took more than {seconds:.0f} s") from None
+    if process.returncode != 0:
+        raise RuntimeError(f"a process ended with exit code {process.returncode}; its error is above")
+    return json.loads(out.splitlines()[-1])

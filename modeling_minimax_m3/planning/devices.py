@@ -3,8 +3,11 @@
 Sizes are bytes until a `DevicePlan` is made.
 """
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+from packaging.version import Version
 
 from ..fused.few_tokens import MAX_TOKENS
 from ..fused.quantized_products import DEQUANTIZED_BYTES
@@ -140,15 +143,39 @@ def _passing_weights(request: MemoryRequest, weights: list[Weight], trained: Tra
     if quantized:
         rows["dequantized weights"] = max(_dequantized_bytes(weight, request) for weight in quantized)
     if request.training == "lora" and request.lora_experts:
-        # PEFT adds the product of the adapters to all experts of a layer: the sums of a layer's two weights, and for
-        # one weight the product in float32, its scaled copy and the gradient of the sum.
         experts: dict[int | None, list[int]] = {}
         for weight in weights:
             if weight.part == "routed experts":
                 experts.setdefault(weight.layer, []).append(weight.elements)
         share = 1 / request.devices if request.strategy in ("tensor_parallel", "expert_parallel") else 1
-        rows["merged experts"] = share * max((2 * sum(of) + 10 * max(of) for of in experts.values()), default=0)
+        rows["merged experts"] = share * _merged_bytes(list(experts.values()), request.gradient_checkpointing)
     return rows
+
+
+def _merged_bytes(experts: list[list[int]], checkpointing: bool) -> int:
+    """Bytes of experts plus adapters, which PEFT makes for all experts of a layer.
+
+    Args:
+        experts (list[list[int]]): Elements of the weights of each layer.
+        checkpointing (bool): Whether a layer's sums are freed behind its forward.
+    """
+    if not experts:
+        return 0
+    sums = [2 * sum(of) for of in experts]
+    if _peft_adds_in_place():
+        # The sums of a layer's weights, and in the backward the gradient of one of them, the last one first.
+        at_most = max(max(2 * sum(of) + 2 * min(of), 4 * max(of)) for of in experts)
+    else:  # for one weight also the product in float32, its scaled copy, and the gradient of the sum
+        at_most = max(2 * sum(of) + 10 * max(of) for of in experts)
+    return at_most if checkpointing else at_most + sum(sums) - max(sums)
+
+
+def _peft_adds_in_place() -> bool:
+    """Whether PEFT adds the product of adapters to experts without an intermediate tensor, as since version 0.21."""
+    try:
+        return Version(importlib.metadata.version("peft")) >= Version("0.21")
+    except importlib.metadata.PackageNotFoundError:
+        return True
 
 
 def _dequantized_bytes(weight: Weight, request: MemoryRequest) -> int:
@@ -195,6 +222,11 @@ def _generation_moments(
     if is_static:
         of_prompt = capacity = request.context
     logits = passes.last_logits_bytes(model.text, rows, size) if has_head else 0
+    quantized_experts = any(
+        is_quantized(weight, request.precision, request.unquantized_parts)
+        for weight in model.weights
+        if weight.part == "routed experts"
+    )
 
     def cache_of(tokens: int) -> float:
         return float(sum(passes.cache_bytes(model.text, layer, rows * tokens, size) for layer in layers))
@@ -215,6 +247,7 @@ def _generation_moments(
                 layers_in_parts=request.devices == 1 and not is_static,
                 mlps_in_parts=request.devices == 1,
                 experts_one_by_one=request.experts_on_device is not None,
+                quantized_experts=quantized_experts,
             )
             for layer in layers
         ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from ..layers.layer_types import attention_type
-from ..layers.token_parts import TOKENS_OF_A_LAYER, TOKENS_OF_A_PART
+from ..layers.token_parts import TOKENS_OF_A_LAYER, TOKENS_OF_A_PART, TOKENS_OF_A_QUANTIZED_PART
 
 _MIB, _GIB = 2**20, 2**30
 # Workspaces of the kernels, which msa/csrc/smxx/README.md describes.
@@ -79,6 +79,7 @@ def prefill_bytes(
     layers_in_parts: bool,
     mlps_in_parts: bool,
     experts_one_by_one: bool = False,
+    quantized_experts: bool = False,
 ) -> tuple[float, float]:
     """Bytes of a pass without gradients at the largest moment of a layer.
 
@@ -92,6 +93,7 @@ def prefill_bytes(
         layers_in_parts (bool): Whether layers take long inputs in parts, as over a dynamic cache on one device.
         mlps_in_parts (bool): Whether MLPs and experts do, as on one device.
         experts_one_by_one (bool): Whether tokens meet one expert at a time, as where experts are on the host.
+        quantized_experts (bool): Whether experts are in fewer bits, and take larger parts.
 
     Returns:
         Bytes of the activations, and of the kernels' workspace.
@@ -103,7 +105,9 @@ def prefill_bytes(
     queries, key_values, index = _widths(config, layer)
     workspace = max(_forward_workspace(config, layer, part, keys), _selection_workspace(config, layer, part, keys))
     attention = part * (hidden + 2 * queries + 2 * key_values + index) * element_bytes
-    pairs = min(part, TOKENS_OF_A_PART) if mlps_in_parts else part
+    has_large_parts = quantized_experts and config.mlp_layer_types[layer] == "sparse"
+    most_pairs = TOKENS_OF_A_QUANTIZED_PART if has_large_parts else TOKENS_OF_A_PART
+    pairs = min(part, most_pairs) if mlps_in_parts else part
     mlp = part * 2 * hidden + pairs * _mlp_channels(config, layer, experts_one_by_one)
     held = tokens * (hidden + config.rotary_width) * element_bytes
     if attention + workspace > mlp * element_bytes:

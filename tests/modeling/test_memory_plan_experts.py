@@ -1,5 +1,6 @@
 """The memory planner on the routed experts: dequantized in groups, left plain by a quantizer, kept on the host."""
 
+import importlib.metadata
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from modeling_minimax_m3.fused import quantized_products
 from modeling_minimax_m3.fused.weight_formats import MXFP8, StoredWeight
 from modeling_minimax_m3.memory_plan import MemoryRequest, plan_memory, saved_unquantized_parts
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.planning import devices
 from modeling_minimax_m3.planning import request as request_module
 
 from .mxfp8_cases import NOT_QUANTIZED
@@ -223,3 +225,19 @@ def test_memory_of_this_host(monkeypatch, tmp_path):
     assert request_module.detected_host_gib() == 0.5
     limit.write_text("max\n")
     assert request_module.detected_host_gib() >= total
+
+
+@pytest.mark.parametrize("version, of_a_layer", [("0.20.1", 2 * 6 + 10 * 4), ("0.21.0", 4 * 4), (None, 4 * 4)])
+def test_what_peft_makes_of_experts_and_adapters(monkeypatch, version, of_a_layer):
+    """Weights of 4 and 2 elements: both sums in 16 bits, and what older versions of PEFT made on the way to one."""
+
+    def found(_name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    assert devices._merged_bytes([], True) == 0
+    assert devices._merged_bytes([[4, 2], [4, 2]], True) == of_a_layer
+    # without checkpointing, the sums of the other layers wait for their backward
+    assert devices._merged_bytes([[4, 2], [4, 2], [4, 2]], False) == of_a_layer + 2 * 12
