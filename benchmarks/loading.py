@@ -12,10 +12,7 @@ all the while, and page-locked memory of PyTorch. `--device cpu` runs the same w
 """
 
 import argparse
-import ctypes
 import json
-import math
-import mmap
 import os
 import shutil
 import subprocess
@@ -26,18 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, released_config
 from modeling_minimax_m3.checkpoint_conversion import Checkpoint, make_synthetic_checkpoint, open_checkpoint
 
+from .disk import drop_from_cache, read_seconds
 from .gpu import Run, Skipped, parse_arguments
 from .own_process import result_of, start_group
 from .report import as_table
 
 GIB = 2**30
-_READ_BYTES = 2**23
 _SAMPLE_SECONDS = 0.005
 
 
@@ -108,6 +104,8 @@ def make_checkpoint(folder: Path, arguments: argparse.Namespace) -> tuple[Checkp
     """
     if (folder / "config.json").exists():
         return open_checkpoint(folder), 0.0
+    layers: int | None = None
+    experts: int | None = None
     if arguments.geometry is None:
         layers, experts = layers_and_experts(arguments.gigabytes)
         config = released_config()
@@ -117,54 +115,12 @@ def make_checkpoint(folder: Path, arguments: argparse.Namespace) -> tuple[Checkp
         if free < needed:
             raise SystemExit(f"--folder {folder}: {needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
     else:
-        layers = experts = None
         config = MiniMaxM3VLConfig.from_pretrained(arguments.geometry)
     started = time.perf_counter()
     checkpoint = make_synthetic_checkpoint(
         folder, config, layers=layers, experts=experts, max_shard_size=arguments.max_shard_size, repeated=True
     )
     return checkpoint, time.perf_counter() - started
-
-
-def drop_from_cache(files: list[Path]) -> float | None:
-    """Drops files from the page cache. Returns the share of their pages that is still there, None where unknown."""
-    for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-    return cached_share(files)
-
-
-def cached_share(files: list[Path]) -> float | None:
-    """The share of the pages of files that is in the page cache. None where the system does not tell."""
-    found = total = 0
-    libc = ctypes.CDLL(None, use_errno=True)
-    for file in files:
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            resident = np.zeros(math.ceil(len(mapped) / mmap.PAGESIZE), dtype=np.uint8)
-            content = np.frombuffer(mapped, dtype=np.uint8)
-            address, into = (ctypes.c_void_p(array.ctypes.data) for array in (content, resident))
-            failed = libc.mincore(address, ctypes.c_size_t(len(mapped)), into)
-            del content  # a mapping that is still looked at cannot be closed
-            if failed:
-                return None
-            found += int((resident & 1).sum())
-            total += len(resident)
-    return found / total
-
-
-def read_seconds(files: list[Path]) -> float:
-    """Seconds of one thread that reads the files from beginning to end."""
-    buffer = memoryview(bytearray(_READ_BYTES))
-    started = time.perf_counter()
-    for file in files:
-        with file.open("rb", buffering=0) as stream:
-            while stream.readinto(buffer):
-                pass
-    return time.perf_counter() - started
 
 
 # ---- a process that loads -----------------------------------------------------------------------------------------
@@ -245,18 +201,20 @@ def load(name: str, folder: str, device: str) -> dict[str, Any]:
         options["device_map"] = {"": 0 if device == "cuda" else "cpu"}
     if case.plan:
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-        options["distributed_config"] = DistributedConfig(**dict.fromkeys(case.plan, processes))
+        plan: dict[str, Any] = dict.fromkeys(case.plan, processes)
+        options["distributed_config"] = DistributedConfig(**plan)
     print("ready", flush=True)
     sys.stdin.readline()
     with MemorySampler() as memory:
         started = time.perf_counter()
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype="auto", output_loading_info=True, **options
         )
         if device == "cuda":
             for index in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(index)
         seconds = time.perf_counter() - started
+    model, info = loaded
     parameters = [getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()]
     if any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise RuntimeError(f"the checkpoint and the model differ: {info}")
@@ -301,6 +259,7 @@ def run_case(name: str, checkpoint: Checkpoint, arguments: argparse.Namespace) -
             _wait_until_ready(process)
         cached.append(drop_from_cache(files))
         for process in processes:
+            assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
         found = [result_of(process, arguments.case_seconds) for process in processes]
@@ -333,7 +292,7 @@ def host_bytes(found: dict[str, Any]) -> int:
 
 
 def _wait_until_ready(process: subprocess.Popen) -> None:
-    for line in process.stdout:
+    for line in process.stdout or ():
         if line.strip() == "ready":
             return
     raise RuntimeError(f"a process ended with exit code {process.wait()} before it loaded; its error is above")

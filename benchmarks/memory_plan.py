@@ -144,7 +144,9 @@ def quantize_experts(model: nn.Module, weight_format: WeightFormat) -> None:
         with torch.device("meta"):
             replacement = QuantizedExperts(experts, weight_format, torch.bfloat16)
         for weight in replacement.weight_names:
-            stored = weight_format.quantize(experts._parameters.pop(weight))
+            plain: Any = experts._parameters.pop(weight)
+            stored = weight_format.quantize(plain)
+            del plain
             for suffix, tensor in zip(weight_format.suffixes, stored, strict=True):
                 replacement.register_parameter(weight + suffix, nn.Parameter(tensor, requires_grad=False))
         model.set_submodule(name, replacement)

@@ -42,6 +42,17 @@ MACHINES = (
     Machine("16 x 48 GB", 16, 47.4),
     Machine("16 x 24 GB", 16, 23.5),
 )
+# Single GPUs, for experts on the host.
+SINGLE_MACHINES = (
+    Machine("1 x H200, 141 GB", 1, 139.8),
+    Machine("1 x 96 GB", 1, 94.9),
+    Machine("1 x H100 or A100, 80 GB", 1, 79.1),
+    Machine("1 x 48 GB", 1, 47.4),
+    Machine("1 x 32 GB", 1, 31.4),
+    Machine("1 x 24 GB", 1, 23.5),
+)
+SHARES = (0.5, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01, 0.005)
+CONTEXT_ON_HOST = 32768
 CONTEXTS = (2048, 8192, 32768, 131072, 524288, 1048576)
 PRECISIONS = ("bf16", "mxfp8", "nf4")
 CHECKPOINTED = {"gradient_checkpointing": True}
@@ -72,6 +83,22 @@ def longest(machine: Machine, **fields) -> str:
             break
         fitting = "1M" if context == 2**20 else f"{context // 1024}k"
     return fitting or "-"
+
+
+def largest_share(machine: Machine, precision: str) -> str:
+    """The largest of `SHARES` that leaves room for `CONTEXT_ON_HOST` tokens."""
+    for share in SHARES:
+        request = MemoryRequest(
+            precision=precision, context=CONTEXT_ON_HOST, device_gib=machine.gib, experts_on_device=share
+        )
+        if released().with_request(request).fits:
+            return f"{share}"
+    return "-"
+
+
+def host_gib(precision: str) -> float:
+    """What the host needs for experts in `precision`."""
+    return released().with_request(MemoryRequest(precision=precision, experts_on_device=SHARES[-1])).host_gib
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -107,14 +134,28 @@ def tables() -> str:
             for machine in MACHINES
         ),
     )
+    on_host = table(
+        [
+            "machine",
+            *(f"{precision}, {host_gib(precision):.0f} GiB of host memory" for precision in ("bf16", "mxfp8")),
+        ],
+        (
+            [machine.name, *(largest_share(machine, precision) for precision in ("bf16", "mxfp8"))]
+            for machine in SINGLE_MACHINES
+        ),
+    )
     texts = (
         "Generation, one row, layers spread by `device_map`: the longest context that fits, of 2k, 8k, 32k, 128k, 512k "
         "and 1M tokens.",
         "Training with FSDP2 and gradient checkpointing, one row in each process: the longest row that fits, of the "
         "same lengths.",
+        f"Generation with the experts in the memory of the host, one row of {CONTEXT_ON_HOST // 1024}k tokens: the "
+        "largest `experts_on_device` that fits, of "
+        f"{', '.join(map(str, SHARES))}. {SHARES[-1]} of the experts is "
+        f"{int(SHARES[-1] * 57 * 128)} of them; a token uses 4 in each of 57 layers.",
     )
-    first, second = (textwrap.fill(text, 120) for text in texts)
-    return f"{first}\n\n{generation}\n\n{second}\n\n{training}"
+    parts = zip((textwrap.fill(text, 120) for text in texts), (generation, training, on_host), strict=True)
+    return "\n\n".join(f"{text}\n\n{figures}" for text, figures in parts)
 
 
 def main(argv: list[str] | None = None) -> None:

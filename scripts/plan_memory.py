@@ -91,6 +91,9 @@ def request_of(arguments: argparse.Namespace, config: planner.Config) -> planner
             given.setdefault("host_gib", planner.detected_host_gib())
         given.setdefault("devices", detected[0])
         given.setdefault("device_gib", detected[1])
+    if "context" in given and given.get("training", "none") == "none":
+        default = planner.MemoryRequest.__dataclass_fields__["new_tokens"].default
+        given.setdefault("new_tokens", max(0, min(default, given["context"] - 1)))
     if given.get("devices", 1) > 1:
         given.setdefault("strategy", "device_map" if given.get("training", "none") == "none" else "fsdp2")
     return planner.MemoryRequest(**given)

@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
+from modeling_minimax_m3.conversion import manifest
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
@@ -111,7 +113,7 @@ def test_adapters(convert, synthetic, tmp_path, capsys):
 
 def test_errors_are_messages(convert, make, synthetic, tmp_path, capsys):
     for arguments, message in (
-        ([str(tmp_path / "nothing"), str(tmp_path / "out")], "config.json is missing"),
+        ([str(tmp_path / "nothing"), str(tmp_path / "out")], "must be the folder of a checkpoint .* does not exist"),
         ([str(synthetic), str(tmp_path / "out"), "--layers", "7"], "`layers` must be from 1 to 4"),
         ([str(synthetic), str(synthetic.parent / "checkpoint")], "`target` must be another folder"),
     ):
@@ -129,6 +131,25 @@ def test_errors_are_messages(convert, make, synthetic, tmp_path, capsys):
     for geometry, message in (("nowhere", "must be released, tiny, or a path"), (str(tmp_path), "make_synthetic")):
         with pytest.raises(SystemExit, match=message):
             make.main([str(tmp_path / "out"), "--geometry", geometry])
+
+
+def test_mistakes_are_told_before_files_are_hashed(convert, synthetic, tmp_path, monkeypatch):
+    """Hashing the released files takes minutes."""
+    (tmp_path / "there").mkdir()
+    file = next(synthetic.glob("*.safetensors"))
+    monkeypatch.setattr(manifest, "hash_file", lambda file: pytest.fail("files are hashed"))
+    for arguments, message in (
+        (["out", "--layers", "7"], "`layers` must be from 1 to 4"),
+        (["out", "--adapter", "nolora"], "nolora/adapter_config.json is missing"),
+        (["there"], "there exists. Name another folder"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            convert.main([str(synthetic), str(tmp_path / arguments[0]), *arguments[1:]])
+    with pytest.raises(SystemExit, match="must be the folder of a checkpoint on this machine, but it is a file"):
+        convert.main([str(file), str(tmp_path / "out")])
+    with pytest.raises(pytest.fail.Exception, match="files are hashed"):
+        convert.main([str(synthetic), str(tmp_path / "out")])
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_sizes(convert):

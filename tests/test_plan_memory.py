@@ -106,6 +106,15 @@ def test_errors(command, arguments, message):
         command.main(arguments)
 
 
+def test_a_short_context_needs_no_other_flag(command, capsys, tiny_checkpoint):
+    command.main([str(tiny_checkpoint), "--context", "100", "--json"])
+    assert json.loads(capsys.readouterr().out)["request"]["new_tokens"] == 99
+    with pytest.raises(SystemExit, match="`new_tokens` must be from 0 to context - 1 = 99, got 100"):
+        command.main([str(tiny_checkpoint), "--context", "100", "--new_tokens", "100"])
+    with pytest.raises(SystemExit, match="`context` must be a positive integer, got 0"):
+        command.main([str(tiny_checkpoint), "--context", "0"])
+
+
 def test_every_field_has_a_flag(command):
     assert set(command.FLAGS) == set(memory_plan.MemoryRequest.__dataclass_fields__)
 

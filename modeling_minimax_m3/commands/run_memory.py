@@ -46,7 +46,7 @@ def memory_request(
     devices: tuple[int, float],
 ) -> memory_plan.MemoryRequest | None:
     """What the planner has to know of a run. None for weights that cannot be trained, which `Trainer` refuses."""
-    unquantized = memory_plan.UNQUANTIZED_PARTS
+    unquantized: tuple[str, ...] = memory_plan.UNQUANTIZED_PARTS
     if model.dtype == "auto" or getattr(config, "quantization_config", None) is not None:  # which `dtype` leaves
         precision = memory_plan.saved_precision(config)
         unquantized = memory_plan.saved_unquantized_parts(config)

@@ -90,7 +90,7 @@ def convert(
     """
     if target.resolve() == source.resolve():
         raise ValueError(f"`target` must be another folder than `source`, got {target} for both.")
-    checkpoint, _ = verify(source, hashes=conversion.check_source, show_progress=show_progress)
+    checkpoint, _ = verify(source, hashes=False, show_progress=show_progress)
     if conversion.vision_from is not None:
         checkpoint = _with_vision(checkpoint, conversion.vision_from)
     layout, precision = conversion.layout or checkpoint.layout, conversion.precision or checkpoint.precision
@@ -136,7 +136,15 @@ def convert(
         companions=[file for file in _companions(source, conversion.vision_from) if file.name not in (texts or {})],
         texts=texts or {},
     )
-    write_checkpoint(output, overwrite=overwrite, restart=restart, show_progress=show_progress)
+
+    def check_source() -> None:
+        """Takes minutes for hundreds of gigabytes, so all that is checked quickly comes before it."""
+        if conversion.check_source:
+            verify(source, show_progress=show_progress)
+
+    write_checkpoint(
+        output, overwrite=overwrite, restart=restart, show_progress=show_progress, before_writing=check_source
+    )
     return open_checkpoint(target)
 
 

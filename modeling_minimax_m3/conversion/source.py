@@ -54,6 +54,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ValueError: A file is cut off, has another name than the index says, or holds other tensors than the config
             describes; or the checkpoint is in a format that is not known here. The message names file and tensor.
     """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{folder} must be the folder of a checkpoint on this machine, but it {what}. A checkpoint of the Hub comes "
+            "there by `hf download NAME --local-dir FOLDER`."
+        )
     config_file = read_json(folder / CONFIG)
     config, is_text = read_config(config_file, folder)
     precision = _precision(config_file, folder)

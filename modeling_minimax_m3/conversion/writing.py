@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,7 +67,12 @@ def unfinished_folder(folder: Path) -> Path:
 
 
 def write_checkpoint(
-    output: Output, *, overwrite: bool = False, restart: bool = False, show_progress: bool = True
+    output: Output,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    show_progress: bool = True,
+    before_writing: Callable[[], None] | None = None,
 ) -> Path:
     """Write a checkpoint. The folder appears under its name when everything is written and checked.
 
@@ -76,6 +81,7 @@ def write_checkpoint(
         overwrite (bool): Whether to replace a folder of this name.
         restart (bool): Whether to throw away what an earlier run left, instead of going on.
         show_progress (bool): Whether to show a bar.
+        before_writing (Callable, optional): Called when the place is free, and before anything is written to it.
 
     Returns:
         The folder.
@@ -92,6 +98,8 @@ def write_checkpoint(
     if _has_plan(folder, plan):  # an earlier run was killed after its last rename but one
         return _clean_up(folder)
     _check_place(folder, overwrite)
+    if before_writing is not None:
+        before_writing()
     _begin(unfinished, plan)
 
     shards = _shards(output)

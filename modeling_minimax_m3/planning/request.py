@@ -165,8 +165,8 @@ class MemoryRequest:
                 raise ValueError(f"`experts_on_device` must be a size such as '20GiB', got {room!r}") from error
         if self.training != "none" or self.strategy != "single":
             raise ValueError(
-                f"`experts_on_device` needs training='none' and strategy='single', got {self.training!r} and "
-                f"{self.strategy!r}"
+                "`experts_on_device` needs training='none', strategy='single' and devices=1, got "
+                f"training={self.training!r}, strategy={self.strategy!r} and devices={self.devices}"
             )
         if not self.experts_can_be_on_host:
             raise ValueError(

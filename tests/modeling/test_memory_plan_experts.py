@@ -193,8 +193,8 @@ def test_experts_on_the_host_make_a_plan_fit(released):
     [
         ({"experts_on_device": 1.5}, "must be a share between 0 and 1 .* got 1.5"),
         ({"experts_on_device": "three"}, "must be a size such as '20GiB', got 'three'"),
-        ({"experts_on_device": 0.1, "training": "lora"}, "needs training='none' and strategy='single', got 'lora'"),
-        ({"experts_on_device": 0.1, "devices": 2, "strategy": "device_map"}, "got 'none' and 'device_map'"),
+        ({"experts_on_device": 0.1, "training": "lora"}, "needs training='none', .* got training='lora'"),
+        ({"experts_on_device": 0.1, "devices": 2, "strategy": "device_map"}, "strategy='device_map' and devices=2"),
         ({"experts_on_device": 0.1, "precision": "nf4"}, "plain experts or those in mxfp8, got precision='nf4'"),
         ({"host_gib": 0.0}, "`host_gib` must be positive or None, got 0.0"),
     ],

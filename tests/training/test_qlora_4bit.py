@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig
 
 from configuration_minimax_m3 import tiny_config
@@ -11,9 +11,10 @@ from modeling_minimax_m3.fused import quantized_products
 from modeling_minimax_m3.fused.four_bit_format import FourBitFormat
 from modeling_minimax_m3.layers.quantized import QuantizedExperts
 
-from .test_qlora_mxfp8 import (
+from .qlora_cases import (
     EXPERTS,
     TARGETS,
+    assert_adapters_learn_and_are_saved,
     assert_close_training,
     fill_adapters,
     logits_of,
@@ -112,19 +113,7 @@ def test_prepared_for_kbit_training(load, kind, dtype):
 
 def test_adapters_learn_and_are_saved(load, tmp_path):
     options = {"dtype": torch.bfloat16, "bnb_4bit_compute_dtype": torch.bfloat16}
-    model = with_adapters(load("nf4 twice", **options), **TARGETS["both"])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss, _ = loss_and_gradients(model)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    expected = logits_of(model)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(load("nf4 twice", **options), tmp_path)
-    assert torch.equal(logits_of(again), expected)
+    assert_adapters_learn_and_are_saved(lambda: load("nf4 twice", **options), tmp_path)
 
 
 def test_merging_is_refused_and_possible_after_dequantizing(load):

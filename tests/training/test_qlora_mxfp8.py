@@ -4,21 +4,23 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM, mxfp8_config
 from modeling_minimax_m3.fused import quantized_products, weight_formats
 
-ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
-TARGETS = {
-    "attention": ATTENTION,
-    "experts": EXPERTS,
-    "one weight of the experts": {"target_parameters": ["mlp.experts.down_proj"]},
-    "both": ATTENTION | EXPERTS,
-    "dora": ATTENTION | {"use_dora": True},
-}
+from .qlora_cases import (
+    EXPERTS,
+    TARGETS,
+    assert_adapters_learn_and_are_saved,
+    assert_close_training,
+    fill_adapters,
+    logits_of,
+    loss_and_gradients,
+    tokens,
+    with_adapters,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,45 +42,6 @@ def load(checkpoint):
         )
 
     return load
-
-
-def with_adapters(model, rank: int = 4, **targets):
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=8, task_type="CAUSAL_LM", **targets))
-    fill_adapters(model)
-    return model.train()
-
-
-def fill_adapters(model) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05
-
-
-def tokens() -> torch.Tensor:
-    return torch.randint(2, 400, (2, 70), generator=torch.Generator().manual_seed(2))
-
-
-def loss_and_gradients(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss = model(input_ids=tokens(), labels=tokens()).loss
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert gradients and all("lora_" in name for name in gradients)
-    return loss.detach(), gradients
-
-
-@torch.no_grad()
-def logits_of(model) -> torch.Tensor:
-    return model.eval()(input_ids=tokens()).logits
-
-
-def assert_close_training(model, reference, tolerance: float) -> None:
-    (loss, gradients), (expected_loss, expected) = loss_and_gradients(model), loss_and_gradients(reference)
-    torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        assert gradient.norm() > 0 or ".indexer." in name  # the language loss sends nothing there
-        assert (gradient - expected[name]).norm() <= tolerance * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("rank", [4, 8, 3])
@@ -156,19 +119,7 @@ def test_prepared_for_kbit_training(load, dtype):
 
 
 def test_adapters_learn_and_are_saved(load, tmp_path):
-    model = with_adapters(load(dtype=torch.bfloat16), **TARGETS["both"])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss, _ = loss_and_gradients(model)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    expected = logits_of(model)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(load(dtype=torch.bfloat16), tmp_path)
-    assert torch.equal(logits_of(again), expected)
+    assert_adapters_learn_and_are_saved(lambda: load(dtype=torch.bfloat16), tmp_path)
 
 
 @pytest.mark.parametrize("targets", ["attention", "experts"])
