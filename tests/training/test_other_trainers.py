@@ -165,7 +165,7 @@ def test_swift_trains(tiny_checkpoint, rows, tmp_path):
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     plugin = EXAMPLES / "ms_swift_plugin.py"
-    flags = ["--tuner_type", "lora", "--target_modules", "q_proj", "v_proj", "--lora_dropout", "0"]
+    flags = ["--tuner_type", "lora", "--target_modules", "all-linear", "--lora_dropout", "0"]
     flags += ["--target_parameters", *EXPERTS, "--max_steps", "2", "--report_to", "none", "--add_version", "false"]
     flags += ["--use_cpu", "true", "--torch_dtype", "float32", "--model_type", "minimax_m3_vl", "--output_dir", "run"]
     command = ["-m", "swift.cli.sft", "--model", tiny_checkpoint, "--external_plugins", plugin, "--dataset", data]
@@ -233,7 +233,7 @@ def test_axolotl_trains(tiny_checkpoint, picture, tmp_path):
         "lora_r": 4,
         "lora_alpha": 8,
         "lora_dropout": 0,
-        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_target_modules": r".*language_model.*\.(q_proj|v_proj)",  # a list would take the vision tower too
         "lora_target_parameters": EXPERTS,
         "lora_qkv_kernel": False,
         "lora_o_kernel": False,
