@@ -180,7 +180,7 @@ class DataReport:
             lines.append(f"repeated   {self.repeated:,} rows say the same as an earlier row")
         if self.unused:
             lines.append(f"not read   columns {', '.join(sorted(self.unused))}")
-        lines.append(f"faults     {len(self.faults):,}" + (f" in {self.faulty_rows:,} rows" if self.faults else ""))
+        lines.append(f"faults     {len(self.faults):,}" + (f", in rows: {self.faulty_rows:,}" if self.faults else ""))
         return "\n".join(lines)
 
 
