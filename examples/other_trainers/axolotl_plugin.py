@@ -8,7 +8,7 @@ Put this folder on `PYTHONPATH` and name the plugin in the config. `docs/other_t
 
 from axolotl.integrations.base import BasePlugin
 
-import modeling_minimax_m3  # registers the classes
+import modeling_minimax_m3  # noqa: F401 - registers the classes
 
 
 class MiniMaxM3Plugin(BasePlugin):

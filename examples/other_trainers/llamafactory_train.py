@@ -18,7 +18,7 @@ from llamafactory.extras.constants import IMAGE_PLACEHOLDER
 from llamafactory.model.model_utils.visual import _register_composite_model
 from llamafactory.train.tuner import run_exp
 
-import modeling_minimax_m3  # registers the classes
+import modeling_minimax_m3  # noqa: F401 - registers the classes
 from processing_minimax_m3.chat_template import load_chat_template
 from processing_minimax_m3.special_tokens import END_OF_TURN_TOKEN, IMAGE_TOKEN, VISION_END_TOKEN, VISION_START_TOKEN
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from swift.template import TEMPLATE_MAPPING
 
-import modeling_minimax_m3  # registers the classes
+import modeling_minimax_m3  # noqa: F401 - registers the classes
 
 NAME = "minimax_m3_vl"
 
