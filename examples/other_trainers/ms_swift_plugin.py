@@ -20,7 +20,7 @@ if NAME not in TEMPLATE_MAPPING:
 meta = TEMPLATE_MAPPING[NAME]
 
 
-class MiniMaxM3Template(meta.template_cls):  # type: ignore[misc, name-defined]
+class MiniMaxM3Template(meta.template_cls):  # type: ignore[name-defined]
     """The template of ms-swift, which also knows how reasoning begins."""
 
     def _add_non_thinking_prefix(self, inputs: Any, thinking_prefix: str = meta.thinking_prefix) -> None:

@@ -30,7 +30,8 @@ def further_faults(first: Fault, located: LocatedRow, encoder: Encoder, reading:
     """
     if not isinstance(located.row, Mapping):
         return []
-    row, fault, found = dict(located.row), first, []
+    row, fault = dict(located.row), first
+    found: list[Fault] = []
     replaces_message = False
     while len(found) < MAX_FAULTS:
         steps = [name or int(index) for name, index in STEP.findall(fault.field)]
