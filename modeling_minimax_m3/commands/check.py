@@ -13,9 +13,10 @@ import json
 import sys
 from collections.abc import Sequence
 
+from processing_minimax_m3.data import Rows
 from processing_minimax_m3.data.checking import check_rows
 
-from .data_options import add_data_options, open_data, output_file
+from .data_options import add_data_options, open_reading, open_sources, output_file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,12 +25,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_data_options(parser)
     parser.add_argument("--decode_media", action="store_true", help="decode all images and videos, which finds damage")
+    parser.add_argument("--streaming", action="store_true", help="read rows once and in order, without keeping them")
     parser.add_argument("--num_proc", type=int, help="processes (the number of cores, at most 16)")
     parser.add_argument("--max_faults", type=int, default=100, help="print at most this many faults (100)")
     parser.add_argument("--report", type=output_file, help="write all counts and all faults to this JSON file")
     arguments = parser.parse_args(argv)
     try:
-        rows, encoder, reading, _ = open_data(arguments, arguments.decode_media)
+        sources = open_sources(arguments, arguments.streaming)
+        rows = sources if arguments.streaming else Rows(sources)
+        encoder, reading, _ = open_reading(arguments, arguments.decode_media)
         report = check_rows(rows, encoder, reading, arguments.max_length, arguments.num_proc)
         if arguments.report is not None:
             arguments.report.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import Any
 
 from processing_minimax_m3.chat_template import THINKING_MODES
 from processing_minimax_m3.data import Encoder, Reading, Rows, open_rows
+from processing_minimax_m3.data.sources import RowSource
 
 from .checkpoint import load_processor
 
@@ -39,15 +40,23 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_length", type=int, default=4096, help="greatest number of tokens of a row (4096)")
 
 
-def open_data(arguments: argparse.Namespace, decode_media: bool = False) -> tuple[Rows, Encoder, Reading, Any]:
-    """The rows, what encodes them, how they are read, and the checkpoint's processor or tokenizer.
+def open_sources(arguments: argparse.Namespace, streaming: bool = False) -> list[RowSource]:
+    """The files of the data set.
 
     Raises:
         ValueError: A file or an option is wrong.
     """
     if arguments.max_length < 2:
         raise ValueError(f"--max_length must be at least 2, got {arguments.max_length}")
-    rows = Rows(open_rows(arguments.dataset, arguments.split, arguments.dataset_config))
+    return open_rows(arguments.dataset, arguments.split, arguments.dataset_config, streaming)
+
+
+def open_reading(arguments: argparse.Namespace, decode_media: bool = False) -> tuple[Encoder, Reading, Any]:
+    """What encodes rows, how they are read, and the checkpoint's processor or tokenizer.
+
+    Raises:
+        ValueError: An option is wrong.
+    """
     processor = load_processor(arguments.model)
     reading = Reading(
         messages_column=arguments.messages_column,
@@ -55,4 +64,13 @@ def open_data(arguments: argparse.Namespace, decode_media: bool = False) -> tupl
         chat_template_kwargs={"thinking_mode": arguments.thinking_mode},
         media_folder=arguments.media_folder,
     )
-    return rows, Encoder(processor, decode_media), reading, processor
+    return Encoder(processor, decode_media), reading, processor
+
+
+def open_data(arguments: argparse.Namespace) -> tuple[Rows, Encoder, Reading, Any]:
+    """The rows, and what `open_reading` gives.
+
+    Raises:
+        ValueError: A file or an option is wrong.
+    """
+    return Rows(open_sources(arguments)), *open_reading(arguments)

@@ -2,11 +2,12 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .encoding import Encoded, Encoder
 from .faults import Fault, RowFault, as_fault
 from .formats import Example, Reading, read_example
+from .row_faults import further_faults
 from .sources import LocatedRow
 
 # The tokenizer reads so many rows in one call, in several threads.
@@ -22,12 +23,14 @@ class EncodedRow:
         example (Example, optional): What the row says, if it can be read.
         encoded (Encoded, optional): Its tokens. None for a row with a fault.
         fault (Fault, optional): The first fault of the row.
+        further_faults (list of Fault): Its other faults, if they were looked for.
     """
 
     located: LocatedRow
     example: Example | None = None
     encoded: Encoded | None = None
     fault: Fault | None = None
+    further_faults: list[Fault] = field(default_factory=list)
 
     def checked(self) -> tuple[Example, Encoded]:
         """The example and its tokens.
@@ -42,8 +45,17 @@ class EncodedRow:
         return self.example, self.encoded
 
 
-def encode_rows(rows: Iterable[LocatedRow], encoder: Encoder, reading: Reading) -> Iterator[EncodedRow]:
-    """Encodes rows in their order. A row with a fault ends nothing."""
+def encode_rows(
+    rows: Iterable[LocatedRow], encoder: Encoder, reading: Reading, finds_all: bool = False
+) -> Iterator[EncodedRow]:
+    """Encodes rows in their order. A row with a fault ends nothing.
+
+    Args:
+        rows (iterable of LocatedRow): The rows.
+        encoder (Encoder): The checkpoint's tokens.
+        reading (Reading): How rows are read.
+        finds_all (bool): Whether a row with a fault is searched for others. This reads it once more for each fault.
+    """
     for chunk in _batched(rows):
         results = [_read(located, reading) for located in chunk]
         readable = [result for result in results if result.example is not None]
@@ -53,6 +65,9 @@ def encode_rows(rows: Iterable[LocatedRow], encoder: Encoder, reading: Reading) 
                 result.fault = as_fault(encoded, result.located.file, result.located.number)
             else:
                 result.encoded = encoded
+        for result in results if finds_all else ():
+            if result.fault is not None:
+                result.further_faults = further_faults(result.fault, result.located, encoder, reading)
         yield from results
 
 

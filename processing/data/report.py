@@ -25,7 +25,8 @@ class DataReport:
     Args:
         max_length (int): Greatest number of tokens of a row in training.
         rows (int): Rows that were read, those with faults included.
-        faults (list of Fault): The first fault of each row that has any, in order.
+        faulty_rows (int): Rows with faults.
+        faults (list of Fault): The faults, in the order of the rows.
         lengths (list of int): Tokens of each row without a fault, in order, images and videos included.
         trained_lengths (list of int): Tokens of each row that training would see.
         learned (int): Tokens that training would learn.
@@ -43,6 +44,7 @@ class DataReport:
 
     max_length: int
     rows: int = 0
+    faulty_rows: int = 0
     faults: list[Fault] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     trained_lengths: list[int] = field(default_factory=list)
@@ -63,7 +65,8 @@ class DataReport:
         """Counts one row."""
         self.rows += 1
         if result.fault is not None:
-            self.faults.append(result.fault)
+            self.faulty_rows += 1
+            self.faults += [result.fault, *result.further_faults]
             return
         example, encoded = result.checked()
         self.kinds[example.kind] += 1
@@ -106,7 +109,8 @@ class DataReport:
 
     def merge(self, other: "DataReport") -> None:
         """Adds the counts of the rows behind these."""
-        for name in ("rows", "faults", "lengths", "trained_lengths", "learned", "media_tokens", "cut", "split"):
+        sums = ("rows", "faulty_rows", "learned", "media_tokens", "cut", "split")
+        for name in (*sums, "faults", "lengths", "trained_lengths"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("media", "kinds", "roles", "thinking", "left_out", "unused"):
             getattr(self, name).update(getattr(other, name))
@@ -119,6 +123,7 @@ class DataReport:
         return {
             "rows": self.rows,
             "max_length": self.max_length,
+            "faulty_rows": self.faulty_rows,
             "faults": [fault.as_dict() for fault in self.faults],
             "kinds": dict(self.kinds),
             "roles": dict(self.roles),
@@ -175,7 +180,7 @@ class DataReport:
             lines.append(f"repeated   {self.repeated:,} rows say the same as an earlier row")
         if self.unused:
             lines.append(f"not read   columns {', '.join(sorted(self.unused))}")
-        lines.append(f"faults     {len(self.faults):,}")
+        lines.append(f"faults     {len(self.faults):,}" + (f", in rows: {self.faulty_rows:,}" if self.faults else ""))
         return "\n".join(lines)
 
 

@@ -4,9 +4,10 @@ import json
 import re
 
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForImageTextToText
 
-from modeling_minimax_m3.commands import train
+from modeling_minimax_m3.commands import check, train
 from processing_minimax_m3.data import Encoder, Reading, Rows, open_rows
 from processing_minimax_m3.data.checking import check_rows
 
@@ -172,3 +173,98 @@ def test_all_faults_are_found_in_order_by_several_processes(write_rows, encoder)
         assert [fault.row for fault in report.faults] == list(range(3, 3000, 3))
     assert reports[0].as_dict() == reports[1].as_dict()
     assert reports[0].repeated == 1999
+
+
+def check_one(path, encoder, streaming=False, processes=1):
+    sources = open_rows([str(path)], streaming=streaming)
+    return check_rows(
+        sources if streaming else Rows(sources), encoder, Reading(), 4096, num_proc=processes, shows_progress=False
+    )
+
+
+def fields(report):
+    return [fault.field for fault in report.faults]
+
+
+ALL_FAULTS = {
+    "messages, parts, calls and tools": (
+        chat(
+            {"role": "user", "content": [{"type": "text", "text": 7}, "good", {"type": "audio"}]},
+            {"role": 5, "content": "Who?"},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": "{"}}, {"function": {}}]},
+            tools=[{"name": "look"}, {"name": ""}],
+        ),
+        [
+            "messages[2].tool_calls[0].function.arguments",
+            "messages[0].content[0].text",
+            "messages[0].content[2]",
+            "messages[1].role",
+            "messages[2].tool_calls[1]",
+            "tools[1]",
+        ],
+    ),
+    "images": (
+        chat(LOOK, ANSWER, LOOK, ANSWER, LOOK, ANSWER, images=["no.png", "{folder}/whole.jpg", "none.png"]),
+        ["images[0]", "images[2]"],
+    ),
+    "images in messages": (
+        chat(
+            {"role": "user", "content": [{"type": "image", "path": "no.png"}, {"type": "image", "path": "none.png"}]},
+            ANSWER,
+        ),
+        ["messages[0].content[0]", "messages[0].content[1]"],
+    ),
+    "ShareGPT": (
+        {"conversations": [{"from": "bot", "value": "Hi."}, {"from": "human", "value": 3}, {"from": "gpt", "value": ""}]},
+        ["conversations[0].from", "conversations[1].value"],
+    ),
+    "variables and a message": (
+        chat(ASK, {"role": "assistant", "content": 4}, chat_template_kwargs={"thinking_mode": "never"}),
+        ["messages[1].content", "chat_template_kwargs.thinking_mode"],
+    ),
+    # a marker in the replaced message is no second fault
+    "a consequence": (
+        chat({"role": "user", "content": ["<image>", {"type": "audio"}]}, {"role": 1, "content": ""}, images=["no.png"]),
+        ["messages[0].content[1]", "messages[1].role", "images[0]"],
+    ),
+    "the whole row": ({"text": 3, "images": ["no.png"]}, ["text"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ALL_FAULTS)
+def test_check_names_all_faults_of_a_row(bad_file, processor, case):
+    row, expected = ALL_FAULTS[case]
+    report = check_one(bad_file(row), Encoder(processor))
+    assert fields(report) == expected
+    assert {fault.row for fault in report.faults} == {3}
+    assert (report.rows, report.faulty_rows) == (3, 1)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_streamed_check_gives_the_same_answers(write_rows, encoder, processes):
+    rows = [GOOD if number % 7 else ALL_FAULTS["ShareGPT"][0] for number in range(1, 6000)]
+    path = write_rows(*rows)
+    streamed = check_one(path, encoder, streaming=True, processes=processes)
+    assert streamed.as_dict() == check_one(path, encoder).as_dict()
+    assert streamed.faulty_rows == 857
+    assert len(streamed.faults) == 2 * 857
+
+
+def test_a_streamed_table_gives_the_same_answers(tmp_path, encoder):
+    rows = [{"text": None if number % 100 == 3 else f"Row {number}."} for number in range(3000)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    streamed = check_one(tmp_path / "rows.parquet", encoder, streaming=True)
+    assert streamed.as_dict() == check_one(tmp_path / "rows.parquet", encoder).as_dict()
+    assert [fault.row for fault in streamed.faults] == list(range(4, 3001, 100))
+
+
+def test_the_command_streams(bad_file, tiny_checkpoint, capsys):
+    path = bad_file(ALL_FAULTS["images"][0])
+    printed = []
+    for flags in ([], ["--streaming"]):
+        with pytest.raises(SystemExit) as stopped:
+            check.main([str(path), "--model", str(tiny_checkpoint), *flags])
+        assert stopped.value.code == 1
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "faults     2, in rows: 1" in printed[0]
