@@ -333,7 +333,10 @@ ERRORS = {
     ),
     "samples": (["train", "--samples", "3"], "train: --samples would do nothing without --eval_dataset"),
     "negative": (["train", "--samples", "-1"], "train: --samples must be at least 0, got -1"),
-    "merge nothing": (["merge", "{damaged}/empty", "out"], "merge: .*adapter_config.json is missing"),
+    "merge nothing": (
+        ["merge", "{damaged}/empty", "out"],
+        "merge: .*empty holds no adapter_config.json: the first folder must be an adapter",
+    ),
     "merge base": (["merge", "{damaged}/wrong", "out", "--model", "nowhere"], "must be a folder, got 'nowhere'"),
     "merge shape": (["merge", "{damaged}/wrong", "{damaged}/out"], "merge: .*which do not fit the weight"),
     "evaluate file": (["evaluate", "nowhere.jsonl"], "evaluate: there is no file nowhere.jsonl"),
