@@ -371,6 +371,16 @@ def test_options_that_cannot_work(options, message):
 # ---- the report ---------------------------------------------------------------------------------------------------
 
 
+def test_operations_where_zero3_has_cut_the_weights():
+    model = make_model()
+    model.model.embed_tokens.requires_grad_(False)
+    expected = PassTallies(model)._flops.per_token
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    assert PassTallies(model)._flops.per_token == expected
+
+
 def test_an_image_of_a_prompt_is_one_placeholder():
     ids = torch.tensor([7, 7, 1, 1, 7, 7, 7, 8, 8, 1, 7])
     assert shorten_media(ids, {7, 8}).tolist() == [7, 1, 1, 7, 1, 7]
