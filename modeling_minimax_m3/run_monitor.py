@@ -88,6 +88,7 @@ class RunMonitor(TrainerCallback):
         self._start = self._window = self._mark = 0.0
         self._excluded = 0.0
         self._first_step = self._logged_step = 0
+        self._same_rows = 1  # processes that have the same rows, as under tensor parallelism
 
     def attach(self, trainer: Trainer) -> "RunMonitor":
         """Puts the monitor before all callbacks of a trainer, and in the place of the lines that `Trainer` prints."""
@@ -207,7 +208,8 @@ class RunMonitor(TrainerCallback):
     def _watch(self, model: Any, args: TrainingArguments) -> None:
         self.close()
         self._tallies = PassTallies(model)
-        self._tallies.is_averaged = args.world_size if args.average_tokens_across_devices else 1
+        self._same_rows = getattr(model, "tp_size", None) or 1
+        self._tallies.is_averaged = args.world_size // self._same_rows if args.average_tokens_across_devices else 1
 
     def _exclude(self) -> None:
         """Leaves the time since the last mark out of the rates."""
@@ -226,6 +228,8 @@ class RunMonitor(TrainerCallback):
         now = time.perf_counter()  # behind `read`, which waits for the device
         seconds = max(now - self._window - self._excluded, 1e-9)
         steps = max(state.global_step - self._logged_step, 1)
+        for name in ("tokens", "learned", "flops"):
+            sums[name] /= self._same_rows
         values = {"tokens_per_second": sums["tokens"] / seconds}
         if sums["learned"]:
             values["learned_tokens_per_second"] = sums["learned"] / seconds

@@ -233,8 +233,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError(f"--top_p must be above 0 and at most 1, got {arguments.top_p}")
     if arguments.temperature == 0 and arguments.top_p is not None:
         raise ValueError("--top_p would do nothing with --temperature 0")
-    check_model_options(arguments)
     config = read_config(arguments.model)
+    check_model_options(arguments, config)
     reads_media = is_composite(config)
     media = [
         *(check_media("image", path, reads_media) for path in arguments.image),

@@ -1,5 +1,6 @@
 """What a checkpoint is: a language model alone or a composite model, and how it reads its inputs."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -28,12 +29,21 @@ def read_config(checkpoint: str) -> PreTrainedConfig:
     """The configuration of a checkpoint.
 
     Raises:
-        ValueError: There is no such checkpoint.
+        ValueError: There is no such checkpoint, or it is an adapter.
     """
+    folder = Path(checkpoint)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"--model {checkpoint} is an adapter: pass it as --adapter, and the checkpoint that it was trained on as --model"
+        )
     try:
         return AutoConfig.from_pretrained(checkpoint)
-    except OSError as error:
-        raise ValueError(f"--model {checkpoint} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            raise ValueError(f"--model {checkpoint} cannot be read: {error}") from error
+        raise ValueError(
+            f"--model {checkpoint} is no folder here, and cannot be read from the Hub: {error}"
+        ) from error
 
 
 def load_processor(checkpoint: str, config: PreTrainedConfig | None = None) -> Any:

@@ -118,8 +118,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Scores]:
     """
     if arguments.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {arguments.batch_size}")
-    check_model_options(arguments)
     config = read_config(arguments.model)
+    check_model_options(arguments, config)
     all_rows, _, reading, processor = open_data(arguments)
     encoder = Encoder(processor, decode_media=False)
     found = {}

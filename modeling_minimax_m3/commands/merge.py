@@ -28,6 +28,10 @@ def find_base(adapter: Path, model: Path | None) -> Path:
         FileNotFoundError: There is no adapter.
         ValueError: The checkpoint is no folder.
     """
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{adapter} holds no {ADAPTER_CONFIG}: the first folder must be an adapter, the second is written"
+        )
     name = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path") if model is None else model
     if name is None:
         raise ValueError(f"{adapter / ADAPTER_CONFIG} does not name its checkpoint: pass --model")

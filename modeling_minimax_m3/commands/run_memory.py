@@ -13,6 +13,8 @@ from transformers.utils import logging
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
 from modeling_minimax_m3 import memory_plan
 
+from .quantization import PRECISIONS as QUANTIZED_PRECISIONS
+
 logger = logging.get_logger(__name__)
 
 # The optimizers of Transformers that the planner knows by another name. It takes all others for adamw.
@@ -47,7 +49,9 @@ def memory_request(
 ) -> memory_plan.MemoryRequest | None:
     """What the planner has to know of a run. None for weights that cannot be trained, which `Trainer` refuses."""
     unquantized: tuple[str, ...] = memory_plan.UNQUANTIZED_PARTS
-    if model.dtype == "auto" or getattr(config, "quantization_config", None) is not None:  # which `dtype` leaves
+    if model.quantization is not None:
+        precision = QUANTIZED_PRECISIONS[model.quantization]
+    elif model.dtype == "auto" or getattr(config, "quantization_config", None) is not None:  # which `dtype` leaves
         precision = memory_plan.saved_precision(config)
         unquantized = memory_plan.saved_unquantized_parts(config)
     else:

@@ -8,17 +8,20 @@ import torch
 from transformers import PreTrainedConfig
 
 from .checkpoint import auto_class
+from .quantization import HELP, check_quantization, loading_options
 from .train_arguments import SHORT_DTYPES
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", help="folder of an adapter of PEFT to put on the model")
     parser.add_argument("--dtype", default="auto", help="of the weights: auto (as saved), bf16, fp16 or fp32")
+    parser.add_argument("--quantization", help=HELP)
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: all GPUs, or the CPU)")
 
 
-def check_model_options(arguments: argparse.Namespace) -> None:
+def check_model_options(arguments: argparse.Namespace, config: PreTrainedConfig) -> None:
     """Raises ValueError for options that would fail after the weights are loaded."""
+    check_quantization(arguments.quantization, config)
     dtypes = ("auto", *SHORT_DTYPES, *SHORT_DTYPES.values())
     if arguments.dtype not in dtypes:
         raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {arguments.dtype!r}")
@@ -38,10 +41,12 @@ def load_running_model(name: str, arguments: argparse.Namespace, config: PreTrai
         ValueError: The adapter does not fit.
     """
     has_gpu = torch.cuda.is_available()
+    dtype = SHORT_DTYPES.get(arguments.dtype, arguments.dtype)
     model: Any = auto_class(config).from_pretrained(
         name,
-        dtype=SHORT_DTYPES.get(arguments.dtype, arguments.dtype),
+        dtype=dtype,
         device_map=arguments.device or ("auto" if has_gpu else None),
+        **loading_options(arguments.quantization, dtype, config),
     )
     if arguments.adapter is not None:
         from peft import PeftModel

@@ -35,6 +35,7 @@ from .adapters import add_adapters, check_adapters, check_fit, open_adapter_conf
 from .checkpoint import auto_class, is_composite, load_processor, read_config
 from .idle_options import refuse_idle
 from .model_card import CARD, DataFile, ModelCard, describe_data, hide_in_command, usage_of
+from .quantization import check_quantization, is_quantized, loading_options
 from .run_checks import check_run
 from .run_memory import check_memory
 from .saved_checkpoints import checkpoint_to_resume
@@ -110,7 +111,11 @@ def load_config(arguments: ModelArguments, max_length: int, given_options: set[s
 
 def load_model(arguments: ModelArguments, config: PreTrainedConfig, with_media: bool) -> PreTrainedModel:
     model = auto_class(config).from_pretrained(
-        arguments.model, config=config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
+        arguments.model,
+        config=config,
+        dtype=arguments.dtype,
+        attn_implementation=arguments.attn_implementation,
+        **loading_options(arguments.quantization, arguments.dtype, config),
     )
     model.skip_logits = True  # an evaluation needs the loss alone, as training does
     if is_composite(config):
@@ -181,6 +186,9 @@ def prepare(argv: list[str]) -> Trainer:
     model_arguments, lora_arguments, data_arguments, training, given_options = parse_arguments(argv, __doc__)
     check_arguments(model_arguments, lora_arguments, data_arguments, training, given_options)
     config = load_config(model_arguments, data_arguments.max_length, given_options)
+    check_quantization(model_arguments.quantization, config)
+    if (model_arguments.quantization or is_quantized(config)) and not (lora_arguments.lora or lora_arguments.adapter):
+        raise ValueError("quantized weights cannot be trained: add --lora, which trains adapters over them")
     adapter = None
     if lora_arguments.adapter is not None:
         adapter, lora_arguments = open_adapter_config(lora_arguments.adapter, lora_arguments)

@@ -1,6 +1,7 @@
 """The options of `train`: model, adapters and data. All others are those of `TrainingArguments`."""
 
 import argparse
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from processing_minimax_m3.chat_template import THINKING_MODES, check_thinking_mode
+
+from .quantization import HELP as QUANTIZATION_HELP
 
 # The modules that get adapters by default.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -23,6 +26,7 @@ class ModelArguments:
             "help": "Type of the loaded weights: auto (as saved), bfloat16 (bf16), float16 (fp16), float32 (fp32)."
         },
     )
+    quantization: str | None = field(default=None, metadata={"help": QUANTIZATION_HELP})
     attn_implementation: str | None = field(default=None, metadata={"help": "For dense layers: sdpa, eager, ..."})
     train_vision: bool = field(
         default=False, metadata={"help": "Also train the vision tower and its projector; the data must have images."}
@@ -130,6 +134,15 @@ class DataArguments:
             raise ValueError(f"--eval_fraction must be at least 0 and below 1, got {self.eval_fraction}")
 
 
+def describe_unknown(argument: str, options: list[str]) -> str:
+    """The message for an argument that no option takes."""
+    if not argument.startswith("-"):
+        return f"{argument!r} belongs to no option: files of data follow --dataset, and a file of options comes first"
+    name = argument.partition("=")[0]
+    near = difflib.get_close_matches(name, options, 1)
+    return f"there is no option {name}{f'; {near[0]} is near' if near else ''}. --help lists all"
+
+
 def parse_arguments(
     argv: list[str],
     description: str | None = None,
@@ -146,7 +159,11 @@ def parse_arguments(
     """
     values = {}
     parser = HfArgumentParser(
-        (ModelArguments, LoraArguments, DataArguments, TrainingArguments), description=description
+        (ModelArguments, LoraArguments, DataArguments, TrainingArguments),
+        prog="minimax-m3 train",
+        usage="minimax-m3 train [OPTIONS.yaml] --model CHECKPOINT --dataset FILE ... --output_dir FOLDER [OPTION ...]\n"
+        "       minimax-m3 train --help lists all options",
+        description=description,
     )
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file, *argv = argv
@@ -168,11 +185,13 @@ def parse_arguments(
                 values[name] = [value]
         parser.set_defaults(**values)
     try:
-        arguments = parser.parse_args_into_dataclasses(argv)
+        *arguments, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except ValueError as error:
         if "bf16/gpu" in str(error):
             raise ValueError("--bf16 needs a GPU, or --use_cpu to compute in bfloat16 on the CPU") from error
         raise
+    if rest:
+        raise ValueError(describe_unknown(rest[0], list(parser._option_string_actions)))
     unset = argparse.Namespace(**{action.dest: None for action in parser._actions})
     given = values.keys() | {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
     chosen = {name: value for part in arguments for name, value in vars(part).items() if name in given}

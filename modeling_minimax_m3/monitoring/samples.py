@@ -68,6 +68,22 @@ def _rows(dataset: Any) -> Iterator[Any]:
     return (dataset[index] for index in range(len(dataset)))
 
 
+def shorten_media(ids: torch.Tensor, media_tokens: set[int]) -> torch.Tensor:
+    """Leaves one placeholder of each image, so that a person can read the prompt.
+
+    Args:
+        ids (torch.Tensor (tokens,)): Token ids.
+        media_tokens (set of int): Placeholders of images and videos.
+
+    Returns:
+        The ids without placeholders that follow one.
+    """
+    is_media = torch.isin(ids, torch.tensor(sorted(media_tokens), dtype=ids.dtype))
+    follows = torch.zeros_like(is_media)
+    follows[1:] = is_media[1:] & is_media[:-1]
+    return ids[~follows]
+
+
 @contextmanager
 def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode, and decoding without CUDA graphs, whose memory training needs."""
@@ -103,7 +119,7 @@ def generate_samples(
             length = prompt["input_ids"].shape[1]
             inputs = {name: value.to(model.device) for name, value in prompt.items()}
             output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            text = tokenizer.decode(prompt["input_ids"][0])
+            text = tokenizer.decode(shorten_media(prompt["input_ids"][0], media_tokens))
             found.append(
                 {
                     "prompt": text if len(text) <= SHOWN else f"…{text[-SHOWN:]}",

@@ -51,9 +51,9 @@ class PassTallies:
         self.wants_mass = False
         self.is_averaged = 1
         self._config = cast(MiniMaxM3VLTextConfig, head.config.get_text_config())
-        parameters = list(model.parameters())
-        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        self._flops = PassFlops(self._config, trained / max(sum(parameter.numel() for parameter in parameters), 1))
+        sizes = [(number_of_values(parameter), parameter.requires_grad) for parameter in model.parameters()]
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        self._flops = PassFlops(self._config, trained / max(sum(size for size, _ in sizes), 1))
         self.sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
         self.experts: dict[int, torch.Tensor] = {}
         self._mode: bool | None = None  # of the pass that runs: training, evaluation, or nothing that counts
@@ -218,6 +218,11 @@ class PassTallies:
         sums = self.sums[is_training]
         value = value.detach()
         sums[name] = sums[name] + value.to(sums[name].device) if name in sums else value
+
+
+def number_of_values(parameter: nn.Parameter) -> int:
+    """Values of a whole parameter, also where ZeRO-3 has left none of them in it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:

@@ -283,6 +283,8 @@ def open_rows(
             raise ValueError(
                 f"a data set of several names must consist of files ({', '.join(FILE_TYPES)}), got {list(names)}"
             )
+        if Path(names[0]).is_file():
+            raise ValueError(f"files of data end in {', '.join(FILE_TYPES)}, got {names[0]}")
         return [TableRows(names[0], _load_split(names[0], split, config, streaming))]
     if split != "train":
         raise ValueError(
@@ -297,12 +299,19 @@ def open_rows(
 
 def _load_split(name: str, split: str, config: str | None, streaming: bool) -> Any:
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 
     if is_saved(name):
         found = load_from_disk(name)
         found = DatasetDict({"train": found}) if isinstance(found, Dataset) else found
     else:
-        found = load_dataset(name, config, streaming=streaming)
+        try:
+            found = load_dataset(name, config, streaming=streaming)
+        except (DatasetGenerationError, ValueError, OSError) as error:
+            cause = error.__cause__ or error
+            if Path(name).is_dir():
+                raise ValueError(f"the folder {name} cannot be read as data: {cause}") from error
+            raise ValueError(f"{name} is no folder here, and no data set that the Hub gives: {cause}") from error
     if split not in found:
         raise ValueError(f"the split of {name} must be one of {', '.join(found)}, got {split!r}")
     return found[split]

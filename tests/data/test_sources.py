@@ -87,6 +87,9 @@ def test_images_of_tables_stay_files(tmp_path, picture):
         (["{latin}"], {}, r"latin.json: the text must be UTF-8, but byte 12 is 0xfc"),
         (["{damaged}"], {}, "damaged.parquet cannot be read: "),
         (["a", "b"], {}, "must consist of files"),
+        (["nowhere"], {}, "nowhere is no folder here, and no data set that the Hub gives: "),
+        (["{folder}"], {}, "the folder .*folder cannot be read as data: "),
+        (["{notes}"], {}, "files of data end in .jsonl, .*, got .*notes.md"),
         (["{good}"], {"split": "test"}, "files have only the split 'train', got 'test'"),
     ],
 )
@@ -98,11 +101,14 @@ def test_files_that_are_refused(tmp_path, names, options, message, streaming):
         "list": b"[{},",
         "latin": '[{"text": "ü"}]'.encode("latin-1"),
         "damaged": b"PAR1",
+        "notes": b"# Notes",
     }
-    suffixes = {"list": "json", "latin": "json", "damaged": "parquet"}
+    suffixes = {"list": "json", "latin": "json", "damaged": "parquet", "notes": "md"}
     places = {name: tmp_path / f"{name}.{suffixes.get(name, 'jsonl')}" for name in files}
     for name, path in places.items():
         path.write_bytes(files[name])
+    places["folder"] = tmp_path / "folder"
+    places["folder"].mkdir()
     if streaming and "{damaged}" in names:
         pytest.skip("datasets opens a streamed table when it is read")
     with pytest.raises(ValueError, match=message):

@@ -4,7 +4,7 @@
 environment), or "fsdp2" (PyTorch's `fully_shard`) or "zero3" (DeepSpeed), as accelerate applies them on GPUs; it does
 not on a CPU. Or it is one of `PLANS`: a model that `from_pretrained` cuts by Transformers' plans, which is also asked
 for logits, saved and loaded again. MODELS is the folder that the fixture `scale_out_models` made. OUTPUT gets the
-losses and the gradients' norms of all steps, as JSON.
+losses and the gradients' norms of all steps, and what `RunMonitor` measured under `Trainer`, as JSON.
 
 On GPUs the weights are float32 and are computed with in bfloat16, as the CUDA kernels need; on CPUs all is float32.
 """
@@ -19,13 +19,15 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.msa import backends
+from modeling_minimax_m3.run_monitor import RunMonitor
 
+monitored: list[dict] = []  # what `RunMonitor` measured in each step of a run of `Trainer`
 STEPS, ROWS_PER_STEP, LENGTH = 4, 4, 300
 LEARNING_RATE = 5e-3
 # With AdamW's own 1e-8, gradients that are almost nothing but rounding errors would move weights as far as all others.
@@ -98,8 +100,10 @@ def note_backends() -> set[str]:
 def with_trainer(model: PreTrainedModel, arguments: TrainingArguments) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step, the result of all loops here."""
     trainer = InOrder(model, arguments, train_dataset=make_rows())
+    RunMonitor(report=False, console=False, peak=1e12).attach(trainer)
     ran = note_backends()
     trainer.train()
+    monitored.extend(entry for entry in trainer.state.log_history if "loss" in entry)
     assert ran == {"cuda" if ON_GPU else "torch"}, f"the sparse layers ran on {ran}"
     return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
 
@@ -200,16 +204,18 @@ def with_plan(engine: str, models: Path, output: Path) -> list[tuple[float, floa
         steps = with_trainer(model, make_arguments(output, sharing=plan.get("fsdp_size", 1)))
         extract_model_from_parallel(model, keep_fp32_wrapper=False)  # its forward without Trainer's autocast
     else:
-        steps = on_the_same_rows(model)
+        steps = on_the_same_rows(model, make_arguments(output, sharing=1))
     model.save_pretrained(output.parent / "saved")  # all processes take part
     check_equal(model, MiniMaxM3VLForCausalLM.from_pretrained(output.parent / "saved"))
     torch.distributed.barrier()
     return steps
 
 
-def on_the_same_rows(model: PreTrainedModel) -> list[tuple[float, float]]:
+def on_the_same_rows(model: PreTrainedModel, arguments: TrainingArguments) -> list[tuple[float, float]]:
     """A loop of its own, because Accelerate takes no `tp_size` on a CPU."""
     model.train()
+    monitor, state, control = RunMonitor(report=False, console=False, peak=1e12), TrainerState(), TrainerControl()
+    monitor.on_train_begin(arguments, state, control, model=model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0, foreach=False)
     steps = []
     for micro_batches in zip(shares_of_batches(0, 2), shares_of_batches(1, 2)):
@@ -226,6 +232,10 @@ def on_the_same_rows(model: PreTrainedModel) -> list[tuple[float, float]]:
         optimizer.step()
         optimizer.zero_grad()
         steps.append((total, norm.item()))
+        state.global_step += 1
+        logs = {"loss": total}
+        monitor.on_log(arguments, state, control, logs=logs)
+        monitored.append(logs)
     return steps
 
 
@@ -250,7 +260,7 @@ if __name__ == "__main__":
     engine, models, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     losses, norms = zip(*train(engine, models, output))
     if int(os.environ.get("RANK", 0)) == 0:
-        output.write_text(json.dumps({"losses": losses, "norms": norms}))
+        output.write_text(json.dumps({"losses": losses, "norms": norms, "monitored": monitored}))
     # Without the interpreter's clean-up: gloo's threads may still run then, and now and then abort a
     # process that is done.
     sys.stdout.flush()

@@ -331,9 +331,14 @@ ERRORS = {
         ["train", "--adapter", "{damaged}/wrong", "--lora_rank", "8"],
         "train: --lora_rank would do nothing with --adapter, which has its own",
     ),
+    "model": (["train", "--model", "{damaged}/wrong"], "train: --model .*/wrong is an adapter: pass it as --adapter"),
+    "chat model": (["chat", "--model", "{damaged}/wrong", "--prompt", "a"], "chat: --model .*/wrong is an adapter"),
     "samples": (["train", "--samples", "3"], "train: --samples would do nothing without --eval_dataset"),
     "negative": (["train", "--samples", "-1"], "train: --samples must be at least 0, got -1"),
-    "merge nothing": (["merge", "{damaged}/empty", "out"], "merge: .*adapter_config.json is missing"),
+    "merge nothing": (
+        ["merge", "{damaged}/empty", "out"],
+        "merge: .*empty holds no adapter_config.json: the first folder must be an adapter",
+    ),
     "merge base": (["merge", "{damaged}/wrong", "out", "--model", "nowhere"], "must be a folder, got 'nowhere'"),
     "merge shape": (["merge", "{damaged}/wrong", "{damaged}/out"], "merge: .*which do not fit the weight"),
     "evaluate file": (["evaluate", "nowhere.jsonl"], "evaluate: there is no file nowhere.jsonl"),
@@ -359,7 +364,7 @@ def test_errors_come_before_the_weights(damaged, chats, tiny_checkpoint, tmp_pat
     name, *flags = [flag.format(damaged=damaged, chats=chats) for flag in flags]
     if name == "train":
         flags += ["--dataset", chats, "--output_dir", tmp_path / "run", *QUICK]
-    if name != "merge":
+    if name != "merge" and "--model" not in flags:
         flags += ["--model", tiny_checkpoint]
     with pytest.raises(SystemExit) as stopped:
         run(name, *flags)

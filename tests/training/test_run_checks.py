@@ -42,7 +42,10 @@ CASES = {
     "fraction of a stream": (["--eval_fraction", "0.5", "--streaming"], "--eval_fraction cannot hold out rows of a stream"),
     "fraction of one row": (["--eval_fraction", "0.5"], "--eval_fraction needs at least two rows, got 1"),
     "media": (["--check_media", "no"], "--check_media must be decode or header, got 'no'"),
-    "model": (["--model", "nowhere"], "--model nowhere cannot be read: "),
+    "unknown option": (["--lorra"], "there is no option --lorra; --lora is near"),
+    "unknown value": (["--quux=1"], "there is no option --quux. --help lists all"),
+    "stray file": (["--lora", "true", "more.jsonl"], "'more.jsonl' belongs to no option: files of data follow --dataset"),
+    "model": (["--model", "nowhere"], "--model nowhere is no folder here, and cannot be read from the Hub: "),
 }  # fmt: skip
 
 

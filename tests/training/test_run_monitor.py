@@ -23,6 +23,7 @@ from modeling_minimax_m3.layers.moe import MiniMaxM3VLTopKRouter
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.monitoring.pass_flops import PassFlops, peak_flops, token_positions
 from modeling_minimax_m3.monitoring.report import MOST_POINTS, chart, points_of, report_page
+from modeling_minimax_m3.monitoring.samples import shorten_media
 from modeling_minimax_m3.monitoring.selected_mass import selected_mass
 from modeling_minimax_m3.monitoring.tallies import PassTallies, expert_load
 from modeling_minimax_m3.run_monitor import RunMonitor
@@ -368,6 +369,22 @@ def test_options_that_cannot_work(options, message):
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------
+
+
+def test_operations_where_zero3_has_cut_the_weights():
+    model = make_model()
+    model.model.embed_tokens.requires_grad_(False)
+    expected = PassTallies(model)._flops.per_token
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    assert PassTallies(model)._flops.per_token == expected
+
+
+def test_an_image_of_a_prompt_is_one_placeholder():
+    ids = torch.tensor([7, 7, 1, 1, 7, 7, 7, 8, 8, 1, 7])
+    assert shorten_media(ids, {7, 8}).tolist() == [7, 1, 1, 7, 1, 7]
+    assert shorten_media(ids, set()).tolist() == ids.tolist()
 
 
 def test_the_report_needs_no_other_file(tmp_path):

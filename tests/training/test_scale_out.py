@@ -21,9 +21,28 @@ def check(found, in_one_process):
     assert found["norms"] == pytest.approx(in_one_process["norms"], rel=1e-4)
 
 
+def check_monitored(found, in_one_process, processes=2):
+    """`RunMonitor` counts the rows of all processes once, and the operations of one device."""
+    assert len(found["monitored"]) == len(in_one_process["monitored"]) > 0
+    for entry, expected in zip(found["monitored"], in_one_process["monitored"], strict=True):
+        for name in ("expert_entropy", "expert_most_used", "expert_least_used"):
+            assert entry[name] == pytest.approx(expected[name], abs=2e-3), name  # rounding moves single choices
+        for name in ("language_loss", "indexer_loss"):
+            assert entry[name] == pytest.approx(expected[name], rel=1e-3), name
+        # each process balances its own tokens
+        assert entry["balance_loss"] == pytest.approx(expected["balance_loss"], rel=0.05)
+        per_token, of_one = (values["flops_per_second"] / values["tokens_per_second"] for values in (entry, expected))
+        assert per_token * processes == pytest.approx(of_one, rel=1e-3)
+        shares = [values["learned_tokens_per_second"] / values["tokens_per_second"] for values in (entry, expected)]
+        assert shares[0] == pytest.approx(shares[1], rel=1e-6)
+        assert entry["mfu"] == pytest.approx(entry["flops_per_second"] / 1e12)
+
+
 def test_data_parallelism(train, in_one_process):
     """`accelerate launch` starts them with our configuration. Router and indexer losses are on."""
-    check(train("trainer", config="ddp", **ON_CPU), in_one_process)
+    found = train("trainer", config="ddp", **ON_CPU)
+    check(found, in_one_process)
+    check_monitored(found, in_one_process)
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
@@ -40,7 +59,9 @@ def test_plans(train, in_one_process, engine):
     The worker also compares the weights (of the composite model too) and the logits with those of the whole model, and
     what was saved after the training.
     """
-    check(train(engine, processes=2, **ON_CPU), in_one_process)
+    found = train(engine, processes=2, **ON_CPU)
+    check(found, in_one_process)
+    check_monitored(found, in_one_process)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
