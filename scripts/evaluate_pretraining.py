@@ -40,7 +40,7 @@ FILE_TASKS = ("image", "digits", "video")
 PARTS = ("answers", "files", "recall", "perplexity", "coverage", "experts")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHORTEST = 1024  # tokens, of recall and perplexity
-IN_TURN = 16384  # tokens from which a text with several questions is read once for all of them
+LONGEST_BATCHED = 16384  # tokens of the prompts that a GPU answers all at once
 LEAST_ANSWERS = 3  # of a row, about: how many rows are made for a number of answers
 
 
@@ -143,40 +143,43 @@ class Evaluation:
 
     def _task(self, kind: str, task: str, least: int) -> dict[str, Any]:
         jobs = [Job(kind, task, index) for index in range(-(-least // LEAST_ANSWERS))]
-        prompts: list[Prompt] = []
-        for made in self.prompts(jobs):
-            prompts += made
-            if len(prompts) >= least:
+        rows: list[list[Prompt]] = []
+        for prompts in self.prompts(jobs):
+            rows.append(prompts)
+            if sum(map(len, rows)) >= least:
                 break
-        return by_question(prompts, self._verdicts(prompts, f"{task}{' from files' if kind == 'files' else ''}"))
+        verdicts = self._verdicts(rows, f"{task}{' from files' if kind == 'files' else ''}")
+        return by_question([prompt for row in rows for prompt in row], verdicts)
 
-    def _verdicts(self, prompts: list[Prompt], name: str) -> list[tuple[bool, bool, str]]:
-        verdicts: dict[int, tuple[bool, bool, str]] = {}
+    def _verdicts(self, rows: list[list[Prompt]], name: str) -> list[tuple[bool, bool, str]]:
+        """What `judge` says about the answer to each prompt.
+
+        A GPU answers all prompts at once, and reads the beginning of a row again for each of its questions. On a CPU,
+        or in a long text, that would take longer than one question after the other.
+        """
+        prompts = [prompt for row in rows for prompt in row]
+        is_in_turn = self.model.device.type == "cpu" or max(len(prompt.ids) for prompt in prompts) > LONGEST_BATCHED
+        written: dict[int, Any] = {}
         with tqdm(total=len(prompts), desc=name, unit="answer", disable=None) as progress:
-            for numbers in batches(prompts, self.options.batch_tokens):
-                chosen = [prompts[number] for number in numbers]
-                for number, written in zip(numbers, answer_batch(self.model, chosen)):
-                    verdicts[number] = judge(self.processor, prompts[number], written)
-                progress.update(len(numbers))
-        return [verdicts[number] for number in range(len(prompts))]
+            if is_in_turn:
+                for row in rows:
+                    written |= enumerate(answer_in_turn(self.model, row), len(written))
+                    progress.update(len(row))
+            else:
+                for numbers in batches(prompts, self.options.batch_tokens):
+                    written |= zip(numbers, answer_batch(self.model, [prompts[number] for number in numbers]))
+                    progress.update(len(numbers))
+        return [judge(self.processor, prompt, written[number]) for number, prompt in enumerate(prompts)]
 
     def recall(self) -> list[dict[str, Any]]:
         """The share of right numbers by length of the text and depth of the fact in it."""
         found = []
-        lengths = lengths_up_to(self.options.longest)
-        jobs = [Job("recall", "recall", i, length, DEPTHS) for length in lengths for i in range(self.options.recall_rows)]
-        made = self.prompts(jobs)
-        for length in tqdm(lengths, desc="recall", unit="length", disable=None):
-            rows = [next(made) for _ in range(self.options.recall_rows)]
-            if length < IN_TURN:
-                prompts = [prompt for row in rows for prompt in row]
-                outcomes = self._plain_verdicts(prompts)
-            else:
-                outcomes, prompts = [], []
-                for row in rows:
-                    prompts += row
-                    for prompt, written in zip(row, answer_in_turn(self.model, row)):
-                        outcomes.append(judge(self.processor, prompt, written)[0])
+        lengths, count = lengths_up_to(self.options.longest), self.options.recall_rows
+        made = self.prompts([Job("recall", "recall", row, length, DEPTHS) for length in lengths for row in range(count)])
+        for length in lengths:
+            rows = [next(made) for _ in range(count)]
+            prompts = [prompt for row in rows for prompt in row]
+            outcomes = [right for right, _, _ in self._verdicts(rows, f"recall in {length:,} tokens")]
             found.append(
                 {"tokens": length, "mean_tokens": round(sum(len(prompt.ids) for prompt in prompts) / len(prompts))}
                 | share(outcomes)
@@ -188,13 +191,6 @@ class Evaluation:
                 }
             )
         return found
-
-    def _plain_verdicts(self, prompts: list[Prompt]) -> list[bool]:
-        outcomes = [False] * len(prompts)
-        for numbers in batches(prompts, self.options.batch_tokens):
-            for number, written in zip(numbers, answer_batch(self.model, [prompts[number] for number in numbers])):
-                outcomes[number] = judge(self.processor, prompts[number], written)[0]
-        return outcomes
 
     def _documents(self, longest: int) -> list[Any]:
         return [

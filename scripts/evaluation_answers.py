@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from evaluation_prompts import Prompt
+from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
 EXTRA_TOKENS = 8  # that an answer may be longer than the longest right one of its batch, before it is cut
 LONGEST_EAGER = 16  # new tokens up to which the capture of a step as a CUDA graph costs more than it saves
@@ -75,11 +76,11 @@ def answer_batch(model: Any, prompts: Sequence[Prompt], **options: Any) -> list[
 
 @torch.inference_mode()
 def answer_in_turn(model: Any, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-    """The same for the questions of one long text, which the model reads once: each prompt continues the one before."""
+    """The same for the prompts of one row, each of which continues the one before: no token is read twice."""
     cache = DynamicCache(config=model.config)
     written = []
     for prompt in prompts:
-        written += answer_batch(model, [prompt], past_key_values=cache)
+        written += answer_batch(model, [prompt], **{CACHE_NAME: cache})
         cache.crop(len(prompt.ids) - cache.get_seq_length())  # what it wrote: the next prompt has the right answer
     return written
 
