@@ -115,7 +115,7 @@ def plot_ablation(result: dict[str, Any], path: str | Path) -> Path:
         for i, evaluations in enumerate(runs[arm]):
             places, values = [e["step"] for e in evaluations], [e["loss"] for e in evaluations]
             losses.plot(places, values, color=f"C{number}", label=arm if i == 0 else None, alpha=0.8)
-    losses.set(xlabel="step", ylabel="nats a token", yscale="log", title="held-out loss, a line for each seed")
+    losses.set(xlabel="step", ylabel="nats a token", title="held-out loss, a line for each seed")
     losses.legend()
 
     comparison = result["comparison"]

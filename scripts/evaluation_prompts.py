@@ -209,8 +209,8 @@ def judge(processor: MiniMaxM3VLProcessor, prompt: Prompt, written: np.ndarray) 
     if calls:
         functions = [call["function"] for call in calls]
         said = json.dumps([{"name": call["name"], "arguments": call["arguments"]} for call in functions])
+    is_whole = bool(len(ends))
     if prompt.question == "call":
-        is_readable = bool(calls) and not message.get("invalid_tool_calls")
-        return is_readable and json.loads(said) == [json.loads(prompt.answer)], is_readable and bool(len(ends)), said
-    is_right = not calls and said == prompt.answer and bool(len(ends))
-    return is_right, bool(len(ends)), said
+        is_whole = is_whole and bool(calls) and not message.get("invalid_tool_calls")
+        return is_whole and json.loads(said) == [json.loads(prompt.answer)], is_whole, said
+    return is_whole and not calls and said == prompt.answer, is_whole, said

@@ -31,9 +31,14 @@ def plot_evaluation(record: dict[str, Any], path: str | Path) -> Path:
     if not parts:
         raise ValueError(f"the results must have one of {', '.join(drawers)} to draw, got {', '.join(record) or 'none'}.")
     path = Path(path)
-    figure = Figure(figsize=(4.6 * len(parts), 4.2), dpi=110, layout="constrained")
-    for part, panel in zip(parts, figure.subplots(1, len(parts), squeeze=False)[0]):
+    columns = min(len(parts), 3)
+    lines = -(-len(parts) // columns)
+    figure = Figure(figsize=(5.2 * columns, 4.2 * lines), dpi=100, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for part, panel in zip(parts, panels):
         drawers[part](panel, record)
+    for panel in panels[len(parts) :]:
+        panel.remove()
     with replace_when_done(path) as unfinished:
         figure.savefig(unfinished)
     return path
@@ -82,7 +87,7 @@ def _coverage(panel: Any, record: dict[str, Any]) -> None:
     places = [row["tokens"] for row in rows]
     for number in rows[0]["layers"]:
         panel.plot(places, [row["layers"][number] for row in rows], marker="o", label=f"layer {number}")
-    panel.plot(places, [row["blocks_share"] for row in rows], color="grey", linestyle=":", label="even attention")
+    panel.plot(places, [row["blocks_share"] for row in rows], color="grey", marker=".", linestyle=":", label="even attention")
     _lengths(panel, places)
     panel.set(ylim=(0, 1.02), ylabel="share of the attention to all keys", title="held by the selected blocks")
     panel.legend()
