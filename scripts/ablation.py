@@ -55,8 +55,12 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int, default=8, help="of a run (8)")
     parser.add_argument("--eval_packs", type=int, default=24, help="held-out packs of an evaluation (24)")
     parser.add_argument("--jobs", type=int, default=0, help="runs at once (all)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that make packs (one a core)")
-    parser.add_argument("--work", type=Path, help="folder for packs and runs, which stays (default: one that is removed)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that make packs (one a core)"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder for packs and runs, which stays (default: one that is removed)"
+    )
     parser.add_argument("--run", help=argparse.SUPPRESS)  # ARM/SEED: this process is one of the runs
     return parser.parse_args(argv)
 

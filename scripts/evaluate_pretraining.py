@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_minimax_m3  # noqa: F401 - registers the classes
 from evaluation_answers import answer_batch, answer_in_turn, batches, by_question, share
-from evaluation_probes import code_perplexity, code_tokens, coverage, expert_loads, loaded_rows
+from evaluation_probes import CodeDocuments, code_perplexity, coverage, expert_loads, loaded_rows
 from evaluation_prompts import Job, Prompt, PromptData, judge
 from plot_evaluation import plot_evaluation
 from processing_minimax_m3 import MiniMaxM3VLProcessor
@@ -41,6 +41,7 @@ PARTS = ("answers", "files", "recall", "perplexity", "coverage", "experts")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHORTEST = 1024  # tokens, of recall and perplexity
 LONGEST_BATCHED = 16384  # tokens of the prompts that a GPU answers all at once
+LONGEST_COVERED = 65536  # tokens of a text whose attention is measured
 LEAST_ANSWERS = 3  # of a row, about: how many rows are made for a number of answers
 
 
@@ -54,14 +55,14 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--answers", type=int, help="least answers of a task (600; quick: 10)")
     parser.add_argument("--file_answers", type=int, help="least answers of a task that reads files (150; quick: 5)")
     parser.add_argument("--longest", type=int, help="tokens of the longest text (262144; quick: 2048)")
-    parser.add_argument("--recall_rows", type=int, help="texts of each length, five questions each (16; quick: 1)")
-    parser.add_argument("--documents", type=int, help="of perplexity and coverage (16; quick: 2)")
+    parser.add_argument("--recall_rows", type=int, help="texts of each length, five questions each (12; quick: 1)")
+    parser.add_argument("--documents", type=int, help="of perplexity and coverage (8; quick: 2)")
     parser.add_argument("--batch_tokens", type=int, help="of the prompts of a batch (262144; on a CPU 8192)")
     parser.add_argument("--workers", type=int, help="processes that make prompts (one a core, at most 14)")
     parser.add_argument("--seed", type=int, default=1, help="of the held-out rows (1)")
     arguments = parser.parse_args(argv)
-    sizes = {"answers": (600, 10), "file_answers": (150, 5), "longest": (262144, 2048), "recall_rows": (16, 1)}
-    sizes |= {"documents": (16, 2)}
+    sizes = {"answers": (600, 10), "file_answers": (150, 5), "longest": (262144, 2048), "recall_rows": (12, 1)}
+    sizes |= {"documents": (8, 2)}
     for name, (size, quick) in sizes.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, quick if arguments.quick else size)
@@ -75,7 +76,9 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises `ValueError` or `FileNotFoundError` for an option that cannot work, before the model is loaded."""
     if not (arguments.checkpoint / "config.json").is_file():
-        raise FileNotFoundError(f"`checkpoint` must be the folder of a model, but {arguments.checkpoint} has no config.json.")
+        raise FileNotFoundError(
+            f"`checkpoint` must be the folder of a model, but {arguments.checkpoint} has no config.json."
+        )
     for name, known in (("parts", PARTS), ("tasks", tuple(TASKS))):
         values = [value.strip() for value in getattr(arguments, name).split(",")]
         if unknown := [value for value in values if value not in known]:
@@ -100,8 +103,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def lengths_up_to(longest: int) -> list[int]:
     """Each doubling of `SHORTEST`, up to `longest`."""
-    doublings = (SHORTEST * 2**number for number in count())
-    return [length for length, _ in zip(doublings, range(longest.bit_length())) if length <= longest]
+    doublings = (SHORTEST * 2**number for number in range(longest.bit_length()))
+    return [length for length in doublings if length <= longest]
 
 
 class Evaluation:
@@ -125,11 +128,12 @@ class Evaluation:
             found.setdefault("seconds", {})[name] = round(time.perf_counter() - started, 1)
         return found
 
-    def prompts(self, jobs: Sequence[Job]) -> Iterator[list[Prompt]]:
-        """The prompts of each job, which workers make ahead."""
-        data = PromptData(self.processor, jobs, self.options.seed)
-        workers = min(self.options.workers, len(jobs))
-        yield from DataLoader(data, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    def _made(self, data: Dataset, size: int) -> DataLoader:
+        """The items of a data set, which workers make ahead."""
+        return DataLoader(data, batch_size=None, num_workers=min(self.options.workers, size), collate_fn=_as_it_is)
+
+    def _prompts(self, jobs: Sequence[Job]) -> Iterator[list[Prompt]]:
+        yield from self._made(PromptData(self.processor, jobs, self.options.seed), len(jobs))
 
     def answers(self) -> dict[str, Any]:
         """Accuracy of each task, over all of its questions."""
@@ -144,7 +148,7 @@ class Evaluation:
     def _task(self, kind: str, task: str, least: int) -> dict[str, Any]:
         jobs = [Job(kind, task, index) for index in range(-(-least // LEAST_ANSWERS))]
         rows: list[list[Prompt]] = []
-        for prompts in self.prompts(jobs):
+        for prompts in self._prompts(jobs):
             rows.append(prompts)
             if sum(map(len, rows)) >= least:
                 break
@@ -175,7 +179,9 @@ class Evaluation:
         """The share of right numbers by length of the text and depth of the fact in it."""
         found = []
         lengths, count = lengths_up_to(self.options.longest), self.options.recall_rows
-        made = self.prompts([Job("recall", "recall", row, length, DEPTHS) for length in lengths for row in range(count)])
+        made = self._prompts(
+            [Job("recall", "recall", row, length, DEPTHS) for length in lengths for row in range(count)]
+        )
         for length in lengths:
             rows = [next(made) for _ in range(count)]
             prompts = [prompt for row in rows for prompt in row]
@@ -192,27 +198,34 @@ class Evaluation:
             )
         return found
 
-    def _documents(self, longest: int) -> list[Any]:
-        return [
-            code_tokens(self.encoder, index, longest, self.options.seed)
-            for index in tqdm(range(self.options.documents), desc="documents", unit="text", disable=None)
-        ]
+    @cached_property
+    def _documents(self) -> list[Any]:
+        """Held-out code, as long as the longest context or the longest text whose coverage is measured."""
+        longest = max(*self._context_lengths(), *self._coverage_lengths())
+        data = CodeDocuments(self.encoder, self.options.documents, longest, self.options.seed)
+        return list(tqdm(self._made(data, len(data)), desc="documents", unit="text", disable=None))
+
+    def _context_lengths(self) -> list[int]:
+        return [SHORTEST // 2, *lengths_up_to(self.options.longest)]
+
+    def _coverage_lengths(self) -> list[int]:
+        """From twice what a query selects."""
+        text = self.model.config.get_text_config()
+        shortest = 2 * text.index_topk_blocks * text.index_block_size
+        lengths = [shortest * 4**number for number in range(4)]
+        return [length for length in lengths if length <= min(self.options.longest, LONGEST_COVERED)] or [shortest]
 
     def perplexity(self) -> list[dict[str, Any]]:
         """Perplexity of held-out code behind contexts of different lengths."""
-        lengths = [SHORTEST // 2, *lengths_up_to(self.options.longest)]
+        documents, lengths = self._documents, self._context_lengths()
         with tqdm(desc="perplexity", unit="pass", disable=None) as progress:
-            most = self.options.batch_tokens
-            return code_perplexity(self.model, self._documents(lengths[-1]), lengths, most, progress.update)
+            return code_perplexity(self.model, documents, lengths, self.options.batch_tokens, progress.update)
 
     def coverage(self) -> list[dict[str, Any]]:
         """The share of the attention to all keys that the selected blocks hold, on held-out code."""
-        text = self.model.config.get_text_config()
-        selected = text.index_topk_blocks * text.index_block_size
-        lengths = [2 * selected * 4**number for number in range(5)]
-        lengths = [length for length in lengths if length <= min(self.options.longest, 65536)] or [2 * selected]
+        documents = self._documents
         with tqdm(desc="coverage", unit="text", disable=None) as progress:
-            return coverage(self.model, self._documents(lengths[-1]), lengths, progress.update)
+            return coverage(self.model, documents, self._coverage_lengths(), progress.update)
 
     def experts(self) -> dict[str, Any]:
         """How the experts share the tokens of each task, by layer."""
@@ -239,7 +252,9 @@ def print_summary(found: dict[str, Any]) -> None:
         print(f"code behind {scores['tokens']:,} tokens: perplexity {scores['perplexity']:.2f}")
     for scores in found.get("coverage", ()):
         low, high = scores["interval"]
-        print(f"selected blocks, {scores['tokens']:,} tokens: {scores['share']:.1%} of the attention ({low:.1%} to {high:.1%})")
+        print(
+            f"selected blocks, {scores['tokens']:,} tokens: {scores['share']:.1%} of the attention ({low:.1%} to {high:.1%})"
+        )
     if layers := found.get("experts", {}).get("all"):
         most = max(layer["most_used"] * len(layer["shares"]) for layer in layers)
         print(f"experts: the most used one of a layer has {most:.2f} times its even share")

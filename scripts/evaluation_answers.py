@@ -61,7 +61,7 @@ def model_inputs(prompts: Sequence[Prompt], padding: int) -> dict[str, torch.Ten
     return inputs
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_batch(model: Any, prompts: Sequence[Prompt], **options: Any) -> list[np.ndarray]:
     """What the model writes for each prompt by greedy decoding: int64 (tokens,), with padding behind its end."""
     inputs = {
@@ -74,7 +74,7 @@ def answer_batch(model: Any, prompts: Sequence[Prompt], **options: Any) -> list[
     return list(output[:, inputs["input_ids"].shape[1] :].cpu().numpy())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_in_turn(model: Any, prompts: Sequence[Prompt]) -> list[np.ndarray]:
     """The same for the prompts of one row, each of which continues the one before: no token is read twice."""
     cache = DynamicCache(config=model.config)

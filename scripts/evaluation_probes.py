@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from evaluation_prompts import SPLIT
 from modeling_minimax_m3.layers.attention import MiniMaxM3VLAttention
@@ -18,7 +19,7 @@ from processing_minimax_m3.pretraining import TASKS, RowEncoder, collate_packs, 
 from processing_minimax_m3.pretraining.encoding import EncodedRow
 from processing_minimax_m3.pretraining.packs import join_rows
 
-CHARACTERS_PER_TOKEN = 8  # more than a token of code has, so that one row is long enough
+CHARACTERS_PER_TOKEN = 5  # more than a token of code has, so that one row is long enough
 TARGETS = 256  # tokens at the end of a document, whose loss counts
 QUERIES = 64  # of a document, whose attention is measured
 MOST_SCORES = 2**28  # of queries, heads and keys at a time
@@ -31,6 +32,19 @@ def code_tokens(encoder: RowEncoder, index: int, tokens: int, seed: int) -> np.n
     encoded = encoder.encode(row, tokens)
     assert encoded is not None  # a text is cut
     return encoded.ids
+
+
+class CodeDocuments(Dataset):
+    """The first held-out documents of code, so that the workers of a loader make them: see `code_tokens`."""
+
+    def __init__(self, encoder: RowEncoder, count: int, tokens: int, seed: int):
+        self.encoder, self.count, self.tokens, self.seed = encoder, count, tokens, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return code_tokens(self.encoder, index, self.tokens, self.seed)
 
 
 def to_inputs(rows: Sequence[EncodedRow], padding: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -46,7 +60,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def code_perplexity(
     model: Any, documents: Sequence[np.ndarray], lengths: Sequence[int], most_tokens: int, progress: Progress
 ) -> list[dict[str, Any]]:
@@ -98,7 +112,7 @@ def code_perplexity(
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def expert_loads(
     model: Any, rows_of: dict[str, Sequence[EncodedRow]], most_tokens: int, progress: Progress
 ) -> dict[str, Any]:
@@ -167,7 +181,7 @@ class CoverageObserver:
         self.shares[layer.layer_idx].append(mass / count)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def coverage(
     model: Any, documents: Sequence[np.ndarray], lengths: Sequence[int], progress: Progress
 ) -> list[dict[str, Any]]:

@@ -21,8 +21,8 @@ from processing_minimax_m3.pretraining.videos import encode_mp4
 Medium = tuple[np.ndarray, np.ndarray]
 SPLIT = "heldout"
 SHORTEST_SHARE = 0.9  # of the wanted tokens of a recall row
-TRIES = 4  # lengths in characters, until a recall row has its tokens
-CHARACTERS_PER_TOKEN = 3  # about
+TRIES = 8  # lengths in characters, until a recall row has its tokens
+CHARACTERS_PER_TOKEN = 3  # for the first try
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class PromptData(Dataset):
             if SHORTEST_SHARE * job.tokens <= length <= job.tokens:
                 break
             wanted = job.tokens * (1 + SHORTEST_SHARE) / 2
-            characters = max(1, characters + int((wanted - length) * CHARACTERS_PER_TOKEN))
+            characters = max(1, characters + int((wanted - length) * characters / length))
         if best is None:
             raise ValueError(f"a recall row needs more than {job.tokens} tokens for its facts and questions alone.")
         return best

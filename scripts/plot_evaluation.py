@@ -1,6 +1,6 @@
 """Draw the results of `evaluate_pretraining.py`: accuracy, recall, perplexity, coverage and load of the experts.
 
-    python scripts/plot_evaluation.py scores/results.json docs/images/small_model_scores.png
+python scripts/plot_evaluation.py scores/results.json docs/images/small_model_scores.png
 """
 
 import argparse
@@ -26,10 +26,18 @@ def plot_evaluation(record: dict[str, Any], path: str | Path) -> Path:
     Raises:
         ValueError: The record has none of the parts.
     """
-    drawers = {"answers": _answers, "recall": _recall, "perplexity": _perplexity, "coverage": _coverage, "experts": _experts}
+    drawers = {
+        "answers": _answers,
+        "recall": _recall,
+        "perplexity": _perplexity,
+        "coverage": _coverage,
+        "experts": _experts,
+    }
     parts = [part for part in drawers if record.get(part)]
     if not parts:
-        raise ValueError(f"the results must have one of {', '.join(drawers)} to draw, got {', '.join(record) or 'none'}.")
+        raise ValueError(
+            f"the results must have one of {', '.join(drawers)} to draw, got {', '.join(record) or 'none'}."
+        )
     path = Path(path)
     columns = min(len(parts), 3)
     lines = -(-len(parts) // columns)
@@ -65,7 +73,9 @@ def _recall(panel: Any, record: dict[str, Any]) -> None:
     image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for y, line in enumerate(grid):
         for x, value in enumerate(line):
-            panel.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=7, color="white" if value < 0.6 else "black")
+            panel.text(
+                x, y, f"{value:.0%}", ha="center", va="center", fontsize=7, color="white" if value < 0.6 else "black"
+            )
     panel.set_xticks(range(len(rows)), [short(row["tokens"]) for row in rows])
     panel.set_yticks(range(len(depths)), [f"{float(depth):.0%}" for depth in depths])
     panel.set(xlabel="tokens of the text", ylabel="depth of the fact", title="recall, share of right answers")
@@ -87,7 +97,9 @@ def _coverage(panel: Any, record: dict[str, Any]) -> None:
     places = [row["tokens"] for row in rows]
     for number in rows[0]["layers"]:
         panel.plot(places, [row["layers"][number] for row in rows], marker="o", label=f"layer {number}")
-    panel.plot(places, [row["blocks_share"] for row in rows], color="grey", marker=".", linestyle=":", label="even attention")
+    panel.plot(
+        places, [row["blocks_share"] for row in rows], color="grey", marker=".", linestyle=":", label="even attention"
+    )
     _lengths(panel, places)
     panel.set(ylim=(0, 1.02), ylabel="share of the attention to all keys", title="held by the selected blocks")
     panel.legend()
@@ -95,7 +107,9 @@ def _coverage(panel: Any, record: dict[str, Any]) -> None:
 
 def _experts(panel: Any, record: dict[str, Any]) -> None:
     tasks = record["experts"]
-    grid = [[share * len(layer["shares"]) for layer in layers for share in layer["shares"]] for layers in tasks.values()]
+    grid = [
+        [share * len(layer["shares"]) for layer in layers for share in layer["shares"]] for layers in tasks.values()
+    ]
     image = panel.imshow(grid, vmin=0, vmax=3, cmap="viridis", aspect="auto")
     panel.set_yticks(range(len(tasks)), list(tasks))
     panel.set(xlabel="experts, layer by layer", title="load of the experts, 1 is even")

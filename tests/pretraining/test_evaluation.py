@@ -16,7 +16,13 @@ TASKS = ("recall", "image", "video", "tools", "thinking")
 
 @pytest.fixture(scope="module")
 def scripts(load_script):
-    names = ("evaluate_pretraining", "evaluation_answers", "evaluation_probes", "evaluation_prompts", "plot_evaluation")
+    names = (
+        "evaluate_pretraining",
+        "evaluation_answers",
+        "evaluation_probes",
+        "evaluation_prompts",
+        "plot_evaluation",
+    )
     return SimpleNamespace(**{name: load_script(name) for name in names})
 
 
@@ -95,7 +101,9 @@ def test_right_answers_are_judged_right_and_no_others(scripts, processor, task):
         written = whole.ids[place.start : place.end]
         assert judge(processor, prompt, np.append(written, [padding] * 3))[:2] == (True, True)
         assert judge(processor, prompt, written[:-1])[:2] == (False, False), "it has no end"
-        others = [o for o, p in zip(whole.answers, prompts) if p.answer != prompt.answer or p.question != prompt.question]
+        others = [
+            o for o, p in zip(whole.answers, prompts) if p.answer != prompt.answer or p.question != prompt.question
+        ]
         for other in others:
             if prompts[whole.answers.index(other)].answer != prompt.answer:
                 assert not judge(processor, prompt, whole.ids[other.start : other.end])[0], number
