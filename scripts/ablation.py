@@ -151,7 +151,8 @@ def steps_done(folder: Path) -> int:
 def train_all(arguments: argparse.Namespace, work: Path, argv: Sequence[str]) -> list[dict[str, Any]]:
     """Trains all arms with all seeds, each in a process, and returns the records of those that did not fail."""
     waiting = [(arm, seed) for seed in range(arguments.seeds) for arm in arguments.arms]
-    runs, active = list(waiting), {}
+    runs = list(waiting)
+    active: dict[tuple[str, int], subprocess.Popen] = {}
     done: dict[tuple[str, int], int] = {}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
@@ -199,7 +200,7 @@ def write_results(arguments: argparse.Namespace, work: Path, argv: Sequence[str]
     records = train_all(arguments, work, argv)
     if not records:
         raise SystemExit("ablation: all runs failed")
-    result = {
+    result: dict[str, Any] = {
         "command": ["python", "scripts/ablation.py", *argv],
         "budget": plan,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -57,14 +57,14 @@ def compare(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for name, value in found.items():
             if name.startswith(("loss", "accuracy_", "expert_load", "answers_")):
                 scores[name][record["arm"]][record["seed"]] = value
-    ratios = {}
+    ratios: dict[str, Any] = {}
     for arm in ATTENTION:
         for name in ("loss", *(f"loss_{modality}" for parts in MODALITIES.values() for modality in parts)):
             _add_ratio(ratios, scores[name], arm, "dense", name)
     for arm, modalities in MODALITIES.items():
         for modality in modalities:
             _add_ratio(ratios, scores[f"loss_{modality}"], JOINT, arm, f"loss_{modality}")
-    covered = defaultdict(list)
+    covered: defaultdict[str, list[float]] = defaultdict(list)
     for record in records:
         covered[record["arm"]] += [found["share"] for found in record["coverage"]]
     return {

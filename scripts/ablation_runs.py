@@ -153,17 +153,13 @@ def train_run(name: str, seed: int, data: Path, folder: Path, options: dict[str,
     """
     arm, started = ARMS[name], time.perf_counter()
     config = arm_config(arm, options["size"])
-    padding = config.text_config.pad_token_id
+    padding: Any = config.text_config.pad_token_id
     train = WrittenPacks(data / str(seed), options["steps"], arm.modalities, padding)
     heldout: Any = WrittenPacks(data / "heldout", options["eval_packs"], arm.modalities, padding)
     every = max(1, options["steps"] // options["evaluations"])
-    training = TrainingArguments(
-        str(folder),
-        **DEFAULTS
-        | {"max_steps": options["steps"], "eval_steps": every, "logging_steps": max(1, every // 10), "seed": seed}
-        | {"save_strategy": "no", "dataloader_num_workers": 0, "disable_tqdm": True},
-        bf16=torch.cuda.is_available(),
-    )
+    settings: dict[str, Any] = DEFAULTS | {"max_steps": options["steps"], "eval_steps": every, "seed": seed}
+    settings |= {"logging_steps": max(1, every // 10), "save_strategy": "no", "dataloader_num_workers": 0}
+    training = TrainingArguments(str(folder), **settings, bf16=torch.cuda.is_available(), disable_tqdm=True)
     set_seed(seed)
     model = MiniMaxM3SparseForConditionalGeneration(config)
     callbacks: list[TrainerCallback] = [

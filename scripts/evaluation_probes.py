@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,9 +87,9 @@ def code_perplexity(
             rows = []
             for ids in fitting[start : start + size]:
                 ids = ids[-length:]
-                labels = np.full(length, IGNORED)
-                labels[-TARGETS:] = ids[-TARGETS:]
-                rows.append(EncodedRow(ids, labels, "code"))
+                learned = np.full(length, IGNORED)
+                learned[-TARGETS:] = ids[-TARGETS:]
+                rows.append(EncodedRow(ids, learned, "code"))
             inputs = to_inputs(rows, padding, model.device)
             labels = inputs.pop("labels")[0]
             places = (labels != IGNORED).nonzero().flatten()
@@ -114,7 +114,7 @@ def code_perplexity(
 
 @torch.no_grad()
 def expert_loads(
-    model: Any, rows_of: dict[str, Sequence[EncodedRow]], most_tokens: int, progress: Progress
+    model: Any, rows_of: Mapping[str, Sequence[EncodedRow]], most_tokens: int, progress: Progress
 ) -> dict[str, Any]:
     """How the experts share the tokens of each task and of all together, by layer.
 
@@ -195,7 +195,8 @@ def coverage(
     text = model.config.get_text_config()
     padding, found = text.pad_token_id, []
     for length in lengths:
-        by_document, layers = [], defaultdict(list)
+        by_document: list[float] = []
+        layers: defaultdict[int, list[float]] = defaultdict(list)
         for ids in documents:
             if len(ids) < length:
                 continue

@@ -64,7 +64,7 @@ class Prompt:
     ids: np.ndarray
     answer: str
     num_tokens: int
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
     images: list[Medium] = field(default_factory=list)
     videos: list[Medium] = field(default_factory=list)
     depth: float = -1.0
@@ -118,7 +118,7 @@ def row_prompts(encoder: RowEncoder, row: Row) -> list[Prompt]:
     prompts = []
     for place, answer in zip(encoded.answers, row["answers"]):
         ids = encoded.ids[: place.start]
-        media = {
+        media: dict[str, Any] = {
             name: _seen(getattr(encoded, name), int((ids == token).sum()), getattr(processor, part).merge_size)
             for name, token, part in (
                 ("images", processor.image_token_id, "image_processor"),
@@ -159,7 +159,7 @@ def file_prompts(processor: MiniMaxM3VLProcessor, row: Row) -> list[Prompt]:
                 return_tensors="pt",
                 **row["chat_template_kwargs"],
             )
-            media = {
+            media: dict[str, Any] = {
                 name: [(inputs[pixels].numpy(), inputs[grids].numpy())] if pixels in inputs else []
                 for name, pixels, grids in (
                     ("images", "pixel_values", "image_grid_thw"),
