@@ -47,7 +47,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
     parser.add_argument("--size", choices=("small", "tiny"), default="small", help="of the model; tiny is for tests")
     parser.add_argument("--steps", type=int, default=1500, help="of each run (1500)")
-    parser.add_argument("--seconds", type=float, default=340, help="after which a run stops (340)")
+    parser.add_argument("--seconds", type=float, default=380, help="after which a run stops (380)")
     parser.add_argument("--pack_tokens", type=int, default=8192, help="tokens of a step (8192)")
     parser.add_argument("--stages", default="1024:0.3,4096:1", help="curriculum, as of pretrain.py (1024:0.3,4096:1)")
     parser.add_argument("--warmup_share", type=float, default=0.3, help="of the steps, with dense attention (0.3)")

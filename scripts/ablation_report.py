@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from ablation_runs import ARMS, EVERYTHING, JOINT
 from replace_when_done import replace_when_done
 
 # 97.5% quantiles of Student's distribution by the number of values: an interval from three seeds is wide.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-JOINT = "learned"
-ATTENTION = ("learned", "structured")
-MODALITIES = {"text only": ("code", "text", "recall", "tools"), "image only": ("image",), "video only": ("video",)}
+BASE = "dense"  # the arm whose loss those of the other attention types are divided by
+ATTENTION = [name for name, arm in ARMS.items() if arm.modalities == EVERYTHING and name != BASE]
+MODALITIES = {name: arm.modalities for name, arm in ARMS.items() if arm.modalities != EVERYTHING}
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def compare(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ratios: dict[str, Any] = {}
     for arm in ATTENTION:
         for name in ("loss", *(f"loss_{modality}" for parts in MODALITIES.values() for modality in parts)):
-            _add_ratio(ratios, scores[name], arm, "dense", name)
+            _add_ratio(ratios, scores[name], arm, BASE, name)
     for arm, modalities in MODALITIES.items():
         for modality in modalities:
             _add_ratio(ratios, scores[f"loss_{modality}"], JOINT, arm, f"loss_{modality}")

@@ -75,12 +75,12 @@ def answer_batch(model: Any, prompts: Sequence[Prompt], **options: Any) -> list[
 
 
 @torch.no_grad()
-def answer_in_turn(model: Any, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+def answer_in_turn(model: Any, prompts: Sequence[Prompt], **options: Any) -> list[np.ndarray]:
     """The same for the prompts of one row, each of which continues the one before: no token is read twice."""
     cache = DynamicCache(config=model.config)
     written = []
     for prompt in prompts:
-        written += answer_batch(model, [prompt], **{CACHE_NAME: cache})
+        written += answer_batch(model, [prompt], **{CACHE_NAME: cache}, **options)
         cache.crop(len(prompt.ids) - cache.get_seq_length())  # what it wrote: the next prompt has the right answer
     return written
 

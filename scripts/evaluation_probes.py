@@ -127,7 +127,7 @@ def expert_loads(
     for task, rows in rows_of.items():
         kept: list[EncodedRow] = []
         for row in rows:
-            if sum(len(other.ids) for other in kept) + len(row.ids) <= most_tokens:
+            if not kept or sum(len(other.ids) for other in kept) + len(row.ids) <= most_tokens:
                 kept.append(row)
         inputs = to_inputs(kept, padding, model.device)
         inputs.pop("labels")

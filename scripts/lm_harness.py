@@ -26,7 +26,7 @@ def with_our_tasks(arguments: list[str]) -> list[str]:
 def main(argv: Iterable[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        from lm_eval.__main__ import cli_evaluate  # type: ignore[import-not-found]
+        from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
         raise SystemExit("lm_harness: the harness is not installed: `pip install lm-eval`.") from error
     import modeling_minimax_m3  # noqa: F401 - registers the classes

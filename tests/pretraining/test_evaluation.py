@@ -139,10 +139,10 @@ def test_batch_and_turns_write_what_one_prompt_alone_gives(scripts, model, proce
     )[:4]
     batch = scripts.evaluation_answers.answer_batch(model, prompts)
     turns = scripts.evaluation_answers.answer_in_turn(model, prompts)
-    for prompt, one, other in zip(prompts, batch, turns):
+    pieces = scripts.evaluation_answers.answer_in_turn(model, prompts, prefill_chunk_size=100)
+    for prompt, *written in zip(prompts, batch, turns, pieces):
         expected = greedy(model, prompt, scripts, 4)
-        assert one[:4].tolist() == expected
-        assert other[:4].tolist() == expected
+        assert [ids[:4].tolist() for ids in written] == [expected] * 3
 
 
 def test_batches_hold_each_prompt_once_and_no_more_tokens_than_allowed(scripts):
