@@ -33,7 +33,7 @@ def plot_evaluation(record: dict[str, Any], path: str | Path) -> Path:
         "coverage": _coverage,
         "experts": _experts,
     }
-    parts = [part for part in drawers if record.get(part)]
+    parts = [part for part in drawers if record.get(part) or (part == "answers" and record.get("files"))]
     if not parts:
         raise ValueError(
             f"the results must have one of {', '.join(drawers)} to draw, got {', '.join(record) or 'none'}."
@@ -53,7 +53,7 @@ def plot_evaluation(record: dict[str, Any], path: str | Path) -> Path:
 
 
 def _answers(panel: Any, record: dict[str, Any]) -> None:
-    bars = [(task, scores) for task, scores in record["answers"].items()]
+    bars = [(task, scores) for task, scores in record.get("answers", {}).items()]
     bars += [(f"{task}, files", scores) for task, scores in record.get("files", {}).items()]
     values = [scores["accuracy"] for _, scores in bars]
     errors = [

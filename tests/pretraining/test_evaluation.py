@@ -260,8 +260,11 @@ def test_folder_without_a_model_is_named(scripts, tmp_path):
         scripts.evaluate_pretraining.main([str(tmp_path), str(tmp_path / "scores")])
 
 
-def test_results_without_any_part_have_no_picture(scripts, tmp_path):
+def test_picture_has_the_parts_of_the_results(scripts, tmp_path):
     with pytest.raises(ValueError, match="must have one of answers, .*got seed"):
         scripts.plot_evaluation.plot_evaluation({"seed": 1}, tmp_path / "picture.png")
+    scores = {"accuracy": 0.5, "interval": [0.2, 0.8]}
+    scripts.plot_evaluation.plot_evaluation({"files": {"image": scores}}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
     assert scripts.plot_evaluation.short(262144) == "256k" and scripts.plot_evaluation.short(2**20) == "1M"
     assert scripts.plot_evaluation.short(512) == "512"
