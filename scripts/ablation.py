@@ -197,6 +197,7 @@ def write_results(arguments: argparse.Namespace, work: Path, argv: Sequence[str]
     started = time.perf_counter()
     make_data(arguments, work / "data")
     data_seconds = time.perf_counter() - started
+    print(f"packs written in {data_seconds:.0f} s; training {plan['runs']} runs", flush=True)
     records = train_all(arguments, work, argv)
     if not records:
         raise SystemExit("ablation: all runs failed")

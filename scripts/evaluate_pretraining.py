@@ -125,7 +125,9 @@ class Evaluation:
         for name in self.options.parts:
             started = time.perf_counter()
             found[name] = getattr(self, name)()
-            found.setdefault("seconds", {})[name] = round(time.perf_counter() - started, 1)
+            seconds = time.perf_counter() - started
+            found.setdefault("seconds", {})[name] = round(seconds, 1)
+            print(f"{name}: measured in {seconds:.1f} s", flush=True)
         return found
 
     def _made(self, data: Dataset, size: int) -> DataLoader:
