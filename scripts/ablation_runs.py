@@ -55,7 +55,7 @@ SHORTEST_COVERED = 4  # times the tokens that a query selects: documents whose c
 def arm_config(arm: Arm, size: str) -> MiniMaxM3VLConfig:
     """The model of an arm.
 
-    The small size is that of the shipped checkpoint, but a query selects 8 blocks of 64 keys, so that texts of 4096
+    The small size is `small_config`, but a query selects 8 blocks of 64 keys, so that texts of 4096
     tokens are long.
     """
     layers = 4
