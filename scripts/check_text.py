@@ -53,10 +53,17 @@ def find_whitespace(text: str) -> list[str]:
     return found
 
 
+class TaggedLoader(yaml.SafeLoader):
+    """Reads a value with a tag of its own, such as `!function` of the lm-eval harness, as its text."""
+
+
+TaggedLoader.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
+
+
 def find_syntax_error(name: str, text: str) -> list[str]:
     try:
         if name.endswith((".yaml", ".yml")):
-            list(yaml.safe_load_all(text))
+            list(yaml.load_all(text, TaggedLoader))
         elif name.endswith(".toml"):
             tomllib.loads(text)
     except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:

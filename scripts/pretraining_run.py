@@ -125,7 +125,7 @@ def score_packs(model: torch.nn.Module, packs: Packs) -> dict[str, float]:
         values = torch.nn.functional.cross_entropy(logits, labels[places], reduction="none")
         hits = np.zeros(len(labels), bool)
         hits[places.cpu().numpy()] = (logits.argmax(-1) == labels[places]).cpu().numpy()
-        load = load + _chosen(model, outputs.router_logits)
+        load = load + expert_choices(model, outputs.router_logits)
         row_of = np.searchsorted(np.cumsum(pack["lengths"]), places.cpu().numpy(), side="right")
         nats = values.cpu().numpy()
         for row, modality in enumerate(pack["modalities"]):
@@ -145,7 +145,7 @@ def score_packs(model: torch.nn.Module, packs: Packs) -> dict[str, float]:
     return {name: round(value, 5) for name, value in scores.items()}
 
 
-def _chosen(model: Any, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def expert_choices(model: Any, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """How often each expert of each layer was chosen: (layers, experts)."""
     config = model.config.get_text_config()
     chosen = torch.stack(tuple(router_logits)).float().topk(config.num_experts_per_tok, dim=-1).indices

@@ -44,6 +44,10 @@ def test_text_without_faults(check_text, text):
     assert check_text.find_faults("a.md", text.replace(" \n", "\n")) == []
 
 
+def test_tags_of_other_programs_are_no_fault(check_text):
+    assert check_text.find_faults("a.yaml", "load: !function utils.load\n") == []
+
+
 def test_wrapping_keeps_the_words_and_what_lines_mean(check_text):
     text = (
         "A short line stays\nas it is.\n\n"

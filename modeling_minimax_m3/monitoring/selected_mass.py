@@ -16,8 +16,9 @@ def selected_mass(
     real: torch.Tensor | None,
     block_size: int,
     softmax_scale: float,
+    chosen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attends from the few queries that see the most keys to all of their keys, and sums over the selected blocks.
+    """Attends from a few queries to all of their keys, and sums over the selected blocks.
 
     Queries whose blocks are all selected say nothing and do not count.
 
@@ -27,6 +28,8 @@ def selected_mass(
         real (bool (B, T), optional): False at padding, in working order.
         block_size (int): Keys of a block.
         softmax_scale (float): Factor of the scores.
+        chosen (int64 (N,), optional): The queries, as places among the B * T. By default those few that see the most
+            keys.
 
     Returns:
         The sum of the shares, each the mean over heads from 0 to 1, and the number of queries that count: float32
@@ -37,8 +40,12 @@ def selected_mass(
     if real is not None:
         positions = positions.masked_fill(~real, -1)
     positions = positions.flatten()
-    count = max(1, min(MOST_QUERIES, MOST_PAIRS // num_tokens, num_tokens))
-    position, chosen = positions.topk(count)  # documents are consecutive, so this says where each starts
+    if chosen is None:
+        count = max(1, min(MOST_QUERIES, MOST_PAIRS // num_tokens, num_tokens))
+        position, chosen = positions.topk(count)
+    else:
+        count, position = len(chosen), positions[chosen]
+    # documents are consecutive, so the positions say where each starts
     start = (chosen - position)[:, None]
 
     token = torch.arange(num_tokens, device=query.device)

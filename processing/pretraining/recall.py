@@ -67,7 +67,10 @@ MAX_QUESTIONS = 6
 def filler(numbers: random.Random, split: str, characters: int) -> list[str]:
     """Lines of code or prose, about `characters` long together."""
     make = code_row if numbers.random() < 0.5 else english_row
-    return make(numbers, split, max(characters, 1))["text"].split("\n")
+    text = make(numbers, split, max(characters, 1))["text"]
+    while len(text) < characters:  # more than all files of the split have together
+        text += "\n" + make(numbers, split, characters - len(text))["text"]
+    return text.split("\n")
 
 
 def hide(lines: list[str], facts: Sequence[str], depths: Sequence[float]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from processing_minimax_m3.pretraining import SPLITS, make_row
+from processing_minimax_m3.pretraining import SPLITS, make_row, recall
 from processing_minimax_m3.pretraining import text as text_sources
 from processing_minimax_m3.pretraining.digits import digit_indices
 from processing_minimax_m3.pretraining.recall import hide, key_value_row, needle_row, variable_row
@@ -307,3 +307,10 @@ def test_wrong_arguments_are_named():
         make_row("poetry", "train", 0)
     with pytest.raises(ValueError, match="`split` must be one of.*'test'"):
         make_row("image", "test", 0)
+
+
+def test_texts_around_facts_may_be_longer_than_all_files_of_a_split(monkeypatch):
+    monkeypatch.setattr(recall, "english_row", recall.code_row)  # so that the text is code
+    whole = sum(len(text_sources.source_text(path)) for path in source_paths("heldout"))
+    lines = recall.filler(random_numbers("filler"), "heldout", whole + 100_000)
+    assert len("\n".join(lines)) >= whole + 100_000

@@ -145,8 +145,9 @@ def test_load_of_experts():
     assert expert_load([0, 0]) == {}
 
 
+@pytest.mark.parametrize("asked", [None, (70, 100, 149)], ids=["last", "chosen"])
 @pytest.mark.parametrize("layout", ["packed", "left", "right"])
-def test_the_selected_mass_is_that_of_plain_attention(layout):
+def test_the_selected_mass_is_that_of_plain_attention(layout, asked):
     """Against a softmax over all keys of the document, of one query and head at a time."""
     model = make_model(num_hidden_layers=4).train()
     config = model.config
@@ -173,13 +174,16 @@ def test_the_selected_mass_is_that_of_plain_attention(layout):
     model(**inputs, use_cache=False)
     ((query, key, blocks, sequence_layout, scale),) = seen
     ordered = None if real is None else sequence_layout.order_queries(real)
-    mass, count = selected_mass(query, key, blocks, sequence_layout, ordered, config.index_block_size, scale)
-    assert count == 8
     if real is not None and not bool(ordered[0, start]):
         start = int(ordered[0].nonzero()[0])
+    places = None if asked is None else torch.tensor(asked) + start
+    options = (config.index_block_size, scale, places)
+    mass, count = selected_mass(query, key, blocks, sequence_layout, ordered, *options)
+    positions = range(long - 8, long) if asked is None else asked
+    assert count == len(positions)
     shares = []
     group = query.shape[2] // key.shape[2]
-    for position in range(long - 8, long):
+    for position in positions:
         for head in range(query.shape[2]):
             keys = key[0, start : start + position + 1, head // group]
             weights = (keys @ query[0, start + position, head] * scale).softmax(0)

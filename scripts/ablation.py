@@ -1,0 +1,252 @@
+"""Compare attention types, and training on all modalities with training on one: many small runs at once on one GPU.
+
+    python scripts/ablation.py ablation --plan           # the budget alone
+    python scripts/ablation.py ablation                  # 6 arms, 3 seeds
+    python scripts/ablation.py plot ablation/ablation.json docs/images/ablation.png
+
+All runs of a seed read the same packs, in the same order, in the same number of steps. An arm with one modality reads
+these packs without the rows of the others. The folder gets `ablation.json` and a picture of it, `ablation.png`.
+docs/pretraining.md explains the arms and the figures.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Everything is on this machine; both are read when Transformers and its tokenizers are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from tqdm import tqdm
+
+from ablation_report import compare, plot_ablation, print_comparison
+from ablation_runs import ARMS, JOINT, arm_config, train_run, write_packs
+from make_tiny_checkpoint import build_processor
+from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from processing_minimax_m3.pretraining import WEIGHTS, Packs, parse_stages
+from processing_minimax_m3.pretraining.packs import Stage
+from processing_minimax_m3.pretraining.tokenizer_texts import tokenizer_texts
+from replace_when_done import replace_when_done
+
+POLL = 2.0  # seconds between looks at the runs
+
+
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("output", type=Path, help="folder for ablation.json and ablation.png")
+    parser.add_argument("--plan", action="store_true", help="state the budget and stop")
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)} (all)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
+    parser.add_argument("--size", choices=("small", "tiny"), default="small", help="of the model; tiny is for tests")
+    parser.add_argument("--steps", type=int, default=1500, help="of each run (1500)")
+    parser.add_argument("--seconds", type=float, default=380, help="after which a run stops (380)")
+    parser.add_argument("--pack_tokens", type=int, default=8192, help="tokens of a step (8192)")
+    parser.add_argument("--stages", default="1024:0.3,4096:1", help="curriculum, as of pretrain.py (1024:0.3,4096:1)")
+    parser.add_argument("--warmup_share", type=float, default=0.3, help="of the steps, with dense attention (0.3)")
+    parser.add_argument("--tasks", default=",".join(WEIGHTS), help="tasks of the packs (all)")
+    parser.add_argument("--evaluations", type=int, default=8, help="of a run (8)")
+    parser.add_argument("--eval_packs", type=int, default=24, help="held-out packs of an evaluation (24)")
+    parser.add_argument("--jobs", type=int, default=0, help="runs at once (all)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that make packs (one a core)"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder for packs and runs, which stays (default: one that is removed)"
+    )
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # ARM/SEED: this process is one of the runs
+    return parser.parse_args(argv)
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises `ValueError` for an option that cannot work."""
+    for name, known in (("arms", ARMS), ("tasks", WEIGHTS)):
+        values = [value.strip() for value in getattr(arguments, name).split(",")]
+        if unknown := [value for value in values if value not in known]:
+            raise ValueError(f"`--{name}` must be names of {', '.join(known)}, got {unknown[0]!r}.")
+        setattr(arguments, name, values)
+    for name in ("seeds", "steps", "evaluations", "eval_packs", "seconds"):
+        if getattr(arguments, name) <= 0:
+            raise ValueError(f"`--{name}` must be above 0, got {getattr(arguments, name)}.")
+    if arguments.evaluations > arguments.steps:
+        raise ValueError(f"`--evaluations` must be at most the {arguments.steps} steps, got {arguments.evaluations}.")
+    for name in ("jobs", "workers"):
+        if getattr(arguments, name) < 0:
+            raise ValueError(f"`--{name}` must be at least 0, got {getattr(arguments, name)}.")
+    if not 0 <= arguments.warmup_share <= 1:
+        raise ValueError(f"`--warmup_share` must be from 0 to 1, got {arguments.warmup_share}.")
+    parse_stages(arguments.stages)
+
+
+def budget(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the comparison costs, before it starts."""
+    parameters = {}
+    for name in arguments.arms:
+        with torch.device("meta"):
+            model = MiniMaxM3SparseForConditionalGeneration(arm_config(ARMS[name], arguments.size))
+        parameters[name] = model.num_parameters()
+    return {
+        "arms": arguments.arms,
+        "seeds": arguments.seeds,
+        "runs": len(arguments.arms) * arguments.seeds,
+        "steps": arguments.steps,
+        "pack_tokens": arguments.pack_tokens,
+        "tokens": arguments.steps * arguments.pack_tokens,
+        "stages": arguments.stages,
+        "warmup_share": arguments.warmup_share,
+        "seconds": arguments.seconds,
+        "parameters": parameters,
+    }
+
+
+def print_budget(plan: dict[str, Any]) -> None:
+    print(
+        f"{plan['runs']} runs ({len(plan['arms'])} arms, {plan['seeds']} seeds) of {plan['steps']:,} steps of "
+        f"{plan['pack_tokens']:,} tokens: {plan['tokens'] / 1e6:.1f}M tokens each, {plan['seconds']:.0f} seconds at most"
+    )
+    for name, size in plan["parameters"].items():
+        arm = ARMS[name]
+        print(f"  {name}: {size:,} parameters, {arm.attention}, rows of {', '.join(arm.modalities)}")
+
+
+def make_data(arguments: argparse.Namespace, folder: Path) -> None:
+    """Writes the packs of each seed, and the held-out ones."""
+    config = arm_config(ARMS[JOINT], arguments.size)
+    weights = {task: WEIGHTS[task] for task in arguments.tasks}
+    processor = build_processor(config, tokenizer_texts(weights))
+    stages = parse_stages(arguments.stages)
+    data: dict[str, Any] = {"tokens": arguments.pack_tokens, "weights": weights}
+    last = [Stage(1.0, stages[-1].max_length)]
+    sources = {"heldout": Packs(processor, "heldout", arguments.eval_packs, stages=last, **data)}
+    for seed in range(arguments.seeds):
+        sources[str(seed)] = Packs(processor, "train", arguments.steps, stages=stages, seed=seed, **data)
+    total = sum(len(packs) for packs in sources.values())
+    with tqdm(total=total, desc="packs", unit="pack", disable=None, mininterval=1) as progress:
+        for name, packs in sources.items():
+            for _ in write_packs(packs, folder / name, arguments.workers):
+                progress.update()
+
+
+def run_folder(work: Path, arm: str, seed: int) -> Path:
+    return work / "runs" / f"{arm.replace(' ', '-')}-{seed}"
+
+
+def steps_done(folder: Path) -> int:
+    """The last step that a run has logged."""
+    path = folder / "curves.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return json.loads(lines[-1])["step"] if lines else 0
+    except ValueError:  # the run is writing the line
+        return 0
+
+
+def train_all(arguments: argparse.Namespace, work: Path, argv: Sequence[str]) -> list[dict[str, Any]]:
+    """Trains all arms with all seeds, each in a process, and returns the records of those that did not fail."""
+    waiting = [(arm, seed) for seed in range(arguments.seeds) for arm in arguments.arms]
+    runs = list(waiting)
+    active: dict[tuple[str, int], subprocess.Popen] = {}
+    done: dict[tuple[str, int], int] = {}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    try:
+        with tqdm(total=len(runs) * arguments.steps, desc="steps", disable=None, mininterval=1) as progress:
+            while waiting or active:
+                while waiting and len(active) < (arguments.jobs or len(runs)):
+                    arm, seed = waiting.pop(0)
+                    folder = run_folder(work, arm, seed)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    command = [sys.executable, __file__, *argv, "--work", str(work), "--run", f"{arm}/{seed}"]
+                    with (folder / "log.txt").open("w") as log:
+                        active[arm, seed] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+                time.sleep(POLL if active else 0)
+                done |= {run: max(done.get(run, 0), steps_done(run_folder(work, *run))) for run in active}
+                progress.update(sum(done.values()) - progress.n)
+                active = {run: process for run, process in active.items() if process.poll() is None}
+    finally:
+        for process in active.values():
+            process.terminate()
+    records = []
+    for arm, seed in runs:
+        path = run_folder(work, arm, seed) / "record.json"
+        if path.exists():
+            records.append(json.loads(path.read_text()))
+        else:
+            tail = (path.parent / "log.txt").read_text()[-2000:]
+            print(f"the run of {arm!r} with seed {seed} failed:\n{tail}", file=sys.stderr)
+    return records
+
+
+def run_one(arguments: argparse.Namespace) -> None:
+    """One of the runs, in a process of its own."""
+    arm, _, seed = arguments.run.partition("/")
+    names = ("size", "steps", "evaluations", "eval_packs", "seconds", "warmup_share", "pack_tokens")
+    options = {name: getattr(arguments, name) for name in names}
+    train_run(arm, int(seed), arguments.work / "data", run_folder(arguments.work, arm, int(seed)), options)
+
+
+def write_results(arguments: argparse.Namespace, work: Path, argv: Sequence[str]) -> dict[str, Any]:
+    plan = budget(arguments)
+    print_budget(plan)
+    started = time.perf_counter()
+    make_data(arguments, work / "data")
+    data_seconds = time.perf_counter() - started
+    print(f"packs written in {data_seconds:.0f} s; training {plan['runs']} runs", flush=True)
+    records = train_all(arguments, work, argv)
+    if not records:
+        raise SystemExit("ablation: all runs failed")
+    result: dict[str, Any] = {
+        "command": ["python", "scripts/ablation.py", *argv],
+        "budget": plan,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],  # the texts are those of this release
+        "data_seconds": round(data_seconds, 1),
+        "total_seconds": round(time.perf_counter() - started, 1),
+        "comparison": compare(records),
+        "runs": records,
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with replace_when_done(arguments.output / "ablation.json") as unfinished:
+        unfinished.write_text(json.dumps(result) + "\n")
+    print_comparison(result["comparison"])
+    print(f"wrote {plot_ablation(result, arguments.output / 'ablation.png')}, and ablation.json beside it")
+    if len(records) < plan["runs"]:
+        raise SystemExit(f"ablation: {plan['runs'] - len(records)} of {plan['runs']} runs failed")
+    return result
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    """Trains and compares. Errors of arguments end the program with their message."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["plot"]:
+        parser = argparse.ArgumentParser("ablation.py plot", description="Draw the results.")
+        parser.add_argument("results", type=Path, help="ablation.json")
+        parser.add_argument("picture", type=Path, help="path of the picture")
+        arguments = parser.parse_args(given[1:])
+        print(f"wrote {plot_ablation(json.loads(arguments.results.read_text()), arguments.picture)}")
+        return
+    arguments = read_arguments(given)
+    try:
+        check_arguments(arguments)
+    except ValueError as error:
+        raise SystemExit(f"ablation: {error}") from error
+    if arguments.run:
+        run_one(arguments)
+    elif arguments.plan:
+        print_budget(budget(arguments))
+    elif arguments.work:
+        write_results(arguments, arguments.work, given)
+    else:
+        with tempfile.TemporaryDirectory(prefix="ablation-") as work:
+            write_results(arguments, Path(work), given)
+
+
+if __name__ == "__main__":
+    main()

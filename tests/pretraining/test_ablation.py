@@ -1,0 +1,149 @@
+"""`scripts/ablation.py`: the same rows for all arms, the comparison of their runs, and the script from end to end."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from processing_minimax_m3.pretraining import Packs, Stage
+
+SMALL = (
+    *("--size", "tiny", "--steps", "2", "--evaluations", "1", "--eval_packs", "1", "--pack_tokens", "1024"),
+    *("--stages", "512:1", "--tasks", "image,code", "--workers", "0"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scripts(load_script):
+    return SimpleNamespace(**{name: load_script(name) for name in ("ablation", "ablation_runs", "ablation_report")})
+
+
+def test_arms_with_one_modality_read_its_rows_of_the_same_packs(scripts, processor, tmp_path):
+    weights = {"image": 2.0, "code": 1.0, "recall": 1.0}
+    packs = Packs(processor, "train", 2, tokens=4096, stages=[Stage(1.0, 1024)], weights=weights)
+    assert list(scripts.ablation_runs.write_packs(packs, tmp_path, 0)) == [0, 1]
+    for modalities in (scripts.ablation_runs.EVERYTHING, ("image",), ("code", "recall")):
+        written = scripts.ablation_runs.WrittenPacks(tmp_path, 2, modalities, packs.padding)
+        for index in range(2):
+            expected = [row for row in packs.rows(index) if row.modality in modalities]
+            found = written.rows(index)
+            assert [row.ids.tolist() for row in found] == [row.ids.tolist() for row in expected]
+            for row, other in zip(found, expected):
+                for (patches, grids), (same, same_grids) in zip(row.images + row.videos, other.images + other.videos):
+                    assert patches.dtype == same.dtype and (patches - same).abs().max() < 0.02
+                    assert grids.tolist() == same_grids.tolist()
+            pack = written[index]
+            assert pack["lengths"] == [len(row.ids) for row in expected], "no padding"
+    with pytest.raises(ValueError, match="no pack in .* has a row of poetry"):
+        scripts.ablation_runs.WrittenPacks(tmp_path, 2, ("poetry",), packs.padding)[0]
+
+
+def test_pack_without_a_row_of_the_modality_becomes_the_next_one(scripts, processor, tmp_path):
+    for index, weights in enumerate(({"code": 1.0}, {"thinking": 1.0})):
+        (tmp_path / str(index)).mkdir()
+        packs = Packs(processor, "train", 1, tokens=1024, stages=[Stage(1.0, 512)], weights=weights)
+        list(scripts.ablation_runs.write_packs(packs, tmp_path / str(index), 0))
+        (tmp_path / str(index) / "0.pickle").rename(tmp_path / f"{index}.pickle")
+    written = scripts.ablation_runs.WrittenPacks(tmp_path, 2, ("tools",), packs.padding)
+    assert written[0]["input_ids"].tolist() == written[1]["input_ids"].tolist()
+    assert set(written[0]["modalities"]) == {"tools"}
+
+
+def test_arms_differ_in_one_thing(scripts):
+    arms, config = scripts.ablation_runs.ARMS, scripts.ablation_runs.arm_config
+    for size in ("small", "tiny"):
+        types = {name: config(arm, size).text_config.layer_types for name, arm in arms.items()}
+        assert {tuple(types[name]) for name in ("learned", "text only", "image only", "video only")} == {
+            tuple(types["learned"])
+        }
+        assert {found[0] for found in types.values()} == {"full_attention"}
+        text = config(arms["structured"], size).text_config
+        pattern = (text.structured_local_blocks, text.structured_anchor_blocks, text.structured_random_blocks)
+        assert sum(pattern) == text.index_topk_blocks, "as many blocks as the learned arm selects"
+    assert {len(arms[name].modalities) for name in ("dense", "learned", "structured")} == {6}
+
+
+def make_record(arm: str, seed: int, loss: float, steps=(10, 20), **scores: float) -> dict:
+    evaluations = [{"step": step, "loss": loss * 20 / step, **scores} for step in steps]
+    return {"arm": arm, "seed": seed, "evaluations": evaluations, "coverage": []}
+
+
+def test_comparison_pairs_the_seeds(scripts):
+    records = [make_record("dense", seed, 2.0 + seed) for seed in range(3)]
+    records += [make_record("learned", seed, (2.0 + seed) * (1.0 + 0.01 * seed), loss_image=1.2) for seed in range(3)]
+    records += [make_record("image only", seed, 9.0, loss_image=1.0) for seed in range(3)]
+    found = scripts.ablation_report.compare(records)
+    assert found["step"] == 20
+    ratio = found["loss_ratios"]["loss: learned / dense"]
+    assert ratio["values"] == pytest.approx([1.0, 1.01, 1.02])
+    assert ratio["mean"] == pytest.approx(1.01)
+    # Student's quantile 4.303, standard deviation 0.01
+    assert ratio["interval"] == pytest.approx([1.01 - 4.303 * 0.01 / 3**0.5, 1.01 + 4.303 * 0.01 / 3**0.5], abs=1e-4)
+    assert found["loss_ratios"]["loss_image: learned / image only"]["mean"] == pytest.approx(1.2)
+    assert found["scores"]["loss"]["dense"]["mean"] == pytest.approx(3.0)
+    assert "loss: structured / dense" not in found["loss_ratios"]
+
+
+def test_comparison_is_at_the_last_step_that_all_runs_reached(scripts):
+    records = [make_record("dense", 0, 2.0), make_record("learned", 0, 2.0, steps=(10,))]
+    assert scripts.ablation_report.compare(records)["step"] == 10
+    with pytest.raises(ValueError, match="no step has an evaluation of all runs.*'learned/0': 5"):
+        scripts.ablation_report.compare([records[0], make_record("learned", 0, 2.0, steps=(5,))])
+
+
+@pytest.mark.slow
+def test_script_trains_all_arms_and_compares_them(scripts, tmp_path, capsys):
+    arms = ("--arms", "dense,learned,image only", "--seeds", "1")
+    scripts.ablation.main([str(tmp_path / "out"), *SMALL, *arms, "--work", str(tmp_path / "work")])
+    result = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert result["budget"]["runs"] == 3 and result["budget"]["tokens"] == 2048
+    assert sorted(run["arm"] for run in result["runs"]) == ["dense", "image only", "learned"]
+    for run in result["runs"]:
+        assert [step for step, _ in run["curve"]] == [1, 2]
+        assert [evaluation["step"] for evaluation in run["evaluations"]] == [2]
+    ratios = result["comparison"]["loss_ratios"]
+    assert {"loss: learned / dense", "loss_image: learned / image only"} <= set(ratios)
+    losses = {run["arm"]: run["evaluations"][0] for run in result["runs"]}
+    expected = losses["learned"]["loss_image"] / losses["image only"]["loss_image"]
+    assert ratios["loss_image: learned / image only"]["mean"] == pytest.approx(expected, abs=1e-4)
+    assert (tmp_path / "out" / "ablation.png").stat().st_size > 1000
+    assert "3 runs (3 arms, 1 seeds) of 2 steps of 1,024 tokens" in capsys.readouterr().out
+
+
+def test_failed_runs_are_named_with_their_log(scripts, tmp_path, capsys, monkeypatch):
+    def fail(command, stdout, stderr, env):
+        stdout.write("no memory left")
+        return SimpleNamespace(poll=lambda: 1, terminate=lambda: None)
+
+    monkeypatch.setattr(scripts.ablation.subprocess, "Popen", fail)
+    monkeypatch.setattr(scripts.ablation, "POLL", 0.0)
+    monkeypatch.setattr(scripts.ablation, "make_data", lambda arguments, folder: None)
+    with pytest.raises(SystemExit, match="all runs failed"):
+        scripts.ablation.main([str(tmp_path / "out"), *SMALL, "--arms", "dense", "--seeds", "1"])
+    assert "the run of 'dense' with seed 0 failed:\nno memory left" in capsys.readouterr().err
+
+
+def test_plan_states_the_budget_and_trains_nothing(scripts, tmp_path, capsys):
+    scripts.ablation.main([str(tmp_path / "out"), "--plan"])
+    text = capsys.readouterr().out
+    assert text.startswith("18 runs (6 arms, 3 seeds) of 1,500 steps of 8,192 tokens: 12.3M tokens each")
+    assert "image only: 7,367,104 parameters, minimax_m3_sparse, rows of image" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--arms", "dense,poetic"), "`--arms` must be names of .*'poetic'"),
+        (("--tasks", "poetry"), "`--tasks` must be names of .*'poetry'"),
+        (("--seeds", "0"), "`--seeds` must be above 0, got 0"),
+        (("--evaluations", "9999"), "`--evaluations` must be at most the 1500 steps, got 9999"),
+        (("--warmup_share", "2"), "`--warmup_share` must be from 0 to 1, got 2"),
+        (("--stages", "4096"), "a stage must be TOKENS:SHARE"),
+        (("--jobs", "-1"), "`--jobs` must be at least 0, got -1"),
+    ],
+)
+def test_faulty_options_end_the_program_with_their_name(scripts, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=f"^ablation: .*{message}"):
+        scripts.ablation.main([str(tmp_path / "out"), *more])
+    assert not (tmp_path / "out").exists()
