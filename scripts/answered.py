@@ -116,7 +116,13 @@ def _cells(weights: torch.Tensor, media: list[Medium]) -> list[list[list[int]]]:
 
 
 def _blocks(
-    tokenizer: Any, prompt: list[int], question: Question, asked: int | None, passes: list, layers: list[int], text: Any
+    tokenizer: Any,
+    prompt: list[int],
+    question: Question,
+    asked: int | None,
+    passes: list,
+    layers: list[int],
+    text: Any,
 ) -> dict[str, Any]:
     """The blocks of a long prompt, which of them each token chose, and what each head gave to them."""
     size = text.index_block_size

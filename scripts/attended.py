@@ -9,6 +9,7 @@ A layer with dense attention attends to everything and chooses nothing, so it is
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ def prompt_parts(ids: list[int], media: list[Medium], question: int | None) -> l
         spans = [(medium.start, medium.end) for medium in media]
         start, end = spans[0][0], spans[-1][1]
         shown: list[Part] = [("picture" if media[0].second is None else "video", spans)]
-        if between := [(first[1], second[0]) for first, second in zip(spans, spans[1:])]:
+        if between := [(first[1], second[0]) for first, second in pairwise(spans)]:
             shown.append(("time marks", between))
         return [("instructions", [(0, start)]), *shown, ("question", [(end, len(ids))])]
     if question is not None:

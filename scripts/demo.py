@@ -50,7 +50,9 @@ def open_checkpoint(folder: Path | None, output: Path) -> Path:
     """
     if folder is not None:
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"`checkpoint` must be the folder of a checkpoint, but {folder} has no config.json.")
+            raise FileNotFoundError(
+                f"`checkpoint` must be the folder of a checkpoint, but {folder} has no config.json."
+            )
         return folder
     if (CHECKPOINT / "config.json").is_file():
         return CHECKPOINT
@@ -106,7 +108,9 @@ def ask(model: Any, processor: Any, question: Question) -> dict[str, Any]:
     record = answer_question(model, processor, question, max_new_tokens=16)
     print(f"  answer:   {record['given']}")
     print(f"  right is: {record['expected']}   ({'right' if record['right'] else 'WRONG'})")
-    print(f"  {record['prompt_tokens']:,} tokens read and {len(record['tokens'])} written in {record['seconds']:.1f} s")
+    print(
+        f"  {record['prompt_tokens']:,} tokens read and {len(record['tokens'])} written in {record['seconds']:.1f} s"
+    )
     shares = ", ".join(f"{name} {share:.0%}" for name, share in mean_shares(record).items() if name != "answer")
     print(f"  attention of its first token, mean over the sparse layers and heads: {shares}")
     if "media" in record:
@@ -144,9 +148,7 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
     announce(3, "a video")
     records.append(ask(model, processor, short_question("video", "direction", arguments.output, arguments.seed)))
     announce(4, f"a fact in a text of {arguments.long_tokens:,} tokens")
-    records.append(
-        ask(model, processor, long_question(processor, "key_value", arguments.long_tokens, arguments.seed))
-    )
+    records.append(ask(model, processor, long_question(processor, "key_value", arguments.long_tokens, arguments.seed)))
 
     page = write_page(records, arguments.output / "answers.html", "What the answers attended to")
     right = sum(record["right"] for record in records)

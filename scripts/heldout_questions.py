@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from transformers import BatchFeature
 
 from processing_minimax_m3.pretraining import make_row
 from processing_minimax_m3.pretraining.rows import Row
@@ -52,7 +53,7 @@ class Question:
     document: str | None = None
     fact: str | None = None
 
-    def inputs(self, processor: Any) -> dict[str, Any]:
+    def inputs(self, processor: Any) -> BatchFeature:
         """The prompt as the processor makes it: token ids and, where there are media, patches."""
         return processor.apply_chat_template(
             self.messages,

@@ -1,6 +1,8 @@
 """Write a video in which a square window moves diagonally over a photograph: a clip to try video input with.
 
     python scripts/panning_video.py PHOTO CLIP.mp4
+
+The window has 224 x 224 pixels, and the video lasts four seconds.
 """
 
 import argparse

@@ -6,7 +6,6 @@ Every figure comes from files: `training.json` and `config.json` of the checkpoi
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from math import prod
@@ -58,7 +57,8 @@ def architecture(folder: Path) -> str:
 
 def evaluation_sections(results: dict[str, Any]) -> dict[str, str]:
     """Tables of the parts of `results.json` that are there, by heading."""
-    sections = {}
+    sections: dict[str, str] = {}
+    rows: list[tuple[str, ...]]
     if answers := results.get("answers"):
         rows = [(task, *_share(one), f"{one['answers']:,}") for task, one in answers.items()]
         sections["Right answers to held-out questions"] = as_table(("task", "right", "95% interval", "answers"), rows)
@@ -131,7 +131,9 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
 
 def main(argv: Iterable[str] | None = None) -> Path:
     """Writes the card. Errors of files end the program with their message."""
-    parser = argparse.ArgumentParser(description="Write the model card of a checkpoint that scripts/pretrain.py trained.")
+    parser = argparse.ArgumentParser(
+        description="Write the model card of a checkpoint that scripts/pretrain.py trained."
+    )
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint, with training.json")
     parser.add_argument("--evaluation", type=Path, help="JSON file with the results of an evaluation")
     parser.add_argument("--load_as", help="name on the Hub or folder that the examples load (the folder)")

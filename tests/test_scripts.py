@@ -133,7 +133,9 @@ def test_panning_video_moves_over_the_photograph(load_script, tmp_path):
 
     photograph = tmp_path / "ramp.png"
     Image.linear_gradient("L").resize((400, 400)).convert("RGB").save(photograph)
-    path = load_script("panning_video").write_panning_video(photograph, tmp_path / "clip.mp4", seconds=2, fps=5, side=64)
+    path = load_script("panning_video").write_panning_video(
+        photograph, tmp_path / "clip.mp4", seconds=2, fps=5, side=64
+    )
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert container.streams.video[0].average_rate == 5

@@ -52,7 +52,10 @@ def test_weights_are_those_of_the_model(attended):
 
 def test_batch_is_refused(attended):
     model = MiniMaxM3VLForCausalLM(tiny_config(text=BLOCKS).text_config).eval()
-    with pytest.raises(ValueError, match="one sequence at a time, got a batch of 2"), attended.AttentionRecorder(model):
+    with (
+        pytest.raises(ValueError, match="one sequence at a time, got a batch of 2"),
+        attended.AttentionRecorder(model),
+    ):
         model(torch.randint(0, 200, (2, 9)))
 
 

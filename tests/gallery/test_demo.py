@@ -55,7 +55,9 @@ def test_without_a_checkpoint_one_is_built(load_script, tmp_path, monkeypatch, c
 
 
 def test_folder_without_a_checkpoint_ends_the_demonstration(load_script, tmp_path):
-    with pytest.raises(SystemExit, match="demo: `checkpoint` must be the folder of a checkpoint, but .* has no config"):
+    with pytest.raises(
+        SystemExit, match="demo: `checkpoint` must be the folder of a checkpoint, but .* has no config"
+    ):
         load_script("demo").main([str(tmp_path), "--output", str(tmp_path)])
 
 

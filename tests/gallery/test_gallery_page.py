@@ -62,7 +62,9 @@ def read(gallery, browser, tmp_path):
 
 def shares(page: str, kind: str) -> list[float]:
     """The shares of the elements of a class, in order."""
-    return [float(value) for value in re.findall(rf'<(?:div|button)[^>]*class="{kind}[^>]*data-share="([\d.]+)"', page)]
+    return [
+        float(value) for value in re.findall(rf'<(?:div|button)[^>]*class="{kind}[^>]*data-share="([\d.]+)"', page)
+    ]
 
 
 def test_browser_shows_the_mean_of_all_heads(read):

@@ -161,7 +161,9 @@ def test_checkpoint_without_its_record_has_no_card(load_script, tiny_checkpoint,
     assert not (tmp_path / "small" / "README.md").exists()
 
 
-@pytest.mark.skipif(not (TRAINED / "config.json").is_file(), reason="examples/minimax-m3-small is not in this checkout")
+@pytest.mark.skipif(
+    not (TRAINED / "config.json").is_file(), reason="examples/minimax-m3-small is not in this checkout"
+)
 def test_card_of_the_shipped_checkpoint_is_up_to_date(load_script):
     """Its figures are those of its record: a card that was typed, or that belongs to another training, fails."""
     head, body = read_card((TRAINED / "README.md").read_text())
