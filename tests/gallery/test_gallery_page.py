@@ -91,6 +91,7 @@ def test_blocks_and_the_fact_are_marked(read):
     assert shares(page, "block") == [0, 0.4, 0.6]
     assert '<pre id="excerpt">third ...</pre>' in page
     assert "wrong, right is: red" in page
+    assert shares(read("example=1"), "block") == [0, 0.55, 0.45]  # the mean of both heads
     assert "&lt;b&gt;bold&lt;/b&gt;" in page  # text of the answer stays text
 
 
