@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig
@@ -75,6 +76,11 @@ def evaluation_sections(results: dict[str, Any]) -> dict[str, str]:
     return sections
 
 
+def paragraph(text: str) -> str:
+    """The text in lines of the repository's width."""
+    return fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
 def _share(scores: dict[str, Any]) -> tuple[str, str]:
     low, high = scores["interval"]
     return f"{scores['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"
@@ -91,26 +97,26 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
     record = read_record(folder)
     title = folder.resolve().name
     scores = {name: value for name, value in record["heldout"].items() if name != "eval_runtime"}
+    note = (
+        "The scores are those of the last evaluation of the run. An accuracy is the share of right answers. A loss is "
+        "in nats of a learned token."
+    )
     sections = {"Architecture": architecture(folder)}
     if evaluation is not None:
         results = read_json(evaluation)
         sections |= evaluation_sections(results)
-        scores = {f"eval_accuracy_{task}": one["accuracy"] for task, one in results.get("answers", {}).items()}
-    training = (
+        if answers := results.get("answers"):
+            scores = {f"eval_accuracy_{task}": one["accuracy"] for task, one in answers.items()}
+            note = "The scores are shares of right answers to held-out questions."
+    sections["Training"] = paragraph(
         f"Trained from random weights for {record['steps']:,} steps on {record['device']}, with seed {record['seed']}: "
         "text, code, recall, tool calls, thinking, pictures and videos, mixed from the first step. The machine makes "
         "all data itself: from Python's standard library and language reference, drawn scenes and videos, and "
-        "scikit-learn's handwritten digits. Held-out rows share no file and no digit with the training rows.\n"
+        "scikit-learn's handwritten digits. Held-out rows share no file and no digit with the training rows. " + note
     )
-    if evaluation is None:
-        training += (
-            "\nThe scores are those of the last evaluation of the run. An accuracy is the share of right answers. A "
-            "loss is in nats of a learned token.\n"
-        )
-    sections["Training"] = training
-    sections["Limits"] = (
+    sections["Limits"] = paragraph(
         "The model is made to show and test the architecture. It knows the kinds of questions that it was trained on, "
-        "in their wording, and nothing about the world.\n"
+        "in their wording, and nothing about the world."
     )
     return ModelCard(
         title=title,
@@ -121,8 +127,10 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
         command=record["command"],
         scores=scores,
         examples=examples_of(load_as or str(folder)),
-        opening="A small MiniMax-M3 with every part of the released one: dense and sparse attention, experts, and a "
-        "vision tower for pictures and videos.",
+        opening=paragraph(
+            "A small MiniMax-M3 with every part of the released one: dense and sparse attention, experts, and a vision "
+            "tower for pictures and videos."
+        ).strip(),
         sections=sections,
         made_with={"python": record["python"], "torch": record["torch"], "device": record["device"]},
         license="apache-2.0",
