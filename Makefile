@@ -29,7 +29,7 @@ export HF_HUB_OFFLINE := 1
 	lint lint-python lint-types lint-cxx lint-text lint-spelling format benchmark kernels check-kernels sanitize-kernels clean
 
 help:
-	@echo "make demo       build a tiny MiniMax-M3 and chat with a photograph, a video and a long text"
+	@echo "make demo       ask a small MiniMax-M3 about a picture, a video and a fact in a long text"
 	@echo "make finetune-demo"
 	@echo "                teach a tiny MiniMax-M3 a sentence with LoRA, and ask for it"
 	@echo "make test       run the tests (PYTEST_ARGS='-k name' to choose)"

@@ -1,188 +1,161 @@
-"""Chat with a tiny MiniMax-M3 about a photograph, a video and a long text, on any machine.
+"""Ask a small MiniMax-M3 about a picture, a video and a fact in a text of 32k tokens, on any machine.
 
-    python scripts/demo.py [--output FOLDER] [--max-new-tokens N] [--long-tokens N]
+    python scripts/demo.py [CHECKPOINT] [--output FOLDER] [--seed N] [--long-tokens N]
 
-The script builds a model with the real architecture and random weights, writes it to disk, and loads it like a
-released checkpoint. Its answers mean nothing. The demo shows that every part runs, how fast, and in how much memory. A
-picture shows which key blocks the query blocks of the long text selected.
+The questions are held out: the model did not see them when it was trained. Below each answer stands the right one, and
+what the answer attended to. Where the repository has no trained checkpoint, the demonstration builds one with random
+weights, whose answers mean nothing. Another seed asks other questions.
 """
 
 import argparse
 import os
-import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from fractions import Fraction
-from importlib.resources import files
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# Everything is on this machine; set before Transformers is imported.
+# Everything is on this machine; read when Transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What the tokens attended to is recorded outside of graphs.
+os.environ.setdefault("MINIMAX_M3_CUDA_GRAPHS", "0")
+# Threads that wait sleep. Where they spin, a machine that does other work too is slower with two threads than with one.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import av
 import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from configuration_minimax_m3 import tiny_config
-from make_tiny_checkpoint import make_tiny_checkpoint, training_text
+from answered import answer_question, mean_blocks, mean_cells, mean_shares
+from configuration_minimax_m3 import small_config
+from gallery_page import write_page
+from heldout_questions import Question, long_question, short_question
+from make_tiny_checkpoint import make_tiny_checkpoint
 from modeling_minimax_m3.msa import available_backends
-from plot_selection import SelectionRecorder, plot_selections, sparse_layers
-from replace_when_done import replace_when_done
 
-MIB = 2**20
-NUM_STEPS = 5
-
-
-class TimedStreamer(TextStreamer):
-    """Prints tokens as they arrive, and records their times in seconds since the streamer was made."""
-
-    def __init__(self, tokenizer: Any):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.started = time.perf_counter()
-        self.arrivals: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self.arrivals.append(time.perf_counter() - self.started)
-        super().put(value)
+CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "minimax-m3-small"
+SHADES = " ·░▒▓█"
+BAR = 30  # characters of the largest bar
 
 
 def announce(step: int, text: str) -> None:
-    print(f"\n[{step}/{NUM_STEPS}] {text}", flush=True)
+    print(f"\n[{step}/4] {text}", flush=True)
 
 
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Sets `MiB` at the end: peak GPU memory in the block, or the peak resident size of this process so far."""
-    measured: dict[str, float] = {}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    yield measured
-    if device.type == "cuda":
-        measured["MiB"] = torch.cuda.max_memory_allocated(device) / MIB
-    else:
-        # the unit is KiB on Linux and bytes on macOS
-        unit = 1 if sys.platform == "darwin" else 1024
-        measured["MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+def open_checkpoint(folder: Path | None, output: Path) -> Path:
+    """The folder of the checkpoint: the given one, the trained one, or a random one that is built.
 
-
-def write_panning_video(photograph: Path, path: Path, *, seconds: int = 4, fps: int = 12, side: int = 224) -> Path:
-    """Encodes an mp4 (H.264) in which a square window of `side` pixels moves diagonally over the photograph."""
-    image = Image.open(photograph).convert("RGB")
-    num_frames = seconds * fps
-    with replace_when_done(path) as unfinished, av.open(str(unfinished), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.width = stream.height = side
-        stream.pix_fmt = "yuv420p"
-        for i in range(num_frames):
-            left = round((image.width - side) * i / (num_frames - 1))
-            top = round((image.height - side) * i / (num_frames - 1))
-            frame = av.VideoFrame.from_image(image.crop((left, top, left + side, top + side)))
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def long_document(tokenizer: Any, num_tokens: int) -> str:
-    """The opening of the Python language reference, up to the end of the line where it reaches `num_tokens` tokens."""
-    text = "\n\n".join(training_text())
-    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    if len(offsets) <= num_tokens:
-        raise ValueError(f"`--long-tokens` must be below {len(offsets)}, the length of the text, got {num_tokens}.")
-    return text[: text.index("\n", offsets[num_tokens][0])]
-
-
-def chat(model: Any, processor: Any, content: list[dict[str, str]], max_new_tokens: int) -> None:
-    """Asks one question, streams the answer, and prints time and memory."""
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
-    prompt_tokens = inputs["input_ids"].shape[1]
-    for name in ("pixel_values", "pixel_values_videos"):
-        if name in inputs:
-            print(f"  {inputs[name].shape[0]} patches in {name}")
-    print(f"  reading {prompt_tokens} tokens ...\n  > ", end="", flush=True)
-    with peak_memory(model.device) as memory:
-        streamer = TimedStreamer(processor.tokenizer)
-        model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, streamer=streamer)
-    first, last, new_tokens = streamer.arrivals[0], streamer.arrivals[-1], len(streamer.arrivals)
-    decoding = f", then {(last - first) / (new_tokens - 1) * 1000:.1f} ms a token" if new_tokens > 1 else ""
-    print(
-        f"  {prompt_tokens} tokens in, {new_tokens} out, {last:.2f} s: first token after {first:.2f} s{decoding}; "
-        f"peak memory {memory['MiB']:.0f} MiB"
-    )
+    Raises:
+        FileNotFoundError: `folder` holds no checkpoint.
+    """
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"`checkpoint` must be the folder of a checkpoint, but {folder} has no config.json."
+            )
+        return folder
+    if (CHECKPOINT / "config.json").is_file():
+        return CHECKPOINT
+    print("  there is no trained checkpoint: building one with random weights, whose answers mean nothing")
+    return make_tiny_checkpoint(output / "checkpoint", config=small_config(), dtype=torch.bfloat16)
 
 
 def describe(model: Any) -> str:
     text = model.config.text_config
     backend = available_backends()[0] if text.msa_backend == "auto" else text.msa_backend
     return (
-        f"  {type(model).__name__}, {model.num_parameters() / 1e6:.2f}M parameters, {model.dtype} on {model.device}\n"
+        f"  {model.num_parameters() / 1e6:.1f}M parameters, {model.dtype} on {model.device}, "
+        f"{torch.get_num_threads()} threads\n"
         f"  attention of the layers: {', '.join(text.layer_types)}\n"
-        f"  MLPs of the layers: {', '.join(text.mlp_layer_types)}\n"
         f"  sparse attention: backend {backend}, blocks of {text.index_block_size}, "
-        f"{text.index_topk_blocks} of them for each query\n"
-        f"  dense attention: {text._attn_implementation}; experts: {text._experts_implementation}"
+        f"{text.index_topk_blocks} of them for each query"
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Chat with a tiny MiniMax-M3 about a photo, a video and a long text.")
+def shade(value: float, largest: float) -> str:
+    return SHADES[min(len(SHADES) - 1, int(value / largest * len(SHADES)))] if largest > 0 else SHADES[0]
+
+
+def show_regions(record: dict[str, Any]) -> None:
+    """Prints the regions of a picture, or of the seconds of a video side by side."""
+    cells = mean_cells(record)
+    largest = max(float(grid.max()) for grid in cells)
+    seconds = [medium["second"] for medium in record["media"]]
+    if seconds[0] is not None:
+        width = 2 * cells[0].shape[1] + 1
+        print("  " + " ".join(f"{second:g} s".ljust(width) for second in seconds))
+    for row in range(cells[0].shape[0]):
+        drawn = ("".join(shade(float(value), largest) * 2 for value in grid[row]) for grid in cells)
+        print("  " + " ".join(f"|{line}|" for line in drawn))
+
+
+def show_blocks(record: dict[str, Any]) -> None:
+    """Prints the blocks of a text that got the most."""
+    shares = mean_blocks(record)
+    blocks = record["blocks"]
+    print(f"  the fact stands in block {', '.join(map(str, blocks['fact']))} of {len(shares)}: {blocks['fact_text']}")
+    for value, block in zip(*(found.tolist() for found in shares.topk(min(5, len(shares))))):
+        mark = "  <- the fact" if block in blocks["fact"] else ""
+        print(f"  block {block:>4} {value:>6.1%} {'█' * round(BAR * value / float(shares.max()))}{mark}")
+    for layer, by_head in zip(record["layers"], record["chosen"][0]):
+        number = sum(bool(set(blocks["fact"]) & set(chosen)) for chosen in by_head)
+        print(f"  layer {layer}: {number} of {len(by_head)} key/value heads chose the block of the fact")
+
+
+def ask(model: Any, processor: Any, question: Question) -> dict[str, Any]:
+    """Asks one question, and prints the answer beside the right one and what it attended to."""
+    print(f"  question: {question.text}", flush=True)
+    record = answer_question(model, processor, question, max_new_tokens=16)
+    print(f"  answer:   {record['given']}")
+    print(f"  right is: {record['expected']}   ({'right' if record['right'] else 'WRONG'})")
+    print(
+        f"  {record['prompt_tokens']:,} tokens read and {len(record['tokens'])} written in {record['seconds']:.1f} s"
+    )
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in mean_shares(record).items() if name != "answer")
+    print(f"  attention of its first token, mean over the sparse layers and heads: {shares}")
+    if "media" in record:
+        show_regions(record)
+    if record.get("blocks", {}).get("fact"):
+        show_blocks(record)
+    return record
+
+
+def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """Runs the demonstration, and returns the records of its answers."""
+    started = time.perf_counter()
+    parser = argparse.ArgumentParser(description="Ask a small MiniMax-M3 about a picture, a video and a long text.")
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="folder (examples/minimax-m3-small, or a random one)")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where files go (demo_output)")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="tokens of each answer (32)")
-    parser.add_argument("--long-tokens", type=int, default=32768, help="least length of the long text (32768)")
-    arguments = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="another one asks other questions (0)")
+    parser.add_argument("--long-tokens", type=int, default=32000, help="least length of the long prompt (32000)")
+    arguments = parser.parse_args(None if argv is None else list(argv))
     arguments.output.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
-    torch.manual_seed(0)
-    photograph = Path(str(files("skimage.data") / "astronaut.png"))
 
-    announce(1, "building a tiny checkpoint: real architecture, random weights, so the answers mean nothing")
-    # the released block size and number of blocks, so that the picture shows a selection of the released size
-    config = tiny_config(text={"index_block_size": 128, "index_topk_blocks": 16})
-    checkpoint = make_tiny_checkpoint(arguments.output / "checkpoint", config=config)
-    for file in sorted(checkpoint.iterdir()):
-        print(f"  {file} ({file.stat().st_size / 1024:.0f} KiB)")
-
-    announce(2, f'loading it: AutoProcessor and AutoModelForImageTextToText.from_pretrained("{checkpoint}")')
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto").to(device)
+    announce(1, "loading the checkpoint with AutoProcessor and AutoModelForImageTextToText")
+    try:
+        folder = open_checkpoint(arguments.checkpoint, arguments.output)
+    except FileNotFoundError as error:
+        raise SystemExit(f"demo: {error}") from error
+    print(f"  {folder}")
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    model = model.to("cuda") if torch.cuda.is_available() else model.float()  # many CPUs are slow in bfloat16
     print(describe(model))
 
-    announce(3, f"a photograph: {photograph.name} of scikit-image")
-    question = {"type": "text", "text": "Who is in this photograph?"}
-    chat(model, processor, [{"type": "image", "path": str(photograph)}, question], arguments.max_new_tokens)
+    announce(2, "a picture")
+    records = [ask(model, processor, short_question("image", "colour", arguments.output, arguments.seed))]
+    announce(3, "a video")
+    records.append(ask(model, processor, short_question("video", "direction", arguments.output, arguments.seed)))
+    announce(4, f"a fact in a text of {arguments.long_tokens:,} tokens")
+    records.append(ask(model, processor, long_question(processor, "key_value", arguments.long_tokens, arguments.seed)))
 
-    video = write_panning_video(photograph, arguments.output / "panning.mp4")
-    announce(4, f"a video: {video} ({video.stat().st_size / 1024:.0f} KiB), the camera panning over the photograph")
-    question = {"type": "text", "text": "What does the camera do?"}
-    chat(model, processor, [{"type": "video", "path": str(video)}, question], arguments.max_new_tokens)
-
-    document = long_document(processor.tokenizer, arguments.long_tokens)
-    announce(5, f"a long text: {len(document)} characters of the Python language reference")
-    question = {"type": "text", "text": f"{document}\n\nWhat is the text about?"}
-    with SelectionRecorder(min_tokens=arguments.long_tokens) as recorder:
-        chat(model, processor, [question], arguments.max_new_tokens)
-    layers = sparse_layers(config.text_config)
-    picture = plot_selections(
-        dict(zip(layers, recorder.selections)),
-        config.text_config.index_block_size,
-        arguments.output / "selected_blocks.png",
-        title=f"key blocks of {config.text_config.index_block_size} tokens, selected while reading "
-        f"{recorder.selections[0].shape[0]} tokens",
-    )
-    print(f"\nThe key blocks that each query block selected: {picture}")
+    page = write_page(records, arguments.output / "answers.html", "What the answers attended to")
+    right = sum(record["right"] for record in records)
+    print(f"\n{right} of {len(records)} answers are right. {time.perf_counter() - started:.0f} s in all.")
+    print(f"Each token, layer and head: open {page} in a browser.")
+    return records
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -33,7 +33,7 @@ def folder_with_media(load_script, tmp_path_factory) -> Path:
     """A folder with the files that the snippets name: photo.png and clip.mp4."""
     folder = tmp_path_factory.mktemp("readme")
     copyfile(str(files("skimage.data") / "astronaut.png"), folder / "photo.png")
-    load_script("demo").write_panning_video(folder / "photo.png", folder / "clip.mp4", seconds=2)
+    load_script("panning_video").write_panning_video(folder / "photo.png", folder / "clip.mp4", seconds=2)
     return folder
 
 

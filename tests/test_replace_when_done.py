@@ -168,7 +168,7 @@ def write_video(load_script, tmp_path, monkeypatch):
     photograph = tmp_path / "ramp.png"
     Image.linear_gradient("L").convert("RGB").save(photograph)
     frames = iter([av.VideoFrame.from_image(Image.new("RGB", (64, 64)))] * 100)
-    script = load_script("demo")
+    script = load_script("panning_video")
     fake = SimpleNamespace(from_image=lambda image: next(frames, None) or interrupted())
     monkeypatch.setattr(script.av, "VideoFrame", fake)
     return lambda target: script.write_panning_video(photograph, target, seconds=30, fps=5, side=64)

@@ -1,4 +1,4 @@
-"""The scripts: the tiny checkpoint, the picture of selected blocks, and the whole demonstration."""
+"""The scripts: the tiny checkpoint, the picture of selected blocks, and the video that pans over a photograph."""
 
 import json
 
@@ -125,23 +125,7 @@ def test_picture_has_one_panel_for_each_layer_and_head(load_script, tmp_path):
     assert width / height == pytest.approx(13.6 / 8.5, rel=0.01)
 
 
-# ---- demonstration -------------------------------------------------------------------------------------------------
-
-
-def test_demonstration_runs_from_end_to_end(load_script, tmp_path, monkeypatch, capsys):
-    arguments = ["--output", str(tmp_path), "--max-new-tokens", "3", "--long-tokens", "1500"]
-    monkeypatch.setattr("sys.argv", ["demo.py", *arguments])
-    load_script("demo").main()
-
-    printed = capsys.readouterr().out
-    assert printed.count(" tokens in, ") == 3
-    assert "patches in pixel_values\n" in printed
-    assert "patches in pixel_values_videos\n" in printed
-    assert "backend torch" in printed
-    assert "peak memory" in printed
-    with Image.open(tmp_path / "selected_blocks.png") as picture:
-        assert picture.format == "PNG"
-    assert (tmp_path / "panning.mp4").stat().st_size > 1000
+# ---- panning video ------------------------------------------------------------------------------------------------
 
 
 def test_panning_video_moves_over_the_photograph(load_script, tmp_path):
@@ -149,7 +133,9 @@ def test_panning_video_moves_over_the_photograph(load_script, tmp_path):
 
     photograph = tmp_path / "ramp.png"
     Image.linear_gradient("L").resize((400, 400)).convert("RGB").save(photograph)
-    path = load_script("demo").write_panning_video(photograph, tmp_path / "clip.mp4", seconds=2, fps=5, side=64)
+    path = load_script("panning_video").write_panning_video(
+        photograph, tmp_path / "clip.mp4", seconds=2, fps=5, side=64
+    )
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert container.streams.video[0].average_rate == 5

@@ -51,7 +51,7 @@ def merge_card(base: Path, adapters: Sequence[Path], target: Path, is_composite:
         base=str(base),
         is_adapter=False,
         is_composite=is_composite,
-        usage=usage_of(is_composite, target.name),
+        **usage_of(is_composite, target.name),
         command=command,
         adapters=hashes,
     )

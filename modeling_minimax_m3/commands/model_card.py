@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..conversion.tensor_files import hash_file
 from ..version import __version__
+from .card_examples import examples_of, loading
 
 CARD = "README.md"
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate")
@@ -48,7 +49,7 @@ class ModelCard:
 
     Args:
         title (str): Its heading, and the name of the model.
-        base (str): The checkpoint that it starts from.
+        base (str, optional): The checkpoint that it starts from. None for a model that was trained from nothing.
         is_adapter (bool): Whether the weights are an adapter of PEFT.
         is_composite (bool): Whether the model reads images and videos.
         usage (str): Python that loads it.
@@ -58,10 +59,15 @@ class ModelCard:
         options (dict): The options of the run.
         scores (dict): Losses and other scores, by name.
         adapters (dict): Hashes of merged adapters, by name.
+        examples (dict): Python that continues from `usage`, by heading.
+        opening (str): What the model is, in place of the sentence that names its base.
+        sections (dict): Markdown below the scores, by heading.
+        made_with (dict, optional): Versions of packages and the device. Default: those of this process.
+        license (str, optional): Its identifier, such as "apache-2.0".
     """
 
     title: str
-    base: str
+    base: str | None
     is_adapter: bool
     is_composite: bool
     usage: str
@@ -71,6 +77,11 @@ class ModelCard:
     options: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     adapters: Mapping[str, str] = field(default_factory=dict)
+    examples: Mapping[str, str] = field(default_factory=dict)
+    opening: str = ""
+    sections: Mapping[str, str] = field(default_factory=dict)
+    made_with: Mapping[str, str] | None = None
+    license: str | None = None
 
     def __str__(self) -> str:
         """The card as Markdown, behind its metadata as YAML."""
@@ -78,22 +89,29 @@ class ModelCard:
         parts.append(f"```python\n{self.usage}\n```\n")
         if self.scores:
             rows = [(name, f"{value:.6g}") for name, value in self.scores.items()]
-            parts.append("## Scores\n\n" + _table(("score", "value"), rows))
+            parts.append("## Scores\n\n" + as_table(("score", "value"), rows))
+        parts += [f"## {heading}\n\n{text}" for heading, text in self.sections.items()]
+        if self.examples:
+            parts.append("## Examples\n\nEach continues from the code at the top.\n")
+            parts += [f"### {heading}\n\n```python\n{code}\n```\n" for heading, code in self.examples.items()]
         if self.data:
             files = [(f"`{one.name}`", one.role, "" if one.rows is None else f"{one.rows:,}", f"`{one.sha256}`" if one.sha256 else "") for one in self.data]  # fmt: skip
-            parts.append("## Data\n\n" + _table(("file", "used for", "rows", "SHA-256"), files))
+            parts.append("## Data\n\n" + as_table(("file", "used for", "rows", "SHA-256"), files))
             parts.append("".join(f"- {note}\n" for note in self.notes))
         if self.adapters:
             rows = [(f"`{name}`", f"`{sha}`") for name, sha in self.adapters.items()]
-            parts.append("## Merged adapters\n\n" + _table(("adapter", "SHA-256 of its weights"), rows))
+            parts.append("## Merged adapters\n\n" + as_table(("adapter", "SHA-256 of its weights"), rows))
         if self.options:
             rows = [(f"`{name}`", f"`{value}`") for name, value in hide_secrets(self.options).items()]
-            parts.append("## Options\n\n" + _table(("option", "value"), rows))
+            parts.append("## Options\n\n" + as_table(("option", "value"), rows))
         parts.append(f"## Made by\n\n```bash\n{hide_in_command(self.command)}\n```\n")
-        parts.append(_table(("package", "version"), list(versions().items())))
+        made_with = versions() if self.made_with is None else self.made_with
+        parts.append(as_table(("package", "version"), list(made_with.items())))
         return "\n".join(part for part in parts if part)
 
     def _opening(self) -> str:
+        if self.opening:
+            return f"{self.opening}\n"
         kind = "LoRA adapter for" if self.is_adapter else "Checkpoint made from"
         return f"{kind} `{self.base}`, a MiniMax-M3 model.\n"
 
@@ -117,6 +135,7 @@ class ModelCard:
             datasets=hub or None,
             model_name=self.title,
             eval_results=results or None,
+            license=self.license,
         )
         return card.to_yaml()
 
@@ -159,18 +178,23 @@ def hide_in_command(command: Sequence[str]) -> str:
     return shlex.join(shown)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def as_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown, whose cells are escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |\n" for line in lines)  # fmt: skip
 
 
-def usage_of(is_composite: bool, path: str, base: str | None = None) -> str:
-    """Python that loads a checkpoint, or an adapter on its base."""
-    name = "AutoModelForImageTextToText" if is_composite else "AutoModelForCausalLM"
-    load = f'model = {name}.from_pretrained("{path if base is None else base}", dtype="auto", device_map="auto")'
+def usage_of(is_composite: bool, path: str, base: str | None = None) -> dict[str, Any]:
+    """`usage` and `examples` of the card of a checkpoint, or of an adapter on its base."""
+    if is_composite:
+        checkpoint, adapter = (path, None) if base is None else (base, path)
+        examples = examples_of(checkpoint, is_adapter=base is not None)
+        return {"usage": loading(checkpoint, adapter), "examples": examples}
+    checkpoint = path if base is None else base
+    load = f'model = AutoModelForCausalLM.from_pretrained("{checkpoint}", dtype="auto", device_map="auto")'
     if base is None:
-        return f"from transformers import {name}\n\n{load}"
-    return (
-        f"from peft import PeftModel\nfrom transformers import {name}\n\nimport modeling_minimax_m3\n\n"
-        f'{load}\nmodel = PeftModel.from_pretrained(model, "{path}")'
-    )
+        return {"usage": f"from transformers import AutoModelForCausalLM\n\n{load}"}
+    return {
+        "usage": "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'import modeling_minimax_m3\n\n{load}\nmodel = PeftModel.from_pretrained(model, "{path}")'
+    }

@@ -258,7 +258,7 @@ def make_card(
         base=base,
         is_adapter=is_adapter,
         is_composite=is_composite(config),
-        usage=usage_of(is_composite(config), folder, base if is_adapter else None),
+        **usage_of(is_composite(config), folder, base if is_adapter else None),
         command=["minimax-m3", "train", *argv],
         data=files,
         notes=data.summary,

@@ -178,7 +178,7 @@ def test_a_shown_row_has_colours_on_a_terminal(mixed, tiny_checkpoint, capsys, m
 
 def test_a_page_shows_tokens_and_pictures(write_rows, picture, load_script, tiny_checkpoint, tmp_path, capsys):
     pytest.importorskip("av")
-    clip = load_script("demo").write_panning_video(picture, tmp_path / "clip.mp4", seconds=2, fps=8, side=56)
+    clip = load_script("panning_video").write_panning_video(picture, tmp_path / "clip.mp4", seconds=2, fps=8, side=56)
     look = {"role": "user", "content": "<image>What <i>?<video>"}
     path = write_rows({"messages": [look, ANSWER], "images": [str(picture)], "videos": [str(clip)]})
     page = tmp_path / "row.html"

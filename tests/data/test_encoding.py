@@ -16,7 +16,7 @@ ANSWER = {"role": "assistant", "content": "Grüße, 世界!"}
 @pytest.fixture
 def clip(picture, load_script, tmp_path):
     pytest.importorskip("av")
-    return load_script("demo").write_panning_video(picture, tmp_path / "clip.mp4", seconds=3, fps=3, side=84)
+    return load_script("panning_video").write_panning_video(picture, tmp_path / "clip.mp4", seconds=3, fps=3, side=84)
 
 
 @pytest.fixture

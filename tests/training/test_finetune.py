@@ -206,7 +206,7 @@ def test_a_video_and_a_row_that_does_not_fit(finetune, images, arguments, load_s
     pytest.importorskip("av")
     large, clip = tmp_path / "large.png", tmp_path / "clip.mp4"
     Image.linear_gradient("L").resize((1120, 1120)).convert("RGB").save(large)
-    load_script("demo").write_panning_video(large, clip, seconds=1, fps=2, side=56)
+    load_script("panning_video").write_panning_video(large, clip, seconds=1, fps=2, side=56)
     look = json.loads(images.read_text().splitlines()[0])
     watch = [{"role": "user", "content": [{"type": "video"}]}, look["messages"][1]]
     rows = [

@@ -1,0 +1,161 @@
+"""Write the model card of a checkpoint that scripts/pretrain.py trained, as the Hub wants it: README.md with metadata.
+
+    python scripts/write_model_card.py examples/minimax-m3-small [--evaluation results.json]
+
+Every figure comes from files: `training.json` and `config.json` of the checkpoint, and the results of an evaluation.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from configuration_minimax_m3 import MiniMaxM3VLConfig
+from modeling_minimax_m3.commands.card_examples import examples_of, loading
+from modeling_minimax_m3.commands.model_card import CARD, ModelCard, as_table
+from modeling_minimax_m3.conversion.source import read_json
+from modeling_minimax_m3.conversion.tensor_files import read_header
+from replace_when_done import replace_when_done
+
+RECORD = "training.json"
+NEEDED = ("command", "seed", "steps", "python", "torch", "device", "heldout")  # of the record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `scripts/pretrain.py` wrote about the training.
+
+    Raises:
+        FileNotFoundError: The folder has no such record.
+        ValueError: The record lacks a field.
+    """
+    record = read_json(folder / RECORD)
+    if missing := [name for name in NEEDED if name not in record]:
+        raise ValueError(f"{folder / RECORD} must have the fields {list(NEEDED)}, but {missing} are missing.")
+    return record
+
+
+def architecture(folder: Path) -> str:
+    """A table of the sizes of a checkpoint."""
+    config = MiniMaxM3VLConfig.from_pretrained(folder)
+    text, vision = config.text_config, config.vision_config
+    tensors = [region for file in folder.glob("*.safetensors") for region in read_header(file)[0].values()]
+    parameters = sum(prod(region.shape) for region in tensors)
+    kinds = [f"{text.layer_types.count(kind)} of {kind}" for kind in dict.fromkeys(text.layer_types)]
+    rows = [
+        ("parameters", f"{parameters:,}"),
+        ("layers", ", ".join(kinds)),
+        ("hidden size, vocabulary", f"{text.hidden_size}, {text.vocab_size}"),
+        ("query heads, key/value heads, channels", f"{text.num_attention_heads}, {text.num_key_value_heads}, {text.head_dim}"),
+        ("keys of a block, blocks of a query", f"{text.index_block_size}, {text.index_topk_blocks}"),
+        ("experts, of them for a token", f"{text.num_local_experts}, {text.num_experts_per_tok}"),
+        ("vision tower", f"{vision.num_hidden_layers} layers of {vision.hidden_size}"),
+    ]  # fmt: skip
+    return as_table(("part", "size"), rows)
+
+
+def evaluation_sections(results: dict[str, Any]) -> dict[str, str]:
+    """Tables of the parts of `results.json` that are there, by heading."""
+    sections: dict[str, str] = {}
+    rows: list[tuple[str, ...]]
+    if answers := results.get("answers"):
+        rows = [(task, *_share(one), f"{one['answers']:,}") for task, one in answers.items()]
+        sections["Right answers to held-out questions"] = as_table(("task", "right", "95% interval", "answers"), rows)
+    if recall := results.get("recall"):
+        rows = [(f"{one['tokens']:,}", *_share(one)) for one in recall]
+        sections["Recall by length"] = as_table(("tokens", "right", "95% interval"), rows)
+    if perplexity := results.get("perplexity"):
+        rows = [(f"{one['tokens']:,}", f"{one['perplexity']:.2f}") for one in perplexity]
+        sections["Perplexity of held-out code"] = as_table(("tokens of context", "perplexity"), rows)
+    if coverage := results.get("coverage"):
+        rows = [(f"{one['tokens']:,}", f"{one['share']:.1%}") for one in coverage]
+        head = ("tokens", "share of the attention to all keys")
+        sections["Attention that the selected blocks hold"] = as_table(head, rows)
+    return sections
+
+
+def paragraph(text: str) -> str:
+    """The text in lines of the repository's width."""
+    return fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def _share(scores: dict[str, Any]) -> tuple[str, str]:
+    low, high = scores["interval"]
+    return f"{scores['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"
+
+
+def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None = None) -> ModelCard:
+    """The card of a trained checkpoint.
+
+    Args:
+        folder (Path): The checkpoint.
+        evaluation (Path, optional): JSON file of an evaluation, whose scores then stand in place of the training's.
+        load_as (str, optional): What the examples load: a name on the Hub or a folder. Default: `folder`.
+    """
+    record = read_record(folder)
+    title = folder.resolve().name
+    scores = {name: value for name, value in record["heldout"].items() if name != "eval_runtime"}
+    note = (
+        "The scores are those of the last evaluation of the run. An accuracy is the share of right answers. A loss is "
+        "in nats of a learned token."
+    )
+    sections = {"Architecture": architecture(folder)}
+    if evaluation is not None:
+        results = read_json(evaluation)
+        sections |= evaluation_sections(results)
+        if answers := results.get("answers"):
+            scores = {f"eval_accuracy_{task}": one["accuracy"] for task, one in answers.items()}
+            note = "The scores are shares of right answers to held-out questions."
+    sections["Training"] = paragraph(
+        f"Trained from random weights for {record['steps']:,} steps on {record['device']}, with seed {record['seed']}: "
+        "text, code, recall, tool calls, thinking, pictures and videos, mixed from the first step. The machine makes "
+        "all data itself: from Python's standard library and language reference, drawn scenes and videos, and "
+        "scikit-learn's handwritten digits. Held-out rows share no file and no digit with the training rows. " + note
+    )
+    sections["Limits"] = paragraph(
+        "The model is made to show and test the architecture. It knows the kinds of questions that it was trained on, "
+        "in their wording, and nothing about the world."
+    )
+    return ModelCard(
+        title=title,
+        base=None,
+        is_adapter=False,
+        is_composite=True,
+        usage=loading(load_as or str(folder)),
+        command=record["command"],
+        scores=scores,
+        examples=examples_of(load_as or str(folder)),
+        opening=paragraph(
+            "A small MiniMax-M3 with every part of the released one: dense and sparse attention, experts, and a vision "
+            "tower for pictures and videos."
+        ).strip(),
+        sections=sections,
+        made_with={"python": record["python"], "torch": record["torch"], "device": record["device"]},
+        license="apache-2.0",
+    )
+
+
+def main(argv: Iterable[str] | None = None) -> Path:
+    """Writes the card. Errors of files end the program with their message."""
+    parser = argparse.ArgumentParser(
+        description="Write the model card of a checkpoint that scripts/pretrain.py trained."
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint, with training.json")
+    parser.add_argument("--evaluation", type=Path, help="JSON file with the results of an evaluation")
+    parser.add_argument("--load_as", help="name on the Hub or folder that the examples load (the folder)")
+    arguments = parser.parse_args(None if argv is None else list(argv))
+    path = arguments.checkpoint / CARD
+    try:
+        card = str(make_card(arguments.checkpoint, arguments.evaluation, arguments.load_as))
+    except (ValueError, OSError, KeyError) as error:
+        raise SystemExit(f"write_model_card: {error}") from error
+    with replace_when_done(path) as unfinished:
+        unfinished.write_text(card, encoding="utf-8")
+    print(f"wrote {path}")
+    return path
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
