@@ -6,13 +6,14 @@ estimate beside it leaves the CUDA context out. `--list` prints the estimates al
 
 Quantized layers are put into the model by hand, as a quantizer would have loaded them: MXFP8 and NF4 into experts and
 the linear layers of the decoder, fp8 into experts alone. NF4 needs bitsandbytes. A case that this machine cannot run is
-skipped, and the record says why.
+skipped, and the record says why. `--replan` puts the estimates of a changed planner beside the peaks of a record.
 """
 
 import argparse
 import gc
 import importlib.metadata
 import importlib.util
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from modeling_minimax_m3.memory_plan import QUANTIZABLE_PARTS, DevicePlan, Memor
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 from . import mxfp8_model
-from .gpu import Run, Skipped, parse_arguments
+from .gpu import Run, Skipped, parse_arguments, record_text
 from .own_process import in_own_process
 from .report import as_table
 
@@ -277,6 +278,13 @@ def measure_named(name: str) -> dict[str, Any]:
     return measure(CASES[name]) | {"seconds": time.monotonic() - started}
 
 
+def replan(record: dict[str, Any]) -> None:
+    """Puts the estimates of today's planner beside the measured peaks of a record."""
+    for name, found in record["cases"].items():
+        for row, device in zip(found["devices"], CASES[name].plan().devices, strict=True):
+            row.update(estimate_gib=allocated_estimate(device), parts=device.gib, moment=device.moment)
+
+
 def difference(row: dict[str, Any]) -> float:
     return row["estimate_gib"] / row["peak_gib"] - 1
 
@@ -320,12 +328,20 @@ def main() -> None:
         parser.add_argument("--cases", nargs="+", default=[""], help="run the cases whose names contain one of these")
         parser.add_argument("--case_seconds", type=float, default=120.0, help="stop a case after so many seconds")
         parser.add_argument("--list", action="store_true", help="print the plans without measuring")
+        parser.add_argument("--replan", action="store_true", help="renew the estimates in --output, and measure nothing")
 
     arguments = parse_arguments("memory_plan", "Measure peaks beside the memory planner's estimates.", add)
     names = chosen(arguments.cases)
     if arguments.list:
         for name in names:
             print(f"{name}\n{CASES[name].plan().table()}\n")
+        return
+    if arguments.replan:
+        path = arguments.output.with_suffix(".json")
+        record = json.loads(path.read_text())
+        replan(record)
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        path.with_suffix(".md").write_text(record_text(record, tables) + "\n")
         return
     run = Run("memory_plan", arguments, tables)
     for package in ("peft", "accelerate", "bitsandbytes"):

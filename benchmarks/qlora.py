@@ -53,7 +53,7 @@ def request_of(form: str) -> Any:
 def speed(form: str) -> dict[str, Any]:
     """Milliseconds of a training step, and GiB at its peak."""
     case = Case(1, 6, None, request_of(form))
-    model = memory_plan.build(case)
+    model: Any = memory_plan.build(case)
     weights = torch.cuda.memory_allocated()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -106,7 +106,8 @@ def learn(model: Any, text: torch.Tensor, steps: int, learning_rate: float) -> l
 def curve(form: str) -> list[float]:
     """Losses of the adapters' steps."""
     torch.manual_seed(0)
-    model = MiniMaxM3VLForCausalLM(tiny_config(text=SIZES).text_config).to(DEVICE)
+    model: Any = MiniMaxM3VLForCausalLM(tiny_config(text=SIZES).text_config)
+    model.to(DEVICE)
     learn(model, bytes_of("docs", "*.md"), PRETRAINING_STEPS, 3e-3)
     model.to(torch.bfloat16)
     request = request_of(form)

@@ -70,12 +70,15 @@ def decode(layout: str, folder: str, on_gpu: bool) -> dict[str, Any]:
     """Milliseconds of a token of `generate`. The first process leaves tokens and logits in `folder`."""
     from transformers.distributed import DistributedConfig
 
-    options, processes = dict(LAYOUTS[layout]), int(os.environ["WORLD_SIZE"])
+    options: dict[str, Any] = dict(LAYOUTS[layout])
+    processes = int(os.environ["WORLD_SIZE"])
     rank = int(os.environ["RANK"])
     if any(name.endswith("_size") for name in options):
         if on_gpu:
             torch.cuda.set_device(rank)
-        sizes = {name: processes if name.endswith("_size") else value for name, value in options.items()}
+        sizes: dict[str, Any] = {
+            name: processes if name.endswith("_size") else value for name, value in options.items()
+        }
         options = {"distributed_config": DistributedConfig(**sizes)}
     elif not options:
         options = {"device_map": {"": 0 if on_gpu else "cpu"}}
@@ -99,7 +102,7 @@ def decode(layout: str, folder: str, on_gpu: bool) -> dict[str, Any]:
 
 def train(layout: str, folder: str, on_gpu: bool) -> dict[str, Any]:
     """Tokens per second of a process in LoRA steps, and the losses."""
-    from accelerate import Accelerator
+    from accelerate.accelerator import Accelerator
     from peft import LoraConfig, get_peft_model
 
     accelerator = Accelerator(mixed_precision="bf16")
@@ -218,8 +221,7 @@ def main() -> None:
         os._exit(0)  # threads of the process group may still run
     was_there = (arguments.folder / "config.json").exists()
     if not was_there:
-        config, options = geometry(not on_gpu), {} if not on_gpu else {"repeated": True}
-        make_synthetic_checkpoint(arguments.folder, config, **options)
+        make_synthetic_checkpoint(arguments.folder, geometry(not on_gpu), repeated=on_gpu)
     if arguments.only_write:
         return
     run = Run("two_cards", arguments, tables, needs_gpu=on_gpu)

@@ -319,6 +319,18 @@ def test_cases_of_the_memory_planner_by_text(script):
         module.chosen(["int4"])
 
 
+def test_plans_are_within_five_percent_of_the_measured_peaks(script):
+    """The record has peaks of an H200. A change of the planner, or of what it counts, shows here."""
+    module = script("memory_plan")
+    record = json.loads((Path(module.__file__).parent / "results" / "memory_plan.json").read_text())
+    module.replan(record)
+    rows = [(name, row) for name, found in record["cases"].items() for row in found["devices"]]
+    assert len(rows) >= 8
+    for name, row in rows:
+        assert row["peak_gib"] > 10
+        assert abs(module.difference(row)) < 0.05, name
+
+
 def test_differences_of_the_memory_planner(script):
     row = {"device": "cuda:0", "estimate_gib": 49.0, "peak_gib": 50.0, "reserved_gib": 51.0, "moment": "prefill"}
     other = row | {"estimate_gib": 51.5, "device": "cuda:1"}
