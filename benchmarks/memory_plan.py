@@ -328,7 +328,9 @@ def main() -> None:
         parser.add_argument("--cases", nargs="+", default=[""], help="run the cases whose names contain one of these")
         parser.add_argument("--case_seconds", type=float, default=120.0, help="stop a case after so many seconds")
         parser.add_argument("--list", action="store_true", help="print the plans without measuring")
-        parser.add_argument("--replan", action="store_true", help="renew the estimates in --output, and measure nothing")
+        parser.add_argument(
+            "--replan", action="store_true", help="renew the estimates in --output, and measure nothing"
+        )
 
     arguments = parse_arguments("memory_plan", "Measure peaks beside the memory planner's estimates.", add)
     names = chosen(arguments.cases)

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,9 @@ def check_shared_memory(training: TrainingArguments, pack_tokens: int) -> None:
         return
     free = shutil.disk_usage(shared).free
     waiting = training.dataloader_num_workers * (training.dataloader_prefetch_factor or 2) + 1
-    # measured: a pack of the default mixture has up to 0.4 patches a token, of 1176 float32 numbers
-    needed = int(waiting * training.per_device_train_batch_size * pack_tokens * 0.4 * 1176 * 4)
+    # measured: a pack of the default mixture has up to 0.4 patches a token, of 1176 numbers
+    pixel_bytes = 2 if training.bf16 else 4
+    needed = int(waiting * training.per_device_train_batch_size * pack_tokens * 0.4 * 1176 * pixel_bytes)
     if needed > free:
         raise ValueError(
             f"/dev/shm has {free / 2**20:.0f} MiB free, but {training.dataloader_num_workers} workers may need "
@@ -174,7 +176,12 @@ def prepare(argv: list[str]) -> PackTrainer:
     if options.time_limit:
         callbacks.append(TimeLimit(options.time_limit))
     trainer = PackTrainer(
-        model, training, data_collator=collate_packs, train_dataset=train, eval_dataset=heldout, callbacks=callbacks
+        model,
+        training,
+        data_collator=partial(collate_packs, pixel_dtype=torch.bfloat16 if training.bf16 else torch.float32),
+        train_dataset=train,
+        eval_dataset=heldout,
+        callbacks=callbacks,
     )
     trainer.processor, trainer.options = processor, options
     if training.process_index == 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from modeling_minimax_m3.trainer_logging import IndexerLossLogging
@@ -88,7 +89,7 @@ class PackTrainer(IndexerLossLogging, Trainer):
         model = self.accelerator.unwrap_model(self.model)
         started = time.perf_counter()
         with self.compute_loss_context_manager():
-            scores = score_packs(model, packs)
+            scores = score_packs(model, packs, min(self.args.dataloader_num_workers, len(packs)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 2)
         self.log(metrics)
@@ -97,8 +98,8 @@ class PackTrainer(IndexerLossLogging, Trainer):
 
 
 @torch.no_grad()
-def score_packs(model: torch.nn.Module, packs: Packs) -> dict[str, float]:
-    """Scores a model on packs of rows.
+def score_packs(model: torch.nn.Module, packs: Packs, num_workers: int = 0) -> dict[str, float]:
+    """Scores a model on packs of rows, which `num_workers` processes make.
 
     An answer is right if each of its tokens, its end included, is the most probable one behind the right tokens before
     it. Greedy decoding writes exactly the right answers, up to rounding: its first wrong token would be one here.
@@ -115,8 +116,7 @@ def score_packs(model: torch.nn.Module, packs: Packs) -> dict[str, float]:
     right: defaultdict[str, int] = defaultdict(int)
     total: defaultdict[str, int] = defaultdict(int)
     load = torch.zeros((), device=device)
-    for index in range(len(packs)):
-        pack = packs[index]
+    for pack in DataLoader(packs, batch_size=None, num_workers=num_workers):
         inputs = {name: value.to(device) for name, value in collate_packs([pack]).items()}
         labels = inputs.pop("labels")[0]
         places = (labels != -100).nonzero().flatten()  # never the first token of a row

@@ -184,8 +184,16 @@ def join_rows(rows: Sequence[EncodedRow], tokens: int, padding: int) -> dict[str
     return pack
 
 
-def collate_packs(packs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The model's inputs: several packs in one line, with the offsets of all rows and positions that start again."""
+def collate_packs(
+    packs: Sequence[dict[str, Any]], pixel_dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """The model's inputs: several packs in one line, with the offsets of all rows and positions that start again.
+
+    Args:
+        packs (sequence of dict): Items of `Packs`.
+        pixel_dtype (torch.dtype): Of the patches, which are most of a batch. A model that computes in bfloat16 makes the
+            same of bfloat16 as of float32.
+    """
     lengths = torch.tensor([length for pack in packs for length in pack["lengths"]])
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths.tolist()])[None]
@@ -194,4 +202,6 @@ def collate_packs(packs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
         if parts := [pack[name] for pack in packs if name in pack]:
             batch[name] = torch.cat(parts)
+            if batch[name].is_floating_point():
+                batch[name] = batch[name].to(pixel_dtype)
     return batch

@@ -139,6 +139,20 @@ def test_packed_rows_get_the_outputs_that_they_get_alone(processor, weights):
             place += len(row.ids) + (5 if number == 1 else 0)
 
 
+def test_pixels_in_bfloat16_change_no_result_of_a_model_that_computes_in_it(processor):
+    torch.manual_seed(0)
+    model = MiniMaxM3SparseForConditionalGeneration(tiny_config(text={"vocab_size": 1024})).eval()
+    rows = [RowEncoder(processor).encode(make_row(task, "train", 1, characters=500)) for task in ("image", "video")]
+    pack = join_rows(rows, sum(len(row.ids) for row in rows), processor.tokenizer.pad_token_id)
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = collate_packs([pack], pixel_dtype=dtype)
+        assert inputs["pixel_values"].dtype == inputs["pixel_values_videos"].dtype == dtype
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model(**inputs, use_cache=False, skip_logits=False).logits)
+    assert torch.equal(*outputs)
+
+
 def test_rows_become_a_data_set_that_reads_like_them(processor, tmp_path):
     pytest.importorskip("datasets")
     encoder = RowEncoder(processor)
