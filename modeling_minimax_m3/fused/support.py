@@ -85,16 +85,29 @@ def is_watched(module: torch.nn.Module) -> bool:
     """Whether a call of `module` does more than its class says.
 
     Its forward is replaced on the instance (as Accelerate does for offloaded weights), or hooks wait for the call. The
-    hooks by which Transformers records outputs stay on a model, and do nothing while nothing is recorded.
+    hooks by which Transformers records outputs stay on a model, and do nothing while nothing is recorded. Those by which
+    a `device_map` brings inputs to the device of a module do nothing where they are there: the kernels ask for that.
     """
     return bool(
-        "forward" in module.__dict__
+        ("forward" in module.__dict__ and not _only_aligns_devices(module))
         or module._compiled_call_impl is not None
         or module._forward_pre_hooks
         or any(not is_idle_recorder(hook) for hook in module._forward_hooks.values())
         or module._backward_pre_hooks
         or module._backward_hooks
         or torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def _only_aligns_devices(module: torch.nn.Module) -> bool:
+    """Whether what stands for the forward of the class is that of Accelerate, and moves nothing but inputs."""
+    accelerate = "accelerate.hooks"
+    hook, replaced = module.__dict__.get("_hf_hook"), module.__dict__["forward"]
+    return (
+        (type(hook).__module__, type(hook).__name__) == (accelerate, "AlignDevicesHook")
+        and not (hook.offload or hook.io_same_device or hook.no_grad)
+        and getattr(getattr(replaced, "func", None), "__module__", None) == accelerate
+        and getattr(module.__dict__.get("_old_forward"), "__func__", None) is type(module).forward
     )
 
 

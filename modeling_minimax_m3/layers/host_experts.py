@@ -210,7 +210,9 @@ def expert_weights(experts: MiniMaxM3VLExperts) -> dict[str, nn.Parameter]:
 def can_be_offloaded(block: MiniMaxM3VLSparseMoeBlock) -> bool:
     """Whether block and experts are of the classes that have a twin here, and nothing watches them."""
     is_known = type(block) is MiniMaxM3VLSparseMoeBlock and type(block.experts) in _ON_HOST
-    return is_known and not is_watched(block) and not is_watched(block.experts)
+    modules = (block, block.experts)
+    # Another class cannot take the place of one whose forward Accelerate has bound.
+    return is_known and not any(is_watched(module) or "forward" in vars(module) for module in modules)
 
 
 def put_on_host(

@@ -66,7 +66,7 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         norm = self.post_attention_layernorm
-        if runs_as_written(norm, MiniMaxM3VLRMSNorm):
+        if runs_as_written(norm, MiniMaxM3VLRMSNorm) and norm.weight.device == attended.device:
             normalized, hidden_states = add_rms_norm(hidden_states, attended, norm.weight, norm.eps)
         else:
             hidden_states = hidden_states + attended

@@ -12,6 +12,7 @@ from modeling_minimax_m3.layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExper
 from modeling_minimax_m3.layers.normalization import MiniMaxM3VLRMSNorm
 from modeling_minimax_m3.layers.rotary import apply_rotary, normalize_and_rotate
 from modeling_minimax_m3.models import text
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
 
 class Replacement(MiniMaxM3VLRMSNorm):
@@ -50,6 +51,43 @@ def test_replaced_norms_are_not_plain():
     compiled = MiniMaxM3VLRMSNorm(16)
     compiled.compile()
     assert not runs_as_written(compiled, MiniMaxM3VLRMSNorm)
+
+
+def test_a_device_map_leaves_modules_plain():
+    """Its hooks bring inputs to the device of a module. Those that move weights, or record no gradients, do more."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    norm = MiniMaxM3VLRMSNorm(16)
+    hooks.add_hook_to_module(norm, hooks.AlignDevicesHook(execution_device="cpu"))
+    assert "forward" in vars(norm) and runs_as_written(norm, MiniMaxM3VLRMSNorm)
+    for options in ({"io_same_device": True}, {"offload": True}):
+        hooks.add_hook_to_module(norm, hooks.AlignDevicesHook(execution_device="cpu", **options))
+        assert not runs_as_written(norm, MiniMaxM3VLRMSNorm)
+        hooks.remove_hook_from_module(norm)
+        norm.weight = nn.Parameter(torch.zeros(16))
+    hooks.add_hook_to_module(norm, hooks.ModelHook())
+    assert not runs_as_written(norm, MiniMaxM3VLRMSNorm)
+    hooks.add_hook_to_module(norm, hooks.AlignDevicesHook(execution_device="cpu"))
+    assert runs_as_written(norm, MiniMaxM3VLRMSNorm)
+    hooks.add_hook_to_module(norm, hooks.AlignDevicesHook(execution_device="cpu"), append=True)
+    assert not runs_as_written(norm, MiniMaxM3VLRMSNorm)  # a sequence of hooks is not looked into
+    hooks.remove_hook_from_module(norm)
+    norm.forward = norm.forward  # replaced before, so that the hook calls something else than the class
+    hooks.add_hook_to_module(norm, hooks.AlignDevicesHook(execution_device="cpu"))
+    norm._old_forward = lambda states: states
+    assert not runs_as_written(norm, MiniMaxM3VLRMSNorm)
+
+
+def test_a_model_with_a_device_map_computes_the_same():
+    big_modeling = pytest.importorskip("accelerate.big_modeling")
+    torch.manual_seed(0)
+    model = MiniMaxM3VLForCausalLM(tiny_config().text_config).eval()
+    tokens = torch.randint(2, 400, (2, 40))
+    expected = model.generate(tokens, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    big_modeling.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert runs_as_written(model.model.layers[0].self_attn.q_proj, nn.Linear)
+    assert runs_as_written(model.model.layers[-1].mlp.experts, MiniMaxM3VLExperts)
+    found = model.generate(tokens, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", [MiniMaxM3VLRMSNorm, nn.Linear, MiniMaxM3VLExperts, MiniMaxM3VLDenseMLP])

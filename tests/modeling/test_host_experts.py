@@ -461,3 +461,11 @@ def test_a_failure_midway_leaves_an_ordinary_model(load, monkeypatch):
             offload(model)
         assert {type(block) for block in blocks_of(model)} == {MiniMaxM3VLSparseMoeBlock}
         assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_model_with_a_device_map_is_refused(load):
+    """Accelerate has bound the forward of the class that experts have now."""
+    big_modeling = pytest.importorskip("accelerate.big_modeling")
+    model = big_modeling.dispatch_model(load(), {"": "cpu"}, force_hooks=True)
+    with pytest.raises(ValueError, match="without adapters or hooks.*experts. is a MiniMaxM3VLExperts"):
+        offload_experts(model, "cpu", 0.5)
