@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from decoding_graphs import decoding_graphs
+
 
 @dataclass
 class Attended:
@@ -53,7 +55,7 @@ def attention_to_blocks(
 class AttentionRecorder:
     """Records, for the last token of each pass over one sequence without padding, what the sparse layers attended to.
 
-    The cache must grow with the text, as it does by default on a CPU. On a GPU, set MINIMAX_M3_CUDA_GRAPHS=0.
+    Meanwhile `generate` captures no decoding step: a step that is replayed calls no layer.
 
     Attributes:
         passes (list of dict of Attended): For each pass, by the number of the layer.
@@ -64,6 +66,8 @@ class AttentionRecorder:
         self.passes: list[dict[int, Attended]] = []
 
     def __enter__(self) -> "AttentionRecorder":
+        self._no_graphs = decoding_graphs(allowed=False)
+        self._no_graphs.__enter__()
         for layer in self.layers:
             layer.selection_observer = self._observe
         return self
@@ -71,6 +75,7 @@ class AttentionRecorder:
     def __exit__(self, *error: object) -> None:
         for layer in self.layers:
             layer.selection_observer = None
+        self._no_graphs.__exit__(None, None, None)
 
     def _observe(self, layer: Any, query: Any, key: Any, block_indices: Any, layout: Any) -> None:
         if query.shape[0] != 1:

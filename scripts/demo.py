@@ -17,10 +17,10 @@ from typing import Any
 
 # Everything is on this machine; read when Transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What the tokens attended to is recorded outside of graphs.
-os.environ.setdefault("MINIMAX_M3_CUDA_GRAPHS", "0")
-# Threads that wait sleep. Where they spin, a machine that does other work too is slower with two threads than with one.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":
+    # Threads that wait sleep, which PyTorch reads when it is imported. Where they spin, a machine that does other work
+    # too is slower with two threads than with one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor

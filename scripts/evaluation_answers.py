@@ -1,9 +1,7 @@
 """Greedy answers to prompts, in batches or from one cache for a long text, and how many of them are right."""
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from math import sqrt
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from decoding_graphs import decoding_graphs
 from evaluation_prompts import Prompt
 from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
@@ -83,21 +82,6 @@ def answer_in_turn(model: Any, prompts: Sequence[Prompt], **options: Any) -> lis
         written += answer_batch(model, [prompt], **{CACHE_NAME: cache}, **options)
         cache.crop(len(prompt.ids) - cache.get_seq_length())  # what it wrote: the next prompt has the right answer
     return written
-
-
-@contextmanager
-def decoding_graphs(allowed: bool) -> Iterator[None]:
-    """Lets `generate` capture its decoding step, or not. It stays off where the environment switches it off."""
-    before = os.environ.get("MINIMAX_M3_CUDA_GRAPHS")
-    if not allowed:
-        os.environ["MINIMAX_M3_CUDA_GRAPHS"] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("MINIMAX_M3_CUDA_GRAPHS", None)
-        else:
-            os.environ["MINIMAX_M3_CUDA_GRAPHS"] = before
 
 
 def share(outcomes: Iterable[bool]) -> dict[str, Any]:

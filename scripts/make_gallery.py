@@ -15,8 +15,6 @@ from typing import Any
 
 # Read when Transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What the tokens attended to is recorded outside of graphs.
-os.environ.setdefault("MINIMAX_M3_CUDA_GRAPHS", "0")
 
 import torch
 from tqdm.auto import tqdm

@@ -1,7 +1,7 @@
 """Whether the compiled kernels take a call. Every other call runs the definition in plain PyTorch."""
 
 from collections.abc import Callable
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -102,7 +102,8 @@ def is_watched(module: torch.nn.Module) -> bool:
 def _only_aligns_devices(module: torch.nn.Module) -> bool:
     """Whether what stands for the forward of the class is that of Accelerate, and moves nothing but inputs."""
     accelerate = "accelerate.hooks"
-    hook, replaced = module.__dict__.get("_hf_hook"), module.__dict__["forward"]
+    hook: Any = module.__dict__.get("_hf_hook")
+    replaced = module.__dict__["forward"]
     return (
         (type(hook).__module__, type(hook).__name__) == (accelerate, "AlignDevicesHook")
         and not (hook.offload or hook.io_same_device or hook.no_grad)

@@ -1,5 +1,7 @@
 """What answers attended to: weights beside those that the model returns, parts of prompts, regions, facts."""
 
+import os
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -48,6 +50,18 @@ def test_weights_are_those_of_the_model(attended):
                 assert blocks == sorted(set(seen.tolist()))
                 assert len(blocks) == 3
     assert all(layer.selection_observer is None for layer in recorder.layers)
+
+
+@pytest.mark.parametrize("setting", [None, "1", "0"])
+def test_no_step_is_captured_while_it_records(attended, monkeypatch, setting):
+    monkeypatch.delenv("MINIMAX_M3_CUDA_GRAPHS", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("MINIMAX_M3_CUDA_GRAPHS", setting)
+    model = MiniMaxM3VLForCausalLM(tiny_config(text=BLOCKS).text_config)
+    with pytest.raises(RuntimeError), attended.AttentionRecorder(model):
+        assert os.environ["MINIMAX_M3_CUDA_GRAPHS"] == "0"
+        raise RuntimeError
+    assert os.environ.get("MINIMAX_M3_CUDA_GRAPHS") == setting
 
 
 def test_batch_is_refused(attended):
