@@ -1,8 +1,9 @@
 """Products of few tokens, and of groups of rows, beside cuBLAS and PyTorch: `python -m benchmarks.fused_products`.
 
-One GPU, bf16, the released model's sizes, random weights, those of few tokens also in MXFP8. Few tokens are timed in a CUDA graph whose calls take turns
-among several weights, so that no cache holds them; the floor is the time to read the weights at the rate of a large
-sum. Groups are the rows of 128 experts that random tokens chose, four each. Each result is compared with float64.
+One GPU, bf16, the released model's sizes, random weights; few tokens also in MXFP8. Few tokens are timed in a CUDA
+graph whose calls take turns among several weights, so that no cache holds them. The floor is the time to read the
+weights at the rate of a large sum. Groups are the rows of 128 experts that random tokens chose, four each. Each result
+is compared with float64.
 """
 
 from functools import partial

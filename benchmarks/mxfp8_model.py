@@ -2,7 +2,8 @@
 
 Layers of the released geometry as in `model_step`: "4 layers" are one dense and three sparse, "7 layers" one and six.
 Experts, shared expert, dense MLP and the projections of attention and indexer are in MXFP8, as in the released model;
-head, embedding and router stay in bf16. A model is measured in bf16, then its weights are quantized in place, and it is measured again.
+head, embedding and router stay in bf16. A model is measured in bf16, then its weights are quantized in place, and it is
+measured again.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Train a small MiniMax-M3 from nothing, on text, code, recall, tools, pictures and videos that the machine makes.
+"""Train a small MiniMax-M3 from scratch, on text, code, recall, tools, pictures and videos that the machine makes.
 
     python scripts/pretrain.py --output_dir run --max_steps 8000
     python scripts/pretrain.py --output_dir run --max_steps 8000 --resume_from_checkpoint true

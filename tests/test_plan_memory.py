@@ -98,12 +98,34 @@ def test_devices_of_this_machine(command, capsys, monkeypatch):
         (["released", "--devices", "2", "--strategy", "single"], "plan_memory.py: `strategy` must be"),
         (["released", "--layers", "0"], "plan_memory.py: `layers` must be from 1 to 60, got 0"),
         (["released", "--training", "qlora"], "plan_memory.py: `precision` must be quantized"),
-        (["no/such/folder"], "plan_memory.py: .*no/such/folder"),
+        (
+            ["no/such/folder"],
+            "plan_memory.py: `config` must be a config.json, .*: no/such/folder is no file or folder here",
+        ),
     ],
 )
 def test_errors(command, arguments, message):
     with pytest.raises(SystemExit, match=message):
         command.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"adapter_config.json": "{}"},
+            "`config` must be a checkpoint, and {} is an adapter: pass the one it was trained",
+        ),
+        ({}, "`config` must be a checkpoint, and the folder {} has no config.json"),
+        ({"config.json": "{"}, "`config`: {} cannot be read: .*not a valid JSON file"),
+        ({"config.json": '{"model_type": "gpt2"}'}, "`config` must be of a MiniMax-M3, got a GPT2Config from {}"),
+    ],
+)
+def test_errors_of_a_folder(command, tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match="plan_memory.py: " + message.replace("{}", re.escape(str(tmp_path)))):
+        command.main([str(tmp_path)])
 
 
 def test_a_short_context_needs_no_other_flag(command, capsys, tiny_checkpoint):

@@ -49,7 +49,7 @@ class ModelCard:
 
     Args:
         title (str): Its heading, and the name of the model.
-        base (str, optional): The checkpoint that it starts from. None for a model that was trained from nothing.
+        base (str, optional): The checkpoint that it starts from. None for a model that was trained from scratch.
         is_adapter (bool): Whether the weights are an adapter of PEFT.
         is_composite (bool): Whether the model reads images and videos.
         usage (str): Python that loads it.

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -204,12 +204,11 @@ def read_config(source: str | os.PathLike, layers: int | None = None) -> Config:
         layers (int or None): How many of the first layers to keep. None: all.
 
     Raises:
-        ValueError: It is the configuration of another model, or `layers` is not among its layers.
+        ValueError: There is no such configuration, it is an adapter's or another model's, or `layers` is not among its
+            layers.
     """
-    if str(source) == "released" and not Path(source).exists():
-        config = released_config()
-    else:
-        config = AutoConfig.from_pretrained(source)
+    is_released = str(source) == "released" and not Path(source).exists()
+    config = released_config() if is_released else _load_config(source)
     if not isinstance(config, MiniMaxM3VLConfig | MiniMaxM3VLTextConfig):
         raise ValueError(f"`config` must be of a MiniMax-M3, got a {type(config).__name__} from {source}")
     if layers is not None:
@@ -219,6 +218,26 @@ def read_config(source: str | os.PathLike, layers: int | None = None) -> Config:
         text.layer_types, text.mlp_layer_types = text.layer_types[:layers], text.mlp_layer_types[:layers]
         text.num_hidden_layers = layers
     return config
+
+
+def _load_config(source: str | os.PathLike) -> Any:
+    """The configuration of `source`, of any model, with errors that say what `source` is."""
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"`config` must be a checkpoint, and {source} is an adapter: pass the one it was trained on"
+            )
+        raise ValueError(f"`config` must be a checkpoint, and the folder {source} has no config.json")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        if path.exists():
+            raise ValueError(f"`config`: {source} cannot be read: {error}") from error
+        raise ValueError(
+            f"`config` must be a config.json, a folder, a name on the Hub or 'released': {source} is no file or folder "
+            f"here, and cannot be read from the Hub: {error}"
+        ) from error
 
 
 def detected_host_gib() -> float:
