@@ -26,7 +26,7 @@ from modeling_minimax_m3 import ExpertOffload, offload_experts
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLSparseMoeBlock
 from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
-from . import model_step_works as works
+from . import model_step_workloads as workloads
 from .gpu import Run, parse_arguments
 from .implementations import OURS
 from .report import as_table
@@ -134,8 +134,8 @@ def copy_rate(offload: ExpertOffload, experts: int = 64) -> float:
 def decode(model: Any, routing: TracedRouting, warm_up: int, measured: int, reset: Callable[[], None]) -> float:
     """Seconds of a token, without the loop of `generate`. `reset` is called when the measurement begins."""
     cache = DynamicCache(config=model.config)
-    model(works.tokens_of(model, 1, PROMPT), logits_to_keep=1, **{CACHE_NAME: cache})
-    token = works.tokens_of(model, 1, 1)
+    model(workloads.tokens_of(model, 1, PROMPT), logits_to_keep=1, **{CACHE_NAME: cache})
+    token = workloads.tokens_of(model, 1, 1)
     started = 0.0
     for step in range(warm_up + measured):
         if step == warm_up:
@@ -150,7 +150,7 @@ def decode(model: Any, routing: TracedRouting, warm_up: int, measured: int, rese
 @torch.no_grad()
 def prefill(model: Any, tokens: int) -> float:
     """Seconds of a prompt, the second time that it is read."""
-    ids, seconds = works.tokens_of(model, 1, tokens), 0.0
+    ids, seconds = workloads.tokens_of(model, 1, tokens), 0.0
     for _ in range(2):
         torch.cuda.synchronize()
         started = time.perf_counter()
@@ -187,7 +187,7 @@ def tables(record: dict) -> str:
 def main() -> None:
     run = Run("host_experts", parse_arguments("host_experts", "Time decoding with experts on the host."), tables)
     rows = run.record["rows"] = []
-    model = works.build(OURS, "7 layers")
+    model = workloads.build(OURS, "7 layers")
     blocks = blocks_of(model)
     config = model.config
     sizes = (len(blocks), config.num_local_experts, config.num_experts_per_tok)

@@ -33,33 +33,33 @@ from pathlib import Path
 import torch
 
 from . import model_step_breakdown as breakdown
-from . import model_step_works as works
+from . import model_step_workloads as workloads
 from .gpu import Run, parse_arguments, record_text, require_gpu
 from .implementations import OURS, STOCK
 from .model_step_leak import leak
 from .model_step_report import key_of, merge, plot, tables, with_floor, write_docs
-from .model_step_works import Case
+from .model_step_workloads import Case
 
 
 def _decoding(model: str) -> list[Case]:
     step, loop = "decode step in a CUDA graph", "token of generate"
     return [
         # before the profiler runs, which might slow the host down
-        Case("decode", model, loop, works.generate, past=8192, stock=True),
-        *([Case("decode", model, loop, works.generate, past=131072)] if model == "4 layers" else []),
-        Case("decode", model, f"{loop}, static cache", works.generate, past=8192, stock=model == "4 layers"),
-        Case("decode", model, step, works.graph_step, past=8192),
-        Case("decode", model, step, works.graph_step, past=131072),
+        Case("decode", model, loop, workloads.generate, past=8192, stock=True),
+        *([Case("decode", model, loop, workloads.generate, past=131072)] if model == "4 layers" else []),
+        Case("decode", model, f"{loop}, static cache", workloads.generate, past=8192, stock=model == "4 layers"),
+        Case("decode", model, step, workloads.graph_step, past=8192),
+        Case("decode", model, step, workloads.graph_step, past=131072),
     ]
 
 
 def _passes(model: str) -> list[Case]:
     return [
-        Case("turns", model, "later turn", works.one_pass, new=4096, past=32768),
-        Case("turns", model, "later turn", works.one_pass, new=1024, past=131072),
-        Case("prefill", model, "prefill", works.one_pass, new=8192, stock=model == "4 layers"),
-        Case("prefill", model, "prefill", works.one_pass, new=32768),
-        Case("memory", model, "prefill in one call", works.prefill_memory, new=131072),
+        Case("turns", model, "later turn", workloads.one_pass, new=4096, past=32768),
+        Case("turns", model, "later turn", workloads.one_pass, new=1024, past=131072),
+        Case("prefill", model, "prefill", workloads.one_pass, new=8192, stock=model == "4 layers"),
+        Case("prefill", model, "prefill", workloads.one_pass, new=32768),
+        Case("memory", model, "prefill in one call", workloads.prefill_memory, new=131072),
     ]
 
 
@@ -68,24 +68,24 @@ def _passes(model: str) -> list[Case]:
 CASES = (
     *_decoding("4 layers"),
     *_decoding("7 layers"),
-    Case("decode", "4 layers", "output head of a token", works.head, stock=True),
-    Case("batch", "4 layers", "router and experts of a layer", works.experts_of_a_layer, batch=16, stock=True),
-    Case("batch", "4 layers", "decode step in a CUDA graph", works.graph_step, past=8192, batch=16),
+    Case("decode", "4 layers", "output head of a token", workloads.head, stock=True),
+    Case("batch", "4 layers", "router and experts of a layer", workloads.experts_of_a_layer, batch=16, stock=True),
+    Case("batch", "4 layers", "decode step in a CUDA graph", workloads.graph_step, past=8192, batch=16),
     *_passes("4 layers"),
     *_passes("7 layers"),
-    Case("million", "7 layers", "prefill in chunks of 32k", works.chunked_prefill, new=2**20),
+    Case("million", "7 layers", "prefill in chunks of 32k", workloads.chunked_prefill, new=2**20),
     *(
         Case(
             "sharing",
             "small",
             f"block attention alone, lists shared by {queries}",
-            partial(works.shared_lists, queries=queries),
+            partial(workloads.shared_lists, queries=queries),
             new=tokens,
         )
         for tokens in (32768, 131072)
         for queries in (1, 2, 3, 4, 8)
     ),
-    Case("training", "training", "training step", works.training, new=8192, stock=True),
+    Case("training", "training", "training step", workloads.training, new=8192, stock=True),
     Case("leak", "small", "call of generate", leak),
     Case("breakdown", "4 layers", "decode step in a CUDA graph", breakdown.step_breakdown, past=8192),
     Case("breakdown", "4 layers", "prefill", breakdown.pass_breakdown, new=8192),
@@ -107,14 +107,14 @@ def chosen(implementation: str, model: str, groups: list[str]) -> list[Case]:
 def run_all(implementation: str, model: str, groups: list[str], seconds: float) -> None:
     """Prints a line of JSON for each case of one model."""
     started = time.monotonic()
-    built = works.build(implementation, model)
+    built = workloads.build(implementation, model)
     for case in chosen(implementation, model, groups):
         if time.monotonic() - started > seconds:
             break
         row = {"implementation": implementation, **case.key()}
         begun = time.monotonic()
         try:
-            row |= works.measured(implementation, built, case)
+            row |= workloads.measured(implementation, built, case)
         except Exception as reason:
             row["failed"] = f"{type(reason).__name__}: {reason}"[:300]
         print(json.dumps(row | {"seconds": round(time.monotonic() - begun, 1)}), flush=True)
@@ -134,7 +134,7 @@ def main() -> None:
     def add(parser) -> None:
         parser.add_argument("--cases", type=groups_of, default=list(GROUPS), help=f"groups of {','.join(GROUPS)}")
         parser.add_argument("--implementation", choices=(OURS, STOCK), help="measure only one")
-        parser.add_argument("--model", choices=tuple(works.MODELS), help="measure only models of this size")
+        parser.add_argument("--model", choices=tuple(workloads.MODELS), help="measure only models of this size")
         parser.add_argument("--child", action="store_true", help="measure in this process and only print lines")
         parser.add_argument("--merge", type=Path, nargs="+", help="join records into --output")
         parser.add_argument("--plot", action="store_true", help="make the picture of the record --output")
@@ -175,7 +175,7 @@ def main() -> None:
     pairs = [
         (implementation, model)
         for implementation in (OURS, STOCK)
-        for model in works.MODELS
+        for model in workloads.MODELS
         if arguments.implementation in (None, implementation) and arguments.model in (None, model)
     ]
     run.cases([pair for pair in pairs if chosen(*pair, arguments.cases)], case)
@@ -199,7 +199,7 @@ def expected_rows() -> list[tuple]:
     return [
         key_of({"implementation": implementation, **case.key()})
         for implementation in (OURS, STOCK)
-        for model in works.MODELS
+        for model in workloads.MODELS
         for case in chosen(implementation, model, list(GROUPS))
     ]
 

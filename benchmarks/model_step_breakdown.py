@@ -1,4 +1,4 @@
-"""The works of `model_step` by part of the model."""
+"""The time of each part of the model, in the workloads of `model_step`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from . import kernel_parts
 from .gpu import time_ms
-from .model_step_works import Case, captured_step, graph_of, pass_over, synchronized_ms, training_step
+from .model_step_workloads import Case, captured_step, graph_of, pass_over, synchronized_ms, training_step
 
 
 def _eager_breakdown(model: Any, run: Callable[[], Any], forget: Callable[[], Any] = lambda: None) -> dict[str, Any]:

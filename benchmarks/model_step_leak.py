@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from .model_step_works import Case, tokens_of
+from .model_step_workloads import Case, tokens_of
 
 CALLS = 1000
 

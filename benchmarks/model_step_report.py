@@ -8,7 +8,7 @@ from . import model_step_floors as floors
 from .gpu import selected_flops
 from .implementations import OURS, STOCK
 from .kernel_parts import PARTS
-from .model_step_works import CHUNK, MODELS
+from .model_step_workloads import CHUNK, MODELS
 from .report import as_table
 
 BEGIN, END = "<!-- tables of benchmarks.model_step -->", "<!-- end of tables -->"

@@ -16,7 +16,7 @@ from torch import nn
 from modeling_minimax_m3.layers.mxfp8 import Mxfp8Experts, Mxfp8Linear, Mxfp8Module
 from modeling_minimax_m3.mxfp8 import quantize_mxfp8
 
-from . import model_step_works as works
+from . import model_step_workloads as workloads
 from .gpu import Run, parse_arguments
 from .implementations import OURS
 from .report import as_table
@@ -24,9 +24,9 @@ from .report import as_table
 MODELS = ("4 layers", "7 layers")
 FORMS = ("bf16", "MXFP8")
 WORKS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
-    "decode step in a CUDA graph, 8k cached": (works.graph_step, {"past": 8192}),
-    "prefill, 8k": (works.one_pass, {"new": 8192}),
-    "prefill, 32k": (works.one_pass, {"new": 32768}),
+    "decode step in a CUDA graph, 8k cached": (workloads.graph_step, {"past": 8192}),
+    "prefill, 8k": (workloads.one_pass, {"new": 8192}),
+    "prefill, 32k": (workloads.one_pass, {"new": 32768}),
 }
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     @cache
     def model_of(name: str) -> Any:
         torch.cuda.empty_cache()
-        return works.build(OURS, name)
+        return workloads.build(OURS, name)
 
     def case(model_name: str, form: str, work: str) -> None:
         model = model_of(model_name)
@@ -98,7 +98,7 @@ def main() -> None:
             quantize(model)
             torch.cuda.empty_cache()
         measure, sizes = WORKS[work]
-        figures = measure(model, works.Case("mxfp8", model_name, work, measure, **sizes))
+        figures = measure(model, workloads.Case("mxfp8", model_name, work, measure, **sizes))
         size = sum(parameter.nbytes for parameter in model.parameters())
         setting = {"model": model_name, "form": form, "work": work}
         rows.append(setting | figures | {"bytes": size, "step_bytes": bytes_of_a_step(model)})

@@ -29,7 +29,7 @@ from configuration_minimax_m3 import MiniMaxM3VLConfig, released_config, tiny_co
 from modeling_minimax_m3.checkpoint_conversion import make_synthetic_checkpoint
 
 from .gpu import Run, Skipped, parse_arguments
-from .model_step_works import Clock
+from .model_step_workloads import Clock
 from .own_process import result_of, start_group
 from .report import as_table
 

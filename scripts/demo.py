@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from answered import answer_question, mean_blocks, mean_cells, mean_shares
+from answer_question import answer_question, mean_blocks, mean_cells, mean_shares
 from configuration_minimax_m3 import small_config
 from gallery_page import write_page
 from heldout_questions import Question, long_question, short_question

@@ -23,7 +23,7 @@ def write_page(records: Sequence[dict[str, Any]], path: Path, title: str, note: 
     """Writes the page.
 
     Args:
-        records (sequence of dict): Results of `answered.answer_question`.
+        records (sequence of dict): Results of `answer_question.answer_question`.
         path (Path): The HTML file.
         title (str): Heading of the page.
         note (str): A sentence below it, such as which checkpoint answered.

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_minimax_m3  # noqa: F401  (registers the classes)
-from answered import answer_question
+from answer_question import answer_question
 from gallery_page import write_page
 from heldout_questions import LONG_KINDS, long_question, short_question
 

@@ -1,4 +1,4 @@
-"""The benchmark of a whole model: floors, tables and picture, and its works on a tiny model."""
+"""The benchmark of a whole model: floors, tables and picture, and its workloads on a tiny model."""
 
 import importlib
 import json
@@ -276,7 +276,7 @@ def test_each_result_is_printed_and_recorded(model_step, report, monkeypatch, tm
     assert '"ms": 55.0' in capsys.readouterr().out
 
 
-# --- the works ---------------------------------------------------------------------------------------------------
+# --- the workloads ---------------------------------------------------------------------------------------------------
 
 
 class Graph:
@@ -286,8 +286,8 @@ class Graph:
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Stand-ins for what needs a GPU: the works run as they are, and their figures mean nothing."""
-    works = importlib.import_module("benchmarks.model_step_works")
+    """Stand-ins for what needs a GPU: the workloads run as they are, and their figures mean nothing."""
+    workloads = importlib.import_module("benchmarks.model_step_workloads")
     captured = importlib.import_module("modeling_minimax_m3.runtime.captured_decoding")
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
@@ -298,12 +298,12 @@ def on_cpu(monkeypatch):
     step = captured._CapturedPass
     monkeypatch.setattr(step, "_on_side_stream", lambda self, function: function())
     monkeypatch.setattr(step, "_capture", lambda self: setattr(self, "_graph", Graph(self._forward)))
-    monkeypatch.setattr(works, "in_graph", lambda function: (function(), Graph(function))[1])
-    for module in (works, importlib.import_module("benchmarks.model_step_breakdown")):
-        monkeypatch.setattr(module, "time_ms", works.synchronized_ms)
-    monkeypatch.setattr(works, "CHUNK", 64)
-    monkeypatch.setattr(works, "PIECE", 32)
-    return works
+    monkeypatch.setattr(workloads, "in_graph", lambda function: (function(), Graph(function))[1])
+    for module in (workloads, importlib.import_module("benchmarks.model_step_breakdown")):
+        monkeypatch.setattr(module, "time_ms", workloads.synchronized_ms)
+    monkeypatch.setattr(workloads, "CHUNK", 64)
+    monkeypatch.setattr(workloads, "PIECE", 32)
+    return workloads
 
 
 def names_of_cases():

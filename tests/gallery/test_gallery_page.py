@@ -13,7 +13,7 @@ BROWSERS = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "goo
 
 
 def example(**changes):
-    """A record as `answered.answer_question` returns it: 2 tokens, 1 layer, 2 heads, a picture of 2 regions."""
+    """A record as `answer_question.answer_question` returns it: 2 tokens, 1 layer, 2 heads, a picture of 2 regions."""
     record = {"task": "image", "kind": "colour", "index": 0, "question": "What colour?", "expected": "red"}
     record |= {"given": "red", "right": True, "written": "red", "tokens": ["red", "[e~["], "prompt_tokens": 40}
     record |= {"prompt": "What colour?", "scale": 100, "seconds": 1.0, "layers": [3], "heads": 2, "tools": []}

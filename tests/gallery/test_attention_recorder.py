@@ -13,8 +13,8 @@ BLOCKS = {"index_block_size": 8, "index_topk_blocks": 3, "initializer_range": 0.
 
 
 @pytest.fixture(scope="module")
-def attended(load_script):
-    return load_script("attended")
+def attention_recorder(load_script):
+    return load_script("attention_recorder")
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,13 @@ def processor(tiny_checkpoint):
     return AutoProcessor.from_pretrained(tiny_checkpoint)
 
 
-def test_weights_are_those_of_the_model(attended):
+def test_weights_are_those_of_the_model(attention_recorder):
     """A prompt of 61 tokens and three steps behind it: each equals the last row of `output_attentions`."""
     torch.manual_seed(0)
     config = tiny_config(text=BLOCKS).text_config
     model = MiniMaxM3VLForCausalLM(config).eval()
     ids = torch.randint(0, 200, (1, 61))
-    with torch.no_grad(), attended.AttentionRecorder(model) as recorder:
+    with torch.no_grad(), attention_recorder.AttentionRecorder(model) as recorder:
         output = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert len(recorder.passes) == 4
     sparse = [i for i, kind in enumerate(config.layer_types) if kind != "full_attention"]
@@ -53,34 +53,34 @@ def test_weights_are_those_of_the_model(attended):
 
 
 @pytest.mark.parametrize("setting", [None, "1", "0"])
-def test_no_step_is_captured_while_it_records(attended, monkeypatch, setting):
+def test_no_step_is_captured_while_it_records(attention_recorder, monkeypatch, setting):
     monkeypatch.delenv("MINIMAX_M3_CUDA_GRAPHS", raising=False)
     if setting is not None:
         monkeypatch.setenv("MINIMAX_M3_CUDA_GRAPHS", setting)
     model = MiniMaxM3VLForCausalLM(tiny_config(text=BLOCKS).text_config)
-    with pytest.raises(RuntimeError), attended.AttentionRecorder(model):
+    with pytest.raises(RuntimeError), attention_recorder.AttentionRecorder(model):
         assert os.environ["MINIMAX_M3_CUDA_GRAPHS"] == "0"
         raise RuntimeError
     assert os.environ.get("MINIMAX_M3_CUDA_GRAPHS") == setting
 
 
-def test_batch_is_refused(attended):
+def test_batch_is_refused(attention_recorder):
     model = MiniMaxM3VLForCausalLM(tiny_config(text=BLOCKS).text_config).eval()
     with (
         pytest.raises(ValueError, match="one sequence at a time, got a batch of 2"),
-        attended.AttentionRecorder(model),
+        attention_recorder.AttentionRecorder(model),
     ):
         model(torch.randint(0, 200, (2, 9)))
 
 
-def test_seconds_and_regions_of_a_video(attended, questions, processor, tmp_path):
+def test_seconds_and_regions_of_a_video(attention_recorder, questions, processor, tmp_path):
     question = questions.short_question("video", "direction", tmp_path)
     inputs = question.inputs(processor)
-    media = attended.find_media(processor, inputs)
+    media = attention_recorder.find_media(processor, inputs)
     assert [medium.second for medium in media] == list(range(len(question.frames) // 2))
     assert {(medium.rows, medium.columns) for medium in media} == {(2, 2)}
     ids = inputs["input_ids"][0]
-    spans = [span for _, spans in attended.prompt_parts(ids.tolist(), media, None) for span in spans]
+    spans = [span for _, spans in attention_recorder.prompt_parts(ids.tolist(), media, None) for span in spans]
     assert sorted(place for start, end in spans for place in range(start, end)) == list(range(len(ids)))
     is_medium = torch.zeros(len(ids), dtype=torch.bool)
     for medium in media:
@@ -88,28 +88,28 @@ def test_seconds_and_regions_of_a_video(attended, questions, processor, tmp_path
     assert torch.equal(is_medium, ids == processor.video_token_id)
 
 
-def test_regions_of_a_picture_and_parts_of_its_prompt(attended, questions, processor, tmp_path):
+def test_regions_of_a_picture_and_parts_of_its_prompt(attention_recorder, questions, processor, tmp_path):
     question = questions.short_question("image", "colour", tmp_path)
     ids = question.inputs(processor)["input_ids"][0].tolist()
-    (medium,) = attended.find_media(processor, question.inputs(processor))
+    (medium,) = attention_recorder.find_media(processor, question.inputs(processor))
     assert (medium.rows, medium.columns, medium.second) == (4, 4, None)
-    parts = attended.prompt_parts(ids, [medium], None)
+    parts = attention_recorder.prompt_parts(ids, [medium], None)
     assert [name for name, _ in parts] == ["instructions", "picture", "question"]
     assert question.text in processor.tokenizer.decode(ids[parts[-1][1][0][0] :])
 
 
 @pytest.mark.parametrize("kind", ["key_value", "needle"])
-def test_fact_is_found_in_the_long_text(attended, questions, processor, kind):
+def test_fact_is_found_in_the_long_text(attention_recorder, questions, processor, kind):
     question = questions.long_question(processor, kind, 2100)
     ids = question.inputs(processor)["input_ids"][0].tolist()
     assert 2100 <= len(ids) <= 2100 * 1.02 + 128
-    start, end = attended.place_of(processor.tokenizer, ids, question.fact)
+    start, end = attention_recorder.place_of(processor.tokenizer, ids, question.fact)
     assert question.fact in processor.tokenizer.decode(ids[start:end])
     assert question.fact not in processor.tokenizer.decode(ids[start + 1 : end])
     assert question.answer in question.fact
     assert question.document.count(question.fact) == 1
     with pytest.raises(ValueError, match="does not contain 'no such words'"):
-        attended.place_of(processor.tokenizer, ids, "no such words")
+        attention_recorder.place_of(processor.tokenizer, ids, "no such words")
 
 
 def test_questions_that_no_row_has_are_refused(questions, processor, tmp_path, monkeypatch):
@@ -153,21 +153,21 @@ def test_right_tool_call_is_right(questions, processor, tmp_path):
 
 def test_a_record_says_where_the_attention_went(load_script, questions, tiny_checkpoint, processor, tmp_path):
     """Shares of parts add up to 1, regions to their part, and blocks to 1."""
-    answered = load_script("answered")
+    answers = load_script("answer_question")
     model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint).eval()
     for question in (
         questions.short_question("video", "direction", tmp_path),
         questions.long_question(processor, "needle", 400),
     ):
-        record = answered.answer_question(model, processor, question, max_new_tokens=3)
+        record = answers.answer_question(model, processor, question, max_new_tokens=3)
         assert len(record["shares"]) == len(record["tokens"]) <= 3
         for token in range(len(record["tokens"])):
-            shares = answered.mean_shares(record, token)
+            shares = answers.mean_shares(record, token)
             assert sum(shares.values()) == pytest.approx(1, abs=2e-3)
             if "media" in record:
-                cells = answered.mean_cells(record, token)
+                cells = answers.mean_cells(record, token)
                 assert float(sum(grid.sum() for grid in cells)) == pytest.approx(shares["video"], abs=2e-3)
             if question.document is not None:
-                assert float(answered.mean_blocks(record, token).sum()) == pytest.approx(1, abs=5e-3)
+                assert float(answers.mean_blocks(record, token).sum()) == pytest.approx(1, abs=5e-3)
                 assert record["blocks"]["fact_text"] == question.fact
         assert (shares["answer"] > 0) == (len(record["tokens"]) > 1)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from attended import AttentionRecorder, Medium, Part, find_media, place_of, prompt_parts
+from attention_recorder import AttentionRecorder, Medium, Part, find_media, place_of, prompt_parts
 from heldout_questions import Question, read_answer
 
 SHARE = 10_000  # weights are whole numbers of this part, so that the page stays small

@@ -1,4 +1,4 @@
-"""The works that `model_step` measures on a model: each function takes a model and a case, and returns figures."""
+"""What `model_step` measures on a model: each function takes a model and a case, and returns figures."""
 
 import time
 from collections.abc import Callable
