@@ -47,21 +47,34 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("target", type=Path, nargs="?", help="folder to write")
     parser.add_argument("--verify", action="store_true", help="only check SOURCE, hashes included")
     parser.add_argument(
-        "--layout", choices=conversion.LAYOUTS, help="default: as it is; text is the language model alone"
+        "--layout",
+        choices=conversion.LAYOUTS,
+        help="of the result; text is the language model alone (default: that of SOURCE)",
     )
-    parser.add_argument("--precision", choices=conversion.PRECISIONS, help="default: as it is")
-    parser.add_argument("--layers", type=int, help="keep so many of the first layers")
-    parser.add_argument("--experts", type=int, help="keep so many of the first routed experts")
+    parser.add_argument("--precision", choices=conversion.PRECISIONS, help="of the result (default: that of SOURCE)")
+    parser.add_argument("--layers", type=int, help="keep only the first LAYERS layers")
+    parser.add_argument("--experts", type=int, help="keep only the first EXPERTS routed experts of each layer")
     parser.add_argument(
         "--adapter", type=Path, action="append", default=[], help="a LoRA adapter to merge; repeatable"
     )
     parser.add_argument(
         "--export_adapter", choices=conversion.ENGINES, help="write the adapter alone, for this engine"
     )
-    parser.add_argument("--vision_from", type=Path, help="a whole model whose vision tower completes SOURCE")
-    parser.add_argument("--max_shard_size", type=parse_size, default=conversion.MAX_SHARD_SIZE, help="default: 5GB")
     parser.add_argument(
-        "--skip_source_hashes", action="store_true", help=f"trust a source that has a {conversion.MANIFEST}"
+        "--vision_from",
+        type=Path,
+        help="folder of a whole model, whose vision tower completes a SOURCE of layout text",
+    )
+    parser.add_argument(
+        "--max_shard_size",
+        type=parse_size,
+        default=conversion.MAX_SHARD_SIZE,
+        help="greatest size of a file of weights (default: 5GB)",
+    )
+    parser.add_argument(
+        "--skip_source_hashes",
+        action="store_true",
+        help=f"do not compare SOURCE with the hashes in its {conversion.MANIFEST}",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at TARGET")
     parser.add_argument("--restart", action="store_true", help="throw away what a stopped run left")

@@ -37,11 +37,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the files go")
     parser.add_argument("--geometry", default="released", help="released, tiny, or a config's file or folder")
-    parser.add_argument("--layers", type=int, help="only so many of the first layers")
-    parser.add_argument("--experts", type=int, help="only so many routed experts")
+    parser.add_argument("--layers", type=int, help="write only the first LAYERS layers")
+    parser.add_argument("--experts", type=int, help="write only EXPERTS routed experts in each layer")
     parser.add_argument("--precision", choices=("bf16", "mxfp8"), default="bf16", help="default: bf16")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
-    parser.add_argument("--max_shard_size", type=parse_size, default=MAX_SHARD_SIZE, help="default: 16.1GB")
+    parser.add_argument(
+        "--max_shard_size",
+        type=parse_size,
+        default=MAX_SHARD_SIZE,
+        help="greatest size of a file of weights (default: 16.1GB)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint of this name")
     parser.add_argument("--restart", action="store_true", help="throw away what a stopped run left")
     arguments = parser.parse_args(argv)

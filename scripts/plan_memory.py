@@ -32,22 +32,25 @@ FLAGS: dict[str, dict[str, Any]] = {
         "choices": planner.QUANTIZABLE_PARTS,
         "help": f"what a quantized precision leaves in bf16; default: {' '.join(planner.UNQUANTIZED_PARTS)}",
     },
-    "context": {"type": int, "help": "tokens of a row"},
-    "new_tokens": {"type": int, "help": "how many of them are generated"},
+    "context": {"type": int, "help": "tokens of a row: prompt and generated ones, or a row of training"},
+    "new_tokens": {"type": int, "help": "generated tokens of a row"},
     "batch_size": {"type": int, "help": "rows of a pass; of each process in data-parallel training"},
-    "training": {"choices": planner.TRAINING, "help": "none: generation"},
+    "training": {"choices": planner.TRAINING, "help": "what is trained; none is generation"},
     "train_vision": {"action": "store_true", "help": "also train the vision tower, in a full training"},
     "lora_rank": {"type": int, "help": "rank of the adapters"},
     "lora_targets": {"nargs": "*", "help": "ends of the names of linear layers that get adapters"},
     "lora_experts": {"action": "store_true", "help": "also put adapters on the routed experts"},
     "lora_save": {"nargs": "*", "help": "ends of the names of modules that LoRA trains whole"},
-    "autocast": {"action": "store_true", "help": "weights in float32, computing in bfloat16"},
+    "autocast": {"action": "store_true", "help": "train weights in float32, computing in bfloat16"},
     "prepared_for_kbit": {"action": "store_true", "help": "after PEFT's prepare_model_for_kbit_training"},
-    "optimizer": {"choices": planner.OPTIMIZERS, "help": "the states of paged ones count as host memory"},
-    "gradient_checkpointing": {"action": "store_true", "help": "keep a layer's input alone"},
-    "gradient_accumulation_steps": {"type": int, "help": "passes of an optimizer step"},
+    "optimizer": {"choices": planner.OPTIMIZERS, "help": "the states of a paged one are in host memory"},
+    "gradient_checkpointing": {
+        "action": "store_true",
+        "help": "of each layer keep only its input, and run it again in the backward",
+    },
+    "gradient_accumulation_steps": {"type": int, "help": "passes for each step of the optimizer"},
     "loss_chunk": {"type": int, "help": "tokens whose logits exist at the same time in training"},
-    "cache": {"choices": planner.CACHES, "help": "the dynamic one doubles when it is full"},
+    "cache": {"choices": planner.CACHES, "help": "the dynamic one doubles its size when it is full"},
     "prefill_chunk": {"type": int, "help": "tokens of a row that generate reads at a time"},
     "devices": {"type": int, "help": "number of devices; default: those of this machine, else 1"},
     "device_gib": {"type": float, "help": "GiB of each device; default: that of this machine's devices"},
@@ -57,7 +60,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
     "experts_on_device": {
         "type": _share_or_size,
-        "help": "keep the experts on the host, and so many on the device: a share such as 0.25, or a size such as 20GiB",
+        "help": "keep the experts on the host, and this part on the device: a share such as 0.25, or a size such as 20GiB",
     },
     "host_gib": {
         "type": float,
@@ -70,9 +73,13 @@ FLAGS: dict[str, dict[str, Any]] = {
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a file, a folder, a name on the Hub, or `released`")
-    parser.add_argument("--layers", type=int, help="keep only so many of the first layers")
+    parser.add_argument("--layers", type=int, help="keep only the first LAYERS layers")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     for name, options in FLAGS.items():
+        default = planner.MemoryRequest.__dataclass_fields__[name].default
+        if "default" not in options["help"] and default not in (None, False, ()):
+            value = " ".join(default) if isinstance(default, tuple) else default
+            options = options | {"help": f"{options['help']}; default: {value}"}
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
     return parser.parse_args(argv)
 

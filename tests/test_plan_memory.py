@@ -141,6 +141,15 @@ def test_every_field_has_a_flag(command):
     assert set(command.FLAGS) == set(memory_plan.MemoryRequest.__dataclass_fields__)
 
 
+def test_help_names_the_defaults(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "generated tokens of a row; default: 256" in out
+    assert "get adapters; default: q_proj k_proj v_proj o_proj" in out
+    assert "default: None" not in out and "default: False" not in out
+
+
 def test_it_runs_as_a_command():
     script = [sys.executable, str(ROOT / "scripts" / "plan_memory.py"), "released", "--device_gib", "80"]
     done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})

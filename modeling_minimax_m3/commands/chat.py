@@ -210,10 +210,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--image", action="append", default=[], help="put this image before --prompt; repeatable")
     parser.add_argument("--video", action="append", default=[], help="put this video before --prompt; repeatable")
     parser.add_argument("--system", help="system message")
-    parser.add_argument("--thinking_mode", choices=THINKING_MODES, default=THINKING_MODES[0])
+    parser.add_argument(
+        "--thinking_mode", choices=THINKING_MODES, default=THINKING_MODES[0], help="whether to reason first (adaptive)"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=2048, help="greatest length of an answer (2048)")
-    parser.add_argument("--temperature", type=float, help="sample with this temperature; 0 takes the likeliest token")
-    parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens that have this share")
+    parser.add_argument(
+        "--temperature", type=float, help="of sampling; 0 takes the likeliest token (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--top_p", type=float, help="probability of the likeliest tokens to sample from (default: the checkpoint's)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.prompt is None and (arguments.image or arguments.video):
         parser.error("--image and --video belong to --prompt; in a chat, /image and /video name files")

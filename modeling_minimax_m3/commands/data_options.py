@@ -23,9 +23,13 @@ def output_file(text: str) -> Path:
     return path
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", nargs="+", help="files, or a folder, or a name on the Hub")
-    parser.add_argument("--model", required=True, help="checkpoint whose tokenizer and chat template read the data")
+def add_data_options(
+    parser: argparse.ArgumentParser, model_help: str = "checkpoint whose tokenizer and chat template read the data"
+) -> None:
+    parser.add_argument(
+        "dataset", nargs="+", help="files, or a folder, or a name on the Hub; docs/data.md has the formats"
+    )
+    parser.add_argument("--model", required=True, help=model_help)
     parser.add_argument("--dataset_config", help="configuration of a data set on the Hub")
     parser.add_argument("--split", default="train", help="split of the data set (train)")
     parser.add_argument("--messages_column", default="messages", help="column of chats (messages)")
@@ -34,9 +38,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--thinking_mode",
         choices=THINKING_MODES,
         default=THINKING_MODES[0],
-        help="mode of chats that name none (adaptive)",
+        help="thinking mode of chats that name none (adaptive)",
     )
-    parser.add_argument("--media_folder", help="folder of images and videos whose paths are not absolute")
+    parser.add_argument("--media_folder", help="folder of images and videos whose paths are not absolute (.)")
     parser.add_argument("--max_length", type=int, default=4096, help="greatest number of tokens of a row (4096)")
 
 

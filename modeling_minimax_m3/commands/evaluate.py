@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores]:
     parser = argparse.ArgumentParser(
         "minimax-m3 evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_data_options(parser)
+    add_data_options(parser, "checkpoint to measure: a folder, or its name on the Hub")
     add_model_options(parser)
     parser.add_argument("--batch_size", type=int, default=4, help="rows of a batch (4)")
     parser.add_argument("--output", type=output_file, help="write the scores to this JSON file")

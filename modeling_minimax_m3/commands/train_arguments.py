@@ -134,6 +134,10 @@ class DataArguments:
             raise ValueError(f"--eval_fraction must be at least 0 and below 1, got {self.eval_fraction}")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and names defaults."""
+
+
 def describe_unknown(argument: str, options: list[str]) -> str:
     """The message for an argument that no option takes."""
     if not argument.startswith("-"):
@@ -164,6 +168,7 @@ def parse_arguments(
         usage="minimax-m3 train [OPTIONS.yaml] --model CHECKPOINT --dataset FILE ... --output_dir FOLDER [OPTION ...]\n"
         "       minimax-m3 train --help lists all options",
         description=description,
+        formatter_class=HelpFormatter,
     )
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file, *argv = argv
