@@ -203,6 +203,14 @@ def test_commands_are_listed(capsys):
     assert capsys.readouterr().out == printed
 
 
+def test_help_of_train_keeps_the_lines_of_its_examples(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert "\n    minimax-m3 train run.yaml --learning_rate 1e-4\n" in printed
+    assert re.search(r"Rank of the adapters\.\s+\(default: 16\)", printed)
+
+
 def test_the_package_is_the_command():
     done = subprocess.run(
         [sys.executable, "-m", "modeling_minimax_m3", "check", "--help"], capture_output=True, text=True
