@@ -1,7 +1,7 @@
 """Experts on the host, for a model that is larger than the memory of its GPU: `offload_experts(model)`.
 
 The routed experts are 97% of the released weights, and a token uses 4 of 128 in each layer. They stay in page-locked
-memory of the host, and some of them on the GPU. docs/memory.md explains what is copied when.
+memory of the host, and some of them on the GPU. docs/offloading.md explains what is copied when.
 """
 
 import torch
