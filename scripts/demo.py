@@ -147,7 +147,8 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
     records = [ask(model, processor, short_question("image", "colour", arguments.output, arguments.seed))]
     announce(3, "a video")
     records.append(ask(model, processor, short_question("video", "direction", arguments.output, arguments.seed)))
-    announce(4, f"a fact in a text of {arguments.long_tokens:,} tokens")
+    wait = "" if torch.cuda.is_available() else ", which takes a few minutes on a CPU"
+    announce(4, f"a fact in a text of {arguments.long_tokens:,} tokens{wait}")
     records.append(ask(model, processor, long_question(processor, "key_value", arguments.long_tokens, arguments.seed)))
 
     page = write_page(records, arguments.output / "answers.html", "What the answers attended to")
