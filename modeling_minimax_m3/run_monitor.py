@@ -1,6 +1,7 @@
 """Shows how a training run goes: in the console, in the logs of `Trainer`, and as one HTML page."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from .monitoring.tallies import COUNTS, LOSSES, PassTallies, expert_load
 logger = logging.get_logger(__name__)
 
 REPORT, SAMPLES = "report.html", "samples.jsonl"
+WARNING = "warning"
 GIB = 2**30
 
 
@@ -48,6 +50,7 @@ class RunMonitor(TrainerCallback):
     `expert_load`; mean, greatest and smallest of the layers), `selected_mass` (the share of the attention to all keys
     that the selected blocks hold, of a few queries that see more keys than that, in the first pass of the step), and
     `eta_seconds`. Reporters get the experts' load and the selected mass of each layer too, as `layer_03/expert_entropy`.
+    With `logging_strategy="steps"`, the last step is logged too. A loss or a gradient that is no number is a warning.
     Evaluations have `eval_language_loss`, `eval_balance_loss`, `eval_indexer_loss` and `eval_selected_mass`.
 
     The main process writes `report.html` and `samples.jsonl` into `output_dir`, after each evaluation and save and at
@@ -117,9 +120,9 @@ class RunMonitor(TrainerCallback):
         self._excluded, self._first_step, self._logged_step = 0.0, state.global_step, state.global_step
         file = Path(str(args.output_dir)) / SAMPLES
         self.samples, self.layers = [], {}
+        self.facts.pop(WARNING, None)
         if state.global_step and file.is_file():  # the run continues
-            lines = file.read_text(encoding="utf-8").splitlines()
-            self.samples = [sample for line in lines if (sample := json.loads(line))["step"] <= state.global_step]
+            self.samples = [sample for sample in read_samples(file) if sample["step"] <= state.global_step]
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
 
@@ -129,14 +132,16 @@ class RunMonitor(TrainerCallback):
         """Asks for the selected mass in steps that will be logged."""
         if self._tallies is not None and not args.torch_compile:
             step, every = state.global_step + 1, max(int(state.logging_steps or 1), 1)
-            by_steps = args.logging_strategy == "steps" and step % every == 0
+            by_steps = args.logging_strategy == "steps" and (step % every == 0 or step == state.max_steps)
             self._tallies.wants_mass = by_steps or (step == 1 and args.logging_first_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Notes the time, and asks for the selected mass of an evaluation that may follow."""
+        """Notes the time, has the last step logged, and asks for the selected mass of an evaluation that may follow."""
         self._mark = time.perf_counter()
+        if args.logging_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_log = True  # a run shorter than `logging_steps` would show nothing at all
         if self._tallies is not None:
             self._tallies.wants_mass = not args.torch_compile
 
@@ -156,6 +161,7 @@ class RunMonitor(TrainerCallback):
         if "loss" in logs:
             values, of_layers = self._training_values(args, state, "indexer_loss" in logs)
             text = training_line({**logs, **values}, state.global_step, state.max_steps)
+            self._check_finite({**logs, **values}, args, state)
         elif evaluated is not None:
             values, of_layers = self._evaluation_values(args, evaluated), {}
             text = evaluation_line({**logs, **values}, state.global_step)
@@ -278,10 +284,25 @@ class RunMonitor(TrainerCallback):
         values |= {"selected_mass": mass} if mass is not None else {}
         return {f"{prefix}{name}": value for name, value in values.items()}
 
+    def _check_finite(self, values: dict[str, Any], args: TrainingArguments, state: TrainerState) -> None:
+        """Warns once of a loss or a gradient that is no number, which `Trainer` logs as a loss of 0 or so."""
+        # with fp16, `Trainer` skips steps whose gradients overflow
+        names = ["language_loss"] if args.fp16 else ["language_loss", "grad_norm"]
+        bad = [name for name in names if not math.isfinite(values.get(name) or 0.0)]
+        if not bad or WARNING in self.facts:
+            return
+        self.facts[WARNING] = (
+            f"{bad[0]} is {values[bad[0]]} at step {state.global_step}, or in a step since the log before it. What is "
+            "saved from there on is likely of no use. Continue from an earlier checkpoint, with a smaller "
+            "learning rate or in bf16"
+        )
+        if state.is_world_process_zero:
+            logger.warning(self.facts[WARNING])
+
     def _losses(self, sums: dict[str, float], factors: dict[str, float]) -> dict[str, float]:
-        """The losses apart. Where the language loss is the only one, it is `Trainer`'s."""
+        """The losses apart. Where the language loss is the only one, it is `Trainer`'s, which hides what is no number."""
         others = {name: sums[name] * factors[name] for name in ("balance_loss", "indexer_loss") if sums[name]}
-        has_language = bool(others) and bool(sums["language_loss"])
+        has_language = (bool(others) and bool(sums["language_loss"])) or not math.isfinite(sums["language_loss"])
         return {"language_loss": sums["language_loss"] * factors["language_loss"]} | others if has_language else others
 
     def _mass(self, sums: dict[str, float]) -> tuple[float | None, dict[int, float]]:
@@ -310,6 +331,17 @@ class RunMonitor(TrainerCallback):
         if self.samples:
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples)
             (folder / SAMPLES).write_text(lines, encoding="utf-8")
+
+
+def read_samples(file: Path) -> list[dict[str, Any]]:
+    """The samples of a file, up to a line that was cut off when the run was stopped."""
+    samples = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            samples.append(json.loads(line))
+        except ValueError:
+            break
+    return samples
 
 
 def peak_memory(device: torch.device) -> float:

@@ -170,6 +170,8 @@ def parse_arguments(
         description=description,
         formatter_class=HelpFormatter,
     )
+    # The defaults of `Trainer` show nothing of a run of less than 500 steps, and a loss that is no number as 0.
+    parser.set_defaults(logging_steps=10, logging_nan_inf_filter=False)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file, *argv = argv
         if not Path(file).is_file():

@@ -225,6 +225,24 @@ def test_assistant_mask_covers_what_the_model_writes(processor, pixels):
     assert output["assistant_masks"].shape == output["input_ids"].shape
 
 
+@pytest.mark.parametrize("mode", ["adaptive", "enabled", "disabled"])
+@pytest.mark.parametrize("reasoning", ["Fur.", ""])
+def test_assistant_mask_leaves_out_what_the_generation_prompt_holds(mode, reasoning, processor):
+    """In each mode, the learned tokens are those behind the prompt of `generate`, if the answer fits the mode."""
+    question, answer = USER, {"role": "assistant", "content": "A cat.", "reasoning_content": reasoning}
+    options = {"tokenize": True, "return_dict": True, "thinking_mode": mode}
+    prompt = processor.apply_chat_template([question], add_generation_prompt=True, **options)["input_ids"][0]
+    chat = processor.apply_chat_template([question, answer], return_assistant_tokens_mask=True, **options)
+    ids, mask = chat["input_ids"][0], chat["assistant_masks"][0]
+    written = [token for token, is_written in zip(ids, mask) if is_written]
+    if mode == ("disabled" if reasoning else "enabled"):  # an answer that the mode forbids keeps its tags
+        assert written == processor.tokenizer(f"<mm:think>{reasoning}</mm:think>A cat.[e~[" if reasoning else "</mm:think>A cat.[e~[")["input_ids"]  # fmt: skip
+    else:
+        assert ids[: len(prompt)] == prompt
+        assert mask[: len(prompt)] == [0] * len(prompt)
+        assert written == ids[len(prompt) : -1]  # the last token is the newline between turns
+
+
 @pytest.fixture(scope="module")
 def web_address(image_files, video_file):
     """A web server on this machine with the test images and the test video."""

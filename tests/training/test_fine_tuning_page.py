@@ -91,7 +91,7 @@ def test_the_report_of_check_is_that_of_the_page(followed):
 
 def test_the_learned_tokens_are_shown(followed):
     folder, printed = followed
-    assert "»</mm:think>It is red.[e~[«" in printed["Look at a row"]
+    assert "</mm:think>»It is red.[e~[«" in printed["Look at a row"]
     assert "data:image/" in (folder / "row.html").read_text()
 
 

@@ -57,7 +57,8 @@ def test_mode_is_the_rows_or_the_runs(prepare, with_images, flags, default):
         [{"thinking_mode": "enabled"}, None, {"thinking_mode": None}], *given, *flags, with_images=with_images
     )
     assert modes(examples) == ["enabled", default or "adaptive", default or "adaptive"]
-    assert [learned for _, learned in examples] == 3 * ["</mm:think>Grey.[e~["]
+    written = "Grey.[e~[" if default == "disabled" else "</mm:think>Grey.[e~["
+    assert [learned for _, learned in examples] == ["</mm:think>Grey.[e~[", written, written]
     assert all(("]<]image[>[" in prompt) == with_images for prompt, _ in examples)
 
 

@@ -307,6 +307,48 @@ def test_one_line_for_each_log(tmp_path, capsys):
         assert name in lines[0], name
 
 
+@pytest.mark.parametrize("steps, logged", [(500, [2]), (2, [2]), (1, [1, 2])])
+def test_a_short_run_shows_its_end(steps, logged, tmp_path, capsys):
+    """Also where `logging_steps` is greater than the number of steps, and each step once."""
+    rows = make_rows(1200, 1200, 1200, 1200)
+    trainer = make_trainer(tmp_path, make_model(**LOSSES), rows, RunMonitor(), logging_steps=steps)
+    trainer.train()
+    assert [entry["step"] for entry in logs_of(trainer)] == logged
+    assert "selected_mass" in logs_of(trainer)[-1]
+    assert capsys.readouterr().out.count("step 2/2") == 1
+    assert "<circle" in (tmp_path / "report.html").read_text()
+
+
+def test_no_log_where_none_is_wanted(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(), make_rows(50, 50), RunMonitor(), logging_strategy="no")
+    trainer.train()
+    assert logs_of(trainer) == []
+
+
+@pytest.mark.parametrize("options", [{}, LOSSES], ids=["language", "all losses"])
+def test_a_loss_that_is_no_number_is_seen(options, tmp_path, capsys, monkeypatch):
+    """`Trainer` alone logs such a loss as 0."""
+    warnings = []
+    monkeypatch.setattr(run_monitor.logger, "warning", warnings.append)
+    model = make_model(**options)
+    trainer = make_trainer(tmp_path, model, make_rows(50, 50), RunMonitor(), max_steps=3)
+    trainer.train()
+    assert not warnings
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    trainer.train()
+    assert "language nan" in capsys.readouterr().out
+    assert len(warnings) == 1
+    assert "language_loss is nan at step 1" in warnings[0]
+    assert warnings[0] in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_continues_beside_samples_that_were_cut_off(tmp_path):
+    lines = [json.dumps({"step": step, "prompt": "a", "answer": "b", "reference": "c"}) for step in (1, 2)]
+    (tmp_path / "samples.jsonl").write_text(f"{lines[0]}\n{lines[1][:20]}")
+    assert [sample["step"] for sample in run_monitor.read_samples(tmp_path / "samples.jsonl")] == [1]
+
+
 def test_bars_stay_and_their_lines_go(tmp_path, capsys):
     trainer = make_trainer(
         tmp_path, make_model(num_hidden_layers=2), make_rows(50, 50), RunMonitor(), disable_tqdm=False
