@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..conversion.adapters import CHANGED_BASES
 from .checkpoint import auto_class
 from .idle_options import refuse_idle
 from .train_arguments import LoraArguments
@@ -128,11 +129,47 @@ def open_adapter_config(folder: str, lora: LoraArguments) -> tuple[Any, LoraArgu
     return adapter, like
 
 
-def check_fit(config: PreTrainedConfig, folder: str, adapter: Any, given_options: set[str]) -> None:
+def check_resumed(checkpoint: str, lora: LoraArguments) -> None:
+    """Raises ValueError if a checkpoint of a run has other adapters than the run that is to continue from it."""
+    if not (Path(checkpoint) / "adapter_config.json").is_file():
+        if lora.lora or lora.adapter is not None:
+            raise ValueError(f"{checkpoint} has no adapter: leave --lora and --adapter out, or name another --output_dir")
+        return
+    if not lora.lora and lora.adapter is None:
+        raise ValueError(f"{checkpoint} has an adapter: add the options of its run, such as --lora")
+    _, saved = open_adapter_config(checkpoint, lora)
+    for option in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_experts", "lora_save"):
+        is_list = isinstance(getattr(lora, option), list)
+        given, found = (sorted(value) if is_list else value for value in (getattr(lora, option), getattr(saved, option)))
+        if option == "lora_save":  # saved by their full names
+            differ = bool(given) != bool(found)
+        else:
+            differ = given != found
+        if differ:
+            raise ValueError(f"--{option} is {given}, but the adapter in {checkpoint} has {found}")
+
+
+def check_start(folder: str, adapter: Any, is_quantized: bool) -> None:
+    """Raises ValueError for an adapter whose start changes the model's weights, where PEFT cannot change them."""
+    start = adapter.init_lora_weights
+    if not isinstance(start, str) or not start.lower().startswith(CHANGED_BASES):
+        return
+    for is_impossible, weights in ((adapter.target_parameters, "routed experts"), (is_quantized, "quantized weights")):
+        if is_impossible:
+            raise ValueError(
+                f"--adapter {folder} has `init_lora_weights` {start!r}, which changes the weights of the model, and PEFT "
+                f"cannot do this with {weights}"
+            )
+
+
+def check_fit(
+    config: PreTrainedConfig, folder: str, adapter: Any, given_options: set[str], is_quantized: bool = False
+) -> None:
     """Raises ValueError if the adapter in a folder is one for another model. No weights are loaded."""
     from peft import get_peft_model, get_peft_model_state_dict
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+    check_start(folder, adapter, is_quantized)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = auto_class(config)._model_mapping[type(config)](copy.deepcopy(config))
         try:

@@ -3,7 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from transformers import Trainer, TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils
 
 # Packages whose names differ from those of their reporters.
@@ -17,6 +18,8 @@ def check_run(training: TrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(training, name)}")
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise ValueError(f"--num_train_epochs must be above 0 without --max_steps, got {training.num_train_epochs}")
     check_reporters([training.report_to] if isinstance(training.report_to, str) else training.report_to or [])
     check_optimizer(training)
     check_output(Path(str(training.output_dir)))
@@ -35,17 +38,36 @@ def check_reporters(names: list[str]) -> None:
 
 
 def check_optimizer(training: TrainingArguments) -> None:
-    """Raises ValueError if the package of the optimizer is missing."""
+    """Raises ValueError if the package of the optimizer is missing, or if optimizer or schedule refuse their values."""
     name = getattr(training.optim, "value", training.optim)
     try:
-        Trainer.get_optimizer_cls_and_kwargs(training)
+        kind, values = Trainer.get_optimizer_cls_and_kwargs(training)
     except ImportError as error:
         raise ValueError(f"--optim {name} needs a package: {error}") from error
     except ValueError as error:
-        if "install" in str(error) or "import" in str(
-            error
-        ):  # some optimizers say it this way; other errors come from the missing model
+        # some optimizers say it this way; other errors come from the missing model
+        if "install" in str(error) or "import" in str(error):
             raise ValueError(f"--optim {name} needs a package: {error}") from error
+        return
+    if kind.__module__.startswith("torch.optim"):  # others may need a GPU
+        try:
+            optimizer = kind([torch.zeros(1)], **values)
+        except (TypeError, ValueError) as error:
+            options = "--learning_rate, --adam_beta1, --adam_beta2, --adam_epsilon or --optim_args"
+            raise ValueError(f"--optim {name} refuses a value of {options}: {error}") from error
+        check_schedule(training, optimizer)
+
+
+def check_schedule(training: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for a schedule of the learning rate that cannot be made."""
+    name = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    more = dict(training.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=more)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {more} cannot be made: {error}"
+        ) from error
 
 
 def check_output(folder: Path) -> None:

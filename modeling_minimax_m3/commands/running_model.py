@@ -1,15 +1,18 @@
 """Loads a checkpoint, with an adapter or without, to run it: for `evaluate` and `chat`."""
 
 import argparse
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
+from .adapters import check_fit, open_adapter_config
 from .checkpoint import auto_class
-from .quantization import HELP, check_quantization, loading_options
-from .train_arguments import SHORT_DTYPES
+from .quantization import HELP, check_quantization, is_quantized, loading_options
+from .train_arguments import SHORT_DTYPES, LoraArguments
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +28,32 @@ def check_model_options(arguments: argparse.Namespace, config: PreTrainedConfig)
     dtypes = ("auto", *SHORT_DTYPES, *SHORT_DTYPES.values())
     if arguments.dtype not in dtypes:
         raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {arguments.dtype!r}")
-    if arguments.adapter is not None and not (Path(arguments.adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"--adapter {arguments.adapter} holds no adapter_config.json")
+    if arguments.adapter is not None:
+        check_adapter(arguments.adapter, config, bool(arguments.quantization) or is_quantized(config))
     if arguments.device is not None:
         try:
             torch.device(arguments.device)
         except RuntimeError as error:
             raise ValueError(f"--device must be the name of a device, got {arguments.device!r}") from error
+
+
+def check_adapter(folder: str, config: PreTrainedConfig, quantized: bool) -> None:
+    """Raises ValueError for an adapter that PEFT could not load."""
+    if find_spec("peft") is None:
+        raise ValueError("--adapter needs PEFT: pip install peft")
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(f"--adapter {folder} holds no adapter_config.json")
+    if (Path(folder) / "adapter_model.bin").is_file():  # of old versions of PEFT, which reads it
+        return
+    try:
+        kind = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"--adapter {folder}: adapter_config.json cannot be read: {error!r}") from error
+    if kind == "LORA":
+        adapter, _ = open_adapter_config(folder, LoraArguments(lora=True))
+        check_fit(config, folder, adapter, set(), quantized)
+    elif not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ValueError(f"--adapter {folder} holds no adapter_model.safetensors")
 
 
 def load_running_model(name: str, arguments: argparse.Namespace, config: PreTrainedConfig) -> Any:

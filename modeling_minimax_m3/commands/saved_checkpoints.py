@@ -14,6 +14,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 NAME = re.compile(r"checkpoint-(\d+)")
+WEIGHTS = re.compile(r".*\.safetensors|(pytorch|adapter)_model.*\.bin")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -32,6 +33,9 @@ def find_fault(checkpoint: Path) -> str | None:
         return "trainer_state.json is missing"
     except ValueError:
         return "trainer_state.json is cut off"
+    # engines that shard weights save them in folders
+    if not any(path.is_dir() or WEIGHTS.fullmatch(path.name) for path in checkpoint.iterdir()):
+        return "the weights are missing"
     for index in checkpoint.glob("*.safetensors.index.json"):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -100,3 +104,13 @@ def checkpoint_to_resume(given: str | bool | None, folder: Path) -> str | None:
         last = f"; the last complete checkpoint is {complete}" if complete is not None else ""
         raise ValueError(f"--resume_from_checkpoint: {given} is incomplete ({fault}){last}")
     return str(chosen)
+
+
+def check_unfinished(checkpoint: Path, max_steps: int) -> None:
+    """Raises ValueError if a checkpoint has all steps of a run already: `Trainer` might take one more."""
+    done = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    if 0 < max_steps <= done:
+        raise ValueError(
+            f"--max_steps {max_steps}: the run is finished, {checkpoint} is at step {done} and holds its result. Give more "
+            "steps to train it further"
+        )

@@ -31,14 +31,14 @@ from processing_minimax_m3.data.sources import are_files, is_saved
 from ..layers.layer_types import attention_type
 from ..run_monitor import RunMonitor
 from ..trainer_logging import IndexerLossLogging
-from .adapters import add_adapters, check_adapters, check_fit, open_adapter_config
+from .adapters import add_adapters, check_adapters, check_fit, check_resumed, open_adapter_config
 from .checkpoint import auto_class, is_composite, load_processor, read_config
 from .idle_options import refuse_idle
 from .model_card import CARD, DataFile, ModelCard, describe_data, hide_in_command, usage_of
 from .quantization import check_quantization, is_quantized, loading_options
 from .run_checks import check_run
 from .run_memory import check_memory
-from .saved_checkpoints import checkpoint_to_resume
+from .saved_checkpoints import check_unfinished, checkpoint_to_resume
 from .train_arguments import DataArguments, LoraArguments, ModelArguments, parse_arguments
 from .train_data import RunData, lengths_of, read_data
 
@@ -85,6 +85,8 @@ def check_arguments(
     )
     check_run(training)
     training.resume_from_checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, Path(training.output_dir))
+    if training.resume_from_checkpoint is not None:
+        check_unfinished(Path(training.resume_from_checkpoint), training.max_steps)
 
 
 def load_config(arguments: ModelArguments, max_length: int, given_options: set[str]) -> PreTrainedConfig:
@@ -187,15 +189,18 @@ def prepare(argv: list[str]) -> Trainer:
     check_arguments(model_arguments, lora_arguments, data_arguments, training, given_options)
     config = load_config(model_arguments, data_arguments.max_length, given_options)
     check_quantization(model_arguments.quantization, config)
-    if (model_arguments.quantization or is_quantized(config)) and not (lora_arguments.lora or lora_arguments.adapter):
+    quantized = bool(model_arguments.quantization) or is_quantized(config)
+    if quantized and not (lora_arguments.lora or lora_arguments.adapter):
         raise ValueError("quantized weights cannot be trained: add --lora, which trains adapters over them")
     adapter = None
     if lora_arguments.adapter is not None:
         adapter, lora_arguments = open_adapter_config(lora_arguments.adapter, lora_arguments)
+    if training.resume_from_checkpoint is not None:
+        check_resumed(str(training.resume_from_checkpoint), lora_arguments)
     set_seed(training.seed)
     processor = load_processor(model_arguments.model, config)
     if adapter is not None:
-        check_fit(config, str(lora_arguments.adapter), adapter, given_options)
+        check_fit(config, str(lora_arguments.adapter), adapter, given_options, quantized)
     elif lora_arguments.lora:  # names that fit nothing, before the data are read
         check_adapters(config, lora_arguments, True, given_options)
 

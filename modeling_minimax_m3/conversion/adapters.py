@@ -35,7 +35,7 @@ _OTHER_KINDS = (
     *("monteclora_config", "velora_config"),
 )
 # Initialisations that change the weights of the model that they are for.
-_CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Before this release, PEFT took the outputs of experts for their inputs.
 _FIRST_OUTPUTS_FIRST = Version("0.19.0")
 
@@ -122,7 +122,7 @@ def _check_kind(settings: dict[str, Any], folder: Path) -> None:
     if settings.get("bias", "none") != "none":
         raise ValueError(f"{folder}: `bias` must be 'none', got {settings['bias']!r}.")
     start = settings.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
+    if isinstance(start, str) and start.lower().startswith(CHANGED_BASES):
         raise ValueError(
             f"{folder}: `init_lora_weights` is {start!r}, so the adapter belongs to weights that were changed when it "
             "was made. Let PEFT convert it to a plain adapter first (`path_initial_model_for_weight_conversion`)."

@@ -304,12 +304,14 @@ def test_an_adapter_is_trained_further(adapter, chats, tiny_checkpoint, tmp_path
 @pytest.fixture
 def damaged(adapter, tmp_path):
     """Adapters that do not fit."""
-    for name in ("empty", "wrong", "cut", "kind"):
+    for name in ("empty", "wrong", "cut", "kind", "pissa", "pissa experts"):
         folder = tmp_path / name
         folder.mkdir()
         if name != "empty":
             settings = json.loads((adapter / "adapter_config.json").read_text())
             settings |= {"peft_type": "VERA"} if name == "kind" else {}
+            settings |= {"init_lora_weights": "pissa"} if name.startswith("pissa") else {}
+            settings |= {"target_parameters": None} if name == "pissa" else {}
             (folder / "adapter_config.json").write_text(json.dumps(settings))
             save_file(load_file(adapter / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -327,6 +329,21 @@ ERRORS = {
     "shape": (["train", "--adapter", "{damaged}/wrong"], "train: --adapter .* must have the shape .*, got"),
     "cut": (["train", "--adapter", "{damaged}/cut"], "train: --adapter.*adapter_model.safetensors cannot be read"),
     "kind": (["train", "--adapter", "{damaged}/kind"], "train: --adapter .*kind (must be an adapter of LoRA|cannot)"),
+    "start on experts": (
+        ["train", "--adapter", "{damaged}/pissa experts"],
+        "train: --adapter .* has `init_lora_weights` 'pissa', .* cannot do this with routed experts",
+    ),
+    "start over quantized weights": (
+        ["train", "--adapter", "{damaged}/pissa", "--quantization", "mxfp8"],
+        "train: --adapter .* has `init_lora_weights` 'pissa', .* cannot do this with quantized weights",
+    ),
+    "evaluate shape": (["evaluate", "{chats}", "--adapter", "{damaged}/wrong"], "evaluate: .* must have the shape"),
+    "evaluate cut": (["evaluate", "{chats}", "--adapter", "{damaged}/cut"], "safetensors cannot be read"),
+    "evaluate start": (
+        ["evaluate", "{chats}", "--adapter", "{damaged}/pissa", "--quantization", "mxfp8"],
+        "evaluate: --adapter .* cannot do this with quantized weights",
+    ),
+    "chat cut": (["chat", "--prompt", "a", "--adapter", "{damaged}/cut"], "chat: .*safetensors cannot be read"),
     "rank": (
         ["train", "--adapter", "{damaged}/wrong", "--lora_rank", "8"],
         "train: --lora_rank would do nothing with --adapter, which has its own",

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainingArguments
 from transformers.integrations import integration_utils
 
 
@@ -31,6 +31,20 @@ CASES = {
     "accumulation": (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps.* 0|got 0"),
     "optimizer": (["--optim", "lomo"], "--optim lomo needs a package: .*lomo"),
     "optimizer by its error": (["--optim", "adamw_anyprecision"], "--optim adamw_anyprecision needs a package: .*install"),
+    "learning rate": (["--learning_rate", "-1"], "--optim adamw.* refuses a value of --learning_rate.*: .* -1.0"),
+    "betas": (["--adam_beta2", "2"], "refuses a value of .*--adam_beta2.*: .* 2.0"),
+    "schedule": (
+        ["--lr_scheduler_type", "cosine_with_min_lr"],
+        "--lr_scheduler_type cosine_with_min_lr with --lr_scheduler_kwargs {} cannot be made: .*min_lr",
+    ),
+    "schedule's values": (
+        ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"cycles": 2}'],
+        "--lr_scheduler_type cosine with --lr_scheduler_kwargs {'cycles': 2} cannot be made: .*cycles",
+    ),
+    "epochs": (
+        ["--max_steps", "-1", "--num_train_epochs", "0"],
+        "--num_train_epochs must be above 0 without --max_steps, got 0.0",
+    ),
     "reporter": (["--report_to", "wandb"], "--report_to wandb needs a package: pip install wandb"),
     "unknown reporter": (["--report_to", "wands"], "--report_to must be none, all or some of .*, got 'wands'"),
     "hub": (["--push_to_hub"], "--push_to_hub needs the Hub and a token that may write: .*no token found"),
@@ -76,3 +90,18 @@ def test_short_names_of_dtypes(train, flags, tmp_path, monkeypatch):
     monkeypatch.undo()
     trainer = train.prepare([*flags, "--output_dir", str(tmp_path / "run"), "--use_cpu", "--dtype", "bf16"])
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
+
+
+SCHEDULES = {
+    **dict.fromkeys(["linear", "cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt"], {}),
+    "cosine_with_min_lr": {"min_lr": 1e-6},
+    "warmup_stable_decay": {"num_decay_steps": 2},
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_optimizers_and_schedules_that_can_be_made_pass(optimizer, schedule, tmp_path):
+    checks = importlib.import_module("modeling_minimax_m3.commands.run_checks")
+    options = {"optim": optimizer, "lr_scheduler_type": schedule, "lr_scheduler_kwargs": SCHEDULES[schedule]}
+    checks.check_run(TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **options))

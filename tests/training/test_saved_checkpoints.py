@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoModelForImageTextToText
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--logging_steps", "1", "--save_steps", "2"]
 
@@ -48,6 +49,7 @@ def cut(file):
 DAMAGE = {
     "no state": (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
     "half a state": (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json is cut off"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "the weights are missing"),
     "half of the weights": (lambda folder: cut(folder / "model.safetensors"), "model.safetensors is cut off"),
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors is cut off"),
     "half an optimizer": (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is cut off"),
@@ -100,3 +102,52 @@ def test_a_run_continues_from_the_last_complete_checkpoint(train, flags, run, fi
     assert trainer.state.global_step == 4
     whole = (finished / "checkpoint-4" / "model.safetensors").read_bytes()
     assert (run / "checkpoint-4" / "model.safetensors").read_bytes() == whole
+
+
+def test_a_finished_run_takes_no_further_step(train, flags, run):
+    resume = [*flags, "--output_dir", str(run), "--resume_from_checkpoint", "true"]
+    with pytest.raises(SystemExit, match="--max_steps 4: the run is finished, .*checkpoint-4 is at step 4"):
+        train.main([*resume, "--max_steps", "4"])
+    assert train.main([*resume, "--max_steps", "5"]).state.global_step == 5
+
+
+@pytest.fixture(scope="module")
+def adapted(train, flags, tmp_path_factory):
+    """A run with adapters, and its options."""
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    options = ["--lora", "--lora_rank", "4", "--lora_targets", "q_proj", "--lora_save", "norm"]
+    train.main([*flags, "--max_steps", "2", "--output_dir", str(folder), *options])
+    return folder, options
+
+
+def test_a_run_with_adapters_continues(train, flags, adapted, tmp_path):
+    folder, options = adapted
+    shutil.copytree(folder, tmp_path / "run")
+    resume = ["--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "true", "--max_steps", "3"]
+    assert train.main([*flags, *options, *resume]).state.global_step == 3
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (None, "has an adapter: add the options of its run, such as --lora"),
+        (["--lora_rank", "8"], "--lora_rank is 8, but the adapter in .*checkpoint-2 has 4"),
+        (["--lora_alpha", "5"], "--lora_alpha is 5.0, but the adapter in .* has 32"),
+        (["--lora_targets", "k_proj"], "--lora_targets is .'k_proj'., but the adapter in .* has .'q_proj'."),
+        (["--lora_experts"], "--lora_experts is True, but the adapter in .* has False"),
+    ],
+)
+def test_a_run_continues_with_the_adapters_that_it_had(train, flags, adapted, changed, message, monkeypatch):
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", None)  # no weights are loaded
+    folder, options = adapted
+    given = [] if changed is None else [*options, *changed]
+    resume = ["--output_dir", str(folder), "--resume_from_checkpoint", "true", "--max_steps", "3"]
+    with pytest.raises(SystemExit, match=message):
+        train.main([*flags, *given, *resume])
+
+
+def test_a_whole_model_does_not_continue_with_adapters(train, flags, run, monkeypatch):
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", None)
+    resume = ["--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "6"]
+    with pytest.raises(SystemExit, match="checkpoint-4 has no adapter: leave --lora and --adapter out"):
+        train.main([*flags, *resume, "--lora"])
