@@ -235,8 +235,13 @@ class MiniMaxM3ResponseParser:
             self._give_up_call(call, limit, str(error))
         else:
             self._raw(end)
-            function = {"name": call.name, "arguments": arguments}
-            self._end_call("tool_calls", {"type": "function", "function": function}, end)
+            if call.name.strip():
+                function = {"name": call.name, "arguments": arguments}
+                self._end_call("tool_calls", {"type": "function", "function": function}, end)
+            else:
+                raw = self._spelling.plain(self._buffer[call.start : end].removesuffix(syntax.call_closing))
+                invalid = {"name": call.name, "arguments": raw, "error": "the tool call has no name"}
+                self._end_call("invalid_tool_calls", invalid, end)
         return True
 
     def _give_up_call(self, call: "_Call", limit: Any, error: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from .messages import is_list
 from .response_parser import MiniMaxM3ResponseParser
 from .response_spelling import knows_markers
 from .special_tokens import (
@@ -145,12 +146,14 @@ def _rows(value: Any, name: str) -> tuple[list[str | list[int]], bool]:
     """A list of texts or of lists of ids, and whether the caller gave several."""
     if isinstance(value, str):
         return [value], False
-    value = value.tolist() if hasattr(value, "tolist") else list(value)
-    if not value:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if is_list(value) and not value:
         return ([""], False) if name == "prefix" else ([], True)
-    if isinstance(value[0], Integral):
-        return [value], False
-    rows = [row if isinstance(row, str) else row.tolist() if hasattr(row, "tolist") else list(row) for row in value]
-    if not all(isinstance(row, str) or all(isinstance(number, Integral) for number in row) for row in rows):
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in value] if is_list(value) else []
+    if rows and all(isinstance(row, Integral) for row in rows):
+        return [rows], False
+    if not rows or not all(
+        isinstance(row, str) or (is_list(row) and all(isinstance(number, Integral) for number in row)) for row in rows
+    ):
         raise ValueError(f"`{name}` must be text, token ids, or a list of one of these, got {value!r:.100}.")
     return rows, True

@@ -18,6 +18,18 @@ SHAREGPT_ROLES = {
     "developer": "developer",
 }
 SHAREGPT_CALLS = ("function_call", "tool_call")
+# Names in `chat_template_kwargs` that would be ignored, or would change what a row says.
+OTHER_NAMES = {
+    **dict.fromkeys(("messages", "conversations", "tools"), "It is a column of its own."),
+    **dict.fromkeys(("enable_thinking", "thinking"), "Write thinking_mode: adaptive, enabled or disabled."),
+    **dict.fromkeys(
+        (
+            *("add_generation_prompt", "continue_final_message", "chat_template", "documents", "tokenize"),
+            "return_assistant_tokens_mask",
+        ),
+        "Leave it out.",
+    ),
+}
 # Columns that belong to no format of their own.
 SHARED_COLUMNS = ("tools", "chat_template_kwargs", "images", "videos", "image", "video", "system")
 INSTRUCTION_COLUMNS = ("instruction", "input", "output", "history")
@@ -115,7 +127,8 @@ def template_variables(row: Mapping[str, Any], default: Mapping[str, Any]) -> di
     """Variables of the chat template for a row: `default`, updated by the row's `chat_template_kwargs`.
 
     Raises:
-        ValueError: The variables are not a mapping, or their thinking mode is unknown.
+        ValueError: The variables are not a mapping, their thinking mode is unknown, or one of them has the name of an
+            argument of `apply_chat_template`, or of another model's switch.
     """
     variables: dict[str, Any] = {}
     for given in (default, row.get("chat_template_kwargs")):
@@ -123,6 +136,12 @@ def template_variables(row: Mapping[str, Any], default: Mapping[str, Any]) -> di
         if given is not None and not isinstance(given, Mapping):
             raise ValueError(f"`chat_template_kwargs` must be a mapping of names and values, got {given!r:.100}.")
         variables |= without_none(given or {})
+    for name in variables:
+        if name in OTHER_NAMES:
+            raise ValueError(
+                f"`chat_template_kwargs.{name}` is no variable of the chat template, whose variables are thinking_mode "
+                f"and model_identity. {OTHER_NAMES[name]}"
+            )
     if "thinking_mode" in variables:
         check_thinking_mode(variables["thinking_mode"], "`chat_template_kwargs.thinking_mode`")
     return variables

@@ -62,6 +62,21 @@ CASES = {
         "chat_template_kwargs.thinking_mode",
         "must be one of adaptive, enabled, disabled, got 'on'",
     ),
+    "switch of another model": (
+        chat(ASK, ANSWER, chat_template_kwargs={"enable_thinking": False}),
+        "chat_template_kwargs.enable_thinking",
+        "is no variable of the chat template.*Write thinking_mode",
+    ),
+    "tools as a variable": (
+        chat(ASK, ANSWER, chat_template_kwargs={"tools": []}),
+        "chat_template_kwargs.tools",
+        "is no variable of the chat template.*a column of its own",
+    ),
+    "prompt of an answer": (
+        chat(ASK, ANSWER, chat_template_kwargs={"add_generation_prompt": True}),
+        "chat_template_kwargs.add_generation_prompt",
+        "is no variable of the chat template.*Leave it out",
+    ),
     "author of ShareGPT": ({"conversations": [{"from": "me", "value": "Hi."}]}, "conversations[0].from", "got 'me'"),
     "no value of ShareGPT": ({"conversations": [{"from": "human"}]}, "conversations[0].value", "must be a text, got None"),
     "no completion": ({"prompt": "Hi."}, "completion", "is missing"),

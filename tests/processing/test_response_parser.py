@@ -177,6 +177,7 @@ def test_content_around_calls():
         ("1 <tool_call> is a tag", "1 <tool_call> is a tag", [], []),
         (f"a {N[:5]}", "a ", [], []),
         ("a </mm:th", "a ", [], []),
+        (START + invoke("", argument("a", "1")) + invoke(" ", "") + invoke("f", "") + END, "", [("", argument("a", "1")), (" ", "")], ["f"]),
         ("list[0]", "list[0]", [], []),
         ("list[0][e", "list[0][e", [], []),
         ("x <", "x <", [], []),

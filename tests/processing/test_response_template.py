@@ -53,8 +53,9 @@ def test_forms_of_responses_and_prompts(processor):
         assert processor.parse_response("y</mm:think>z", prefix=prefix)["reasoning_content"] == "y"
     assert processor.parse_response([], prefix="") == []
     assert processor.parse_response(list(padded.numpy()[1]), prefix="") == expected[1]
-    with pytest.raises(ValueError, match="`response` must be text, token ids"):
-        processor.parse_response([[0.5]], prefix="")
+    for wrong in ([[0.5]], [1.5], [None], ["a", None], [1, "a"], None, 3, b"x", {"a": 1}):
+        with pytest.raises(ValueError, match="`response` must be text, token ids"):
+            processor.parse_response(wrong, prefix="")
     with pytest.raises(ValueError, match="needs the prompt as `prefix`"):
         processor.parse_response("x")
     with pytest.raises(ValueError, match="got 3 for 2"):
