@@ -133,18 +133,19 @@ def check_resumed(checkpoint: str, lora: LoraArguments) -> None:
     """Raises ValueError if a checkpoint of a run has other adapters than the run that is to continue from it."""
     if not (Path(checkpoint) / "adapter_config.json").is_file():
         if lora.lora or lora.adapter is not None:
-            raise ValueError(f"{checkpoint} has no adapter: leave --lora and --adapter out, or name another --output_dir")
+            raise ValueError(
+                f"{checkpoint} has no adapter: leave --lora and --adapter out, or name another --output_dir"
+            )
         return
     if not lora.lora and lora.adapter is None:
         raise ValueError(f"{checkpoint} has an adapter: add the options of its run, such as --lora")
     _, saved = open_adapter_config(checkpoint, lora)
     for option in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_experts", "lora_save"):
-        is_list = isinstance(getattr(lora, option), list)
-        given, found = (sorted(value) if is_list else value for value in (getattr(lora, option), getattr(saved, option)))
-        if option == "lora_save":  # saved by their full names
+        given, found = getattr(lora, option), getattr(saved, option)
+        if option == "lora_save":  # it is saved with the full names of the modules
             differ = bool(given) != bool(found)
         else:
-            differ = given != found
+            differ = sorted(given) != sorted(found) if isinstance(given, list) else given != found
         if differ:
             raise ValueError(f"--{option} is {given}, but the adapter in {checkpoint} has {found}")
 

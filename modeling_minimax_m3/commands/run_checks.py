@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -61,7 +62,7 @@ def check_optimizer(training: TrainingArguments) -> None:
 def check_schedule(training: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
     """Raises ValueError for a schedule of the learning rate that cannot be made."""
     name = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
-    more = dict(training.lr_scheduler_kwargs or {})
+    more: Any = training.lr_scheduler_kwargs or {}  # a mapping once the arguments are parsed
     try:
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=more)
     except (TypeError, ValueError) as error:

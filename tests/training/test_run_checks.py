@@ -93,7 +93,11 @@ def test_short_names_of_dtypes(train, flags, tmp_path, monkeypatch):
 
 
 SCHEDULES = {
-    **dict.fromkeys(["linear", "cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt"], {}),
+    "linear": {},
+    "cosine_with_restarts": {},
+    "polynomial": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {},
     "cosine_with_min_lr": {"min_lr": 1e-6},
     "warmup_stable_decay": {"num_decay_steps": 2},
 }
