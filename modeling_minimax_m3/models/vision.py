@@ -151,6 +151,12 @@ def split_into_runs(cu_seqlens: torch.Tensor, num_patches: int) -> tuple[tuple[i
     return tuple((len(list(run)), length) for length, run in groupby(lengths))
 
 
+# Patches of the longest segment up to which all segments attend in one call. Flash attention then takes at most a few
+# tenths of a millisecond for a segment, less than cuDNN's preparation of a size. Longer ones are left to SDPA: on Hopper,
+# cuDNN's kernel has the higher rate.
+_LONGEST_PACKED = 4096
+
+
 def _dtype_of_sdpa(states: torch.Tensor) -> torch.dtype:
     """The dtype to which autocast would bring inputs of SDPA."""
     device_type = states.device.type
@@ -161,6 +167,7 @@ def _runs_packed(query: torch.Tensor, segments: Segments) -> bool:
     """Whether PyTorch's flash kernel takes all segments of (patches, H_q, D) at once."""
     return (
         len(segments.runs or ()) > 1
+        and max(length for _, length in segments.runs or ()) <= _LONGEST_PACKED
         and query.is_cuda
         and torch.version.hip is None
         and _dtype_of_sdpa(query) in (torch.float16, torch.bfloat16)
