@@ -166,7 +166,8 @@ def _dtype_of_sdpa(states: torch.Tensor) -> torch.dtype:
 def _runs_packed(query: torch.Tensor, segments: Segments) -> bool:
     """Whether PyTorch's flash kernel takes all segments of (patches, H_q, D) at once."""
     return (
-        len(segments.runs or ()) > 1
+        not is_torchdynamo_compiling()  # first, because lengths are unknown while tracing
+        and len(segments.runs or ()) > 1
         and max(length for _, length in segments.runs or ()) <= _LONGEST_PACKED
         and query.is_cuda
         and torch.version.hip is None
@@ -175,7 +176,6 @@ def _runs_packed(query: torch.Tensor, segments: Segments) -> bool:
         and query.shape[-1] <= 256
         and torch.backends.cuda.flash_sdp_enabled()
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and not is_torchdynamo_compiling()
     )
 
 
