@@ -85,9 +85,7 @@ class Mxfp8Weights {
   static constexpr int kUnits = 2;
   static constexpr int kChannels = 64;
 
-  static constexpr int loads(int halves, int tiles) {
-    return halves == 2 ? 8 : tiles == 2 ? 6 : 4;
-  }
+  static constexpr int loads(int halves, int tiles) { return halves == 2 ? 8 : tiles == 2 ? 6 : 4; }
   static constexpr int thread_blocks_per_sm(int halves, int tiles) {
     return halves * tiles == 1 ? 4 : halves == 1 ? 3 : 2;
   }
