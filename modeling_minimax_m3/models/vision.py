@@ -151,9 +151,9 @@ def split_into_runs(cu_seqlens: torch.Tensor, num_patches: int) -> tuple[tuple[i
     return tuple((len(list(run)), length) for length, run in groupby(lengths))
 
 
-# Patches of the longest segment up to which all segments attend in one call. Flash attention then takes at most a few
-# tenths of a millisecond for a segment, less than cuDNN's preparation of a size. Longer ones are left to SDPA: on Hopper,
-# cuDNN's kernel has the higher rate.
+# Patches of the longest segment up to which all segments attend in one call. A call of SDPA for each size costs the host
+# about half a millisecond (benchmarks/results/vision_calls.txt). By arithmetic, not by measurement, that outweighs a slower
+# kernel only for short segments. So longer ones stay with SDPA.
 _LONGEST_PACKED = 4096
 
 
