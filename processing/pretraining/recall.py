@@ -61,7 +61,7 @@ CITIES = (
     "Hanoi",
     "Kyiv",
 )
-MAX_QUESTIONS = 6
+MAX_QUESTIONS = 10
 
 
 def filler(numbers: random.Random, split: str, characters: int) -> list[str]:
