@@ -2,6 +2,7 @@
 
     python scripts/pretrain.py --output_dir run --max_steps 8000
     python scripts/pretrain.py --output_dir run --max_steps 8000 --resume_from_checkpoint true
+    python scripts/pretrain.py --output_dir longer --max_steps 500 --init_from run/final --stages 32768:1
     accelerate launch --num_processes 8 scripts/pretrain.py --output_dir run --max_steps 8000
 
 Besides the options of `PretrainingOptions`, the script takes every field of `TrainingArguments`. The folder gets the
@@ -64,6 +65,10 @@ class PretrainingOptions:
     """Options beside those of `TrainingArguments`."""
 
     config: str = field(default="small", metadata={"help": "small (7M parameters) or tiny (for tests)"})
+    init_from: str = field(
+        default="",
+        metadata={"help": "folder of a finished run (`final`), whose weights, sizes and tokenizer this run starts with"},
+    )
     pack_tokens: int = field(default=32768, metadata={"help": "tokens of a pack; a batch counts packs"})
     stages: str = field(
         default="2048:0.4,8192:0.7,16384:1",
@@ -109,6 +114,10 @@ def read_options(argv: list[str]) -> tuple[PretrainingOptions, TrainingArguments
         defaults["bf16"] = torch.cuda.is_available()
     parser.set_defaults(**defaults)
     options, training = parser.parse_args_into_dataclasses(argv)
+    if options.init_from and "--config" in given:
+        raise ValueError("`--config` has no effect with `--init_from`, whose folder has the configuration.")
+    if options.init_from and not (Path(options.init_from) / "config.json").is_file():
+        raise ValueError(f"`--init_from` must be a folder with a checkpoint, got {options.init_from!r}.")
     if options.config not in CONFIGS:
         raise ValueError(f"`--config` must be one of {sorted(CONFIGS)}, got {options.config!r}.")
     if not 0 <= options.indexer_warmup_share <= 1:
@@ -146,10 +155,19 @@ def dense_steps(config: MiniMaxM3VLConfig, stages: tuple[Stage, ...], max_steps:
     return max(warmup_steps, round(max(ends, default=0.0) * max_steps))
 
 
-def prepare_config(options: PretrainingOptions) -> MiniMaxM3VLConfig:
-    config = CONFIGS[options.config]()
-    config.text_config.output_router_logits = True  # with the routers' loss, so that experts stay balanced
-    return config
+def prepare_model(
+    options: PretrainingOptions, weights: dict[str, float], seed: int
+) -> tuple[MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLProcessor]:
+    """A new model and its tokenizer, or those of an earlier run, with weights in float32."""
+    if options.init_from:
+        processor = MiniMaxM3VLProcessor.from_pretrained(options.init_from)
+        model = MiniMaxM3SparseForConditionalGeneration.from_pretrained(options.init_from, dtype=torch.float32)
+    else:
+        config = CONFIGS[options.config]()
+        processor = build_processor(config, tokenizer_texts(weights, seed))
+        model = MiniMaxM3SparseForConditionalGeneration(config)
+    model.config.text_config.output_router_logits = True  # with the routers' loss, so that experts stay balanced
+    return model, processor
 
 
 def prepare(argv: list[str]) -> PackTrainer:
@@ -158,15 +176,13 @@ def prepare(argv: list[str]) -> PackTrainer:
     check_shared_memory(training, options.pack_tokens)
     weights = options.weights()
     set_seed(training.seed)
-    config = prepare_config(options)
     packs_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     data: dict[str, Any] = {"tokens": options.pack_tokens, "weights": weights, "seed": training.seed}
     stages = options.parsed_stages()
-    processor = build_processor(config, tokenizer_texts(weights, training.seed))
+    model, processor = prepare_model(options, weights, training.seed)
     train = Packs(processor, "train", packs_per_step * training.max_steps, stages=stages, **data)
     heldout = Packs(processor, "heldout", options.eval_packs, stages=[Stage(1.0, stages[-1].max_length)], **data)
 
-    model = MiniMaxM3SparseForConditionalGeneration(config)
     model.set_indexer_training(options.indexer_loss_coef, warmup=options.indexer_warmup_share > 0)
     warmup_steps = round(options.indexer_warmup_share * training.max_steps)
     callbacks: list[TrainerCallback] = [
@@ -188,7 +204,7 @@ def prepare(argv: list[str]) -> PackTrainer:
         size = model.num_parameters()
         print(f"{size:,} parameters, {size * 2 / 1e6:.1f} MB in bfloat16")
         print(f"{training.max_steps} steps of {packs_per_step * options.pack_tokens:,} tokens")
-        print(f"dense attention in the first {dense_steps(config, stages, training.max_steps, warmup_steps)} steps")
+        print(f"dense attention in the first {dense_steps(model.config, stages, training.max_steps, warmup_steps)} steps")
     return trainer
 
 

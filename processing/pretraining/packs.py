@@ -20,7 +20,8 @@ from .rows import check_split, random_numbers
 # About how many characters of code a token has, rounded up, so that texts are rather cut than short.
 CHARACTERS_PER_TOKEN = 4
 SHORT_TOKENS = 1024  # up to where texts and recall are not "long"
-LONG_SHARE = 0.4  # of the packs, those that begin with a row as long as the stage allows
+LONG_SHARE = 0.4  # of the packs, those that begin with a long row
+LONG_RANGE = 8  # the longest of the long rows of a stage has so many times the tokens of the shortest
 MISSES = 4  # rows that do not fit before the rest of a pack is filled with code
 MIN_TOKENS = 16  # a shorter rest stays padding
 
@@ -121,7 +122,9 @@ class Packs(Dataset):
         while room >= MIN_TOKENS and misses < MISSES:
             choice = long_tasks if starts_long else tasks
             (task,) = numbers.choices(choice, [self.weights[name] for name in choice])
-            low, high = (longest // 2, longest) if starts_long else (128, min(longest, SHORT_TOKENS))
+            low, high = 128, min(longest, SHORT_TOKENS)
+            if starts_long:
+                low, high = max(longest // LONG_RANGE, SHORT_TOKENS), longest
             wanted = min(int(low * (high / low) ** numbers.random()), room)
             starts_long = False
             row = make_row(
