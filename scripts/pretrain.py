@@ -31,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from configuration_minimax_m3 import MiniMaxM3VLConfig, small_config, tiny_config
 from make_tiny_checkpoint import build_processor
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
-from pretraining_run import CurveLog, IndexerPhases, PackTrainer, TimeLimit
+from pretraining_run import CurveLog, IndexerPhases, PackTrainer, StopAtNaN, TimeLimit
 from processing_minimax_m3 import MiniMaxM3VLProcessor
 from processing_minimax_m3.pretraining import WEIGHTS, Packs, Stage, collate_packs, parse_stages
 from processing_minimax_m3.pretraining.tokenizer_texts import tokenizer_texts
@@ -67,7 +67,9 @@ class PretrainingOptions:
     config: str = field(default="small", metadata={"help": "small (7M parameters) or tiny (for tests)"})
     init_from: str = field(
         default="",
-        metadata={"help": "folder of a finished run (`final`), whose weights, sizes and tokenizer this run starts with"},
+        metadata={
+            "help": "folder of a finished run (`final`), whose weights, sizes and tokenizer this run starts with"
+        },
     )
     pack_tokens: int = field(default=32768, metadata={"help": "tokens of a pack; a batch counts packs"})
     stages: str = field(
@@ -188,6 +190,7 @@ def prepare(argv: list[str]) -> PackTrainer:
     callbacks: list[TrainerCallback] = [
         IndexerPhases(options.indexer_loss_coef, warmup_steps),
         CurveLog(Path(str(training.output_dir)) / "curves.jsonl", packs_per_step * options.pack_tokens),
+        StopAtNaN(),
     ]
     if options.time_limit:
         callbacks.append(TimeLimit(options.time_limit))
@@ -204,7 +207,9 @@ def prepare(argv: list[str]) -> PackTrainer:
         size = model.num_parameters()
         print(f"{size:,} parameters, {size * 2 / 1e6:.1f} MB in bfloat16")
         print(f"{training.max_steps} steps of {packs_per_step * options.pack_tokens:,} tokens")
-        print(f"dense attention in the first {dense_steps(model.config, stages, training.max_steps, warmup_steps)} steps")
+        print(
+            f"dense attention in the first {dense_steps(model.config, stages, training.max_steps, warmup_steps)} steps"
+        )
     return trainer
 
 
@@ -245,7 +250,10 @@ def main(argv: Iterable[str] | None = None) -> PackTrainer:
                 raise ValueError(f"`--resume_from_checkpoint true`: no checkpoint in {trainer.args.output_dir!r}.")
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"pretrain: {error}") from error
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except FloatingPointError as error:
+        raise SystemExit(f"pretrain: {error}") from error
     is_done = trainer.state.global_step >= trainer.args.max_steps
     metrics = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
     if metrics.get("step") != trainer.state.global_step:

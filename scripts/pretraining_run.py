@@ -1,6 +1,7 @@
 """What `pretrain.py` adds to Transformers' `Trainer`: phases of the indexers, curves, a time limit, scores."""
 
 import json
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -60,6 +61,18 @@ class CurveLog(TrainerCallback):
         record |= {"seconds": round(seconds, 2), "tokens_per_second": round(steps * self.tokens_per_step / seconds)}
         with self.path.open("a") as file:
             file.write(json.dumps(record | {name: value for name, value in logs.items() if name != "epoch"}) + "\n")
+
+
+class StopAtNaN(TrainerCallback):
+    """Ends a run whose loss is no number: all weights are NaN by then, and nothing after that is of use."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {state.global_step}, since the last log at most {args.logging_steps:g} steps "
+                "before. Go on from a checkpoint before it with a lower `--learning_rate`."
+            )
 
 
 class TimeLimit(TrainerCallback):

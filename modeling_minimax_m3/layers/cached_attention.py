@@ -24,6 +24,7 @@ from transformers.utils import is_torchdynamo_compiling
 
 from ..msa.sequences import cached_sequences, cu_seqlens_of_one, flat_rows
 from ..runtime.sequence_layout import SequenceLayout
+from .sdpa_gradients import finite_gradients
 
 # Elements of the largest mask that exists at a time.
 _MASK_ELEMENTS = 2**26
@@ -272,7 +273,8 @@ def _masked(
         # The query heads of a key/value head become rows of one head, so that each key is read once.
         rows = query.unflatten(2, (num_kv_heads, q_heads_per_kv)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         visible = None if sees_all else _visible(layout, num_keys, slice(0, 1))
-        out = scaled_dot_product_attention(rows, key, value, visible, dropout, scale=scaling)
+        with finite_gradients(rows.shape[2], num_keys, rows, key, value):
+            out = scaled_dot_product_attention(rows, key, value, visible, dropout, scale=scaling)
         return out.flatten(1, 2).unsqueeze(1)
     pieces = []
     step = max(1, _MASK_ELEMENTS // max(1, len(query) * num_keys))
@@ -280,17 +282,18 @@ def _masked(
         visible = _visible(layout, num_keys, slice(start, start + step))
         rows = query[:, start : start + step].transpose(1, 2)
         # One key/value head at a time: its keys are expanded to the query heads without a copy.
-        heads = [
-            scaled_dot_product_attention(
-                rows[:, head * q_heads_per_kv : (head + 1) * q_heads_per_kv],
-                key[:, head : head + 1].expand(-1, q_heads_per_kv, -1, -1),
-                value[:, head : head + 1].expand(-1, q_heads_per_kv, -1, -1),
-                visible,
-                dropout,
-                scale=scaling,
-            )
-            for head in range(num_kv_heads)
-        ]
+        with finite_gradients(rows.shape[2], num_keys, rows, key, value):
+            heads = [
+                scaled_dot_product_attention(
+                    rows[:, head * q_heads_per_kv : (head + 1) * q_heads_per_kv],
+                    key[:, head : head + 1].expand(-1, q_heads_per_kv, -1, -1),
+                    value[:, head : head + 1].expand(-1, q_heads_per_kv, -1, -1),
+                    visible,
+                    dropout,
+                    scale=scaling,
+                )
+                for head in range(num_kv_heads)
+            ]
         pieces.append(torch.cat(heads, dim=1).transpose(1, 2))
     return torch.cat(pieces, dim=1)
 

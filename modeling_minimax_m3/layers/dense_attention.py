@@ -17,6 +17,7 @@ from transformers.utils import is_torchdynamo_compiling
 from ..runtime.sequence_layout import SequenceLayout
 from .cached_attention import cached_attention
 from .packed_causal_attention import packed_causal_attention
+from .sdpa_gradients import finite_gradients
 
 
 def dense_attention(
@@ -66,7 +67,8 @@ def dense_attention(
     visible = layout.restore_weights(layout.visibility(key.shape[1])[0])
     mask = visible if implementation == "sdpa" else _additive(visible, query.dtype)
     states = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return attention_function(module, *states, mask, dropout=dropout, scaling=scaling, **kwargs)
+    with finite_gradients(query.shape[1], key.shape[1], *states):
+        return attention_function(module, *states, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -26,6 +26,7 @@ from transformers.vision_utils import get_vision_attention_seqlens, get_vision_p
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLVisionConfig
 
+from ..layers.sdpa_gradients import finite_gradients
 from .pretrained import MiniMaxM3VLPreTrainedModel
 
 
@@ -305,14 +306,16 @@ class MiniMaxM3VLVisionAttention(nn.Module):
         sizes = [count * length for count, length in segments.runs]
         outputs, probabilities = [], []
         for (count, length), *run in zip(segments.runs, *(states.split(sizes) for states in (query, key, value))):
-            output, weights = attention_function(
-                self,
-                *(states.view(count, length, self.num_heads, self.head_dim).transpose(1, 2) for states in run),
-                attention_mask=None,
-                scaling=self.scaling,
-                dropout=self.attention_dropout if self.training else 0.0,
-                is_causal=False,
-            )
+            states = [part.view(count, length, self.num_heads, self.head_dim).transpose(1, 2) for part in run]
+            with finite_gradients(length, length, *states):
+                output, weights = attention_function(
+                    self,
+                    *states,
+                    attention_mask=None,
+                    scaling=self.scaling,
+                    dropout=self.attention_dropout if self.training else 0.0,
+                    is_causal=False,
+                )
             outputs.append(output.flatten(0, 1))
             probabilities.extend(() if weights is None else weights.split(1))
         return torch.cat(outputs), tuple(probabilities) or None

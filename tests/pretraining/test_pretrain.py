@@ -87,6 +87,27 @@ def test_resumed_run_has_the_same_losses_and_weights(load_script, finished, tmp_
 
 
 @pytest.mark.slow
+def test_run_goes_on_from_the_weights_and_the_tokenizer_of_another(load_script, finished, tmp_path):
+    options = [option for option in OPTIONS if option not in ("--config", "tiny")]
+    more = ["--output_dir", str(tmp_path), "--init_from", str(finished / "final"), "--seed", "7"]
+    trainer = load_script("pretrain").main([*options, *more])
+    assert losses(tmp_path)[1] < losses(finished)[1] - 0.2
+    assert (
+        trainer.processor.tokenizer.get_vocab()
+        == AutoProcessor.from_pretrained(finished / "final").tokenizer.get_vocab()
+    )
+    assert json.loads((tmp_path / "final" / "training.json").read_text())["options"]["init_from"] == more[3]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(load_script, tmp_path, monkeypatch):
+    pretrain = load_script("pretrain")
+    monkeypatch.setattr(pretrain.PackTrainer, "training_step", lambda *args, **kwargs: torch.tensor(torch.nan))
+    with pytest.raises(SystemExit, match="^pretrain: the loss is nan at step 1, .*lower `--learning_rate`"):
+        pretrain.main([*OPTIONS, "--output_dir", str(tmp_path)])
+    assert not (tmp_path / "final").exists()
+
+
+@pytest.mark.slow
 def test_time_limit_saves_a_run_that_goes_on(load_script, finished, tmp_path, capsys):
     run(load_script, tmp_path, "--time_limit", "0.001")
     assert "stopped at step 1" in capsys.readouterr().out
@@ -174,6 +195,7 @@ def test_right_answers_count_as_right(load_script, processor, monkeypatch):
     ("more", "message"),
     [
         (("--config", "huge"), "`--config` must be one of .*'huge'"),
+        (("--init_from", "run/final"), "`--config` has no effect with `--init_from`"),
         (("--max_steps", "-1"), "`--max_steps` must be at least 1"),
         (("--indexer_warmup_share", "2"), "`--indexer_warmup_share` must be from 0 to 1, got 2"),
         (("--tasks", "poetry=1"), "poetry"),
