@@ -1,4 +1,4 @@
-"""Compare attention types, and training on all modalities with training on one: many small runs at once on one GPU.
+"""Compare attention types, and training on all modalities with training on one: many small runs at once.
 
     python scripts/ablation.py ablation --plan           # the budget alone
     python scripts/ablation.py ablation                  # 6 arms, 3 seeds
@@ -138,6 +138,13 @@ def run_folder(work: Path, arm: str, seed: int) -> Path:
     return work / "runs" / f"{arm.replace(' ', '-')}-{seed}"
 
 
+def visible_devices() -> list[str]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them; one empty name without any."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(i) for i in range(count)])[:count] or [""]
+
+
 def steps_done(folder: Path) -> int:
     """The last step that a run has logged."""
     path = folder / "curves.jsonl"
@@ -154,11 +161,14 @@ def train_all(arguments: argparse.Namespace, work: Path, argv: Sequence[str]) ->
     runs = list(waiting)
     active: dict[tuple[str, int], subprocess.Popen] = {}
     done: dict[tuple[str, int], int] = {}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    devices = visible_devices()
     try:
         with tqdm(total=len(runs) * arguments.steps, desc="steps", disable=None, mininterval=1) as progress:
             while waiting or active:
                 while waiting and len(active) < (arguments.jobs or len(runs)):
+                    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                    if devices != [""]:  # one run after the other, so that each GPU gets as many
+                        environment["CUDA_VISIBLE_DEVICES"] = devices[(len(runs) - len(waiting)) % len(devices)]
                     arm, seed = waiting.pop(0)
                     folder = run_folder(work, arm, seed)
                     folder.mkdir(parents=True, exist_ok=True)
@@ -205,6 +215,7 @@ def write_results(arguments: argparse.Namespace, work: Path, argv: Sequence[str]
         "command": ["python", "scripts/ablation.py", *argv],
         "budget": plan,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "devices": len(visible_devices()),
         "torch": torch.__version__,
         "python": sys.version.split()[0],  # the texts are those of this release
         "data_seconds": round(data_seconds, 1),

@@ -17,7 +17,7 @@ from configuration_minimax_m3.layer_types import FULL_ATTENTION, LEARNED_SPARSE,
 from evaluation_probes import coverage
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from pretrain import DEFAULTS
-from pretraining_run import CurveLog, IndexerPhases, PackTrainer
+from pretraining_run import CurveLog, IndexerPhases, PackTrainer, StopAtNaN
 from processing_minimax_m3.pretraining import Packs, collate_packs
 from processing_minimax_m3.pretraining.encoding import EncodedRow
 from processing_minimax_m3.pretraining.packs import join_rows
@@ -164,6 +164,7 @@ def train_run(name: str, seed: int, data: Path, folder: Path, options: dict[str,
     model = MiniMaxM3SparseForConditionalGeneration(config)
     callbacks: list[TrainerCallback] = [
         CurveLog(folder / "curves.jsonl", options["pack_tokens"]),
+        StopAtNaN(),
         StopAfter(options["seconds"]),
     ]
     if arm.attention == LEARNED_SPARSE.name:

@@ -255,7 +255,8 @@ def print_summary(found: dict[str, Any]) -> None:
     for scores in found.get("coverage", ()):
         low, high = scores["interval"]
         print(
-            f"selected blocks, {scores['tokens']:,} tokens: {scores['share']:.1%} of the attention ({low:.1%} to {high:.1%})"
+            f"selected blocks, {scores['tokens']:,} tokens: {scores['share']:.1%} of the attention ({low:.1%} to "
+            f"{high:.1%}); the best choice holds {scores['best']:.1%}"
         )
     if layers := found.get("experts", {}).get("all"):
         most = max(layer["most_used"] * len(layer["shares"]) for layer in layers)

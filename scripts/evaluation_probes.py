@@ -157,6 +157,7 @@ class CoverageObserver:
             module for module in model.modules() if isinstance(module, MiniMaxM3VLAttention) and module.selector
         ]
         self.shares: defaultdict[int, list[float]] = defaultdict(list)
+        self.best: defaultdict[int, list[float]] = defaultdict(list)
 
     def __enter__(self) -> "CoverageObserver":
         for layer in self.layers:
@@ -173,12 +174,13 @@ class CoverageObserver:
             return
         places = torch.linspace(first, num_tokens - 1, min(QUERIES, num_tokens - first), device=query.device).long()
         size = max(1, MOST_SCORES // (num_tokens * query.shape[2]))
-        total = torch.zeros(2, device=query.device)
+        total = torch.zeros(3, device=query.device)
         for chosen in places.split(size):
             parts = selected_mass(query, key, blocks, layout, None, self.block_size, layer.scaling, chosen)
             total += torch.stack(parts)
-        mass, count = total.tolist()
+        mass, best, count = total.tolist()
         self.shares[layer.layer_idx].append(mass / count)
+        self.best[layer.layer_idx].append(best / count)
 
 
 @torch.no_grad()
@@ -189,13 +191,15 @@ def coverage(
 
     Returns:
         For each length `tokens`, the number of `documents`, the mean `share` over layers, its 95% `interval` over
-        documents, the share of each of the `layers`, and `blocks_share`: the mean share of the visible keys that are in
-        selected blocks, which is what even attention would give. Empty where a query can select all blocks.
+        documents, the share of each of the `layers`, `best`: the share that the best choice of as many blocks would
+        hold, and `blocks_share`: the mean share of the visible keys that are in selected blocks, which is what even
+        attention would give. Empty where a query can select all blocks.
     """
     text = model.config.get_text_config()
     padding, found = text.pad_token_id, []
     for length in lengths:
         by_document: list[float] = []
+        best: list[float] = []
         layers: defaultdict[int, list[float]] = defaultdict(list)
         for ids in documents:
             if len(ids) < length:
@@ -208,6 +212,7 @@ def coverage(
             progress()
             if observer.shares:
                 by_document.append(float(np.mean(list(observer.shares.values()))))
+                best.append(float(np.mean(list(observer.best.values()))))
                 for number, values in observer.shares.items():
                     layers[number] += values
         if not by_document:
@@ -220,6 +225,7 @@ def coverage(
                 "documents": len(by_document),
                 "share": round(mean, 5),
                 "interval": [round(low, 5), round(high, 5)],
+                "best": round(float(np.mean(best)), 5),
                 "layers": {str(number): round(float(np.mean(values)), 5) for number, values in sorted(layers.items())},
                 "blocks_share": round(float(np.mean(selected / np.linspace(selected, length, QUERIES))), 5),
             }

@@ -17,7 +17,7 @@ def selected_mass(
     block_size: int,
     softmax_scale: float,
     chosen: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attends from a few queries to all of their keys, and sums over the selected blocks.
 
     Queries whose blocks are all selected say nothing and do not count.
@@ -32,8 +32,8 @@ def selected_mass(
             keys.
 
     Returns:
-        The sum of the shares, each the mean over heads from 0 to 1, and the number of queries that count: float32
-        scalars on the device.
+        The sum of the shares, each the mean over heads from 0 to 1; the sum of the shares that the best choice of as
+        many blocks would hold; and the number of queries that count: float32 scalars on the device.
     """
     num_tokens, (heads, width) = query.shape[0] * query.shape[1], block_indices.shape[2:]
     positions = layout.working_positions()
@@ -56,10 +56,13 @@ def selected_mass(
 
     num_blocks = -(-num_tokens // block_size)
     blocks = block_indices.flatten(0, 1)[chosen].long()  # (queries, heads, W); -1 is no block
-    is_selected = torch.zeros(count, heads, num_blocks + 1, dtype=torch.bool, device=query.device)
-    is_selected.scatter_(2, blocks.masked_fill(blocks < 0, num_blocks), True)
     block_of_key = ((token - start).clamp(min=0) // block_size)[:, None].expand(-1, heads, -1)
-    held = is_selected[..., :num_blocks].gather(2, block_of_key)
-    share = (weights * held[:, :, None]).sum(-1).mean((1, 2))
+    # All query heads of a key/value head attend to the same blocks. The last column is that of no block.
+    shares = torch.zeros(count, heads, num_blocks + 1, device=query.device)
+    shares.scatter_add_(2, block_of_key, weights.mean(2))
+    is_selected = torch.zeros_like(shares, dtype=torch.bool)
+    is_selected.scatter_(2, blocks.masked_fill(blocks < 0, num_blocks), True)
+    held = shares.masked_fill(~is_selected, 0.0).sum(-1).mean(1)
+    best = shares.topk(min(width, num_blocks)).values.sum(-1).mean(1)
     counts = (position >= width * block_size).float()
-    return (share * counts).sum(), counts.sum()
+    return (held * counts).sum(), (best * counts).sum(), counts.sum()

@@ -210,7 +210,7 @@ class PassTallies:
             return
         real = None if self._real is None else layout.order_queries(self._real.to(query.device))
         size = self._config.index_block_size
-        mass, count = selected_mass(query, key, blocks, layout, real, size, layer.scaling)
+        mass, _, count = selected_mass(query, key, blocks, layout, real, size, layer.scaling)
         self._add(f"mass_{layer.layer_idx}", mass, self._mode)
         self._add(f"mass_count_{layer.layer_idx}", count, self._mode)
 

@@ -123,6 +123,27 @@ def test_failed_runs_are_named_with_their_log(scripts, tmp_path, capsys, monkeyp
     assert "the run of 'dense' with seed 0 failed:\nno memory left" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("named", "expected"), [(None, "0101"), ("5,3", "5353")])
+def test_runs_share_the_gpus(scripts, tmp_path, monkeypatch, named, expected):
+    seen = []
+
+    def start(command, stdout, stderr, env):
+        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        return SimpleNamespace(poll=lambda: 1, terminate=lambda: None)
+
+    if named is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(scripts.ablation.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(scripts.ablation.subprocess, "Popen", start)
+    monkeypatch.setattr(scripts.ablation, "POLL", 0.0)
+    arguments = scripts.ablation.read_arguments([str(tmp_path), *SMALL, "--seeds", "2"])
+    arguments.arms = ["dense", "learned"]
+    assert scripts.ablation.train_all(arguments, tmp_path, []) == []
+    assert seen == list(expected)
+
+
 def test_plan_states_the_budget_and_trains_nothing(scripts, tmp_path, capsys):
     scripts.ablation.main([str(tmp_path / "out"), "--plan"])
     text = capsys.readouterr().out

@@ -178,20 +178,26 @@ def test_the_selected_mass_is_that_of_plain_attention(layout, asked):
         start = int(ordered[0].nonzero()[0])
     places = None if asked is None else torch.tensor(asked) + start
     options = (config.index_block_size, scale, places)
-    mass, count = selected_mass(query, key, blocks, sequence_layout, ordered, *options)
+    mass, best, count = selected_mass(query, key, blocks, sequence_layout, ordered, *options)
     positions = range(long - 8, long) if asked is None else asked
     assert count == len(positions)
-    shares = []
+    shares, best_shares = [], []
     group = query.shape[2] // key.shape[2]
     for position in positions:
+        of_blocks: dict[int, list[float]] = {}
         for head in range(query.shape[2]):
             keys = key[0, start : start + position + 1, head // group]
             weights = (keys @ query[0, start + position, head] * scale).softmax(0)
             chosen = set(blocks[0, start + position, head // group].tolist())
             held = [w for at, w in enumerate(weights.tolist()) if at // config.index_block_size in chosen]
             shares.append(sum(held))
+            summed = of_blocks.setdefault(head // group, [0.0] * (position // config.index_block_size + 1))
+            for at, w in enumerate(weights.tolist()):
+                summed[at // config.index_block_size] += w / group
+        best_shares += [sum(sorted(summed)[-blocks.shape[-1] :]) for summed in of_blocks.values()]
     assert mass / count == pytest.approx(sum(shares) / len(shares), abs=1e-5)
-    assert 0 < mass / count < 1
+    assert best / count == pytest.approx(sum(best_shares) / len(best_shares), abs=1e-5)
+    assert 0 < mass <= best < count
 
 
 def test_queries_whose_blocks_are_all_selected_do_not_count(tmp_path):
