@@ -62,10 +62,10 @@ def evaluation_sections(results: dict[str, Any]) -> dict[str, str]:
     sections: dict[str, str] = {}
     rows: list[tuple[str, ...]]
     if answers := results.get("answers"):
-        rows = [(task, *_share(one), f"{one['answers']:,}") for task, one in answers.items()]
+        rows = [(task, *as_share(one), f"{one['answers']:,}") for task, one in answers.items()]
         sections["Right answers to held-out questions"] = as_table(("task", "right", "95% interval", "answers"), rows)
     if recall := results.get("recall"):
-        rows = [(f"{one['tokens']:,}", *_share(one)) for one in recall]
+        rows = [(f"{one['tokens']:,}", *as_share(one)) for one in recall]
         sections["Recall by length"] = as_table(("tokens", "right", "95% interval"), rows)
     if perplexity := results.get("perplexity"):
         rows = [(f"{one['tokens']:,}", f"{one['perplexity']:.2f}") for one in perplexity]
@@ -101,7 +101,8 @@ def paragraph(text: str) -> str:
     return fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-def _share(scores: dict[str, Any]) -> tuple[str, str]:
+def as_share(scores: dict[str, Any]) -> tuple[str, str]:
+    """The share of right answers and its interval, as text."""
     low, high = scores["interval"]
     return f"{scores['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"
 
