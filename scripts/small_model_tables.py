@@ -35,10 +35,10 @@ COLUMNS = ("same_after_1", "same_after_64", "tile_of_16", "tile_of_64", "most_ch
 def run_sentences(record: dict[str, Any], curves: list[dict[str, Any]]) -> str:
     """What the run was: steps, tokens, device and seconds."""
     pieces = [f"{row['train_runtime']:.0f} s" for row in curves if "train_runtime" in row]
-    resumed = f"{len(pieces)} processes, of which each but the first resumed" if len(pieces) > 1 else "one process"
+    resumed = f", resumed {len(pieces) - 1} times" if len(pieces) > 2 else ", resumed once" if len(pieces) == 2 else ""
     return paragraph(
-        f"The checkpoint comes from {record['steps']:,} steps with {curves[-1]['tokens'] / 1e6:.0f}M tokens, packing "
-        f"included, on {record['device']} with PyTorch {record['torch']}: {resumed} ({', '.join(pieces)})."
+        f"The checkpoint comes from {record['steps']:,} steps of training with {curves[-1]['tokens'] / 1e6:.0f}M "
+        f"tokens on one {record['device']} with PyTorch {record['torch']}. The run took {' + '.join(pieces)}{resumed}."
     )
 
 

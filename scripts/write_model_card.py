@@ -152,7 +152,8 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
         examples=examples_of(load_as or str(folder)),
         opening=paragraph(
             "A small MiniMax-M3 with every part of the released one: dense and sparse attention, experts, and a vision "
-            "tower for pictures and videos."
+            "tower for pictures and videos. The examples read a picture and a video of the kind that it knows, photo.png "
+            "and clip.mp4. `python scripts/example_media.py` draws both."
         ).strip(),
         sections=sections,
         made_with={"python": record["python"], "torch": record["torch"], "device": record["device"]},
