@@ -1,5 +1,4 @@
-"""Write the figures of the small checkpoint into the pages: scores and run into docs/pretraining.md, and the overlap of
-its block lists into benchmarks/README.md.
+"""Write the figures of the small checkpoint into docs/pretraining.md and benchmarks/README.md.
 
     python scripts/small_model_tables.py            # print the tables
     python scripts/small_model_tables.py --write    # put them into the pages

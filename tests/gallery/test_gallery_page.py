@@ -15,9 +15,10 @@ BROWSERS = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "goo
 def example(**changes):
     """A record as `answer_question.answer_question` returns it: 2 tokens, 1 layer, 2 heads, a picture of 2 regions."""
     record = {"task": "image", "kind": "colour", "index": 0, "question": "What colour?", "expected": "red"}
-    record |= {"given": "red", "right": True, "written": "red", "tokens": ["red", "[e~["], "answer_token": 0}
-    record |= {"prompt": "What colour?", "prompt_tokens": 40, "scale": 100, "seconds": 1.0, "layers": [3], "heads": 2, "tools": []}
+    record |= {"given": "red", "right": True, "written": "red", "tokens": ["red", "[e~["], "prompt_tokens": 40}
+    record |= {"prompt": "What colour?", "scale": 100, "seconds": 1.0, "layers": [3], "heads": 2, "tools": []}
     record |= {"parts": ["picture", "answer"], "shares": [[[[100, 0], [50, 50]]], [[[10, 90], [30, 70]]]]}
+    record["answer_token"] = 0
     record["media"] = [{"source": "data:image/png;base64,", "rows": 1, "columns": 2, "second": None}]
     record["cells"] = [[[[[60, 40]], [[10, 40]]]], [[[[10, 0]], [[0, 30]]]]]
     return record | changes
