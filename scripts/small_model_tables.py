@@ -48,7 +48,8 @@ def score_tables(scores: dict[str, Any], longer: dict[str, Any]) -> str:
         answers.append((f"**{task}**", *as_share(of_task), of_task["answers"]))
         if len(of_task["questions"]) > 1:
             answers += [
-                (name.replace("_", " "), *as_share(one), one["answers"]) for name, one in of_task["questions"].items()
+                (f"{task}: {name.replace('_', ' ')}", *as_share(one), one["answers"])
+                for name, one in of_task["questions"].items()
             ]
     more = {one["tokens"]: one for one in longer["recall"] if one["tokens"] > scores["recall"][-1]["tokens"]}
     recall = {one["tokens"]: one for one in scores["recall"]} | more
