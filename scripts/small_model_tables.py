@@ -54,7 +54,7 @@ def score_tables(scores: dict[str, Any], longer: dict[str, Any]) -> str:
     more = {one["tokens"]: one for one in longer["recall"] if one["tokens"] > scores["recall"][-1]["tokens"]}
     recall = {one["tokens"]: one for one in scores["recall"]} | more
     perplexity = {one["tokens"]: f"{one['perplexity']:.2f}" for one in scores["perplexity"]}
-    coverage = {one["tokens"]: f"{one['share']:.1%}" for one in scores["coverage"]}
+    coverage = {one["tokens"]: f"{one['share']:.1%}{_best(one)}" for one in scores["coverage"]}
     lengths = []
     for tokens in sorted({*recall, *perplexity, *coverage}):
         right = (*as_share(recall[tokens]), recall[tokens]["answers"]) if tokens in recall else ("", "", "")
@@ -68,6 +68,11 @@ def score_tables(scores: dict[str, Any], longer: dict[str, Any]) -> str:
             as_table(head, lengths),
         ]
     )
+
+
+def _best(coverage: dict[str, Any]) -> str:
+    """What the best choice of blocks would hold, which older results lack."""
+    return f" (at best {coverage['best']:.1%})" if "best" in coverage else ""
 
 
 def overlap_table(path: Path = SELECTIONS) -> str:

@@ -11,6 +11,13 @@ def test_pages_have_the_tables(load_script):
         assert tables in page.read_text(encoding="utf-8"), f"{page.name}: make small-model"
 
 
+def test_stored_scores_are_drawn(load_script, tmp_path):
+    results = json.loads((load_script("small_model_tables").RESULTS / "pretraining_scores.json").read_text())
+    load_script("plot_evaluation").plot_evaluation(results, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 1000
+
+
 def test_tables_need_their_place(load_script):
     replace = load_script("small_model_tables").replace_tables
     start, end = load_script("small_model_tables").START, load_script("small_model_tables").END
