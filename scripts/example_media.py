@@ -36,7 +36,9 @@ def main(argv: Iterable[str] | None = None) -> None:
     arguments = parser.parse_args(None if argv is None else list(argv))
     try:
         print("wrote", *draw_example_media(arguments.folder))
-    except (ImportError, OSError) as error:
+    except ImportError as error:
+        raise SystemExit(f'example_media: {error}: `pip install ".[video]"`') from error
+    except OSError as error:
         raise SystemExit(f"example_media: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """The shipped small checkpoint: the tables of the pages that quote it, its curves, and the media of the examples."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -72,6 +73,13 @@ def test_example_media_are_drawn(load_script, tmp_path, capsys):
         assert picture.tobytes() == row["messages"][0]["content"][0]["image"].tobytes()
     assert (tmp_path / "new" / "clip.mp4").stat().st_size > 500
     assert "photo.png" in capsys.readouterr().out
+
+
+def test_missing_video_library_is_named(load_script, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(SystemExit, match=r"example_media: .*av.*: `pip install \"\.\[video\]\"`"):
+        load_script("example_media").main([str(tmp_path)])
+    assert not (tmp_path / "clip.mp4").exists()
 
 
 def test_folder_that_cannot_be_made_ends_the_drawing(load_script, tmp_path):
