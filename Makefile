@@ -26,7 +26,7 @@ CXX_SOURCES = $(shell find modeling_minimax_m3 -name '*.cu' -o -name '*.cuh' -o 
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help setup demo finetune-demo test test-install test-compatibility test-versions check-upstream test-gpu \
-	lint lint-python lint-types lint-cxx lint-text lint-spelling format benchmark kernels check-kernels sanitize-kernels clean
+	lint lint-python lint-types lint-cxx lint-text lint-spelling format benchmark small-model kernels check-kernels sanitize-kernels clean
 
 help:
 	@echo "make demo       ask a small MiniMax-M3 about a picture, a video and a fact in a long text"
@@ -42,6 +42,8 @@ help:
 	@echo "make format     apply style"
 	@echo "make kernels    compile the CUDA kernels into the package (needs nvcc, but no GPU)"
 	@echo "make benchmark  time and measure ours beside stock Transformers"
+	@echo "make small-model"
+	@echo "                write what follows from examples/minimax-m3-small: model card, tables, plots, gallery"
 	@echo "make clean      remove the environment and what was built"
 
 setup: $(INSTALLED)
@@ -114,6 +116,17 @@ format: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+# Everything that is made from examples/minimax-m3-small and benchmarks/results/pretraining_*; docs/pretraining.md says
+# how to replace these. Some minutes.
+small-model: $(INSTALLED)
+	$(BIN)/python scripts/write_model_card.py examples/minimax-m3-small \
+		--evaluation benchmarks/results/pretraining_scores.json
+	$(BIN)/python scripts/plot_evaluation.py benchmarks/results/pretraining_scores.json docs/images/pretraining_scores.png
+	$(BIN)/python scripts/plot_curves.py benchmarks/results/pretraining_curves.jsonl docs/images/pretraining_curves.png
+	$(BIN)/python scripts/make_gallery.py examples/minimax-m3-small docs/gallery.html
+	$(BIN)/python scripts/extract_selections.py examples/minimax-m3-small benchmarks/selections.npz
+	$(BIN)/python scripts/small_model_tables.py --write
 
 kernels: $(INSTALLED)
 	$(BIN)/python scripts/build_kernels.py

@@ -15,6 +15,7 @@ from PIL import Image
 
 from attention_recorder import AttentionRecorder, Medium, Part, find_media, place_of, prompt_parts
 from heldout_questions import Question, read_answer
+from processing_minimax_m3.special_tokens import THINK_END_TOKEN
 
 SHARE = 10_000  # weights are whole numbers of this part, so that the page stays small
 PROMPT_TOKENS = 1200  # of a prompt that the page shows
@@ -39,8 +40,9 @@ def answer_question(
 
     Returns:
         `task`, `kind`, `index`, `question`, `expected`, `given`, `right`; `written`, the answer with its control
-        tokens; `tokens`, its pieces; `prompt`, `prompt_tokens`, `seconds`; `layers`, the numbers of the sparse layers; `heads`;
-        `parts`, names of the parts of the prompt, the answer last; `shares[token][layer][head][part]`, in parts of `scale`;
+        tokens; `tokens`, its pieces; `answer_token`, the number of the first one behind the thinking; `prompt`,
+        `prompt_tokens`, `seconds`; `layers`, the numbers of the sparse layers; `heads`; `parts`, names of the parts of
+        the prompt, the answer last; `shares[token][layer][head][part]`, in parts of `scale`;
         `media` with `cells[token][layer][head][medium][region]` where the prompt has some; `blocks` where the text has
         more blocks than a query selects. `chosen[token][layer]` has then the blocks by key/value head, and
         `block_shares[token][layer][head]` the share of each of them.
@@ -68,7 +70,8 @@ def answer_question(
         "given": given,
         "right": is_right,
         "written": decode(written),
-        "tokens": [decode([token]) for token in written],
+        "tokens": (tokens := [decode([token]) for token in written]),
+        "answer_token": first_of_answer(tokens),
         "scale": SHARE,
         "prompt": prompt_text(processor, prompt),
         "prompt_tokens": len(prompt),
@@ -86,6 +89,12 @@ def answer_question(
     if len(prompt) > text.index_block_size * text.index_topk_blocks:
         record |= _blocks(processor.tokenizer, prompt, question, asked, passes, layers, text)
     return record
+
+
+def first_of_answer(tokens: list[str]) -> int:
+    """The number of the first token behind the end of the thinking, with which an answer without thinking begins too."""
+    end = tokens.index(THINK_END_TOKEN) if THINK_END_TOKEN in tokens else -1
+    return min(end + 1, len(tokens) - 1)
 
 
 def prompt_text(processor: Any, ids: list[int]) -> str:
@@ -166,13 +175,13 @@ def data_uri(picture: Image.Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def mean_shares(record: dict[str, Any], token: int = 0) -> dict[str, float]:
+def mean_shares(record: dict[str, Any], token: int) -> dict[str, float]:
     """The shares of the parts of the prompt for one token of an answer, the mean over layers and heads."""
     shares = torch.tensor(record["shares"][token]).float().mean((0, 1)) / SHARE
     return dict(zip(record["parts"], shares.tolist()))
 
 
-def mean_cells(record: dict[str, Any], token: int = 0) -> list[torch.Tensor]:
+def mean_cells(record: dict[str, Any], token: int) -> list[torch.Tensor]:
     """For each picture or second, the shares of its regions (rows, columns), the mean over layers and heads."""
     layers = record["cells"][token]
     found = []
@@ -182,7 +191,7 @@ def mean_cells(record: dict[str, Any], token: int = 0) -> list[torch.Tensor]:
     return found
 
 
-def mean_blocks(record: dict[str, Any], token: int = 0) -> torch.Tensor:
+def mean_blocks(record: dict[str, Any], token: int) -> torch.Tensor:
     """The shares of all blocks of a long text for one token of an answer, the mean over layers and heads."""
     total = torch.zeros(len(record["blocks"]["excerpts"]))
     layers = record["chosen"][token]

@@ -2,12 +2,14 @@
 
     python scripts/demo.py [CHECKPOINT] [--output FOLDER] [--seed N] [--long-tokens N]
 
-The questions are held out: the model did not see them when it was trained. Below each answer stands the right one, and
-what the answer attended to. Where the repository has no trained checkpoint, the demonstration builds one with random
-weights, whose answers mean nothing. Another seed asks other questions.
+The questions are held out: the model did not see them when it was trained. The seed alone chooses them. Below each
+answer stands the right one, how often the model is right about such questions, and what the answer attended to. Another
+seed asks other questions. Without the trained checkpoint, the demonstration builds one with random weights, whose
+answers mean nothing.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -33,7 +35,9 @@ from heldout_questions import Question, long_question, short_question
 from make_tiny_checkpoint import make_tiny_checkpoint
 from modeling_minimax_m3.msa import available_backends
 
-CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "minimax-m3-small"
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "examples" / "minimax-m3-small"
+SCORES = ROOT / "benchmarks" / "results" / "pretraining_scores.json"  # of this checkpoint
 SHADES = " ·░▒▓█"
 BAR = 30  # characters of the largest bar
 
@@ -76,9 +80,20 @@ def shade(value: float, largest: float) -> str:
     return SHADES[min(len(SHADES) - 1, int(value / largest * len(SHADES)))] if largest > 0 else SHADES[0]
 
 
+def usual_share(scores: dict[str, Any], record: dict[str, Any]) -> str:
+    """How many held-out questions of this kind, or in texts of this length, were answered right."""
+    if record["task"] == "recall":
+        found = min(scores["recall"], key=lambda one: abs(one["mean_tokens"] - record["prompt_tokens"]))
+        about = f"about texts of {found['tokens']:,} tokens"
+    else:
+        found = scores["answers"][record["task"]]["questions"][record["kind"]]
+        about = "of this kind"
+    return f"{found['right']} of {found['answers']} held-out questions {about} are answered right"
+
+
 def show_regions(record: dict[str, Any]) -> None:
     """Prints the regions of a picture, or of the seconds of a video side by side."""
-    cells = mean_cells(record)
+    cells = mean_cells(record, record["answer_token"])
     largest = max(float(grid.max()) for grid in cells)
     seconds = [medium["second"] for medium in record["media"]]
     if seconds[0] is not None:
@@ -91,28 +106,32 @@ def show_regions(record: dict[str, Any]) -> None:
 
 def show_blocks(record: dict[str, Any]) -> None:
     """Prints the blocks of a text that got the most."""
-    shares = mean_blocks(record)
+    token = record["answer_token"]
+    shares = mean_blocks(record, token)
     blocks = record["blocks"]
     print(f"  the fact stands in block {', '.join(map(str, blocks['fact']))} of {len(shares)}: {blocks['fact_text']}")
     for value, block in zip(*(found.tolist() for found in shares.topk(min(5, len(shares))))):
         mark = "  <- the fact" if block in blocks["fact"] else ""
         print(f"  block {block:>4} {value:>6.1%} {'█' * round(BAR * value / float(shares.max()))}{mark}")
-    for layer, by_head in zip(record["layers"], record["chosen"][0]):
+    for layer, by_head in zip(record["layers"], record["chosen"][token]):
         number = sum(bool(set(blocks["fact"]) & set(chosen)) for chosen in by_head)
         print(f"  layer {layer}: {number} of {len(by_head)} key/value heads chose the block of the fact")
 
 
-def ask(model: Any, processor: Any, question: Question) -> dict[str, Any]:
+def ask(model: Any, processor: Any, question: Question, scores: dict[str, Any] | None) -> dict[str, Any]:
     """Asks one question, and prints the answer beside the right one and what it attended to."""
     print(f"  question: {question.text}", flush=True)
     record = answer_question(model, processor, question, max_new_tokens=16)
     print(f"  answer:   {record['given']}")
     print(f"  right is: {record['expected']}   ({'right' if record['right'] else 'WRONG'})")
+    if scores is not None:
+        print(f"  usually:  {usual_share(scores, record)}")
     print(
         f"  {record['prompt_tokens']:,} tokens read and {len(record['tokens'])} written in {record['seconds']:.1f} s"
     )
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in mean_shares(record).items() if name != "answer")
-    print(f"  attention of its first token, mean over the sparse layers and heads: {shares}")
+    token = record["answer_token"]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in mean_shares(record, token).items())
+    print(f"  attention of the answer's first token, mean over the sparse layers and heads: {shares}")
     if "media" in record:
         show_regions(record)
     if record.get("blocks", {}).get("fact"):
@@ -142,14 +161,17 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
     model = model.to("cuda") if torch.cuda.is_available() else model.float()  # many CPUs are slow in bfloat16
     print(describe(model))
+    scores = json.loads(SCORES.read_text()) if folder == CHECKPOINT else None
 
     announce(2, "a picture")
-    records = [ask(model, processor, short_question("image", "colour", arguments.output, arguments.seed))]
+    records = [ask(model, processor, short_question("image", "colour", arguments.output, arguments.seed), scores)]
     announce(3, "a video")
-    records.append(ask(model, processor, short_question("video", "direction", arguments.output, arguments.seed)))
-    wait = "" if torch.cuda.is_available() else ", which takes a few minutes on a CPU"
+    question = short_question("video", "direction", arguments.output, arguments.seed)
+    records.append(ask(model, processor, question, scores))
+    wait = "" if torch.cuda.is_available() else ", which takes about a minute on two CPU cores"
     announce(4, f"a fact in a text of {arguments.long_tokens:,} tokens{wait}")
-    records.append(ask(model, processor, long_question(processor, "key_value", arguments.long_tokens, arguments.seed)))
+    question = long_question(processor, "key_value", arguments.long_tokens, arguments.seed)
+    records.append(ask(model, processor, question, scores))
 
     page = write_page(records, arguments.output / "answers.html", "What the answers attended to")
     right = sum(record["right"] for record in records)

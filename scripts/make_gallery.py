@@ -30,6 +30,7 @@ QUESTIONS = (
     *("video:direction", "video:at_second", "video:which_second", "video:after"),
     *("tools:call", "thinking:sum", "recall:needle", "recall:key_value"),
 )
+MOST_TOKENS = 96  # of an answer: a call with two arguments has about 60
 
 
 def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -57,7 +58,7 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
                     questions.append(short_question(task, kind, Path(folder), arguments.seed))
             model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, dtype="auto").eval()
             model = model.to("cuda") if torch.cuda.is_available() else model.float()
-            records = [answer_question(model, processor, one) for one in tqdm(questions, unit="question")]
+            records = [answer_question(model, processor, one, MOST_TOKENS) for one in tqdm(questions, unit="question")]
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"make_gallery: {error}") from error
     note = f"The checkpoint is {arguments.checkpoint.resolve().name}, the seed {arguments.seed}."

@@ -97,7 +97,10 @@ def _coverage(panel: Any, record: dict[str, Any]) -> None:
     places = [row["tokens"] for row in rows]
     for number in rows[0]["layers"]:
         panel.plot(places, [row["layers"][number] for row in rows], marker="o", label=f"layer {number}")
-    panel.plot(places, [row["best"] for row in rows], color="black", marker=".", linestyle="--", label="best choice")
+    if "best" in rows[0]:  # which older results lack
+        panel.plot(
+            places, [row["best"] for row in rows], color="black", marker=".", linestyle="--", label="best choice"
+        )
     panel.plot(
         places, [row["blocks_share"] for row in rows], color="grey", marker=".", linestyle=":", label="even attention"
     )

@@ -21,6 +21,7 @@ from modeling_minimax_m3.conversion.tensor_files import read_header
 from replace_when_done import replace_when_done
 
 RECORD = "training.json"
+WEAK = 0.9  # a kind of question with a smaller share of right answers is one of the model's limits
 NEEDED = ("command", "seed", "steps", "python", "torch", "device", "heldout")  # of the record
 
 
@@ -61,10 +62,10 @@ def evaluation_sections(results: dict[str, Any]) -> dict[str, str]:
     sections: dict[str, str] = {}
     rows: list[tuple[str, ...]]
     if answers := results.get("answers"):
-        rows = [(task, *_share(one), f"{one['answers']:,}") for task, one in answers.items()]
+        rows = [(task, *as_share(one), f"{one['answers']:,}") for task, one in answers.items()]
         sections["Right answers to held-out questions"] = as_table(("task", "right", "95% interval", "answers"), rows)
     if recall := results.get("recall"):
-        rows = [(f"{one['tokens']:,}", *_share(one)) for one in recall]
+        rows = [(f"{one['tokens']:,}", *as_share(one)) for one in recall]
         sections["Recall by length"] = as_table(("tokens", "right", "95% interval"), rows)
     if perplexity := results.get("perplexity"):
         rows = [(f"{one['tokens']:,}", f"{one['perplexity']:.2f}") for one in perplexity]
@@ -76,12 +77,32 @@ def evaluation_sections(results: dict[str, Any]) -> dict[str, str]:
     return sections
 
 
+def limits(record: dict[str, Any], results: dict[str, Any]) -> str:
+    """Sentences about the kinds of questions and the lengths of texts that go wrong, with their figures."""
+    found = []
+    questions = [
+        (f"{task}: {name.replace('_', ' ')}", one["accuracy"])
+        for task, scores in results.get("answers", {}).items()
+        for name, one in scores.get("questions", {}).items()
+        if one["accuracy"] < WEAK
+    ]
+    if questions:
+        listed = ", ".join(f"{name} ({share:.1%})" for name, share in sorted(questions, key=lambda one: one[1]))
+        found.append(f"Fewer than {WEAK:.0%} of its answers are right to these kinds of questions: {listed}.")
+    if (stages := record.get("options", {}).get("stages")) and (recall := results.get("recall")):
+        longest = int(stages.split(",")[-1].split(":")[0])
+        listed = ", ".join(f"{one['accuracy']:.1%} at {one['tokens']:,}" for one in recall if one["tokens"] >= longest)
+        found.append(f"Its training rows had up to {longest:,} tokens. Recall from this length on: {listed}.")
+    return " ".join(found)
+
+
 def paragraph(text: str) -> str:
     """The text in lines of the repository's width."""
     return fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-def _share(scores: dict[str, Any]) -> tuple[str, str]:
+def as_share(scores: dict[str, Any]) -> tuple[str, str]:
+    """The share of right answers and its interval, as text."""
     low, high = scores["interval"]
     return f"{scores['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"
 
@@ -102,12 +123,13 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
         "in nats of a learned token."
     )
     sections = {"Architecture": architecture(folder)}
+    results: dict[str, Any] = {}
     if evaluation is not None:
         results = read_json(evaluation)
         sections |= evaluation_sections(results)
         if answers := results.get("answers"):
             scores = {f"eval_accuracy_{task}": one["accuracy"] for task, one in answers.items()}
-            note = "The scores are shares of right answers to held-out questions."
+            note = ""
     sections["Training"] = paragraph(
         f"Trained from random weights for {record['steps']:,} steps on {record['device']}, with seed {record['seed']}: "
         "text, code, recall, tool calls, thinking, pictures and videos, mixed from the first step. The machine makes "
@@ -116,7 +138,7 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
     )
     sections["Limits"] = paragraph(
         "The model is made to show and test the architecture. It knows the kinds of questions that it was trained on, "
-        "in their wording, and nothing about the world."
+        f"in their wording, and nothing about the world. {limits(record, results)}"
     )
     return ModelCard(
         title=title,
@@ -126,10 +148,12 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
         usage=loading(load_as or str(folder)),
         command=record["command"],
         scores=scores,
+        lists_scores="answers" not in results,  # a table with intervals has them otherwise
         examples=examples_of(load_as or str(folder)),
         opening=paragraph(
             "A small MiniMax-M3 with every part of the released one: dense and sparse attention, experts, and a vision "
-            "tower for pictures and videos."
+            "tower for pictures and videos. The examples read a picture and a video of the kind that it knows, photo.png "
+            "and clip.mp4. `python scripts/example_media.py` draws both."
         ).strip(),
         sections=sections,
         made_with={"python": record["python"], "torch": record["torch"], "device": record["device"]},

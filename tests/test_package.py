@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import distributions
@@ -19,6 +20,7 @@ FOLDERS = {
     "processing": "processing_minimax_m3",
     "modeling_minimax_m3": "modeling_minimax_m3",
 }
+CHECKPOINT = "examples/minimax-m3-small"  # in the source distribution and in no wheel
 # Built, not part of the source.
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "kernels-*.so")
 
@@ -31,7 +33,8 @@ def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=LEFT_OUT)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    shutil.copytree(ROOT / CHECKPOINT, folder / CHECKPOINT)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -54,6 +57,16 @@ def test_wheel_holds_every_file_of_the_packages(source, wheel):
     }
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert held == expected
+
+
+def test_source_distribution_holds_the_small_checkpoint(source, tmp_path):
+    code = "import sys, setuptools.build_meta as m; m.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=source, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {f"{CHECKPOINT}/{path.name}" for path in (ROOT / CHECKPOINT).iterdir()}
+    assert f"{CHECKPOINT}/model.safetensors" in expected <= names
 
 
 @pytest.mark.parametrize("package", FOLDERS.values())

@@ -5,7 +5,12 @@ from collections.abc import Mapping
 # What an example may expect: `processor` and `model`, as `loading` names them, and files photo.png and clip.mp4.
 _ANSWER = """
 inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    messages,
+    thinking_mode="disabled",
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
 ).to(model.device)
 output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -13,7 +18,8 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 _TEXT = (
     """
-messages = [{"role": "user", "content": "Ada has 12 apples. Ada buys 7. How many apples are left?"}]
+text = "The number of the calm needle is 658. The number of the red lamp is 214. What is the number of the red lamp?"
+messages = [{"role": "user", "content": text}]
 """
     + _ANSWER
 )
@@ -29,7 +35,7 @@ messages = [{"role": "user", "content": content}]
 _BATCH = """
 conversations = [
     [{"role": "user", "content": "Ada has 12 apples. Ada buys 7. How many apples are left?"}],
-    [{"role": "user", "content": "How will the weather be in Bonn?"}],
+    [{"role": "user", "content": "The secret meeting is in Rome at 9 o'clock. In which city is the secret meeting?"}],
 ]
 inputs = processor.apply_chat_template(
     conversations,
@@ -40,8 +46,8 @@ inputs = processor.apply_chat_template(
     processor_kwargs={"padding": True, "padding_side": "left"},
 ).to(model.device)
 output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-for answer in processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
-    print(answer)
+for prompt, answer in zip(inputs["input_ids"], output[:, inputs["input_ids"].shape[1] :]):
+    print(processor.parse_response(answer, prefix=prompt)["content"])
 """
 
 _TOOLS = """
@@ -88,7 +94,12 @@ _LONG = """
 text = "The grass is green. The sky is blue. " * 200 + "The number of the calm needle is 658. " + "Here we go. " * 200
 messages = [{"role": "user", "content": text + "What is the number of the calm needle?"}]
 inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    messages,
+    thinking_mode="disabled",
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
 ).to(model.device)
 output = model.generate(**inputs, max_new_tokens=16, do_sample=False, prefill_chunk_size=1024)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -99,7 +110,8 @@ from transformers import pipeline
 
 chat = pipeline("image-text-to-text", model=model, processor=processor)
 content = [{"type": "image", "path": "photo.png"}, {"type": "text", "text": "How many objects are there?"}]
-print(chat([{"role": "user", "content": content}], max_new_tokens=32, do_sample=False)[0]["generated_text"][-1])
+options = {"max_new_tokens": 32, "do_sample": False}
+print(chat([{"role": "user", "content": content}], generate_kwargs=options)[0]["generated_text"][-1]["content"])
 """
 
 _LORA = """

@@ -63,6 +63,7 @@ class ModelCard:
         opening (str): What the model is, in place of the sentence that names its base.
         sections (dict): Markdown below the scores, by heading.
         made_with (dict, optional): Versions of packages and the device. Default: those of this process.
+        lists_scores (bool): Whether `scores` are a table of the text. Without it they are only in the metadata.
         license (str, optional): Its identifier, such as "apache-2.0".
     """
 
@@ -82,12 +83,13 @@ class ModelCard:
     sections: Mapping[str, str] = field(default_factory=dict)
     made_with: Mapping[str, str] | None = None
     license: str | None = None
+    lists_scores: bool = True
 
     def __str__(self) -> str:
         """The card as Markdown, behind its metadata as YAML."""
         parts = [f"---\n{self._metadata()}\n---\n", f"# {self.title}\n", self._opening()]
         parts.append(f"```python\n{self.usage}\n```\n")
-        if self.scores:
+        if self.scores and self.lists_scores:
             rows = [(name, f"{value:.6g}") for name, value in self.scores.items()]
             parts.append("## Scores\n\n" + as_table(("score", "value"), rows))
         parts += [f"## {heading}\n\n{text}" for heading, text in self.sections.items()]

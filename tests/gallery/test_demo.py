@@ -84,10 +84,29 @@ def test_questions_that_do_not_exist_end_the_gallery(load_script, checkpoint, tm
     assert not (tmp_path / "gallery.html").exists()
 
 
+def test_usual_share_is_that_of_the_kind_or_of_the_length(load_script):
+    usual_share = load_script("demo").usual_share
+    recall = [{"tokens": n * 1000, "mean_tokens": n * 1000 - 50, "right": n, "answers": 60} for n in (1, 2, 4)]
+    scores = {"recall": recall, "answers": {"image": {"questions": {"count": {"right": 7, "answers": 9}}}}}
+    assert usual_share(scores, {"task": "image", "kind": "count"}).startswith("7 of 9 held-out questions of this kind")
+    long = usual_share(scores, {"task": "recall", "kind": "needle", "prompt_tokens": 1600})
+    assert long.startswith("2 of 60 held-out questions about texts of 2,000 tokens")
+
+
+def test_answer_begins_behind_the_thinking(load_script):
+    first = load_script("answer_question").first_of_answer
+    assert first(["red", "[e~["]) == 0
+    assert first(["<mm:think>", "2", "</mm:think>", "red", "[e~["]) == 3
+    assert first(["</mm:think>"]) == 0  # cut off there
+
+
 @pytest.mark.slow
 @needs_trained
-def test_trained_checkpoint_gives_three_right_answers(load_script, tmp_path):
+def test_trained_checkpoint_gives_three_right_answers(load_script, tmp_path, capsys):
     """What `make demo` does, with its default seed and length."""
-    records = load_script("demo").main([str(TRAINED), "--output", str(tmp_path)])
+    records = load_script("demo").main(["--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "3 of 3 answers are right" in printed
+    assert len(re.findall(r"usually:  \d+ of \d+ held-out questions", printed)) == 3
     assert records[2]["prompt_tokens"] >= 32000
     assert [(record["given"], record["right"]) for record in records] == [(r["expected"], True) for r in records]

@@ -18,6 +18,7 @@ def example(**changes):
     record |= {"given": "red", "right": True, "written": "red", "tokens": ["red", "[e~["], "prompt_tokens": 40}
     record |= {"prompt": "What colour?", "scale": 100, "seconds": 1.0, "layers": [3], "heads": 2, "tools": []}
     record |= {"parts": ["picture", "answer"], "shares": [[[[100, 0], [50, 50]]], [[[10, 90], [30, 70]]]]}
+    record["answer_token"] = 0
     record["media"] = [{"source": "data:image/png;base64,", "rows": 1, "columns": 2, "second": None}]
     record["cells"] = [[[[[60, 40]], [[10, 40]]]], [[[[10, 0]], [[0, 30]]]]]
     return record | changes
@@ -48,8 +49,9 @@ def browser():
 
 @pytest.fixture
 def read(gallery, browser, tmp_path):
-    """`read(address)`: what the browser shows of the page of both examples."""
-    page = gallery.write_page([example(), long_example()], tmp_path / "page.html", "A <title>", 'It says "`${1}`".')
+    """`read(address)`: what the browser shows of the page of three examples."""
+    records = [example(), long_example(), example(answer_token=1)]
+    page = gallery.write_page(records, tmp_path / "page.html", "A <title>", 'It says "`${1}`".')
 
     def show(address: str = "") -> str:
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
@@ -69,8 +71,8 @@ def shares(page: str, kind: str) -> list[float]:
 
 def test_browser_shows_the_mean_of_all_heads(read):
     page = read()
-    assert re.search(r'<body[^>]*data-ready="2"', page) and "data-error" not in page
-    assert "1 of 2 answers to held-out questions are right." in page
+    assert re.search(r'<body[^>]*data-ready="3"', page) and "data-error" not in page
+    assert "2 of 3 answers to held-out questions are right." in page
     assert "A &lt;title&gt;</h1>" in page
     assert shares(page, "part") == [0.75, 0.25]
     regions = re.search(r'<div class="regions".*?</div></div>', page).group()
@@ -95,10 +97,17 @@ def test_blocks_and_the_fact_are_marked(read):
     assert "&lt;b&gt;bold&lt;/b&gt;" in page  # text of the answer stays text
 
 
+def test_page_opens_at_the_first_token_of_the_answer(read):
+    page = read("example=2")
+    assert re.search(r'aria-pressed="true"[^>]*aria-label="token 1: ', page)
+    assert shares(page, "part") == [0.2, 0.8]
+    assert shares(read("example=2&token=0"), "part") == [0.75, 0.25]
+
+
 @pytest.mark.parametrize("address", ["example=9&token=9&layer=8&head=77", "example=-1&token=x&head=", "nonsense"])
 def test_address_out_of_range_is_no_error(read, address):
     page = read(address)
-    assert re.search(r'<body[^>]*data-ready="2"', page) and "data-error" not in page
+    assert re.search(r'<body[^>]*data-ready="3"', page) and "data-error" not in page
 
 
 def test_page_needs_nothing_else(gallery, tmp_path):

@@ -1,0 +1,92 @@
+"""Draw the curves of a run of `pretrain.py`: losses, held-out losses by modality, and speed, by tokens.
+
+python scripts/plot_curves.py run/curves.jsonl picture.png
+"""
+
+import argparse
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from replace_when_done import replace_when_done
+
+MILLION = 1e6
+HELD_OUT = "eval_loss_"
+
+
+def read_curves(path: Path) -> list[dict[str, Any]]:
+    """The lines of a curves.jsonl.
+
+    Raises:
+        ValueError: A line is no JSON object with `step`, `tokens` and `seconds`, or no line has a `loss`. The message names it.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}.") from error
+        if not isinstance(row, dict) or not {"step", "tokens", "seconds"} <= row.keys():
+            raise ValueError(f"{path}, line {number} must have `step`, `tokens` and `seconds`, got {line[:80]!r}.")
+        rows.append(row)
+    if not any("loss" in row for row in rows):
+        raise ValueError(f"{path} must have lines with `loss`, got {len(rows)} lines without.")
+    return rows
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Writes the picture. Its suffix is the format.
+
+    Args:
+        rows (list of dict): Lines as `read_curves` returns them.
+        path (Path): The picture.
+    """
+    logs = [row for row in rows if "loss" in row]
+    scores = [row for row in rows if any(name.startswith(HELD_OUT) for name in row)]
+    figure = Figure(figsize=(15.6, 4.2), dpi=100, layout="constrained")
+    training, held_out, speed = figure.subplots(1, 3)
+    training.plot(*_line(logs, "loss"), label="all losses")
+    training.plot(*_line(logs, "indexer_loss"), label="indexers' loss")
+    training.set(yscale="log", ylabel="nats", title="training")
+    for name in sorted({name for row in scores for name in row if name.startswith(HELD_OUT)}):
+        held_out.plot(*_line(scores, name), marker="o", label=name.removeprefix(HELD_OUT))
+    held_out.set(yscale="log", ylabel="nats a learned token", title="held out")
+    # the clock of a process that resumed starts again
+    steps = [(a, b) for a, b in pairwise(logs) if b["seconds"] > a["seconds"]]
+    speeds = [(b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) / 1000 for a, b in steps]
+    speed.plot([b["tokens"] / MILLION for _, b in steps], speeds)
+    speed.set(ylim=(0, None), ylabel="thousand tokens a second", title="speed")
+    for panel in (training, held_out, speed):
+        panel.set(xlabel="million tokens", xlim=(0, rows[-1]["tokens"] / MILLION * 1.02))
+        for before, after in pairwise(logs):
+            if after["seconds"] < before["seconds"]:
+                panel.axvline(before["tokens"] / MILLION, color="grey", linestyle=":", label="resumed")
+    training.legend()
+    if scores:
+        held_out.legend()
+    with replace_when_done(path) as unfinished:
+        figure.savefig(unfinished)
+    return path
+
+
+def _line(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    found = [row for row in rows if name in row]
+    return [row["tokens"] / MILLION for row in found], [row[name] for row in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("curves", type=Path, help="curves.jsonl of pretrain.py")
+    parser.add_argument("picture", type=Path, help="path of the picture")
+    arguments = parser.parse_args()
+    try:
+        print(f"wrote {plot_curves(read_curves(arguments.curves), arguments.picture)}")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"plot_curves: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

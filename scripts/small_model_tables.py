@@ -1,0 +1,124 @@
+"""Write the figures of the small checkpoint into docs/pretraining.md and benchmarks/README.md.
+
+    python scripts/small_model_tables.py            # print the tables
+    python scripts/small_model_tables.py --write    # put them into the pages
+
+Every figure comes from files: the checkpoint's training.json, and `pretraining_*` in benchmarks/results.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_minimax_m3.commands.model_card import as_table
+from replace_when_done import replace_when_done
+from write_model_card import as_share, paragraph
+
+# The benchmarks are no installed package.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from benchmarks.gpu import clustered_blocks  # noqa: E402
+from benchmarks.selections import SELECTIONS, load_selections, overlap, random_blocks  # noqa: E402
+
+CHECKPOINT = ROOT / "examples" / "minimax-m3-small"
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- tables of scripts/small_model_tables.py -->\n", "<!-- end of tables -->\n"
+COLUMNS = ("same_after_1", "same_after_64", "tile_of_16", "tile_of_64", "most_chosen")
+
+
+def run_sentences(record: dict[str, Any], curves: list[dict[str, Any]]) -> str:
+    """What the run was: steps, tokens, device and seconds."""
+    pieces = [f"{row['train_runtime']:.0f} s" for row in curves if "train_runtime" in row]
+    resumed = f", resumed {len(pieces) - 1} times" if len(pieces) > 2 else ", resumed once" if len(pieces) == 2 else ""
+    return paragraph(
+        f"The checkpoint comes from {record['steps']:,} steps of training with {curves[-1]['tokens'] / 1e6:.0f}M "
+        f"tokens on one {record['device']} with PyTorch {record['torch']}. The run took {' + '.join(pieces)}{resumed}."
+    )
+
+
+def score_tables(scores: dict[str, Any], longer: dict[str, Any]) -> str:
+    """Right answers by task and question, recall and the rest by length."""
+    answers = []
+    for task, of_task in scores["answers"].items():
+        answers.append((f"**{task}**", *as_share(of_task), of_task["answers"]))
+        if len(of_task["questions"]) > 1:
+            answers += [
+                (f"{task}: {name.replace('_', ' ')}", *as_share(one), one["answers"])
+                for name, one in of_task["questions"].items()
+            ]
+    more = {one["tokens"]: one for one in longer["recall"] if one["tokens"] > scores["recall"][-1]["tokens"]}
+    recall = {one["tokens"]: one for one in scores["recall"]} | more
+    perplexity = {one["tokens"]: f"{one['perplexity']:.2f}" for one in scores["perplexity"]}
+    coverage = {one["tokens"]: f"{one['share']:.1%}{_best(one)}" for one in scores["coverage"]}
+    lengths = []
+    for tokens in sorted({*recall, *perplexity, *coverage}):
+        right = (*as_share(recall[tokens]), recall[tokens]["answers"]) if tokens in recall else ("", "", "")
+        lengths.append((f"{tokens:,}", *right, perplexity.get(tokens, ""), coverage.get(tokens, "")))
+    head = ("tokens", "recall", "95% interval", "answers", "perplexity of code", "attention in the selected blocks")
+    measured = f"Scores were measured on {scores['device']} with PyTorch {scores['torch']}."
+    return "\n".join(
+        [
+            paragraph(measured),
+            as_table(("task, question", "right", "95% interval", "answers"), answers),
+            as_table(head, lengths),
+        ]
+    )
+
+
+def _best(coverage: dict[str, Any]) -> str:
+    """What the best choice of blocks would hold, which older results lack."""
+    return f" (at best {coverage['best']:.1%})" if "best" in coverage else ""
+
+
+def overlap_table(path: Path = SELECTIONS) -> str:
+    """The overlap of the recorded lists, beside random and clustered ones of the same length."""
+    lists, block_size, about = load_selections(path)
+    tokens, topk = lists.shape[1:]
+    torch.manual_seed(0)
+    rows = dict(about["overlap"])
+    rows["random"] = overlap(random_blocks(tokens, block_size, topk), block_size)
+    rows["clustered"] = overlap(clustered_blocks(tokens, device="cpu")[:, 0], block_size)
+    cells = [(name, *(f"{found[column]:.2f}" for column in COLUMNS)) for name, found in rows.items()]
+    return as_table((f"lists of {tokens:,} queries", *(f"`{column}`" for column in COLUMNS)), cells)
+
+
+def pages() -> dict[Path, str]:
+    """The tables of each page."""
+    scores, longer = (json.loads((RESULTS / f"pretraining_{n}.json").read_text()) for n in ("scores", "recall_1m"))
+    curves = [json.loads(line) for line in (RESULTS / "pretraining_curves.jsonl").read_text().splitlines()]
+    record = json.loads((CHECKPOINT / "training.json").read_text())
+    return {
+        ROOT / "docs" / "pretraining.md": run_sentences(record, curves) + "\n" + score_tables(scores, longer),
+        ROOT / "benchmarks" / "README.md": overlap_table(),
+    }
+
+
+def replace_tables(text: str, tables: str) -> str:
+    """A page with other tables between its marks."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise ValueError(f"the page must have the lines {START.strip()!r} and {END.strip()!r}.")
+    return f"{before}{START}\n{tables}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the figures of the small checkpoint into the pages.")
+    parser.add_argument("--write", action="store_true", help="put the tables into the pages")
+    arguments = parser.parse_args()
+    for page, tables in pages().items():
+        if arguments.write:
+            with replace_when_done(page) as unfinished:
+                unfinished.write_text(replace_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+            print(f"wrote {page}")
+        else:
+            print(tables)
+
+
+if __name__ == "__main__":
+    main()

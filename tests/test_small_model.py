@@ -1,0 +1,88 @@
+"""The shipped small checkpoint: the tables of the pages that quote it, its curves, and the media of the examples."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+
+def test_pages_have_the_tables(load_script):
+    for page, tables in load_script("small_model_tables").pages().items():
+        assert tables in page.read_text(encoding="utf-8"), f"{page.name}: make small-model"
+
+
+def test_stored_scores_are_drawn(load_script, tmp_path):
+    results = json.loads((load_script("small_model_tables").RESULTS / "pretraining_scores.json").read_text())
+    load_script("plot_evaluation").plot_evaluation(results, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 1000
+
+
+def test_tables_need_their_place(load_script):
+    replace = load_script("small_model_tables").replace_tables
+    start, end = load_script("small_model_tables").START, load_script("small_model_tables").END
+    assert replace(f"a\n{start}old\n{end}b\n", "new\n") == f"a\n{start}\nnew\n\n{end}b\n"
+    with pytest.raises(ValueError, match="the page must have the lines"):
+        replace(f"a\n{end}", "new")
+
+
+def test_run_of_several_processes_is_told(load_script):
+    record = {"steps": 20, "device": "a device", "torch": "2.11"}
+    curves = [{"tokens": 1e6, "train_runtime": 30.0}, {"tokens": 2e6, "train_runtime": 20.4}]
+    text = " ".join(load_script("small_model_tables").run_sentences(record, curves).split())
+    assert "20 steps of training with 2M tokens on one a device with PyTorch 2.11." in text
+    assert "The run took 30 s + 20 s, resumed once." in text
+
+
+def test_curves_are_drawn(load_script, tmp_path):
+    script = load_script("plot_curves")
+    rows = [
+        {"step": step, "tokens": step * 1000, "seconds": step % 5 + 1.0, "loss": 2.0 / step, "indexer_loss": 0.1}
+        for step in range(1, 10)
+    ]
+    rows.append({"step": 9, "tokens": 9000, "seconds": 9.0, "eval_loss": 1.0, "eval_loss_code": 0.9})
+    (tmp_path / "curves.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = script.plot_curves(script.read_curves(tmp_path / "curves.jsonl"), tmp_path / "picture.png")
+    with Image.open(path) as picture:
+        assert picture.width > 3 * picture.height
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "line 1: "),
+        ('{"step": 1, "tokens": 2}', "line 1 must have `step`, `tokens` and `seconds`, got"),
+        ('{"step": 1, "tokens": 2, "seconds": 3}', "must have lines with `loss`, got 1 lines without"),
+        ("", "must have lines with `loss`, got 0 lines without"),
+    ],
+)
+def test_faulty_curves_are_refused(load_script, tmp_path, text, message):
+    (tmp_path / "curves.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_script("plot_curves").read_curves(tmp_path / "curves.jsonl")
+
+
+def test_example_media_are_drawn(load_script, tmp_path, capsys):
+    from processing_minimax_m3.pretraining import make_row
+
+    script = load_script("example_media")
+    script.main([str(tmp_path / "new")])
+    row = make_row("image", "heldout", script.PICTURE[1])
+    with Image.open(tmp_path / "new" / "photo.png") as picture:
+        assert picture.tobytes() == row["messages"][0]["content"][0]["image"].tobytes()
+    assert (tmp_path / "new" / "clip.mp4").stat().st_size > 500
+    assert "photo.png" in capsys.readouterr().out
+
+
+def test_missing_video_library_is_named(load_script, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(SystemExit, match=r"example_media: .*av.*: `pip install \"\.\[video\]\"`"):
+        load_script("example_media").main([str(tmp_path)])
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+def test_folder_that_cannot_be_made_ends_the_drawing(load_script, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="example_media: .*file"):
+        load_script("example_media").main([str(tmp_path / "file")])
