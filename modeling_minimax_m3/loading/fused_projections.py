@@ -168,20 +168,36 @@ class ConcatenateWhole(Concatenate):
         target = model.get_parameter_or_buffer(full_layer_name)
         if not _is_sharded(target, self.dim):
             return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
-        from torch.distributed.tensor import DTensor, distribute_tensor  # not there in every build of PyTorch
+        from torch.distributed.tensor import DTensor, Shard, distribute_tensor  # not there in every build of PyTorch
 
         mesh, placements = target.device_mesh, target.placements
         shape = list(target.shape)
         shape[self.dim] //= len(input_dict)  # the patterns name the scales of MXFP8 files as well
         stride = torch.empty(shape, device="meta").stride()
+        # Tensor parallelism gives each rank a part of the gates and a part of the ups. With PyTorch before 2.12, such a
+        # tensor does not join its parts itself.
+        are_groups = mesh.ndim == 1 and hasattr(placements[0], "split_factor")
         for name, pieces in input_dict.items():
             piece = pieces[0] if isinstance(pieces, list) else pieces
             dtype = piece.dtype
             if dtype.itemsize == 1:
                 piece = piece.view(torch.uint8)  # not every backend gathers 8-bit floats
-            whole = DTensor.from_local(piece.contiguous(), mesh, placements, shape=torch.Size(shape), stride=stride)
-            input_dict[name] = whole.full_tensor().view(dtype)
+            piece = piece.contiguous()
+            if are_groups:
+                groups = piece.unflatten(self.dim, (placements[0].split_factor, -1))
+                whole = DTensor.from_local(groups, mesh, [Shard(self.dim + 1)], run_check=False).full_tensor()
+                input_dict[name] = whole.flatten(self.dim, self.dim + 1).view(dtype)
+            else:
+                whole = DTensor.from_local(piece, mesh, placements, shape=torch.Size(shape), stride=stride)
+                input_dict[name] = whole.full_tensor().view(dtype)
         converted = super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+        if are_groups:
+            return {
+                name: fused.unflatten(self.dim, (placements[0].split_factor, -1))
+                .chunk(mesh.size(), self.dim + 1)[mesh.get_local_rank()]
+                .flatten(self.dim, self.dim + 1)
+                for name, fused in converted.items()
+            }
         return {
             name: distribute_tensor(fused, mesh, placements, src_data_rank=None).to_local()
             for name, fused in converted.items()

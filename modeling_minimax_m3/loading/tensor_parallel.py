@@ -100,7 +100,8 @@ def _own_rules(
                 )
         elif isinstance(module, MiniMaxM3VLDenseMLP) and with_mlps and plan:
             found.setdefault(name, {}).update(_MLP_RULES)
-            if not _can_cut(module.down_proj, count):
+            # The files have gates and ups apart, and each is read in two groups.
+            if not _can_cut(module.down_proj, 2 * count):
                 refused.add(name)
     return [(name, rules) for name, rules in found.items() if name not in refused]
 
