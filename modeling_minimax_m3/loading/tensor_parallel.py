@@ -36,8 +36,6 @@ _STOCK_RULES = {**dict.fromkeys(_PROJECTIONS, "colwise_gather_output"), "o_proj"
 _OWN_HEADS = {**dict.fromkeys(_PROJECTIONS, shards.COLUMNS), "o_proj": shards.ROWS}
 _OWN_INDEX_HEADS = {"indexer.q_proj": shards.COLUMNS}
 _MLP_RULES = {"gate_up_proj": shards.PACKED_COLUMNS, "down_proj": shards.SPLIT_ROWS}
-# With an older PyTorch, the parts of fused projections cannot be joined again, so such a model cannot be saved.
-_JOINS_FUSED_PARTS = torch.__version__ >= "2.12"
 
 
 class PackedColumnsGathered(PackedColwiseParallel):
@@ -71,7 +69,7 @@ def choose_rules(model: PreTrainedModel, distributed_config: DistributedConfig) 
     if count == 1 or override == {} or not _knows_weights(model):
         return
     plan = dict(model.tp_plan or {})
-    for name, rules in _own_rules(model, plan, count, with_mlps=_JOINS_FUSED_PARTS or not distributed_config.ep_size > 1):
+    for name, rules in _own_rules(model, plan, count, with_mlps=distributed_config.dp_size == 1):
         rules = {f"{name}.{layer}": style for layer, style in rules.items()}
         if not rules.keys() & (override or {}).keys():
             plan.update(rules)
