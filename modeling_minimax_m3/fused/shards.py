@@ -21,14 +21,13 @@ from transformers.utils import is_torchdynamo_compiling
 
 from .support import has_hooks, is_of_kind, runs_as_written
 
-# A linear layer gives this process's columns, or reads them and is summed.
-COLUMNS, ROWS = "colwise", "rowwise"
-# The two layers of an MLP with a fused gate and up projection, between which the plan's forwards gather.
-PACKED_COLUMNS, SPLIT_ROWS = "packed_colwise_gather_output", "rowwise_split_input"
-# A part of every expert, or all of some experts.
+# Styles of linear layers: outputs of this process's own, also of a fused gate and up projection; or inputs of its own,
+# whose products are summed.
+COLUMNS, PACKED_COLUMNS, ROWS = "colwise", "packed_colwise", "rowwise"
+# Styles of experts, whose outputs are summed: a part of every expert, or all of some experts.
 CUT_EXPERTS, WHOLE_EXPERTS = "moe_tp_experts", "ep_dispatch_experts"
 
-_SUMMED = (ROWS, SPLIT_ROWS, CUT_EXPERTS, WHOLE_EXPERTS)
+_SUMMED = (ROWS, CUT_EXPERTS, WHOLE_EXPERTS)
 _STYLES = (COLUMNS, PACKED_COLUMNS, *_SUMMED)
 
 
@@ -125,8 +124,7 @@ def gives_output(layer: nn.Module, is_alone: bool) -> bool:
         layer (module): What a call of it does is known.
         is_alone (bool): Whether the output is that of one layer, so that it can be summed.
     """
-    style = style_of(layer)
-    return style in (None, COLUMNS) or (style == ROWS and is_alone)
+    return style_of(layer) != ROWS or is_alone
 
 
 def style_of(module: nn.Module) -> str | None:

@@ -8,7 +8,6 @@ from itertools import chain
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.integrations import use_experts_implementation
 
@@ -45,9 +44,7 @@ class MiniMaxM3VLDenseMLP(nn.Module):
         weights = self.few_token_weights()
         if weights is not None and few_tokens.takes_mlp(hidden_states, weights):
             return shards.summed(few_tokens.mlp(hidden_states, *weights, *constants), self.down_proj)
-        processes = self._processes()
-        if processes is not None:
-            return processes.total(self.part(processes.fan_out(hidden_states)))
+        self._refuse_adapters_of_parts()
         return self.down_proj(swiglu_oai(self.gate_up_proj(hidden_states), *constants))
 
     def few_token_weights(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
@@ -55,34 +52,29 @@ class MiniMaxM3VLDenseMLP(nn.Module):
 
         Where processes share the MLP, the weights are the part of this process, and the outputs have to be summed.
         """
-        layers = (self.gate_up_proj, self.down_proj)
-        if not self.is_shared and any(shards.style_of(layer) is not None for layer in layers):
-            return None
-        gate_up, down = (few_tokens.weight_of(layer) for layer in layers)
-        return None if gate_up is None or down is None else (gate_up, down)
+        gate_up, down = (few_tokens.weight_of(layer) for layer in (self.gate_up_proj, self.down_proj))
+        are_parts = self.is_shared or shards.style_of(self.gate_up_proj) is shards.style_of(self.down_proj) is None
+        return None if gate_up is None or down is None or not are_parts else (gate_up, down)
 
     @property
     def is_shared(self) -> bool:
-        """Whether processes share the MLP by our plan."""
+        """Whether each process has a part of the MLP."""
         styles = [shards.style_of(layer) for layer in (self.gate_up_proj, self.down_proj)]
-        return styles == [shards.PACKED_COLUMNS, shards.SPLIT_ROWS]
+        return styles == [shards.PACKED_COLUMNS, shards.ROWS]
 
-    def _processes(self) -> shards.Processes | None:
-        """Those that share the MLP, if a call can leave out what the plan does between both layers.
-
-        There it gathers the gates and ups of all processes, because adapters around a layer need its whole output.
-        """
-        planned = [shards.planned_forward(layer, nn.Linear) for layer in (self.gate_up_proj, self.down_proj)]
-        if not self.is_shared or planned[0] is None or planned[1] is None:
-            return None
-        return planned[0].processes
+    def _refuse_adapters_of_parts(self) -> None:
+        """Raise where PEFT has put adapters around a part, whose gradients no process would sum."""
+        for name in ("gate_up_proj", "down_proj"):
+            base_layer = getattr(getattr(self, name), "base_layer", None)
+            if base_layer is not None and shards.style_of(base_layer) is not None:
+                raise NotImplementedError(
+                    f"`target_modules` must not name {name} of an MLP of which each process has a part. Load the model with "
+                    f"whole MLPs, by a rule 'replicate' for {name} of these MLPs in the `tp_plan` of `DistributedConfig`."
+                )
 
     def part(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What this process's part of the MLP gives: a term of the output. The weights are plain."""
-        gate_up, down = (
-            weight.to_local() if isinstance(weight, DTensor) else weight
-            for weight in (self.gate_up_proj.weight, self.down_proj.weight)
-        )
+        """What this process's part of the MLP gives: a term of the output. Without gradients, and of plain weights."""
+        gate_up, down = (shards.local_part(layer.weight) for layer in (self.gate_up_proj, self.down_proj))
         gated = swiglu_oai(F.linear(hidden_states, gate_up), self.swiglu_alpha, self.swiglu_limit)
         return F.linear(gated, down)
 

@@ -13,17 +13,13 @@ Then a layer sums twice over the processes: behind its attention and behind its 
 import re
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel
 from transformers.utils import logging
 
 from ..fused import shards
-from ..fused.shards import Processes, arrived
+from ..fused.shards import Processes
 from ..layers.attention import MiniMaxM3VLAttention
 from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLExperts
 from ..layers.mxfp8 import Mxfp8Linear
@@ -35,26 +31,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _STOCK_RULES = {**dict.fromkeys(_PROJECTIONS, "colwise_gather_output"), "o_proj": "rowwise_split_input"}
 _OWN_HEADS = {**dict.fromkeys(_PROJECTIONS, shards.COLUMNS), "o_proj": shards.ROWS}
 _OWN_INDEX_HEADS = {"indexer.q_proj": shards.COLUMNS}
-_MLP_RULES = {"gate_up_proj": shards.PACKED_COLUMNS, "down_proj": shards.SPLIT_ROWS}
-
-
-class PackedColumnsGathered(PackedColwiseParallel):
-    """A fused gate and up projection of which each process has a part of the gates and the same part of the ups.
-
-    Its output is whole: adapters, which know no parts of fused projections, can be added to it.
-    """
-
-    def transform_output_post_forward(self, module: nn.Module, output: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-        """Gate and up of all processes, (..., 2 * F), from those of this process."""
-        halves = output.unflatten(-1, (2, -1)).contiguous()
-        shape = (*halves.shape[:-1], halves.shape[-1] * mesh.size())
-        stride = torch.empty(shape, device="meta").stride()
-        placements = [Shard(halves.dim() - 1)]
-        parts = DTensor.from_local(halves, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
-        return arrived(parts.redistribute(placements=[Replicate()]).to_local()).flatten(-2)
-
-
-ALL_PARALLEL_STYLES.register(shards.PACKED_COLUMNS, PackedColumnsGathered())
+_MLP_RULES = {"gate_up_proj": shards.PACKED_COLUMNS, "down_proj": shards.ROWS}
 
 
 def choose_rules(model: PreTrainedModel, distributed_config: DistributedConfig) -> None:
@@ -124,35 +101,33 @@ def note_shards(model: PreTrainedModel, distributed_config: DistributedConfig, m
     """Tell the layers which parts of them this process has, after the plans have been applied.
 
     Raises:
-        ValueError: A plan of the user's own leaves some projections of an attention whole.
+        ValueError: A plan of the user's own cuts some projections of an attention by heads, and others not.
     """
-    if (distributed_config.tp_size or 1) == 1 or distributed_config.dp_size > 1:
-        return  # FSDP has the parts of all processes gathered while a layer runs
+    if (distributed_config.tp_size or 1) == 1:
+        return
     processes = Processes(mesh_manager.get_mesh("tp"))
     for name, module in model.named_modules():
+        if isinstance(module, MiniMaxM3VLAttention) and _has_own_heads(with_wildcards(name), module, model.tp_plan):
+            module.share_heads(processes)
         style = _style_of(with_wildcards(name), module, model, distributed_config)
         if style is not None:
             shards.note_shard(module, style, processes)
-    for name, module in model.named_modules():
-        if isinstance(module, MiniMaxM3VLAttention) and _has_own_heads(name, module):
-            module.share_heads(processes)
 
 
 def _style_of(name: str, module: nn.Module, model: PreTrainedModel, config: DistributedConfig) -> str | None:
     """The style of a module. None where it has none, or exchanges more than sums without gradients."""
+    if config.dp_size > 1:
+        return None  # FSDP has the parts of all processes gathered while a layer runs
     if config.ep_size == 1 or not isinstance(module, MiniMaxM3VLExperts):
         return model.tp_plan.get(name)
     sums = config.ep_size == config.tp_size and config.ep_implementation in ("auto", "all_reduce")
     return model.ep_plan.get(name) if sums else None
 
 
-def _has_own_heads(name: str, attention: MiniMaxM3VLAttention) -> bool:
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-    layers += [] if attention.indexer is None else [attention.indexer.q_proj]
-    styles = {*map(shards.style_of, layers), shards.style_of(attention.o_proj)}
-    if shards.COLUMNS in styles and styles != {shards.COLUMNS, shards.ROWS}:
-        raise ValueError(
-            f"`tp_plan` must have 'colwise' for all of q_proj, k_proj, v_proj and indexer.q_proj of {name}, and 'rowwise' "
-            "for its o_proj, or other styles for all of them."
-        )
-    return shards.COLUMNS in styles
+def _has_own_heads(name: str, attention: MiniMaxM3VLAttention, plan: dict[str, str]) -> bool:
+    rules = _OWN_HEADS if attention.indexer is None else _OWN_HEADS | _OWN_INDEX_HEADS
+    agree = {plan.get(f"{name}.{layer}") == style for layer, style in rules.items()}
+    cuts_heads = any(plan.get(f"{name}.{layer}") == shards.COLUMNS for layer in rules)
+    if cuts_heads and len(agree) > 1:
+        raise ValueError(f"`tp_plan` must have all of these rules for {name}, or none of them: {rules}.")
+    return cuts_heads

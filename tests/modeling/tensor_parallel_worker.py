@@ -1,0 +1,256 @@
+"""A model whose weights several processes share, beside the whole model: started by tests, not by pytest.
+
+`tensor_parallel_worker.py CHECK FOLDER`: CHECK names a function of `CHECKS`. FOLDER holds a text model in float32, with
+as many key/value heads as `torchrun` starts processes, or a number that these cannot share. All run on CPUs.
+"""
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import distributed
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import StaticCache
+from transformers.distributed import DistributedConfig
+
+from modeling_minimax_m3 import MiniMaxM3VLForCausalLM, mxfp8_config
+from modeling_minimax_m3.fused import attention_input, few_tokens
+from modeling_minimax_m3.loading.fused_projections import joined
+from modeling_minimax_m3.models.text import MiniMaxM3VLTextModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fused.few_token_cases import pretend_kernels
+
+LENGTHS = (90, 61)
+GENERATION = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+GENERATION |= {"return_dict_in_generate": True, "output_logits": True}
+PROCESSES = int(os.environ["WORLD_SIZE"])
+
+
+def load_both(folder: str, **options) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The model in parts, and the whole one."""
+    plan = {"tp_size": PROCESSES, **{name: options.pop(name) for name in list(options) if name.endswith(("plan", "size"))}}
+    load = MiniMaxM3VLForCausalLM.from_pretrained
+    parts = load(folder, dtype=torch.float32, distributed_config=DistributedConfig(**plan), **options)
+    return parts.eval(), load(folder, dtype=torch.float32, **options).eval()
+
+
+def make_rows(side: str) -> dict[str, torch.Tensor]:
+    """Two rows of different lengths."""
+    ids = torch.randint(2, 400, (2, max(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(LENGTHS):
+        mask[row, slice(-length, None) if side == "left" else slice(length)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(joined(found), expected, rtol=tolerance, atol=tolerance)
+
+
+def check_weights(folder: str) -> None:
+    """Each process holds its share of all projections but those of routers and index keys, and its heads' cache."""
+    parts, whole = load_both(folder)
+    expected = dict(whole.named_parameters())
+    for name, parameter in parts.named_parameters():
+        is_cut = not any(part in name for part in ("norm", "gate.weight", "indexer.k_proj"))
+        held = parameter.to_local().numel() if is_cut else parameter.numel()
+        assert held * (PROCESSES if is_cut else 1) == expected[name].numel(), name
+        assert torch.equal(joined(parameter.detach()), expected[name]), name
+    config = parts.config
+    for cache in (None, StaticCache(config=config, max_cache_len=128)):
+        output = parts.generate(**make_rows("left"), **GENERATION, **({} if cache is None else {"cache": cache}))
+        cache = cache or getattr(output, "cache", None) or output.past_key_values
+        assert {layer.keys.shape[1] for layer in cache.layers} == {config.num_key_value_heads // PROCESSES}
+
+
+def check_logits(folder: str) -> None:
+    """Of padded rows, with gradients and without, with a mask of heads, and of tokens that follow a cache."""
+    parts, whole = load_both(folder)
+    for side in ("left", "right"):
+        rows = make_rows(side)
+        real = rows["attention_mask"].bool()
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                assert_near(parts(**rows).logits[real], whole(**rows).logits[real])
+    ids = make_rows("left")["input_ids"]
+    heads, length = whole.config.num_attention_heads, ids.shape[1]
+    allowed = torch.rand(2, heads, length, length, generator=torch.Generator().manual_seed(1)) < 0.7
+    allowed = (allowed | torch.eye(length, dtype=torch.bool)).tril()
+    with torch.no_grad():
+        assert_near(parts(input_ids=ids, attention_mask=allowed).logits, whole(input_ids=ids, attention_mask=allowed).logits)
+        ours, expected = (
+            model(input_ids=ids, output_attentions=True, attn_implementation="eager").attentions for model in (parts, whole)
+        )
+        for found, weights in zip(ours, expected, strict=True):
+            assert found.shape[1] == heads
+            assert_near(found, weights)
+    rows = make_rows("left")
+    for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        ours, expected = (model.generate(**rows, **GENERATION, **options) for model in (parts, whole))
+        assert torch.equal(ours.sequences, expected.sequences)
+        assert_near(torch.stack(ours.logits), torch.stack(expected.logits))
+
+
+def gradients(model: torch.nn.Module, passes: int = 2) -> dict[str, torch.Tensor]:
+    """Summed over passes, with the losses of routers and indexers."""
+    model.train()
+    for step in range(passes):
+        rows = make_rows("right" if step % 2 else "left")
+        labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
+        model(**rows, labels=labels, output_router_logits=True).loss.backward()
+    return {name: joined(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def compare_gradients(parts: torch.nn.Module, whole: torch.nn.Module) -> None:
+    ours, expected = gradients(parts), gradients(whole)
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        error = (gradient - expected[name]).norm()
+        assert error <= 1e-4 * expected[name].norm() + 1e-7, f"{name}: {error} of {expected[name].norm()}"
+
+
+def check_gradients(folder: str) -> None:
+    """Of two passes that are accumulated."""
+    parts, whole = load_both(folder)
+    for model in (parts, whole):
+        model.set_indexer_training(0.5)
+    compare_gradients(parts, whole)
+
+
+def adapted(model: torch.nn.Module, names: list[str]) -> torch.nn.Module:
+    """With LoRA on the layers of these names, of equal numbers for all processes."""
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=names, exclude_modules=r".*indexer.*"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                value = torch.randn(parameter.shape, generator=generator) * 0.1
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.copy_(value)
+    return model
+
+
+def check_adapters(folder: str) -> None:
+    """LoRA on the projections to heads, and on MLPs that a rule of the user's own leaves whole."""
+    mlps = [f"model.layers.*.mlp.{name}" for name in ("gate_up_proj", "shared_experts.gate_up_proj")]
+    names = ["q_proj", "k_proj", "v_proj", "gate_up_proj", "down_proj"]
+    models = load_both(folder, tp_plan=dict.fromkeys(mlps, "replicate"))
+    parts, whole = (adapted(model, names) for model in models)
+    assert sum(".lora_A." in name for name, _ in parts.named_parameters()) == 5 * 4  # each layer has one MLP
+    rows = make_rows("left")
+    ours, expected = (model.eval().generate(**rows, **GENERATION) for model in (parts, whole))
+    assert torch.equal(ours.sequences, expected.sequences)
+    assert_near(torch.stack(ours.logits), torch.stack(expected.logits))
+    compare_gradients(parts, whole)
+    for name in ("gate_up_proj", "down_proj"):
+        parts = adapted(load_both(folder)[0], [name])
+        with pytest.raises(NotImplementedError, match=f"`target_modules` must not name {name}"):
+            parts(**rows)
+
+
+def count_sums(patch: pytest.MonkeyPatch) -> list[int]:
+    """How often a pass of one token sums over the processes: a number for each such pass from now on."""
+    counts: list[int] = []
+    reduce, forward = distributed.all_reduce, MiniMaxM3VLTextModel.forward
+
+    def all_reduce(*args, **kwargs):
+        if counts:
+            counts[-1] += 1
+        return reduce(*args, **kwargs)
+
+    def counting(self, input_ids, **kwargs):
+        if input_ids.shape[1] == 1:
+            counts.append(0)
+        return forward(self, input_ids, **kwargs)
+
+    patch.setattr(distributed, "all_reduce", all_reduce)
+    patch.setattr(MiniMaxM3VLTextModel, "forward", counting)
+    return counts
+
+
+def decode(model: torch.nn.Module) -> torch.Tensor:
+    """Logits of a prompt's last token and of three that follow."""
+    ids = make_rows("left")["input_ids"]
+    cache = StaticCache(config=model.config, max_cache_len=128)
+    with torch.no_grad():
+        logits = [model(ids[:, :40], cache=cache).logits[:, -1:]]
+        logits += [model(ids[:, place : place + 1], cache=cache).logits for place in range(40, 43)]
+    return torch.cat(logits, dim=1)
+
+
+def check_kernels(folder: str) -> None:
+    """The kernels of few tokens, or their definitions here, take the parts; a layer sums twice over the processes."""
+    compare_kernels(*load_both(folder))
+
+
+def check_kernels_of_experts(folder: str) -> None:
+    """The same where each process has some of the experts."""
+    compare_kernels(*load_both(folder, ep_size=PROCESSES))
+
+
+def check_kernels_of_mxfp8(folder: str) -> None:
+    """The same of weights in MXFP8."""
+    compare_kernels(*load_both(folder, quantization_config=mxfp8_config()))
+
+
+def compare_kernels(parts: torch.nn.Module, whole: torch.nn.Module) -> None:
+    expected = decode(whole)
+    config = parts.config
+    with pytest.MonkeyPatch.context() as patch:
+        calls = pretend_kernels(patch)
+        for module in (few_tokens, attention_input):  # float32, in which no rounding changes a choice
+            patch.setattr(module, "HALF_DTYPES", (torch.float32,))
+            patch.setattr(module, "is_vector_block", lambda tensor: True)  # float32 weights lie as in their file
+        patch.setattr(few_tokens, "_is_read", lambda x, weight: True)
+        sums = count_sums(patch)
+        found = decode(parts)
+        steps = Counter(calls)
+    assert steps["few_token_mlp with experts"] == 3 * config.mlp_layer_types.count("sparse")
+    assert steps["few_token_mlp"] == 3 * config.mlp_layer_types.count("dense")
+    assert steps["attention_input"] == 3 * config.num_hidden_layers, steps
+    assert sums == [2 * config.num_hidden_layers] * 3
+    assert_near(found, expected)
+
+
+def check_heads_that_cannot_be_shared(folder: str) -> None:
+    """Each process keeps all heads then, as by the plan of stock Transformers."""
+    parts, whole = load_both(folder)
+    assert parts.config.num_key_value_heads % PROCESSES
+    assert parts.tp_plan["model.layers.*.self_attn.q_proj"] == "colwise_gather_output"
+    assert parts.model.layers[0].self_attn.processes is None
+    rows = make_rows("left")
+    ours, expected = (model.generate(**rows, **GENERATION) for model in (parts, whole))
+    assert torch.equal(ours.sequences, expected.sequences)
+    assert_near(torch.stack(ours.logits), torch.stack(expected.logits))
+
+
+def check_rules_of_the_user(folder: str) -> None:
+    """Rules of a user's own stay, and those that would cut only some projections by heads are refused."""
+    attention = "model.layers.*.self_attn"
+    parts, whole = load_both(folder, tp_plan={f"{attention}.q_proj": "colwise_gather_output"})
+    assert parts.tp_plan[f"{attention}.k_proj"] == "colwise_gather_output"
+    rows = make_rows("left")
+    with torch.no_grad():
+        real = rows["attention_mask"].bool()
+        assert_near(parts(**rows).logits[real], whole(**rows).logits[real])
+    with pytest.raises(ValueError, match="`tp_plan` must have all of these rules"):
+        load_both(folder, tp_plan={f"{attention}.q_proj": "colwise"})
+
+
+CHECKS = {name.removeprefix("check_"): function for name, function in globals().items() if name.startswith("check_")}
+
+
+if __name__ == "__main__":
+    CHECKS[sys.argv[1]](sys.argv[2])
+    distributed.barrier()
+    # Without the interpreter's clean-up: gloo's threads may still run then, and now and then abort a process that is
+    # done.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,87 @@
+"""A model whose weights two or four processes share: weights, logits, tokens and gradients are those of the whole one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3 import MiniMaxM3VLForCausalLM
+
+WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
+# Of each kind of attention one layer, with more blocks than a query selects. The kernels of few tokens take the sizes.
+TEXT = {
+    "hidden_size": 128,
+    "head_dim": 64,
+    "index_head_dim": 64,
+    "intermediate_size": 128,
+    "shared_intermediate_size": 128,
+    "dense_intermediate_size": 256,
+    "layer_types": ["full_attention", "minimax_m3_structured", "minimax_m3_sparse", "minimax_m3_sparse"],
+    "index_block_size": 4,
+    "structured_local_blocks": 1,
+    "structured_anchor_blocks": 2,
+    "structured_anchor_stride": 2,
+    "structured_random_blocks": 4,
+}
+CHECKS = ["weights", "logits", "gradients", "adapters", "kernels", "kernels_of_experts", "kernels_of_mxfp8"]
+TIMEOUT = 300  # seconds; processes that wait for each other for ever fail the test
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    """Runs a check of the worker in some processes, with a model that has so many key/value heads."""
+    folders = {}
+
+    def checkpoint(heads: int) -> Path:
+        if heads not in folders:
+            folders[heads] = tmp_path_factory.mktemp("tensor_parallel")
+            text = {**TEXT, "num_key_value_heads": heads, "index_n_heads": heads, "num_attention_heads": 2 * heads}
+            model = MiniMaxM3VLForCausalLM(tiny_config(text=text).text_config)
+            generator = torch.Generator().manual_seed(0)
+            for parameter in model.parameters():
+                scale = 0.3 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
+                parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+            model.save_pretrained(folders[heads])
+        return folders[heads]
+
+    def run(name: str, processes: int, heads: int) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = str(listener.getsockname()[1])
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
+        done = subprocess.run(
+            [sys.executable, *launcher, str(WORKER), name, str(checkpoint(heads))],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes(check, name):
+    check(name, processes=2, heads=2)
+
+
+@pytest.mark.slow
+def test_four_processes(check):
+    check("logits", processes=4, heads=4)
+
+
+@pytest.mark.slow
+def test_heads_that_cannot_be_shared(check):
+    check("heads_that_cannot_be_shared", processes=2, heads=3)
+
+
+@pytest.mark.slow
+def test_rules_of_the_user(check):
+    check("rules_of_the_user", processes=2, heads=2)
