@@ -13,7 +13,7 @@ Then a layer sums twice over the processes: behind its attention and behind its 
 import re
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
@@ -68,11 +68,12 @@ def _own_rules(
             heads = module.config.num_key_value_heads
             if heads % count or not _can_cut(module.o_proj, count):
                 refused.add(name)
-                logger.warning_once(
-                    f"{heads} key/value heads cannot be shared by {count} processes, so each process gathers the queries, "
-                    "keys and values of all heads, and holds the cache of all heads. `tp_size` should divide "
-                    f"num_key_value_heads={heads}."
-                )
+                if distributed.get_rank() == 0:
+                    logger.warning_once(
+                        f"{count} processes cannot share {heads} key/value heads evenly, so each gathers the queries, keys "
+                        "and values of all heads, and holds the cache of all heads. A `tp_size` that divides "
+                        f"num_key_value_heads={heads} is faster."
+                    )
         elif isinstance(module, MiniMaxM3VLDenseMLP) and with_mlps and plan:
             found.setdefault(name, {}).update(_MLP_RULES)
             # The files have gates and ups apart, and each is read in two groups.

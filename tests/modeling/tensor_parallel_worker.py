@@ -186,7 +186,17 @@ def decode(model: torch.nn.Module) -> torch.Tensor:
 
 def check_kernels(folder: str) -> None:
     """The kernels of few tokens, or their definitions here, take the parts; a layer sums twice over the processes."""
-    compare_kernels(*load_both(folder))
+    parts, whole = load_both(folder)
+    compare_kernels(parts, whole)
+    seen = []
+    watched = parts.model.layers[0].self_attn.q_proj
+    with watched.register_forward_hook(lambda module, args, output: seen.append(output.shape[-1])):
+        compare_kernels(parts, whole, watched_attentions=1)
+    assert set(seen) == {watched.out_features // PROCESSES}
+    forward = watched.forward
+    watched.forward = lambda x: forward(x) * 0
+    with pytest.raises(AssertionError, match="not close"):  # the replacement is called
+        compare_kernels(parts, whole, watched_attentions=1)
 
 
 def check_kernels_of_experts(folder: str) -> None:
@@ -199,7 +209,7 @@ def check_kernels_of_mxfp8(folder: str) -> None:
     compare_kernels(*load_both(folder, quantization_config=mxfp8_config()))
 
 
-def compare_kernels(parts: torch.nn.Module, whole: torch.nn.Module) -> None:
+def compare_kernels(parts: torch.nn.Module, whole: torch.nn.Module, watched_attentions: int = 0) -> None:
     expected = decode(whole)
     config = parts.config
     with pytest.MonkeyPatch.context() as patch:
@@ -213,7 +223,7 @@ def compare_kernels(parts: torch.nn.Module, whole: torch.nn.Module) -> None:
         steps = Counter(calls)
     assert steps["few_token_mlp with experts"] == 3 * config.mlp_layer_types.count("sparse")
     assert steps["few_token_mlp"] == 3 * config.mlp_layer_types.count("dense")
-    assert steps["attention_input"] == 3 * config.num_hidden_layers, steps
+    assert steps["attention_input"] == 3 * (config.num_hidden_layers - watched_attentions)
     assert sums == [2 * config.num_hidden_layers] * 3
     assert_near(found, expected)
 
