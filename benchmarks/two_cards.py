@@ -26,6 +26,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -99,10 +100,10 @@ def decode(layout: str, folder: str, on_gpu: bool, profiles: bool) -> dict[str, 
     clocks = [Clock(first, new) for _ in range(2)] if on_gpu else []
     for clock in clocks:
         model.generate(tokens, logits_processor=[clock], **calls)
-    replay, replays = torch.cuda.CUDAGraph.replay, []
-    torch.cuda.CUDAGraph.replay = lambda graph: replays.append(graph) or replay(graph)  # type: ignore[method-assign]
-    output = model.generate(tokens, return_dict_in_generate=True, output_logits=True, **calls)
-    torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
+    with mock.patch.object(
+        torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=torch.cuda.CUDAGraph.replay
+    ) as replay:
+        output = model.generate(tokens, return_dict_in_generate=True, output_logits=True, **calls)
     if profiles:
         activities = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities) as profile:
@@ -116,7 +117,7 @@ def decode(layout: str, folder: str, on_gpu: bool, profiles: bool) -> dict[str, 
         torch.save(found, Path(folder) / f"{layout}.pt")
     peak = [torch.cuda.max_memory_allocated(index) / GIB for index in range(torch.cuda.device_count())]
     ms = min((clock.ms() for clock in clocks), default=None)
-    return {"ms": ms, "peak_gib": max(peak, default=0.0), "replayed_tokens": len(replays)}
+    return {"ms": ms, "peak_gib": max(peak, default=0.0), "replayed_tokens": replay.call_count}
 
 
 def train(layout: str, folder: str, on_gpu: bool) -> dict[str, Any]:

@@ -46,10 +46,12 @@ class Processes:
 
     @property
     def count(self) -> int:
+        """How many processes."""
         return self.mesh.size()
 
     @property
     def rank(self) -> int:
+        """Number of this process among them."""
         return self.mesh.get_local_rank()
 
     def part_of(self, states: torch.Tensor, dim: int) -> torch.Tensor:
@@ -137,6 +139,28 @@ def summed(output: torch.Tensor, module: nn.Module) -> torch.Tensor:
     """The output of `module`, from what the part of this process gives. A call of it is known to do no more."""
     planned: PlannedForward | None = module.__dict__.get("_planned_forward")
     return output if planned is None or planned.style not in _SUMMED else planned.processes.total(output)
+
+
+def refuse_unknown_adapters(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Raise where adapters are around a part of a layer, and PEFT has not cut them as the layer.
+
+    Args:
+        module (module): What has the layers.
+        names (tuple of str): The layers.
+
+    Raises:
+        NotImplementedError: Adapters take a part for the layer. Their gradients would be those of this process alone.
+    """
+    for name in names:
+        base_layer = getattr(module.get_submodule(name), "base_layer", None)
+        style = None if base_layer is None else style_of(base_layer)
+        is_known = style in (COLUMNS, ROWS) and getattr(base_layer, "_hf_tp_plan", None) == style
+        if style is not None and not is_known:
+            raise NotImplementedError(
+                f"`target_modules` must not name {name} of {type(module).__name__}, of which each process has a part: the "
+                "installed PEFT does not cut adapters of such a layer. Load the model with whole layers of this name, by a "
+                "rule of another style in the `tp_plan` of `DistributedConfig` (docs/training.md)."
+            )
 
 
 def local_expert_ids(experts: nn.Module, expert_ids: torch.Tensor) -> torch.Tensor:

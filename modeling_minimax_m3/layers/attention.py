@@ -14,7 +14,7 @@ from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 from .. import msa
 from ..fused import few_tokens
 from ..fused.attention_input import attention_input, takes_attention_input
-from ..fused.shards import Processes
+from ..fused.shards import Processes, refuse_unknown_adapters
 from ..fused.support import runs_as_written
 from ..runtime.cache import MiniMaxM3VLStaticLayer
 from ..runtime.sequence_layout import SequenceLayout
@@ -174,6 +174,10 @@ class MiniMaxM3VLAttention(nn.Module):
         cache: Cache | None,
     ) -> "_States":
         """What this pass attends with and to, after the cache has received its part."""
+        if self.processes is not None:
+            refuse_unknown_adapters(self, ("q_proj", "k_proj", "v_proj", "o_proj"))
+            if self.indexer is not None:
+                refuse_unknown_adapters(self.indexer, ("q_proj",))
         query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         query = normalize_and_rotate(self.q_norm, query, *position_embeddings)
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))

@@ -18,7 +18,6 @@ from ..fused import few_tokens, shards
 from ..fused.router import route
 from ..fused.support import runs_as_written
 from ..fused.swiglu import swiglu_oai
-from ..mxfp8 import Mxfp8Tensors
 from . import token_parts
 from .token_parts import may_run_in_parts, parts_of
 
@@ -44,7 +43,7 @@ class MiniMaxM3VLDenseMLP(nn.Module):
         weights = self.few_token_weights()
         if weights is not None and few_tokens.takes_mlp(hidden_states, weights):
             return shards.summed(few_tokens.mlp(hidden_states, *weights, *constants), self.down_proj)
-        self._refuse_adapters_of_parts()
+        shards.refuse_unknown_adapters(self, ("gate_up_proj", "down_proj"))
         return self.down_proj(swiglu_oai(self.gate_up_proj(hidden_states), *constants))
 
     def few_token_weights(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
@@ -61,16 +60,6 @@ class MiniMaxM3VLDenseMLP(nn.Module):
         """Whether each process has a part of the MLP."""
         styles = [shards.style_of(layer) for layer in (self.gate_up_proj, self.down_proj)]
         return styles == [shards.PACKED_COLUMNS, shards.ROWS]
-
-    def _refuse_adapters_of_parts(self) -> None:
-        """Raise where PEFT has put adapters around a part, whose gradients no process would sum."""
-        for name in ("gate_up_proj", "down_proj"):
-            base_layer = getattr(getattr(self, name), "base_layer", None)
-            if base_layer is not None and shards.style_of(base_layer) is not None:
-                raise NotImplementedError(
-                    f"`target_modules` must not name {name} of an MLP of which each process has a part. Load the model with "
-                    f"whole MLPs, by a rule 'replicate' for {name} of these MLPs in the `tp_plan` of `DistributedConfig`."
-                )
 
     def part(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What this process's part of the MLP gives: a term of the output. Without gradients, and of plain weights."""
@@ -222,30 +211,33 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
     def _combine(self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         experts, scale = self.experts, float(self.routed_scaling_factor)
         expert_weights = self._weights_of_experts()
-        are_cut = shards.style_of(experts) is not None
         shared = None if expert_weights is None else self._weights_of_shared_expert()
+        # Processes sum the outputs of both kinds of experts at once, if they share both.
+        are_cut = shards.style_of(experts) is not None
         if shared is not None and self.shared_experts.is_shared != are_cut:
             shared = None
-        # Processes that share both kinds of experts sum the outputs of both at once.
         if expert_weights is not None and (shared is not None or not are_cut):
             local_index = shards.local_expert_ids(experts, top_k_index)
             if shared is not None and few_tokens.takes_mlp(
                 tokens, (*shared, *expert_weights), local_index, top_k_weights
             ):
                 constants = (experts.swiglu_alpha, experts.swiglu_limit)
-                arguments = (*shared, *constants, *expert_weights, local_index, top_k_weights, scale)
-                return shards.summed(few_tokens.mlp(tokens, *arguments), experts)
+                out = few_tokens.mlp(tokens, *shared, *constants, *expert_weights, local_index, top_k_weights, scale)
+                return shards.summed(out, experts)
             gate_up, down = expert_weights
+            is_plain = shared is None or isinstance(shared[0], torch.Tensor)
             if (
                 isinstance(gate_up, torch.Tensor)
                 and isinstance(down, torch.Tensor)
+                and (is_plain or not are_cut)
                 and self._is_as_fast_grouped(tokens)
                 and many_tokens.takes_experts(tokens, gate_up, down, local_index, top_k_weights)
-                and not (are_cut and isinstance(shared[0], Mxfp8Tensors))
             ):
-                arguments = (tokens, local_index, top_k_weights, scale)
                 shared_expert = self.shared_experts.part if are_cut else self.shared_experts
-                return shards.summed(experts_forward(experts, (gate_up, down), *arguments, shared_expert), experts)
+                out = experts_forward(
+                    experts, (gate_up, down), tokens, local_index, top_k_weights, scale, shared_expert
+                )
+                return shards.summed(out, experts)
         routed = self.experts(tokens, top_k_index, top_k_weights)
         return routed * self.routed_scaling_factor + self.shared_experts(tokens)
 

@@ -50,7 +50,7 @@ def choose_rules(model: PreTrainedModel, distributed_config: DistributedConfig) 
         rules = {f"{name}.{layer}": style for layer, style in rules.items()}
         if not rules.keys() & (override or {}).keys():
             plan.update(rules)
-    model.tp_plan = plan
+    model._tp_plan = plan
 
 
 def _own_rules(

@@ -60,9 +60,7 @@ def cache_capacity(context: int, prompt: int, first_pass: int, is_static: bool) 
     return capacity
 
 
-def cache_bytes(
-    config: MiniMaxM3VLTextConfig, layer: int, tokens: int, element_bytes: int, processes: int = 1
-) -> int:
+def cache_bytes(config: MiniMaxM3VLTextConfig, layer: int, tokens: int, element_bytes: int, processes: int = 1) -> int:
     """Bytes of the keys, values and index keys of `tokens` tokens in one layer.
 
     Of the processes of tensor parallelism, each holds its own heads and all index keys, or all heads where these cannot

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import import_utils
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM
@@ -69,6 +70,8 @@ def check(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_processes(check, name):
+    if name == "adapters" and not hasattr(import_utils, "is_transformers_dtensor_tp"):
+        pytest.skip("this PEFT cuts no adapters")
     check(name, processes=2, heads=2)
 
 
