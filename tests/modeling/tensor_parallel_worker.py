@@ -18,7 +18,7 @@ from transformers import StaticCache
 from transformers.distributed import DistributedConfig
 
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM, mxfp8_config
-from modeling_minimax_m3.fused import attention_input, few_tokens
+from modeling_minimax_m3.fused import attention_input, experts, few_tokens
 from modeling_minimax_m3.loading.fused_projections import joined
 from modeling_minimax_m3.models.text import MiniMaxM3VLTextModel
 
@@ -167,8 +167,8 @@ def check_adapters(folder: str) -> None:
         parts(**rows)
 
 
-def count_sums(patch: pytest.MonkeyPatch) -> list[int]:
-    """How often a pass of one token sums over the processes: a number for each such pass from now on."""
+def count_sums(patch: pytest.MonkeyPatch, num_tokens: int = 1) -> list[int]:
+    """How often a pass of so many tokens sums over the processes: a number for each such pass from now on."""
     counts: list[int] = []
     reduce, forward = distributed.all_reduce, MiniMaxM3VLTextModel.forward
 
@@ -178,7 +178,7 @@ def count_sums(patch: pytest.MonkeyPatch) -> list[int]:
         return reduce(*args, **kwargs)
 
     def counting(self, input_ids, **kwargs):
-        if input_ids.shape[1] == 1:
+        if input_ids.shape[1] == num_tokens:
             counts.append(0)
         return forward(self, input_ids, **kwargs)
 
@@ -222,15 +222,20 @@ def check_kernels_of_mxfp8(folder: str) -> None:
     compare_kernels(*load_both(folder, quantization_config=mxfp8_config()))
 
 
+def take_float32(patch: pytest.MonkeyPatch) -> list[str]:
+    """Definitions in place of the kernels of few tokens, in float32, in which no rounding changes a choice: the calls."""
+    for module in (few_tokens, attention_input):
+        patch.setattr(module, "HALF_DTYPES", (torch.float32,))
+        patch.setattr(module, "is_vector_block", lambda tensor: True)  # float32 weights lie as in their file
+    patch.setattr(few_tokens, "_is_read", lambda x, weight: True)
+    return pretend_kernels(patch)
+
+
 def compare_kernels(parts: torch.nn.Module, whole: torch.nn.Module, watched_attentions: int = 0) -> None:
     expected = decode(whole)
     config = parts.config
     with pytest.MonkeyPatch.context() as patch:
-        calls = pretend_kernels(patch)
-        for module in (few_tokens, attention_input):  # float32, in which no rounding changes a choice
-            patch.setattr(module, "HALF_DTYPES", (torch.float32,))
-            patch.setattr(module, "is_vector_block", lambda tensor: True)  # float32 weights lie as in their file
-        patch.setattr(few_tokens, "_is_read", lambda x, weight: True)
+        calls = take_float32(patch)
         sums = count_sums(patch)
         found = decode(parts)
         steps = Counter(calls)
@@ -239,6 +244,37 @@ def compare_kernels(parts: torch.nn.Module, whole: torch.nn.Module, watched_atte
     assert steps["attention_input"] == 3 * (config.num_hidden_layers - watched_attentions)
     assert sums == [2 * config.num_hidden_layers] * 3
     assert_near(found, expected)
+
+
+def check_kernels_of_many_tokens(folder: str) -> None:
+    """The same around the grouped products of a prompt, with experts that are cut and with whole ones."""
+    rows = make_rows("left")
+    real = rows["attention_mask"].bool()
+    calls: list[torch.Size] = []
+    for options in ({}, {"ep_size": PROCESSES}):
+        parts, whole = load_both(folder, **options)
+        calls.clear()
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            expected = whole(**rows).logits[real]
+            patch.setattr(experts, "takes_experts", lambda *args: calls.append(args[1].shape) or True)
+            sums = count_sums(patch, num_tokens=rows["input_ids"].shape[1])
+            assert_near(parts(**rows).logits[real], expected)
+        assert len(calls) == parts.config.mlp_layer_types.count("sparse")
+        assert {shape.numel() for shape in calls} == {
+            parts.model.layers[-1].mlp.experts.gate_up_proj.to_local().numel()
+        }
+        assert sums == [2 * parts.config.num_hidden_layers]
+
+
+def check_whole_shared_experts(folder: str) -> None:
+    """Where a rule of the user's own leaves shared experts whole, no process adds its copy to the sum."""
+    rule = {"model.layers.*.mlp.shared_experts.gate_up_proj": "replicate"}
+    parts, whole = load_both(folder, tp_plan=rule)
+    expected = decode(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        take_float32(patch)
+        patch.setattr(experts, "takes_experts", lambda *args: True)
+        assert_near(decode(parts), expected)
 
 
 def check_heads_that_cannot_be_shared(folder: str) -> None:

@@ -29,7 +29,8 @@ TEXT = {
     "structured_anchor_stride": 2,
     "structured_random_blocks": 4,
 }
-CHECKS = ["weights", "logits", "gradients", "adapters", "kernels", "kernels_of_experts", "kernels_of_mxfp8"]
+CHECKS = ["weights", "logits", "gradients", "adapters", "rules_of_the_user", "whole_shared_experts"]
+CHECKS += ["kernels", "kernels_of_experts", "kernels_of_mxfp8", "kernels_of_many_tokens"]
 TIMEOUT = 300  # seconds; processes that wait for each other for ever fail the test
 
 
@@ -83,8 +84,3 @@ def test_four_processes(check):
 @pytest.mark.slow
 def test_heads_that_cannot_be_shared(check):
     check("heads_that_cannot_be_shared", processes=2, heads=3)
-
-
-@pytest.mark.slow
-def test_rules_of_the_user(check):
-    check("rules_of_the_user", processes=2, heads=2)
