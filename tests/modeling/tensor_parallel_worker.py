@@ -267,9 +267,9 @@ def check_kernels_of_many_tokens(folder: str) -> None:
 
 
 def check_whole_shared_experts(folder: str) -> None:
-    """Where a rule of the user's own leaves shared experts whole, no process adds its copy to the sum."""
-    rule = {"model.layers.*.mlp.shared_experts.gate_up_proj": "replicate"}
-    parts, whole = load_both(folder, tp_plan=rule)
+    """Where shared experts stay whole, no process adds its copy to the sum of the routed ones."""
+    parts, whole = load_both(folder)
+    assert "model.layers.*.mlp.shared_experts.gate_up_proj" not in parts.tp_plan
     expected = decode(whole)
     with pytest.MonkeyPatch.context() as patch:
         take_float32(patch)
