@@ -110,7 +110,8 @@ def _is_known_as_ordinary(weight: Mxfp8Tensors) -> bool:
     if look is None or look.state != state or any(a() is not b for a, b in zip(look.storages, storages, strict=True)):
         if weight.values.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        look = _looks[weight.values] = _Look(tuple(map(weakref.ref, storages)), state, is_ordinary(weight))
+        answer = shards.agreed(is_ordinary(weight), weight.values)
+        look = _looks[weight.values] = _Look(tuple(map(weakref.ref, storages)), state, answer)
     return look.is_ordinary
 
 

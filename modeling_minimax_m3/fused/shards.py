@@ -190,7 +190,25 @@ def local_part(weight: torch.Tensor) -> torch.Tensor:
     known: torch.Tensor | None = _parts.get(weight)
     if known is None or not _is_same_memory(known, part):
         known = _parts[weight] = nn.Parameter(part, requires_grad=False)
+        known.__dict__["_mesh"] = weight.device_mesh
     return known
+
+
+def agreed(answer: bool, weight: torch.Tensor) -> bool:
+    """Whether all processes that have a part of a weight say yes.
+
+    Processes with different answers would take different paths, and wait for each other for ever.
+
+    Args:
+        answer (bool): Of this process, of values in its part.
+        weight (tensor): What `local_part` has returned, or a whole weight, on which all processes agree.
+    """
+    mesh: DeviceMesh | None = weight.__dict__.get("_mesh")
+    if mesh is None:
+        return answer
+    answers = torch.tensor([answer], dtype=torch.int32, device=weight.device)
+    torch.distributed.all_reduce(answers, torch.distributed.ReduceOp.MIN, group=mesh.get_group())
+    return bool(answers)
 
 
 def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

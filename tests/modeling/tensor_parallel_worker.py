@@ -266,6 +266,22 @@ def check_kernels_of_many_tokens(folder: str) -> None:
         assert sums == [2 * parts.config.num_hidden_layers]
 
 
+def check_parts_that_no_kernel_reads(folder: str) -> None:
+    """Where the kernels cannot read the part of one process, all processes take the other path."""
+    plan = DistributedConfig(tp_size=PROCESSES)
+    options = {"quantization_config": mxfp8_config(), "dtype": torch.bfloat16, "distributed_config": plan}
+    parts = MiniMaxM3VLForCausalLM.from_pretrained(folder, **options).eval()
+    if distributed.get_rank() == 1:
+        weight = parts.model.layers[-1].mlp.experts._parameters
+        with torch.no_grad():
+            weight["down_proj"].to_local()[:, :, :32] = 0
+            weight["down_proj_scale_inv"].to_local()[:, :, 0] = 140
+    with pytest.MonkeyPatch.context() as patch:
+        calls = pretend_kernels(patch)
+        assert decode(parts).isfinite().all()
+    assert calls.count("few_token_mlp with experts") == 3 * (parts.config.mlp_layer_types.count("sparse") - 1)
+
+
 def check_whole_shared_experts(folder: str) -> None:
     """Where shared experts stay whole, no process adds its copy to the sum of the routed ones."""
     parts, whole = load_both(folder)

@@ -29,7 +29,7 @@ TEXT = {
     "structured_random_blocks": 4,
 }
 CHECKS = ["weights", "logits", "gradients", "adapters", "rules_of_the_user"]
-CHECKS += ["kernels", "kernels_of_experts", "kernels_of_mxfp8", "kernels_of_many_tokens"]
+CHECKS += ["kernels", "kernels_of_experts", "kernels_of_mxfp8", "kernels_of_many_tokens", "parts_that_no_kernel_reads"]
 TIMEOUT = 300  # seconds; processes that wait for each other for ever fail the test
 
 
