@@ -1,13 +1,14 @@
 """A model whose weights several processes share, beside the whole model: started by tests, not by pytest.
 
 `tensor_parallel_worker.py CHECK FOLDER`: CHECK names a function of `CHECKS`. FOLDER holds a text model in float32, with
-as many key/value heads as `torchrun` starts processes, or a number that these cannot share. All run on CPUs.
+as many key/value heads as `torchrun` starts processes, or a number that these cannot share. `halves` also runs on GPUs.
 """
 
 import os
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from modeling_minimax_m3.loading.fused_projections import joined
 from modeling_minimax_m3.models.text import MiniMaxM3VLTextModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fused.few_token_cases import pretend_kernels
+from fused.few_token_cases import pretend_kernels, record_calls
 
 LENGTHS = (90, 61)
 GENERATION = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -189,7 +190,7 @@ def count_sums(patch: pytest.MonkeyPatch, num_tokens: int = 1) -> list[int]:
 
 def decode(model: torch.nn.Module) -> torch.Tensor:
     """Logits of a prompt's last token and of three that follow."""
-    ids = make_rows("left")["input_ids"]
+    ids = make_rows("left")["input_ids"].to(model.device)
     cache = StaticCache(config=model.config, max_cache_len=128)
     with torch.no_grad():
         logits = [model(ids[:, :40], cache=cache).logits[:, -1:]]
@@ -264,6 +265,31 @@ def check_kernels_of_many_tokens(folder: str) -> None:
             parts.model.layers[-1].mlp.experts.gate_up_proj.to_local().numel()
         }
         assert sums == [2 * parts.config.num_hidden_layers]
+
+
+def check_halves(folder: str) -> None:
+    """In bfloat16, with a model that chooses all blocks and experts. On GPUs the kernels run, and in CUDA graphs."""
+    on_gpu = torch.cuda.is_available()
+    load = MiniMaxM3VLForCausalLM.from_pretrained
+    parts = load(folder, dtype=torch.bfloat16, distributed_config=DistributedConfig(tp_size=PROCESSES)).eval()
+    whole = load(folder, dtype=torch.bfloat16).eval().to(parts.device)
+    expected = decode(whole).float()
+    with pytest.MonkeyPatch.context() as patch:
+        calls = record_calls(patch) if on_gpu else pretend_kernels(patch)
+        found = decode(parts).float()
+    assert calls.count("few_token_mlp with experts") == 3 * parts.config.mlp_layer_types.count("sparse")
+    assert calls.count("attention_input") == 3 * parts.config.num_hidden_layers
+    error = (found - expected).norm() / expected.norm()
+    assert error < 2e-2, error
+    if on_gpu:
+        replay = mock.create_autospec(torch.cuda.CUDAGraph.replay, side_effect=torch.cuda.CUDAGraph.replay)
+        rows = {name: tensor.to(parts.device) for name, tensor in make_rows("left").items()}
+        with mock.patch.dict(os.environ, MINIMAX_M3_CUDA_GRAPHS="0"):
+            expected = parts.generate(**rows, **GENERATION)
+        with mock.patch.object(torch.cuda.CUDAGraph, "replay", lambda graph: replay(graph)):
+            found = parts.generate(**rows, **GENERATION)
+        assert replay.call_count >= 3
+        assert torch.equal(found.sequences, expected.sequences)
 
 
 def check_parts_that_no_kernel_reads(folder: str) -> None:

@@ -20,6 +20,7 @@ TEXT = {
     "head_dim": 64,
     "index_head_dim": 64,
     "intermediate_size": 128,
+    "shared_intermediate_size": 128,
     "dense_intermediate_size": 256,
     "layer_types": ["full_attention", "minimax_m3_structured", "minimax_m3_sparse", "minimax_m3_sparse"],
     "index_block_size": 4,
@@ -28,6 +29,8 @@ TEXT = {
     "structured_anchor_stride": 2,
     "structured_random_blocks": 4,
 }
+# Queries select all blocks, and tokens all experts, so that bfloat16 changes no choice.
+ALL_CHOSEN = {"index_block_size": 64, "index_topk_blocks": 4, "structured_random_blocks": 1, "num_experts_per_tok": 4}
 CHECKS = ["weights", "logits", "gradients", "adapters", "rules_of_the_user"]
 CHECKS += ["kernels", "kernels_of_experts", "kernels_of_mxfp8", "kernels_of_many_tokens", "parts_that_no_kernel_reads"]
 TIMEOUT = 300  # seconds; processes that wait for each other for ever fail the test
@@ -38,12 +41,12 @@ def check(tmp_path_factory):
     """Runs a check of the worker in some processes, with a model that has so many key/value heads."""
     folders = {}
 
-    def checkpoint(heads: int, shared_width: int) -> Path:
-        key = heads, shared_width
+    def checkpoint(**fields: int) -> Path:
+        key = tuple(fields.items())
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp("tensor_parallel")
-            text = {**TEXT, "num_key_value_heads": heads, "index_n_heads": heads, "num_attention_heads": 2 * heads}
-            text["shared_intermediate_size"] = shared_width
+            heads = fields["num_key_value_heads"]
+            text = {**TEXT, "index_n_heads": heads, "num_attention_heads": 2 * heads, **fields}
             model = MiniMaxM3VLForCausalLM(tiny_config(text=text).text_config)
             generator = torch.Generator().manual_seed(0)
             for parameter in model.parameters():
@@ -52,14 +55,14 @@ def check(tmp_path_factory):
             model.save_pretrained(folders[key])
         return folders[key]
 
-    def run(name: str, processes: int, heads: int, shared_width: int = 128) -> None:
+    def run(name: str, processes: int, heads: int, on_gpu: bool = False, **fields: int) -> None:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
         done = subprocess.run(
-            [sys.executable, *launcher, str(WORKER), name, str(checkpoint(heads, shared_width))],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            [sys.executable, *launcher, str(WORKER), name, str(checkpoint(num_key_value_heads=heads, **fields))],
+            env={**os.environ, "OMP_NUM_THREADS": "1"} | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
@@ -89,4 +92,16 @@ def test_heads_that_cannot_be_shared(check):
 
 @pytest.mark.slow
 def test_shared_experts_that_cannot_be_cut(check):
-    check("whole_shared_experts", processes=2, heads=2, shared_width=66)
+    check("whole_shared_experts", processes=2, heads=2, shared_intermediate_size=66)
+
+
+@pytest.mark.slow
+def test_halves(check):
+    check("halves", processes=2, heads=2, **ALL_CHOSEN)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.usefixtures("compiled_kernels")
+def test_halves_on_two_gpus(check):
+    check("halves", processes=2, heads=2, on_gpu=True, **ALL_CHOSEN)
