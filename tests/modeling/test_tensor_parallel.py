@@ -12,6 +12,7 @@ from peft import import_utils
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.msa import extension
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 # Of each kind of attention one layer, with more blocks than a query selects. The kernels of few tokens take the sizes.
@@ -102,6 +103,7 @@ def test_halves(check):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.usefixtures("compiled_kernels")
 def test_halves_on_two_gpus(check):
+    reason = extension.load(build=True)
+    assert reason is None, reason
     check("halves", processes=2, heads=2, on_gpu=True, **ALL_CHOSEN)
