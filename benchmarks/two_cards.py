@@ -11,6 +11,10 @@ several cards FSDP2 by Accelerate with `examples/accelerate/fsdp2.yaml`, each pr
 
 FSDP2 gathers all experts of a layer in each pass. With the released number, 128, that is three times as much as here.
 `--device cpu` runs the same with a tiny model and two processes, to try the script.
+
+`--layouts "one card" "tensor parallelism" --experts 12` measures these layouts' decoding alone, with a checkpoint of
+17 GB in place of 36 GB: experts that no token takes cost a step no time. `--profile` also prints where the time of a
+token goes, kernel by kernel.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -48,12 +53,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 GIB = 2**30
 
 
-def geometry(is_tiny: bool) -> MiniMaxM3VLConfig:
-    """The released geometry, or a tiny one, with these layers and experts."""
+def geometry(is_tiny: bool, experts: int) -> MiniMaxM3VLConfig:
+    """The released geometry with these layers and so many experts in a layer, or a tiny one."""
     config = tiny_config() if is_tiny else released_config()
     text = config.text_config
     if not is_tiny:
-        text.num_hidden_layers, text.num_local_experts = DENSE + SPARSE, EXPERTS
+        text.num_hidden_layers, text.num_local_experts = DENSE + SPARSE, experts
         for name in ("layer_types", "mlp_layer_types"):
             layers = getattr(text, name)
             setattr(text, name, layers[:1] * DENSE + layers[-1:] * SPARSE)
@@ -66,8 +71,11 @@ def load(folder: str, **options: Any) -> Any:
     return MiniMaxM3SparseForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, **options)
 
 
-def decode(layout: str, folder: str, on_gpu: bool) -> dict[str, Any]:
-    """Milliseconds of a token of `generate`. The first process leaves tokens and logits in `folder`."""
+def decode(layout: str, folder: str, on_gpu: bool, profiles: bool) -> dict[str, Any]:
+    """Milliseconds of a token of `generate`, and of how many tokens the step was a CUDA graph.
+
+    The first process leaves tokens and logits in `folder`.
+    """
     from transformers.distributed import DistributedConfig
 
     options: dict[str, Any] = dict(LAYOUTS[layout])
@@ -92,12 +100,24 @@ def decode(layout: str, folder: str, on_gpu: bool) -> dict[str, Any]:
     clocks = [Clock(first, new) for _ in range(2)] if on_gpu else []
     for clock in clocks:
         model.generate(tokens, logits_processor=[clock], **calls)
-    output = model.generate(tokens, return_dict_in_generate=True, output_logits=True, **calls)
+    with mock.patch.object(
+        torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=torch.cuda.CUDAGraph.replay
+    ) as replay:
+        output = model.generate(tokens, return_dict_in_generate=True, output_logits=True, **calls)
+    if profiles:
+        activities = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile:
+            model.generate(tokens, **calls)
+        if rank == 0:
+            order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+            averages = profile.key_averages()
+            print(averages.table(sort_by=order, row_limit=40, max_name_column_width=90), file=sys.stderr, flush=True)
     if rank == 0:
         found = {"tokens": output.sequences[0, length:].cpu(), "logits": output.logits[0][0].float().cpu()}
         torch.save(found, Path(folder) / f"{layout}.pt")
     peak = [torch.cuda.max_memory_allocated(index) / GIB for index in range(torch.cuda.device_count())]
-    return {"ms": min((clock.ms() for clock in clocks), default=None), "peak_gib": max(peak, default=0.0)}
+    ms = min((clock.ms() for clock in clocks), default=None)
+    return {"ms": ms, "peak_gib": max(peak, default=0.0), "replayed_tokens": replay.call_count}
 
 
 def train(layout: str, folder: str, on_gpu: bool) -> dict[str, Any]:
@@ -133,8 +153,10 @@ def train(layout: str, folder: str, on_gpu: bool) -> dict[str, Any]:
     return {"ms": 1e3 * median, "tokens_per_second": length / median, "losses": losses, "peak_gib": peak}
 
 
-def run_group(work: str, layout: str, folder: Path, device: str, seconds: float) -> list[dict[str, Any]]:
-    """The results of all processes of a case.
+def run_group(
+    work: str, layout: str, folder: Path, device: str, seconds: float, options: list[str]
+) -> list[dict[str, Any]]:
+    """The results of all processes of a case, which get these further options.
 
     Raises:
         Skipped: There are too few GPUs.
@@ -143,7 +165,7 @@ def run_group(work: str, layout: str, folder: Path, device: str, seconds: float)
     devices = torch.cuda.device_count() if device == "cuda" else 2
     if layout != ONE and devices < 2:
         raise Skipped(f"needs 2 GPUs, and this machine has {devices}")
-    worker = ["benchmarks.two_cards", "--worker", work, layout, "--folder", str(folder), "--device", device]
+    worker = ["benchmarks.two_cards", "--worker", work, layout, "--folder", str(folder), "--device", device, *options]
     if work == "train" and layout != ONE:
         launch = ["accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes", str(devices), "-m"]
         if device == "cpu":
@@ -177,14 +199,17 @@ def tables(record: dict[str, Any]) -> str:
             layout,
             "" if found["ms"] is None else f"{found['ms']:.2f}",
             f"{found['ms'] / decoding[ONE]['ms']:.2f}" if found["ms"] and ONE in decoding else "",
+            str(found.get("replayed_tokens", "")),
             f"{found['peak_gib']:.1f}",
             f"{found.get('logits_error', 0.0):.1e}",
             f"{found.get('same_tokens', NEW_TOKENS)} of {NEW_TOKENS}",
         ]
         for layout, found in decoding.items()
     ]
-    head = ["decoding", "ms a token", "of one card's", "peak of a card, GiB", "error of the logits", "equal tokens"]
-    text = as_table(head, rows)
+    head = ["decoding", "ms a token", "of one card's", "replayed", "peak of a card, GiB", "error of the logits"]
+    text = as_table([*head, "equal tokens"], rows)
+    if not training:
+        return text
     rows = [
         [
             layout,
@@ -205,6 +230,9 @@ def main() -> None:
         parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
         parser.add_argument("--only_write", action="store_true", help="write the checkpoint and stop")
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a tiny model")
+        parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="measure the decoding of these alone")
+        parser.add_argument("--experts", type=int, default=EXPERTS, help="of a layer, if the checkpoint is written")
+        parser.add_argument("--profile", action="store_true", help="print the kernels of a token by their time")
         parser.add_argument("--case_seconds", type=float, default=120.0, help="stop a case after so many seconds")
         parser.add_argument("--worker", nargs=2, help="run in this process, as the benchmark itself calls it")
 
@@ -212,7 +240,8 @@ def main() -> None:
     on_gpu = arguments.device == "cuda"
     if arguments.worker:
         work, layout = arguments.worker
-        found = {"decode": decode, "train": train}[work](layout, str(arguments.folder), on_gpu)
+        folder = str(arguments.folder)
+        found = train(layout, folder, on_gpu) if work == "train" else decode(layout, folder, on_gpu, arguments.profile)
         if int(os.environ.get("RANK", "0")) == 0:
             print(json.dumps(found), flush=True)
         else:
@@ -221,23 +250,25 @@ def main() -> None:
         os._exit(0)  # threads of the process group may still run
     was_there = (arguments.folder / "config.json").exists()
     if not was_there:
-        make_synthetic_checkpoint(arguments.folder, geometry(not on_gpu), repeated=on_gpu)
+        make_synthetic_checkpoint(arguments.folder, geometry(not on_gpu, arguments.experts), repeated=on_gpu)
     if arguments.only_write:
         return
     run = Run("two_cards", arguments, tables, needs_gpu=on_gpu)
     run.record["decoding"], run.record["training"] = {}, {}
 
     def case(work: str, layout: str) -> None:
-        found = run_group(work, layout, arguments.folder, arguments.device, arguments.case_seconds)[0]
+        options = ["--profile"] if arguments.profile else []
+        found = run_group(work, layout, arguments.folder, arguments.device, arguments.case_seconds, options)[0]
         if work == "decode" and layout != ONE:
             found |= beside_one_card(layout, arguments.folder)
         if work == "train" and layout != ONE:
             found["tokens_per_second"] *= torch.cuda.device_count() if on_gpu else 2
         run.record["decoding" if work == "decode" else "training"][layout] = found
 
-    layouts = [layout for layout in LAYOUTS if on_gpu or layout != "device_map"]
+    layouts = arguments.layouts or [layout for layout in LAYOUTS if on_gpu or layout != "device_map"]
+    training = [] if arguments.layouts else [("train", ONE), ("train", "FSDP2")]
     try:
-        run.cases([("decode", layout) for layout in layouts] + [("train", ONE), ("train", "FSDP2")], case)
+        run.cases([("decode", layout) for layout in layouts] + training, case)
     finally:
         if not was_there and not arguments.keep:
             shutil.rmtree(arguments.folder)

@@ -15,7 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils import is_torchdynamo_compiling
 
 from ..mxfp8 import GROUP_SIZE, SCALE_DTYPE, VALUE_DTYPE, Mxfp8Tensors, dequantize_mxfp8, is_ordinary
-from .support import HALF_DTYPES, as_vectors, is_vector_block, kernels_take, runs_as_written
+from . import shards
+from .support import HALF_DTYPES, as_vectors, is_vector_block, kernels_take
 from .swiglu import swiglu_oai_reference
 
 MAX_TOKENS = 16
@@ -47,10 +48,11 @@ Weight: TypeAlias = torch.Tensor | Mxfp8Tensors
 def weight_of(layer: nn.Module) -> Weight | None:
     """What `layer` multiplies by; None where it does more than that, or where something watches its calls.
 
-    A class of layers with weights in another form has a method `few_token_weight` that answers this.
+    Of a layer that processes share it is the part of this process (see `shards`). A class of layers with weights in another form has a method `few_token_weight` that answers this.
     """
-    if runs_as_written(layer, nn.Linear):
-        return layer.weight if layer.bias is None and isinstance(layer.weight, torch.Tensor) else None
+    if shards.runs_as_planned(layer, nn.Linear):
+        weight = layer.weight if layer.bias is None else None
+        return shards.local_part(weight) if isinstance(weight, torch.Tensor) else None
     answer = getattr(type(layer), "few_token_weight", None)
     return None if answer is None else answer(layer)
 
@@ -108,7 +110,8 @@ def _is_known_as_ordinary(weight: Mxfp8Tensors) -> bool:
     if look is None or look.state != state or any(a() is not b for a, b in zip(look.storages, storages, strict=True)):
         if weight.values.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        look = _looks[weight.values] = _Look(tuple(map(weakref.ref, storages)), state, is_ordinary(weight))
+        answer = shards.agreed(is_ordinary(weight), weight.values)
+        look = _looks[weight.values] = _Look(tuple(map(weakref.ref, storages)), state, answer)
     return look.is_ordinary
 
 
@@ -131,7 +134,7 @@ def linear(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
     if weights is None:
         return linear_reference(x, layers)
     outputs = [_product(x, list(group)) for _, group in groupby(weights, key=lambda w: isinstance(w, Mxfp8Tensors))]
-    return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+    return shards.summed(torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0], layers[0])
 
 
 def linear_reference(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
@@ -145,7 +148,7 @@ def _weights_for(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[Weight] |
     weights: list[Weight] = []
     for layer in layers:
         weight = weight_of(layer)
-        if weight is None:
+        if weight is None or not shards.gives_output(layer, is_alone=len(layers) == 1):
             return None
         weights.append(weight)
     return weights if _is_faster(x, weights) and takes_weights(x, weights) else None

@@ -72,12 +72,16 @@ def runs_as_written(module: torch.nn.Module, kind: type[Module]) -> TypeGuard[Mo
 
     While a compiler traces, the answer is no: it fuses the modules by itself.
     """
+    return is_of_kind(module, kind) and not is_watched(module)
+
+
+def is_of_kind(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
+    """Whether the class of `module` is `kind`, with the forward that it was written with, and no compiler traces."""
     return (
         not is_torchdynamo_compiling()
         and type(module) is kind
         # Libraries of kernels replace the forward of a class.
         and kind.forward.__module__ in (base.__module__ for base in kind.__mro__)
-        and not is_watched(module)
     )
 
 
@@ -88,9 +92,13 @@ def is_watched(module: torch.nn.Module) -> bool:
     hooks by which Transformers records outputs stay on a model, and do nothing while nothing is recorded. Those by which
     a `device_map` brings inputs to the device of a module do nothing where they are there: the kernels ask for that.
     """
+    return ("forward" in module.__dict__ and not _only_aligns_devices(module)) or has_hooks(module)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """The same, of all but a forward that is replaced on the instance."""
     return bool(
-        ("forward" in module.__dict__ and not _only_aligns_devices(module))
-        or module._compiled_call_impl is not None
+        module._compiled_call_impl is not None
         or module._forward_pre_hooks
         or any(not is_idle_recorder(hook) for hook in module._forward_hooks.values())
         or module._backward_pre_hooks

@@ -1,6 +1,7 @@
 """The attention layer: projections, QK-norm, rotary, cache update, then dense or MiniMax Sparse Attention."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 from .. import msa
 from ..fused import few_tokens
 from ..fused.attention_input import attention_input, takes_attention_input
+from ..fused.shards import Processes, refuse_unknown_adapters
 from ..fused.support import runs_as_written
 from ..runtime.cache import MiniMaxM3VLStaticLayer
 from ..runtime.sequence_layout import SequenceLayout
@@ -56,9 +58,12 @@ class MiniMaxM3VLAttention(nn.Module):
         selection_observer (`Callable`, *optional*): Called in every pass over selected blocks with the layer, the
             queries (B, T, H_q, D), the keys (B, S, H_kv, D), the block ids (B, T, H_kv, W), all in working order, and
             the layout.
+        processes (`Processes`, *optional*): Those that share the heads. Each has key/value heads of its own, with their
+            queries, index queries and cache: H_q, H_kv and H_idx count these.
     """
 
     selection_observer: Callable[..., None] | None = None
+    processes: Processes | None = None
 
     def __init__(self, config: MiniMaxM3VLTextConfig, layer_idx: int):
         super().__init__()
@@ -82,6 +87,18 @@ class MiniMaxM3VLAttention(nn.Module):
             logger.warning_once(
                 f"`attention_dropout` is {self.attention_dropout}, but layers that attend to chosen blocks apply none."
             )
+
+    def share_heads(self, processes: Processes) -> None:
+        """Let each process have heads of its own. The plan has cut the projections."""
+        self.processes = processes
+        norms = [self.q_norm, self.k_norm]
+        if self.indexer is not None:
+            self.indexer.processes = processes
+            norms.append(self.indexer.q_norm)
+        for norm in norms:
+            norm.processes = processes
+        if self.selector is not None:
+            self.selector.processes = processes
 
     @takes_cache
     def forward(
@@ -113,6 +130,8 @@ class MiniMaxM3VLAttention(nn.Module):
             NotImplementedError: `output_indexer_loss` together with a 4-D mask.
         """
         layout = attention_mask
+        if self.processes is not None and layout.allowed is not None and layout.allowed.shape[1] > 1:
+            layout = replace(layout, allowed=self.processes.part_of(layout.allowed, 1))
         projected = (hidden_states, position_embeddings, layout, cache)
         states = self._states_of_few_tokens(*projected) or self._states(*projected)
         query, key, value, index, projected_dtype = states
@@ -142,6 +161,8 @@ class MiniMaxM3VLAttention(nn.Module):
         is_trained = output_indexer_loss and self.config.indexer_loss_coef > 0
         if index is not None and not is_trained and torch.is_grad_enabled() and index[0].requires_grad:
             out = with_zero_gradients(out, *index)
+        if self.processes is not None and weights is not None:
+            weights = self.processes.gathered(weights, 1)
         del states, query, key, value  # the queries are larger than the hidden states
         return few_tokens.linear(out.flatten(2).to(projected_dtype), [self.o_proj]), weights, indexer_kl
 
@@ -153,6 +174,10 @@ class MiniMaxM3VLAttention(nn.Module):
         cache: Cache | None,
     ) -> "_States":
         """What this pass attends with and to, after the cache has received its part."""
+        if self.processes is not None:
+            refuse_unknown_adapters(self, ("q_proj", "k_proj", "v_proj", "o_proj"))
+            if self.indexer is not None:
+                refuse_unknown_adapters(self.indexer, ("q_proj",))
         query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         query = normalize_and_rotate(self.q_norm, query, *position_embeddings)
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -196,7 +221,7 @@ class MiniMaxM3VLAttention(nn.Module):
             norms += [indexer.q_norm, indexer.k_norm]
         if not few_tokens.takes_linear(hidden_states, projections):
             return None
-        if indexer is not None and indexer.q_proj.weight.shape[0] != slots.keys.shape[2] * self.head_dim:
+        if indexer is not None and indexer.q_proj.out_features != self.k_proj.out_features:
             return None  # the kernel expects as many index heads as key/value heads
         if not all(runs_as_written(norm, MiniMaxM3VLRMSNorm) and norm.eps == self.q_norm.eps for norm in norms):
             return None
@@ -306,4 +331,7 @@ class MiniMaxM3VLAttention(nn.Module):
             softmax_scale=self.scaling,
             backend=self.config.msa_backend,
         )
-        return layout.restore_order(indexer_kl.mean(-1).view(query.shape[:2]))
+        indexer_kl = indexer_kl.mean(-1)
+        if self.processes is not None:
+            indexer_kl = self.processes.total(indexer_kl / self.processes.count)
+        return layout.restore_order(indexer_kl.view(query.shape[:2]))

@@ -9,6 +9,7 @@ import torch
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from .. import msa
+from ..fused.shards import Processes
 from ..runtime.sequence_layout import SequenceLayout
 from .materialized import select_blocks_under_mask
 
@@ -19,7 +20,12 @@ class BlockSelector(ABC):
     Args:
         config (`MiniMaxM3VLTextConfig`): The model's text config, read again at every call.
         layer_idx (`int`): Position of the layer in the model.
+
+    Attributes:
+        processes (`Processes`, *optional*): Those that share the heads, if keys and index are of this process's own.
     """
+
+    processes: Processes | None = None
 
     def __init__(self, config: MiniMaxM3VLTextConfig, layer_idx: int):
         self.config = config
@@ -115,14 +121,17 @@ class StructuredSelector(BlockSelector):
         block_size = self.config.index_block_size
         own_block = torch.div(layout.working_positions(), block_size, rounding_mode="floor")
         longest = key.shape[1] if layout.cu_seqlens is None else layout.max_seqlen
-        return msa.structured_blocks_of(
+        processes = self.processes
+        block_indices = msa.structured_blocks_of(
             own_block,
-            key.shape[2],
+            key.shape[2] * (1 if processes is None else processes.count),
             self.layer_idx,
             self.pattern,
             num_blocks=-(-longest // block_size),
             backend=self.config.msa_backend,
         )
+        # The random blocks of a head depend on its number among all heads.
+        return block_indices if processes is None else processes.part_of(block_indices, -2)
 
 
 def structured_pattern(config: MiniMaxM3VLTextConfig) -> msa.StructuredPattern:

@@ -14,6 +14,7 @@ from torch import nn
 
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
+from ..fused.shards import Processes
 from .normalization import MiniMaxM3VLRMSNorm
 from .rotary import normalize_and_rotate
 
@@ -23,7 +24,13 @@ class MiniMaxM3VLIndexer(nn.Module):
 
     It has no value projection and adds nothing to the residual stream. Its parameters are frozen unless
     `config.indexer_loss_coef` is above 0.
+
+    Attributes:
+        processes (`Processes`, *optional*): Those that share the heads. Each has the index queries of its key/value
+            heads, and the index key.
     """
+
+    processes: Processes | None = None
 
     def __init__(self, config: MiniMaxM3VLTextConfig):
         super().__init__()
@@ -47,6 +54,8 @@ class MiniMaxM3VLIndexer(nn.Module):
         index_query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         index_query = normalize_and_rotate(self.q_norm, index_query, *position_embeddings)
         index_key = normalize_and_rotate(self.k_norm, self.k_proj(hidden_states), *position_embeddings)
+        if self.processes is not None:
+            index_key = self.processes.fan_out(index_key)
         return index_query, index_key.squeeze(2)
 
 

@@ -3,6 +3,7 @@
 E is the number of experts, K of experts per token, F an intermediate size. `tokens` counts those of a pass, B * T.
 """
 
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -13,7 +14,7 @@ from transformers.integrations import use_experts_implementation
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from ..fused import experts as many_tokens
-from ..fused import few_tokens
+from ..fused import few_tokens, shards
 from ..fused.router import route
 from ..fused.support import runs_as_written
 from ..fused.swiglu import swiglu_oai
@@ -41,13 +42,30 @@ class MiniMaxM3VLDenseMLP(nn.Module):
         constants = (self.swiglu_alpha, self.swiglu_limit)
         weights = self.few_token_weights()
         if weights is not None and few_tokens.takes_mlp(hidden_states, weights):
-            return few_tokens.mlp(hidden_states, *weights, *constants)
+            return shards.summed(few_tokens.mlp(hidden_states, *weights, *constants), self.down_proj)
+        shards.refuse_unknown_adapters(self, ("gate_up_proj", "down_proj"))
         return self.down_proj(swiglu_oai(self.gate_up_proj(hidden_states), *constants))
 
     def few_token_weights(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
-        """The weights of both projections, or None where the projections do more than multiply by them."""
+        """The weights of both projections, or None where the projections do more than multiply by them.
+
+        Where processes share the MLP, the weights are the part of this process, and the outputs have to be summed.
+        """
         gate_up, down = (few_tokens.weight_of(layer) for layer in (self.gate_up_proj, self.down_proj))
-        return None if gate_up is None or down is None else (gate_up, down)
+        are_parts = self.is_shared or shards.style_of(self.gate_up_proj) is shards.style_of(self.down_proj) is None
+        return None if gate_up is None or down is None or not are_parts else (gate_up, down)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether each process has a part of the MLP."""
+        styles = [shards.style_of(layer) for layer in (self.gate_up_proj, self.down_proj)]
+        return styles == [shards.PACKED_COLUMNS, shards.ROWS]
+
+    def part(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What this process's part of the MLP gives: a term of the output. Without gradients, and of plain weights."""
+        gate_up, down = (shards.local_part(layer.weight) for layer in (self.gate_up_proj, self.down_proj))
+        gated = swiglu_oai(F.linear(hidden_states, gate_up), self.swiglu_alpha, self.swiglu_limit)
+        return F.linear(gated, down)
 
     def runs_in_parts(self, num_tokens: int) -> bool:
         """Whether a layer calls `add_in_parts` in place of the module."""
@@ -80,7 +98,9 @@ class MiniMaxM3VLExperts(nn.Module):
 
     def few_token_weights(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
         """Both weights; None where the experts do more than their class says."""
-        return (self.gate_up_proj, self.down_proj) if runs_as_written(self, MiniMaxM3VLExperts) else None
+        if not shards.runs_as_planned(self, MiniMaxM3VLExperts):
+            return None
+        return shards.local_part(self.gate_up_proj), shards.local_part(self.down_proj)
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return swiglu_oai(gate_up, self.swiglu_alpha, self.swiglu_limit)
@@ -114,11 +134,12 @@ class MiniMaxM3VLExperts(nn.Module):
 
 def experts_forward(
     experts: MiniMaxM3VLExperts,
+    weights: tuple[torch.Tensor, torch.Tensor],
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     scale: float,
-    shared_expert: nn.Module,
+    shared_expert: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """What a sparse block computes, on a GPU: the shared expert plus `scale` times the weighted sum of the routed ones.
 
@@ -126,20 +147,22 @@ def experts_forward(
 
     Args:
         experts (`MiniMaxM3VLExperts`): The routed experts.
+        weights (`tuple[torch.Tensor, torch.Tensor]`): Theirs: (E, 2 * F, hidden) and (E, hidden, F).
         hidden_states (`torch.Tensor`): (tokens, hidden).
         top_k_index (`torch.Tensor`): (tokens, K) expert ids. Ids outside of 0 to E - 1 add nothing.
         top_k_weights (`torch.Tensor`): (tokens, K), float32.
         scale (`float`): Factor of the weights.
-        shared_expert (`nn.Module`): Sees every token.
+        shared_expert (`Callable`): Sees every token.
 
     Returns:
         (tokens, hidden).
     """
+    gate_up, down = weights
     order = many_tokens.plan(top_k_index, experts.num_experts)
     # Each of these is freed when the next is there, unless autograd keeps it.
     constants = (experts.swiglu_alpha, experts.swiglu_limit)
-    states = many_tokens.gated_product(hidden_states, experts.gate_up_proj, order, *constants)
-    states = many_tokens.grouped_product(states, experts.down_proj, order)
+    states = many_tokens.gated_product(hidden_states, gate_up, order, *constants)
+    states = many_tokens.grouped_product(states, down, order)
     return many_tokens.unpermute(states, top_k_weights, scale, order, shared_expert(hidden_states))
 
 
@@ -188,21 +211,33 @@ class MiniMaxM3VLSparseMoeBlock(nn.Module):
     def _combine(self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         experts, scale = self.experts, float(self.routed_scaling_factor)
         expert_weights = self._weights_of_experts()
-        if expert_weights is not None:
-            shared = self._weights_of_shared_expert()
+        shared = None if expert_weights is None else self._weights_of_shared_expert()
+        # Processes sum the outputs of both kinds of experts at once, if they share both.
+        are_cut = shards.style_of(experts) is not None
+        if shared is not None and self.shared_experts.is_shared != are_cut:
+            shared = None
+        if expert_weights is not None and (shared is not None or not are_cut):
+            local_index = shards.local_expert_ids(experts, top_k_index)
             if shared is not None and few_tokens.takes_mlp(
-                tokens, (*shared, *expert_weights), top_k_index, top_k_weights
+                tokens, (*shared, *expert_weights), local_index, top_k_weights
             ):
                 constants = (experts.swiglu_alpha, experts.swiglu_limit)
-                return few_tokens.mlp(tokens, *shared, *constants, *expert_weights, top_k_index, top_k_weights, scale)
+                out = few_tokens.mlp(tokens, *shared, *constants, *expert_weights, local_index, top_k_weights, scale)
+                return shards.summed(out, experts)
             gate_up, down = expert_weights
+            is_plain = shared is None or isinstance(shared[0], torch.Tensor)
             if (
                 isinstance(gate_up, torch.Tensor)
                 and isinstance(down, torch.Tensor)
+                and (is_plain or not are_cut)
                 and self._is_as_fast_grouped(tokens)
-                and many_tokens.takes_experts(tokens, gate_up, down, top_k_index, top_k_weights)
+                and many_tokens.takes_experts(tokens, gate_up, down, local_index, top_k_weights)
             ):
-                return experts_forward(experts, tokens, top_k_index, top_k_weights, scale, self.shared_experts)
+                shared_expert = self.shared_experts.part if are_cut else self.shared_experts
+                out = experts_forward(
+                    experts, (gate_up, down), tokens, local_index, top_k_weights, scale, shared_expert
+                )
+                return shards.summed(out, experts)
         routed = self.experts(tokens, top_k_index, top_k_weights)
         return routed * self.routed_scaling_factor + self.shared_experts(tokens)
 

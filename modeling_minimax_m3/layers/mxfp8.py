@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..fused import quantized_products
-from ..fused.support import runs_as_written
+from ..fused.shards import local_part, runs_as_planned
 from ..fused.weight_formats import MXFP8
 from ..mxfp8 import Mxfp8Tensors
 from .moe import MiniMaxM3VLExperts
@@ -22,6 +22,10 @@ class Mxfp8Module(QuantizedModule):
     def stored(self, name: str) -> Mxfp8Tensors:
         """Values and scales of a weight."""
         return Mxfp8Tensors(*self.stored_weight(name).tensors)
+
+    def local(self, name: str) -> Mxfp8Tensors:
+        """The same, of the part that this process has."""
+        return Mxfp8Tensors(*map(local_part, self.stored(name)))
 
 
 class Mxfp8Linear(Mxfp8Module, nn.Linear):
@@ -50,7 +54,7 @@ class Mxfp8Linear(Mxfp8Module, nn.Linear):
 
     def few_token_weight(self) -> Mxfp8Tensors | None:
         """See `fused.few_tokens.weight_of`."""
-        return self.stored("weight") if runs_as_written(self, Mxfp8Linear) and self.bias is None else None
+        return self.local("weight") if runs_as_planned(self, Mxfp8Linear) and self.bias is None else None
 
 
 class Mxfp8Experts(Mxfp8Module, QuantizedExperts):
@@ -66,6 +70,6 @@ class Mxfp8Experts(Mxfp8Module, QuantizedExperts):
 
     def few_token_weights(self) -> tuple[Mxfp8Tensors, Mxfp8Tensors] | None:
         """Both weights; None where the experts do more than their class says."""
-        if not runs_as_written(self, Mxfp8Experts):
+        if not runs_as_planned(self, Mxfp8Experts):
             return None
-        return self.stored("gate_up_proj"), self.stored("down_proj")
+        return self.local("gate_up_proj"), self.local("down_proj")

@@ -55,7 +55,7 @@ def normalize_and_rotate(norm: nn.Module, states: torch.Tensor, cos: torch.Tenso
         sin (`torch.Tensor`): Their sines.
     """
     if runs_as_written(norm, MiniMaxM3VLRMSNorm) and norm.weight.device == states.device:
-        return norm_rotary(_with_heads(states), norm.weight, cos, sin, norm.eps)
+        return norm_rotary(_with_heads(states), norm.scale(), cos, sin, norm.eps)
     return apply_rotary(_with_heads(norm(states)), cos, sin)
 
 

@@ -180,8 +180,11 @@ class ConcatenateWhole(Concatenate):
             if dtype.itemsize == 1:
                 piece = piece.view(torch.uint8)  # not every backend gathers 8-bit floats
             whole = DTensor.from_local(piece.contiguous(), mesh, placements, shape=torch.Size(shape), stride=stride)
-            input_dict[name] = whole.full_tensor().view(dtype)
+            input_dict[name] = joined(whole).view(dtype)
         converted = super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+        factor = _groups_of(target)
+        if factor is not None:
+            return {name: _part_of_groups(fused, self.dim, factor, mesh) for name, fused in converted.items()}
         return {
             name: distribute_tensor(fused, mesh, placements, src_data_rank=None).to_local()
             for name, fused in converted.items()
@@ -276,6 +279,47 @@ def _module_and_parameter(model: nn.Module, name: str) -> tuple[nn.Module | None
     except AttributeError:  # a wrapper's names differ from the file's; what it wraps is not quantized
         return None, None
     return module, module._parameters.get(leaf)  # as it is stored, whatever the layer shows
+
+
+def joined(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a `DTensor`, for which all ranks call this; other tensors as they are.
+
+    Tensor parallelism gives each rank a part of the gates and a part of the ups. With PyTorch before 2.12, a tensor of
+    such parts does not join them itself.
+    """
+    if not is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor, Shard  # not there in every build of PyTorch
+
+    factor = _groups_of(tensor)
+    if factor is None:
+        return tensor.full_tensor()
+    dim = tensor.placements[0].dim % tensor.ndim
+    groups = tensor.to_local().unflatten(dim, (factor, -1))
+    parts = DTensor.from_local(groups, tensor.device_mesh, [Shard(dim + 1)], run_check=False)
+    return parts.full_tensor().flatten(dim, dim + 1)
+
+
+def with_joined_groups(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` with the fused projections that tensor parallelism has cut whole, on the host. All ranks call this."""
+    return {
+        name: joined(tensor).cpu() if is_dtensor(tensor) and _groups_of(tensor) is not None else tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def _part_of_groups(tensor: torch.Tensor, dim: int, factor: int, mesh: Any) -> torch.Tensor:
+    """This rank's part of each of `factor` equal groups along `dim`, side by side."""
+    groups = tensor.unflatten(dim, (factor, -1))
+    return groups.chunk(mesh.size(), dim + 1)[mesh.get_local_rank()].flatten(dim, dim + 1)
+
+
+def _groups_of(tensor: Any) -> int | None:
+    """In how many equal groups a `DTensor` is cut into equal parts; None where it is cut in another way."""
+    factor = getattr(tensor.placements[0], "split_factor", None)
+    if tensor.device_mesh.ndim > 1 or factor is None:
+        return None
+    return factor if tensor.shape[tensor.placements[0].dim] % (factor * tensor.device_mesh.size()) == 0 else None
 
 
 def _is_sharded(tensor: torch.Tensor, dim: int) -> bool:

@@ -16,9 +16,11 @@ from ..layers.moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
 from ..layers.normalization import MiniMaxM3VLRMSNorm
 from ..loading.disk_names import with_module_names
 from ..loading.expert_quantization import refuse_incomplete_experts
+from ..loading.fused_projections import with_joined_groups
 from ..loading.mxfp8_quantizer import refuse_half_quantized_weights
 from ..loading.part_loading import finish_part_loading, part_conversions, refuse_parts_without_weights
 from ..loading.quantized_checkpoints import finish_loading, refuse_places
+from ..loading.tensor_parallel import choose_rules, note_shards
 from ..runtime.captured_decoding import CapturedDecoding, obstacle_of_model
 from ..training.indexer_training import freeze_untrained_indexers, set_indexer_training
 
@@ -76,6 +78,22 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
         finish_loading(model)
         freeze_untrained_indexers(model)
         return loaded
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As in Transformers, by rules with which the processes exchange less (see `loading/tensor_parallel.py`)."""
+        if mesh_manager is None:
+            return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        choose_rules(model, distributed_config)
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        note_shards(model, distributed_config, mesh_manager)
+        return model
+
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, distributed_config, **kwargs):
+        """As in Transformers, also where PyTorch does not join the parts of fused projections."""
+        if distributed_config is not None and distributed_config.tp_size > 1 and distributed_config.dp_size == 1:
+            state_dict = with_joined_groups(state_dict)
+        return super().gather_sharded_state_dict_for_save(model_to_save, state_dict, distributed_config, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):

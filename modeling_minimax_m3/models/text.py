@@ -11,6 +11,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 
 from ..fused.rms_norm import add_rms_norm
+from ..fused.shards import arrived
 from ..fused.support import is_watched, runs_as_written
 from ..layers import token_parts
 from ..layers.attention import MiniMaxM3VLAttention
@@ -200,7 +201,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
                 f"got {position_ids.dtype} of shape {tuple(position_ids.shape)}"
             )
 
-        hidden_states = inputs_embeds
+        hidden_states = arrived(inputs_embeds)
         del inputs_embeds  # so that they are freed after the first layer
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         if output_indexer_loss is None:

@@ -228,8 +228,11 @@ def _generation_moments(
         if weight.part == "routed experts"
     )
 
+    shares_heads = request.strategy in ("tensor_parallel", "expert_parallel")
+    processes = request.devices if shares_heads else 1
+
     def cache_of(tokens: int) -> float:
-        return float(sum(passes.cache_bytes(model.text, layer, rows * tokens, size) for layer in layers))
+        return float(sum(passes.cache_bytes(model.text, layer, rows * tokens, size, processes) for layer in layers))
 
     moments = {}
     for moment, tokens, keys, held in (

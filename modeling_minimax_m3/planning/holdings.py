@@ -74,12 +74,21 @@ def share_of(weight: Weight, request: MemoryRequest) -> float:
     if strategy in ("fsdp2", "zero3") or (strategy == "expert_parallel" and trains):
         is_cut = True  # beside expert parallelism in training, FSDP2 shards all but the experts
     elif strategy in ("tensor_parallel", "expert_parallel"):
-        is_cut = weight.part in ("routed experts", "embeddings", "head") or (
-            weight.part == "attention" and weight.is_linear
+        is_cut = (
+            weight.part in ("routed experts", "embeddings", "head")
+            or (weight.part == "attention" and weight.is_linear)
+            or (weight.part in ("dense MLPs", "shared experts") and _is_cut_mlp(weight, request.devices))
         )
     else:
         is_cut = False
     return 1 / request.devices if is_cut else 1
+
+
+def _is_cut_mlp(weight: Weight, devices: int) -> bool:
+    """Whether tensor parallelism cuts this weight of an MLP. Adapters of MLPs are not cut."""
+    names = {"gate_up_proj": weight.shape[0] // 2, "down_proj": weight.shape[-1]}
+    width = names.get(weight.module.rpartition(".")[2]) if weight.name.endswith(".weight") else None
+    return width is not None and width % (2 * devices) == 0
 
 
 def loaded_bytes(weight: Weight, request: MemoryRequest) -> float:

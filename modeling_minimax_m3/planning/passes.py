@@ -60,9 +60,15 @@ def cache_capacity(context: int, prompt: int, first_pass: int, is_static: bool) 
     return capacity
 
 
-def cache_bytes(config: MiniMaxM3VLTextConfig, layer: int, tokens: int, element_bytes: int) -> int:
-    """Bytes of the keys, values and index keys of `tokens` tokens in one layer."""
-    channels = 2 * config.num_key_value_heads * config.head_dim
+def cache_bytes(config: MiniMaxM3VLTextConfig, layer: int, tokens: int, element_bytes: int, processes: int = 1) -> int:
+    """Bytes of the keys, values and index keys of `tokens` tokens in one layer.
+
+    Of the processes of tensor parallelism, each holds its own heads and all index keys, or all heads where these cannot
+    be shared out evenly.
+    """
+    heads = config.num_key_value_heads
+    heads = heads if heads % processes else heads // processes
+    channels = 2 * heads * config.head_dim
     if _has_indexer(config, layer):
         channels += config.index_head_dim
     return tokens * channels * element_bytes

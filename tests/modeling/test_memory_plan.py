@@ -302,6 +302,21 @@ def test_more_devices_never_need_more_for_each(released, strategy, training):
     assert needs == sorted(needs, reverse=True)
 
 
+def test_tensor_parallelism_shares_heads_and_mlps(released):
+    """Four key/value heads: two or four devices hold their own, eight hold all."""
+    plans = [
+        plan_memory(released, MemoryRequest(strategy="tensor_parallel", devices=devices, context=2**17)).devices[0]
+        for devices in (2, 4, 8)
+    ]
+    tokens, layers, text = 2**17, 60, released.text_config
+    index_keys = 57 * tokens * text.index_head_dim * 2 / 2**30
+    heads = layers * tokens * 2 * text.head_dim * 2 / 2**30
+    for plan, held in zip(plans, (2, 1, 4), strict=True):
+        assert plan.gib["cache"] == pytest.approx(held * heads + index_keys)
+    for part in ("dense MLPs", "shared experts"):
+        assert [plan.gib[part] * 4 / plans[1].gib[part] for plan in plans] == pytest.approx([8, 4, 2])
+
+
 def test_layers_are_shared_out_evenly():
     assert _balanced([1.0, 1.0, 1.0, 1.0], 2) == [0, 0, 1, 1]
     assert _balanced([3.0, 1.0, 1.0, 1.0], 2) == [0, 1, 1, 1]

@@ -15,9 +15,6 @@ from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
-# Transformers' plans cut fused weights in a way that DTensors of older versions of PyTorch cannot put together again.
-# Where experts are spread over the devices, the weights are not cut that way.
-GATHERS_FUSED_WEIGHTS = torch.__version__ >= "2.12"
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 WORKER = Path(__file__).with_name("scale_out_worker.py")
 # A shape that the CUDA kernels take. The weights' values are so large that a wrong expert, or none, changes the loss;
@@ -59,8 +56,6 @@ def train(scale_out_models, tmp_path_factory) -> Callable[..., dict]:
     """
 
     def run(engine: str, *, config: str | None = None, processes: int = 1, **environment: str) -> dict:
-        if engine == "tensor_parallel" and not GATHERS_FUSED_WEIGHTS:
-            pytest.skip(f"PyTorch {torch.__version__} cannot gather weights that were cut for tensor parallelism")
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])

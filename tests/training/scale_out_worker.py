@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState,
 from transformers.distributed import DistributedConfig
 
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from modeling_minimax_m3.loading.fused_projections import joined
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.msa import backends
 from modeling_minimax_m3.run_monitor import RunMonitor
@@ -174,7 +175,7 @@ def with_zero3(model: PreTrainedModel) -> list[tuple[float, float]]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return joined(tensor)
 
 
 def check_equal(parts: PreTrainedModel, model: PreTrainedModel) -> None:
