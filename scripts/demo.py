@@ -29,6 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from answer_question import answer_question, mean_blocks, mean_cells, mean_shares
+from checkpoint_folder import check_checkpoint
 from configuration_minimax_m3 import small_config
 from gallery_page import write_page
 from heldout_questions import Question, long_question, short_question
@@ -50,13 +51,10 @@ def open_checkpoint(folder: Path | None, output: Path) -> Path:
     """The folder of the checkpoint: the given one, the trained one, or a random one that is built.
 
     Raises:
-        FileNotFoundError: `folder` holds no checkpoint.
+        ValueError: `folder` holds no checkpoint of a MiniMax-M3.
     """
     if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"`checkpoint` must be the folder of a checkpoint, but {folder} has no config.json."
-            )
+        check_checkpoint(folder)
         return folder
     if (CHECKPOINT / "config.json").is_file():
         return CHECKPOINT
@@ -154,7 +152,7 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
     announce(1, "loading the checkpoint with AutoProcessor and AutoModelForImageTextToText")
     try:
         folder = open_checkpoint(arguments.checkpoint, arguments.output)
-    except FileNotFoundError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"demo: {error}") from error
     print(f"  {folder}")
     processor = AutoProcessor.from_pretrained(folder)

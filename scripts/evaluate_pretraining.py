@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_minimax_m3  # noqa: F401 - registers the classes
+from checkpoint_folder import check_checkpoint
 from evaluation_answers import answer_batch, answer_in_turn, batches, by_question, share
 from evaluation_probes import CodeDocuments, code_perplexity, coverage, expert_loads, loaded_rows
 from evaluation_prompts import Job, Prompt, PromptData, judge
@@ -74,11 +75,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raises `ValueError` or `FileNotFoundError` for an option that cannot work, before the model is loaded."""
-    if not (arguments.checkpoint / "config.json").is_file():
-        raise FileNotFoundError(
-            f"`checkpoint` must be the folder of a model, but {arguments.checkpoint} has no config.json."
-        )
+    """Raises `ValueError` for an option that cannot work, before the model is loaded."""
+    check_checkpoint(arguments.checkpoint)
     for name, known in (("parts", PARTS), ("tasks", tuple(TASKS))):
         values = [value.strip() for value in getattr(arguments, name).split(",")]
         if unknown := [value for value in values if value not in known]:

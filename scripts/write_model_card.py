@@ -126,7 +126,11 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
     results: dict[str, Any] = {}
     if evaluation is not None:
         results = read_json(evaluation)
-        sections |= evaluation_sections(results)
+        if not (found := evaluation_sections(results)):
+            raise ValueError(
+                f"`--evaluation` must be results of evaluate_pretraining.py, but {evaluation} has no scores."
+            )
+        sections |= found
         if answers := results.get("answers"):
             scores = {f"eval_accuracy_{task}": one["accuracy"] for task, one in answers.items()}
             note = ""
