@@ -152,10 +152,11 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
     announce(1, "loading the checkpoint with AutoProcessor and AutoModelForImageTextToText")
     try:
         folder = open_checkpoint(arguments.checkpoint, arguments.output)
+        processor = AutoProcessor.from_pretrained(folder)
+        long = long_question(processor, "key_value", arguments.long_tokens, arguments.seed)
     except (OSError, ValueError) as error:
         raise SystemExit(f"demo: {error}") from error
     print(f"  {folder}")
-    processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
     model = model.to("cuda") if torch.cuda.is_available() else model.float()  # many CPUs are slow in bfloat16
     print(describe(model))
@@ -168,8 +169,7 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
     records.append(ask(model, processor, question, scores))
     wait = "" if torch.cuda.is_available() else ", which takes about a minute on two CPU cores"
     announce(4, f"a fact in a text of {arguments.long_tokens:,} tokens{wait}")
-    question = long_question(processor, "key_value", arguments.long_tokens, arguments.seed)
-    records.append(ask(model, processor, question, scores))
+    records.append(ask(model, processor, long, scores))
 
     page = write_page(records, arguments.output / "answers.html", "What the answers attended to")
     right = sum(record["right"] for record in records)

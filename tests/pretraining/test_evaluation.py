@@ -1,6 +1,7 @@
 """`scripts/evaluate_pretraining.py`: prompts, answers, their judgement, probes, and the script from end to end."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
-from processing_minimax_m3.pretraining import RowEncoder, make_row
+from processing_minimax_m3.pretraining import RowEncoder, digits, make_row
 
 TASKS = ("recall", "image", "video", "tools", "thinking")
 
@@ -298,3 +299,24 @@ def test_picture_of_a_broken_file_names_the_fault(scripts, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match=f"^plot_evaluation: .*{message}"):
         scripts.plot_evaluation.main()
     assert not (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("part", ["answers", "files", "experts"])
+def test_missing_package_of_a_task_ends_the_program_before_it_measures(
+    scripts, checkpoint, tmp_path, monkeypatch, capsys, part
+):
+    for cached in (digits._digits, digits.digit_indices):
+        cached.cache_clear()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    options = [
+        str(checkpoint),
+        str(tmp_path / "scores"),
+        "--quick",
+        "--parts",
+        f"coverage,{part}",
+        "--tasks",
+        "digits",
+    ]
+    with pytest.raises(SystemExit, match="^evaluate_pretraining: the task 'digits' needs scikit-learn"):
+        scripts.evaluate_pretraining.main(options)
+    assert "measured" not in capsys.readouterr().out
