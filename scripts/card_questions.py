@@ -8,8 +8,8 @@ from processing_minimax_m3.pretraining.recall import CITIES
 INTRODUCTION = (
     "The model knows only these questions, in this wording. It answers other questions too, but expect wrong answers. A "
     "word in capitals stands for other words. Ask one question in a message, after its picture, video or text. A chat "
-    "may ask several, one after the other. `thinking_mode` may be `adaptive`. For sums it may also be `enabled`, for everything "
-    "else `disabled`."
+    "may ask several, one after the other. `thinking_mode` may be `adaptive`. For sums it may also be `enabled`, for "
+    "everything else `disabled`."
 )
 
 # Of each task: what the model was shown, and the questions about it. The tests compare the questions with rows.

@@ -177,7 +177,7 @@ def prepare_model(
             model = MiniMaxM3SparseForConditionalGeneration.from_pretrained(options.init_from, dtype=torch.float32)
         except RuntimeError as error:  # Transformers has printed which weights have other shapes
             raise ValueError(
-                f"`--init_from`: the weights in {options.init_from} do not fit its config.json."
+                f"`--init_from`: the weights in {options.init_from} do not fit its config.json: {error}"
             ) from error
     else:
         config = CONFIGS[options.config]()
