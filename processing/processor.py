@@ -143,10 +143,12 @@ class MiniMaxM3VLProcessor(AutoClassByImport, ProcessorMixin):
     ) -> None:
         wanted = [sample.count(token) for sample in text]
         given = 0 if media is None else len(flatten(media))
-        # These are the messages of Transformers, because other programs look for them.
+        # They begin as the messages of Transformers do, because other programs look for them.
         if media is None and sum(wanted):
             raise ValueError(
-                f"Found {sum(wanted)} {token} tokens in the text but no {name} were passed (tokens per text: {wanted})."
+                f"Found {sum(wanted)} {token} tokens in the text but no {name} were passed (tokens per text: {wanted}). "
+                f"If they come from a chat, each {name.removesuffix('s')} part must hold its source as 'url', 'path' or "
+                f"'{name.removesuffix('s')}'."
             )
         if sum(wanted) != given:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Compare attention types, and training on all modalities with training on one: many small runs at once.
 
-    python scripts/ablation.py ablation --plan           # the budget alone
+    python scripts/ablation.py --plan                    # the budget alone
     python scripts/ablation.py ablation                  # 6 arms, 3 seeds
     python scripts/ablation.py plot ablation/ablation.json docs/images/ablation.png
 
@@ -31,6 +31,7 @@ from ablation_report import compare, plot_ablation, print_comparison
 from ablation_runs import ARMS, JOINT, arm_config, train_run, write_packs
 from make_tiny_checkpoint import build_processor
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from modeling_minimax_m3.conversion.source import read_json
 from processing_minimax_m3.pretraining import WEIGHTS, Packs, parse_stages
 from processing_minimax_m3.pretraining.packs import Stage
 from processing_minimax_m3.pretraining.tokenizer_texts import tokenizer_texts
@@ -41,8 +42,8 @@ POLL = 2.0  # seconds between looks at the runs
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("output", type=Path, help="folder for ablation.json and ablation.png")
-    parser.add_argument("--plan", action="store_true", help="state the budget and stop")
+    parser.add_argument("output", type=Path, nargs="?", help="folder for ablation.json and ablation.png")
+    parser.add_argument("--plan", action="store_true", help="state the budget and stop; `output` is not needed")
     parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)} (all)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
     parser.add_argument("--size", choices=("small", "tiny"), default="small", help="of the model; tiny is for tests")
@@ -62,7 +63,10 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--work", type=Path, help="folder for packs and runs, which stays (default: one that is removed)"
     )
     parser.add_argument("--run", help=argparse.SUPPRESS)  # ARM/SEED: this process is one of the runs
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.output is None and not arguments.plan:
+        parser.error("the following arguments are required: output")
+    return arguments
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -205,7 +209,10 @@ def write_results(arguments: argparse.Namespace, work: Path, argv: Sequence[str]
     plan = budget(arguments)
     print_budget(plan)
     started = time.perf_counter()
-    make_data(arguments, work / "data")
+    try:
+        make_data(arguments, work / "data")
+    except ImportError as error:  # of scikit-learn
+        raise SystemExit(f"ablation: {error}") from error
     data_seconds = time.perf_counter() - started
     print(f"packs written in {data_seconds:.0f} s; training {plan['runs']} runs", flush=True)
     records = train_all(arguments, work, argv)
@@ -241,7 +248,10 @@ def main(argv: Iterable[str] | None = None) -> None:
         parser.add_argument("results", type=Path, help="ablation.json")
         parser.add_argument("picture", type=Path, help="path of the picture")
         arguments = parser.parse_args(given[1:])
-        print(f"wrote {plot_ablation(json.loads(arguments.results.read_text()), arguments.picture)}")
+        try:
+            print(f"wrote {plot_ablation(read_json(arguments.results), arguments.picture)}")
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"ablation: {error}") from error
         return
     arguments = read_arguments(given)
     try:

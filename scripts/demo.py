@@ -29,6 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from answer_question import answer_question, mean_blocks, mean_cells, mean_shares
+from checkpoint_folder import check_checkpoint
 from configuration_minimax_m3 import small_config
 from gallery_page import write_page
 from heldout_questions import Question, long_question, short_question
@@ -50,13 +51,10 @@ def open_checkpoint(folder: Path | None, output: Path) -> Path:
     """The folder of the checkpoint: the given one, the trained one, or a random one that is built.
 
     Raises:
-        FileNotFoundError: `folder` holds no checkpoint.
+        ValueError: `folder` holds no checkpoint of a MiniMax-M3.
     """
     if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"`checkpoint` must be the folder of a checkpoint, but {folder} has no config.json."
-            )
+        check_checkpoint(folder)
         return folder
     if (CHECKPOINT / "config.json").is_file():
         return CHECKPOINT
@@ -154,10 +152,11 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
     announce(1, "loading the checkpoint with AutoProcessor and AutoModelForImageTextToText")
     try:
         folder = open_checkpoint(arguments.checkpoint, arguments.output)
-    except FileNotFoundError as error:
+        processor = AutoProcessor.from_pretrained(folder)
+        long = long_question(processor, "key_value", arguments.long_tokens, arguments.seed)
+    except (OSError, ValueError) as error:
         raise SystemExit(f"demo: {error}") from error
     print(f"  {folder}")
-    processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
     model = model.to("cuda") if torch.cuda.is_available() else model.float()  # many CPUs are slow in bfloat16
     print(describe(model))
@@ -170,8 +169,7 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
     records.append(ask(model, processor, question, scores))
     wait = "" if torch.cuda.is_available() else ", which takes about a minute on two CPU cores"
     announce(4, f"a fact in a text of {arguments.long_tokens:,} tokens{wait}")
-    question = long_question(processor, "key_value", arguments.long_tokens, arguments.seed)
-    records.append(ask(model, processor, question, scores))
+    records.append(ask(model, processor, long, scores))
 
     page = write_page(records, arguments.output / "answers.html", "What the answers attended to")
     right = sum(record["right"] for record in records)

@@ -28,12 +28,13 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_minimax_m3  # noqa: F401 - registers the classes
+from checkpoint_folder import check_checkpoint
 from evaluation_answers import answer_batch, answer_in_turn, batches, by_question, share
 from evaluation_probes import CodeDocuments, code_perplexity, coverage, expert_loads, loaded_rows
 from evaluation_prompts import Job, Prompt, PromptData, judge
 from plot_evaluation import plot_evaluation
 from processing_minimax_m3 import MiniMaxM3VLProcessor
-from processing_minimax_m3.pretraining import TASKS, RowEncoder
+from processing_minimax_m3.pretraining import TASKS, RowEncoder, make_row
 from replace_when_done import replace_when_done
 
 FILE_TASKS = ("image", "digits", "video")
@@ -74,11 +75,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raises `ValueError` or `FileNotFoundError` for an option that cannot work, before the model is loaded."""
-    if not (arguments.checkpoint / "config.json").is_file():
-        raise FileNotFoundError(
-            f"`checkpoint` must be the folder of a model, but {arguments.checkpoint} has no config.json."
-        )
+    """Raises `ValueError` or `ImportError` for an option that cannot work, before the model is loaded."""
+    check_checkpoint(arguments.checkpoint)
     for name, known in (("parts", PARTS), ("tasks", tuple(TASKS))):
         values = [value.strip() for value in getattr(arguments, name).split(",")]
         if unknown := [value for value in values if value not in known]:
@@ -91,6 +89,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"`--workers` must be at least 0, got {arguments.workers}.")
     if arguments.longest < SHORTEST:
         raise ValueError(f"`--longest` must be at least {SHORTEST} tokens, got {arguments.longest}.")
+    if "digits" in arguments.tasks and {"answers", "files", "experts"} & set(arguments.parts):
+        make_row("digits", "heldout", 0)  # without scikit-learn this fails, and here nothing has been measured yet
     if "files" in arguments.parts and "video" in arguments.tasks:
         try:
             import av  # noqa: F401
@@ -274,7 +274,7 @@ def main(argv: Iterable[str] | None = None) -> dict[str, Any]:
             model.to("cuda")
         else:
             model.float()  # CPUs are slow in bfloat16
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"evaluate_pretraining: {error}") from error
     started = time.perf_counter()
     found = Evaluation(model, processor, arguments).run()

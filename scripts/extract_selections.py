@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import modeling_minimax_m3  # noqa: F401  (registers the classes)
+from checkpoint_folder import check_checkpoint
 from plot_selection import SelectionRecorder, sparse_layers
 from processing_minimax_m3.pretraining import make_row
 from replace_when_done import replace_when_done
@@ -77,8 +78,7 @@ def main(argv: Iterable[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--seed", type=int, default=0, help="another one gives other texts (0)")
     arguments = parser.parse_args(None if argv is None else list(argv))
     try:
-        if not (arguments.checkpoint / "config.json").is_file():
-            raise ValueError(f"`checkpoint` must be the folder of a checkpoint, but {arguments.checkpoint} has no config.json.")  # fmt: skip
+        check_checkpoint(arguments.checkpoint)
         if arguments.output.suffix != ".npz":
             raise ValueError(f"`output` must end in .npz, got {arguments.output}.")
         tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)

@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_minimax_m3  # noqa: F401  (registers the classes)
 from answer_question import answer_question
+from checkpoint_folder import check_checkpoint
 from gallery_page import write_page
 from heldout_questions import LONG_KINDS, long_question, short_question
 
@@ -43,8 +44,7 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--long-tokens", type=int, default=16384, help="least length of the long prompts (16384)")
     arguments = parser.parse_args(None if argv is None else list(argv))
     try:
-        if not (arguments.checkpoint / "config.json").is_file():
-            raise ValueError(f"`checkpoint` must be the folder of a checkpoint, but {arguments.checkpoint} has no config.json.")  # fmt: skip
+        check_checkpoint(arguments.checkpoint)
         if wrong := [name for name in arguments.questions if name.count(":") != 1]:
             raise ValueError(f"`--questions` must be TASK:KIND, such as image:colour, got {wrong[0]!r}.")
         processor = AutoProcessor.from_pretrained(arguments.checkpoint)

@@ -15,22 +15,31 @@ from replace_when_done import replace_when_done
 
 MILLION = 1e6
 HELD_OUT = "eval_loss_"
+DRAWN = ("step", "tokens", "seconds", "loss", "indexer_loss")
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:
     """The lines of a curves.jsonl.
 
     Raises:
-        ValueError: A line is no JSON object with `step`, `tokens` and `seconds`, or no line has a `loss`. The message names it.
+        ValueError: A line is no JSON object with `step`, `tokens` and `seconds`, one of its values is no number, or no line
+            has a `loss`. The message names it.
     """
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}.") from error
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: {error}.") from error
         if not isinstance(row, dict) or not {"step", "tokens", "seconds"} <= row.keys():
             raise ValueError(f"{path}, line {number} must have `step`, `tokens` and `seconds`, got {line[:80]!r}.")
+        drawn = [name for name in row if name in DRAWN or name.startswith(HELD_OUT)]
+        if wrong := [name for name in drawn if isinstance(row[name], bool) or not isinstance(row[name], (int, float))]:
+            raise ValueError(f"{path}, line {number}: `{wrong[0]}` must be a number, got {row[wrong[0]]!r:.80}.")
         rows.append(row)
     if not any("loss" in row for row in rows):
         raise ValueError(f"{path} must have lines with `loss`, got {len(rows)} lines without.")

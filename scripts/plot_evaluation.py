@@ -4,12 +4,12 @@ python scripts/plot_evaluation.py scores/results.json docs/images/small_model_sc
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from modeling_minimax_m3.conversion.source import read_json
 from replace_when_done import replace_when_done
 
 
@@ -139,7 +139,10 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="results.json of evaluate_pretraining.py")
     parser.add_argument("picture", type=Path, help="path of the picture")
     arguments = parser.parse_args()
-    print(f"wrote {plot_evaluation(json.loads(arguments.results.read_text()), arguments.picture)}")
+    try:
+        print(f"wrote {plot_evaluation(read_json(arguments.results), arguments.picture)}")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"plot_evaluation: {error}") from error
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch
 from transformers import GenerationConfig, HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from checkpoint_folder import check_checkpoint
 from configuration_minimax_m3 import MiniMaxM3VLConfig, small_config, tiny_config
 from make_tiny_checkpoint import build_processor
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
@@ -118,8 +119,8 @@ def read_options(argv: list[str]) -> tuple[PretrainingOptions, TrainingArguments
     options, training = parser.parse_args_into_dataclasses(argv)
     if options.init_from and "--config" in given:
         raise ValueError("`--config` has no effect with `--init_from`, whose folder has the configuration.")
-    if options.init_from and not (Path(options.init_from) / "config.json").is_file():
-        raise ValueError(f"`--init_from` must be a folder with a checkpoint, got {options.init_from!r}.")
+    if options.init_from:
+        check_checkpoint(Path(options.init_from), "--init_from")
     if options.config not in CONFIGS:
         raise ValueError(f"`--config` must be one of {sorted(CONFIGS)}, got {options.config!r}.")
     if not 0 <= options.indexer_warmup_share <= 1:
@@ -150,6 +151,15 @@ def check_shared_memory(training: TrainingArguments, pack_tokens: int) -> None:
         )
 
 
+def check_rows_fit(packs: Packs) -> None:
+    """Raises `ValueError` if no row fits into any of the packs, which would have nothing to learn or to score."""
+    if not any(packs.rows(index) for index in range(len(packs))):
+        raise ValueError(
+            f"no row of {', '.join(packs.weights)} fits into {packs.stages[-1].max_length} tokens, the longest rows of "
+            f"`--stages`, in {len(packs)} held-out packs. Allow longer rows, or raise `--eval_packs`."
+        )
+
+
 def dense_steps(config: MiniMaxM3VLConfig, stages: tuple[Stage, ...], max_steps: int, warmup_steps: int) -> int:
     """How many of the first steps have dense attention: in the warm-up, or because a query selects all its blocks."""
     selected = config.text_config.index_topk_blocks * config.text_config.index_block_size
@@ -163,7 +173,12 @@ def prepare_model(
     """A new model and its tokenizer, or those of an earlier run, with weights in float32."""
     if options.init_from:
         processor = MiniMaxM3VLProcessor.from_pretrained(options.init_from)
-        model = MiniMaxM3SparseForConditionalGeneration.from_pretrained(options.init_from, dtype=torch.float32)
+        try:
+            model = MiniMaxM3SparseForConditionalGeneration.from_pretrained(options.init_from, dtype=torch.float32)
+        except RuntimeError as error:  # Transformers has printed which weights have other shapes
+            raise ValueError(
+                f"`--init_from`: the weights in {options.init_from} do not fit its config.json: {error}"
+            ) from error
     else:
         config = CONFIGS[options.config]()
         processor = build_processor(config, tokenizer_texts(weights, seed))
@@ -184,6 +199,7 @@ def prepare(argv: list[str]) -> PackTrainer:
     model, processor = prepare_model(options, weights, training.seed)
     train = Packs(processor, "train", packs_per_step * training.max_steps, stages=stages, **data)
     heldout = Packs(processor, "heldout", options.eval_packs, stages=[Stage(1.0, stages[-1].max_length)], **data)
+    check_rows_fit(heldout)
 
     model.set_indexer_training(options.indexer_loss_coef, warmup=options.indexer_warmup_share > 0)
     warmup_steps = round(options.indexer_warmup_share * training.max_steps)

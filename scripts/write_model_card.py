@@ -13,6 +13,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from card_questions import questions_section
 from configuration_minimax_m3 import MiniMaxM3VLConfig
 from modeling_minimax_m3.commands.card_examples import examples_of, loading
 from modeling_minimax_m3.commands.model_card import CARD, ModelCard, as_table
@@ -49,9 +50,9 @@ def architecture(folder: Path) -> str:
         ("parameters", f"{parameters:,}"),
         ("layers", ", ".join(kinds)),
         ("hidden size, vocabulary", f"{text.hidden_size}, {text.vocab_size}"),
-        ("query heads, key/value heads, channels", f"{text.num_attention_heads}, {text.num_key_value_heads}, {text.head_dim}"),
-        ("keys of a block, blocks of a query", f"{text.index_block_size}, {text.index_topk_blocks}"),
-        ("experts, of them for a token", f"{text.num_local_experts}, {text.num_experts_per_tok}"),
+        ("query heads, key/value heads, channels of a head", f"{text.num_attention_heads}, {text.num_key_value_heads}, {text.head_dim}"),
+        ("keys of a block, blocks that a query selects", f"{text.index_block_size}, {text.index_topk_blocks}"),
+        ("experts of a layer, experts of a token", f"{text.num_local_experts}, {text.num_experts_per_tok}"),
         ("vision tower", f"{vision.num_hidden_layers} layers of {vision.hidden_size}"),
     ]  # fmt: skip
     return as_table(("part", "size"), rows)
@@ -122,11 +123,16 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
         "The scores are those of the last evaluation of the run. An accuracy is the share of right answers. A loss is "
         "in nats of a learned token."
     )
-    sections = {"Architecture": architecture(folder)}
+    tasks = record.get("options", {}).get("tasks", "")
+    sections = {"Questions that it knows": questions_section(tasks), "Architecture": architecture(folder)}
     results: dict[str, Any] = {}
     if evaluation is not None:
         results = read_json(evaluation)
-        sections |= evaluation_sections(results)
+        if not (found := evaluation_sections(results)):
+            raise ValueError(
+                f"`--evaluation` must be results of evaluate_pretraining.py, but {evaluation} has no scores."
+            )
+        sections |= found
         if answers := results.get("answers"):
             scores = {f"eval_accuracy_{task}": one["accuracy"] for task, one in answers.items()}
             note = ""
@@ -137,8 +143,8 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
         "scikit-learn's handwritten digits. Held-out rows share no file and no digit with the training rows. " + note
     )
     sections["Limits"] = paragraph(
-        "The model is made to show and test the architecture. It knows the kinds of questions that it was trained on, "
-        f"in their wording, and nothing about the world. {limits(record, results)}"
+        "The model is made to show and test the architecture. It knows nothing about the world. The scores hold for the "
+        f"questions, pictures, videos and tools above, and for nothing else. {limits(record, results)}"
     )
     return ModelCard(
         title=title,
@@ -152,9 +158,13 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
         examples=examples_of(load_as or str(folder)),
         opening=paragraph(
             "A small MiniMax-M3 with every part of the released one: dense and sparse attention, experts, and a vision "
-            "tower for pictures and videos. The examples read a picture and a video of the kind that it knows, photo.png "
-            "and clip.mp4. `python scripts/example_media.py` draws both."
-        ).strip(),
+            "tower for pictures and videos. The examples need the package of this repository. Run these commands in the "
+            "folder of the repository, and Python too:"
+        )
+        + "\n```bash\n"
+        'pip install ".[train,video]"\n'
+        "python scripts/example_media.py   # draws photo.png and clip.mp4, which the examples read\n"
+        "```",
         sections=sections,
         made_with={"python": record["python"], "torch": record["torch"], "device": record["device"]},
         license="apache-2.0",

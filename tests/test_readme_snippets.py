@@ -32,8 +32,8 @@ SNIPPETS = read_snippets()
 ANSWERS = {
     "Chat with an image": ["pink triangle, purple diamond, blue ring, purple diamond"],
     "Chat with a video": ["black diamond"],
-    "Several conversations at once": ["<mm:think>12 + 7 = 19.</mm:think>19", "</mm:think>Rome"],
-    "Thinking and tool calls": ["invite {'people': ['Ada', 'Ben'], 'day': 'Friday'}"],
+    "Several conversations at once": ["19", "Rome"],
+    "Thinking and tool calls": ["content:  thoughts: None", "invite {'people': ['Ada', 'Ben'], 'day': 'Friday'}"],
     "Long prompts": ["658"],
 }
 

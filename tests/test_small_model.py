@@ -55,11 +55,23 @@ def test_curves_are_drawn(load_script, tmp_path):
         ('{"step": 1, "tokens": 2}', "line 1 must have `step`, `tokens` and `seconds`, got"),
         ('{"step": 1, "tokens": 2, "seconds": 3}', "must have lines with `loss`, got 1 lines without"),
         ("", "must have lines with `loss`, got 0 lines without"),
+        ('{"step": 1, "tokens": 2, "seconds": 3, "loss": "x"}', "line 1: `loss` must be a number, got 'x'"),
+        ('{"step": "1", "tokens": 2, "seconds": 3, "loss": 4}', "line 1: `step` must be a number, got '1'"),
+        (
+            '{"step": 1, "tokens": 2, "seconds": 3, "eval_loss_code": null}',
+            "`eval_loss_code` must be a number, got None",
+        ),
     ],
 )
 def test_faulty_curves_are_refused(load_script, tmp_path, text, message):
     (tmp_path / "curves.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
+        load_script("plot_curves").read_curves(tmp_path / "curves.jsonl")
+
+
+def test_curves_that_are_no_text_are_refused(load_script, tmp_path):
+    (tmp_path / "curves.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="curves.jsonl is no text"):
         load_script("plot_curves").read_curves(tmp_path / "curves.jsonl")
 
 

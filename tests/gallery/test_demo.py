@@ -61,6 +61,12 @@ def test_folder_without_a_checkpoint_ends_the_demonstration(load_script, tmp_pat
         load_script("demo").main([str(tmp_path), "--output", str(tmp_path)])
 
 
+def test_length_that_no_text_has_ends_the_demonstration(load_script, checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="^demo: no held-out text of 0 tokens was found"):
+        load_script("demo").main([str(checkpoint), "--output", str(tmp_path), "--long-tokens", "0"])
+    assert "question" not in capsys.readouterr().out  # before anything is asked
+
+
 def test_gallery_is_written(load_script, checkpoint, tmp_path, capsys):
     page = tmp_path / "gallery.html"
     options = ["--questions", "image:count", "tools:call", "recall:needle", "--long-tokens", "600"]

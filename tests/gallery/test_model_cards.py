@@ -173,6 +173,18 @@ def test_scores_of_an_evaluation_take_the_place_of_those_of_training(load_script
     assert "had up to 16,384 tokens. Recall from this length on: 99.0% at 16,384, 50.0% at 32,768." in words
 
 
+def test_evaluation_without_scores_leaves_the_card_alone(load_script, tiny_checkpoint, tmp_path):
+    copytree(tiny_checkpoint, tmp_path / "small")
+    (tmp_path / "small" / "training.json").write_text(json.dumps(RECORD))
+    (tmp_path / "small" / "README.md").write_text("a card")
+    options = ["--evaluation", str(tmp_path / "small" / "config.json")]
+    with pytest.raises(
+        SystemExit, match="^write_model_card: `--evaluation` must be results .*config.json has no scores"
+    ):
+        load_script("write_model_card").main([str(tmp_path / "small"), *options])
+    assert (tmp_path / "small" / "README.md").read_text() == "a card"
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [(None, "training.json"), ({"seed": 1}, "must have the fields .* but .*'command'.* are missing")],

@@ -145,8 +145,11 @@ def test_runs_share_the_gpus(scripts, tmp_path, monkeypatch, named, expected):
 
 
 def test_plan_states_the_budget_and_trains_nothing(scripts, tmp_path, capsys):
+    scripts.ablation.main(["--plan"])
+    without_folder = capsys.readouterr().out
     scripts.ablation.main([str(tmp_path / "out"), "--plan"])
     text = capsys.readouterr().out
+    assert text == without_folder
     assert text.startswith("18 runs (6 arms, 3 seeds) of 1,500 steps of 8,192 tokens: 12.3M tokens each")
     assert "image only: 7,367,104 parameters, minimax_m3_sparse, rows of image" in text
     assert not (tmp_path / "out").exists()
@@ -168,3 +171,25 @@ def test_faulty_options_end_the_program_with_their_name(scripts, tmp_path, more,
     with pytest.raises(SystemExit, match=f"^ablation: .*{message}"):
         scripts.ablation.main([str(tmp_path / "out"), *more])
     assert not (tmp_path / "out").exists()
+
+
+def test_comparison_needs_its_folder(scripts, capsys):
+    with pytest.raises(SystemExit):
+        scripts.ablation.main(["--seeds", "1"])
+    assert "required: output" in capsys.readouterr().err
+
+
+def test_missing_package_of_a_task_ends_the_program(scripts, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ImportError("the task 'digits' needs scikit-learn")
+
+    monkeypatch.setattr(scripts.ablation, "make_data", fail)
+    with pytest.raises(SystemExit, match="^ablation: the task 'digits' needs scikit-learn"):
+        scripts.ablation.main([str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_picture_of_a_broken_file_names_the_fault(scripts, tmp_path):
+    (tmp_path / "ablation.json").write_text("{")
+    with pytest.raises(SystemExit, match="^ablation: .*ablation.json is not readable JSON"):
+        scripts.ablation.main(["plot", str(tmp_path / "ablation.json"), str(tmp_path / "picture.png")])

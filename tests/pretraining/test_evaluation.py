@@ -1,6 +1,7 @@
 """`scripts/evaluate_pretraining.py`: prompts, answers, their judgement, probes, and the script from end to end."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
-from processing_minimax_m3.pretraining import RowEncoder, make_row
+from processing_minimax_m3.pretraining import RowEncoder, digits, make_row
 
 TASKS = ("recall", "image", "video", "tools", "thinking")
 
@@ -255,8 +256,20 @@ def test_faulty_options_end_the_program_with_their_name(scripts, checkpoint, tmp
     assert not (tmp_path / "scores").exists()
 
 
-def test_folder_without_a_model_is_named(scripts, tmp_path):
-    with pytest.raises(SystemExit, match="`checkpoint` must be the folder of a model"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "`checkpoint` must be the folder of a checkpoint, but .* has no config.json"),
+        ("{", ".*config.json is not readable JSON"),
+        ("[]", ".*config.json must hold a JSON object"),
+        ("{}", "`checkpoint` must be a checkpoint of the model type 'minimax_m3_vl', but .*config.json has None"),
+        ('{"model_type": "llama"}', "`checkpoint` must be a checkpoint of the model type .*, but .* has 'llama'"),
+    ],
+)
+def test_folder_without_a_model_is_named(scripts, tmp_path, config, message):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SystemExit, match=f"^evaluate_pretraining: {message}"):
         scripts.evaluate_pretraining.main([str(tmp_path), str(tmp_path / "scores")])
 
 
@@ -268,3 +281,42 @@ def test_picture_has_the_parts_of_the_results(scripts, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 1000
     assert scripts.plot_evaluation.short(262144) == "256k" and scripts.plot_evaluation.short(2**20) == "1M"
     assert scripts.plot_evaluation.short(512) == "512"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff", "is not readable JSON"),
+        (b"{", "is not readable JSON"),
+        (b"[1]", "must hold a JSON object, got"),
+        (b"{}", "must have one of answers, .* to draw, got none"),
+    ],
+)
+def test_picture_of_a_broken_file_names_the_fault(scripts, tmp_path, monkeypatch, content, message):
+    results = tmp_path / "results.json"
+    results.write_bytes(content)
+    monkeypatch.setattr("sys.argv", ["plot_evaluation.py", str(results), str(tmp_path / "picture.png")])
+    with pytest.raises(SystemExit, match=f"^plot_evaluation: .*{message}"):
+        scripts.plot_evaluation.main()
+    assert not (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("part", ["answers", "files", "experts"])
+def test_missing_package_of_a_task_ends_the_program_before_it_measures(
+    scripts, checkpoint, tmp_path, monkeypatch, capsys, part
+):
+    for cached in (digits._digits, digits.digit_indices):
+        cached.cache_clear()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    options = [
+        str(checkpoint),
+        str(tmp_path / "scores"),
+        "--quick",
+        "--parts",
+        f"coverage,{part}",
+        "--tasks",
+        "digits",
+    ]
+    with pytest.raises(SystemExit, match="^evaluate_pretraining: the task 'digits' needs scikit-learn"):
+        scripts.evaluate_pretraining.main(options)
+    assert "measured" not in capsys.readouterr().out

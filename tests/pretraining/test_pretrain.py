@@ -201,6 +201,7 @@ def test_right_answers_count_as_right(load_script, processor, monkeypatch):
         (("--tasks", "poetry=1"), "poetry"),
         (("--tasks", "image=many"), "`--tasks` must be NAME=WEIGHT.*'image=many'"),
         (("--stages", "4096:1"), "pack of 2048 tokens cannot hold"),
+        (("--stages", "256:1", "--tasks", "video=1"), "no row of video fits into 256 tokens.*`--stages`"),
         (("--train_sampling_strategy", "random"), "must be sequential"),
         (("--resume_from_checkpoint", "true"), "no checkpoint in"),
         (("--dataloader_num_workers", "100000"), "/dev/shm has .* MiB free.*dataloader_num_workers"),
@@ -210,3 +211,29 @@ def test_faulty_options_end_the_program_with_their_name(load_script, tmp_path, m
     with pytest.raises(SystemExit, match=f"^pretrain: .*{message}"):
         run(load_script, tmp_path, *more)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "must be the folder of a checkpoint, but .* has no config.json"),
+        ('{"model_type": "llama"}', "must be a checkpoint of the model type 'minimax_m3_vl', but .* has 'llama'"),
+    ],
+)
+def test_wrong_folder_to_start_from_is_named(load_script, tmp_path, config, message):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    options = [option for option in OPTIONS if option not in ("--config", "tiny")]
+    with pytest.raises(SystemExit, match=f"^pretrain: `--init_from` {message}"):
+        load_script("pretrain").main([*options, "--init_from", str(tmp_path), "--output_dir", str(tmp_path / "run")])
+
+
+def test_weights_of_other_sizes_are_named(load_script, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "mixed")
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+    config["text_config"]["intermediate_size"] *= 2
+    (tmp_path / "mixed" / "config.json").write_text(json.dumps(config))
+    options = [option for option in OPTIONS if option not in ("--config", "tiny")]
+    more = ["--init_from", str(tmp_path / "mixed"), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="^pretrain: `--init_from`: the weights in .* do not fit its config.json"):
+        load_script("pretrain").main([*options, *more])
