@@ -48,7 +48,8 @@ Weight: TypeAlias = torch.Tensor | Mxfp8Tensors
 def weight_of(layer: nn.Module) -> Weight | None:
     """What `layer` multiplies by; None where it does more than that, or where something watches its calls.
 
-    Of a layer that processes share it is the part of this process (see `shards`). A class of layers with weights in another form has a method `few_token_weight` that answers this.
+    Of a layer that processes share, it is the part of this process (see `shards`). A class of layers with weights in
+    another form has a method `few_token_weight` that answers this.
     """
     if shards.runs_as_planned(layer, nn.Linear):
         weight = layer.weight if layer.bias is None else None
