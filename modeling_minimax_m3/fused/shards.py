@@ -10,16 +10,19 @@ All processes have the same inputs, and the same outputs behind a sum.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.distributed.utils import is_dtensor
 from transformers.utils import is_torchdynamo_compiling
 
 from .support import has_hooks, is_of_kind, runs_as_written
+
+# `torch.distributed.tensor` is not there in every build of PyTorch, so it is imported where it is used.
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Styles of linear layers: outputs of this process's own, also of a fused gate and up projection; or inputs of its own,
 # whose products are summed.
@@ -39,7 +42,7 @@ class Processes:
         mesh (`DeviceMesh`): Of one dimension.
     """
 
-    mesh: DeviceMesh
+    mesh: "DeviceMesh"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
         return self  # a copy of a model works with the same processes
@@ -62,12 +65,16 @@ class Processes:
         """`states` themselves, which go into parts. Their gradient is the sum of those of all parts."""
         if not (torch.is_grad_enabled() and states.requires_grad):
             return states
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
         spread = DTensor.from_local(states, self.mesh, [Replicate()], run_check=False)
         return spread.to_local(grad_placements=[Partial()])
 
     def total(self, states: torch.Tensor) -> torch.Tensor:
         """The sum of all processes' `states`, which may be overwritten."""
         if torch.is_grad_enabled() and states.requires_grad:
+            from torch.distributed.tensor import DTensor, Partial, Replicate
+
             terms = DTensor.from_local(states, self.mesh, [Partial()], run_check=False)
             return arrived(terms.redistribute(placements=[Replicate()]).to_local())
         states = states.contiguous()
@@ -76,6 +83,8 @@ class Processes:
 
     def gathered(self, states: torch.Tensor, dim: int) -> torch.Tensor:
         """All processes' `states`, of equal shapes, side by side along `dim`."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
         parts = DTensor.from_local(states.contiguous(), self.mesh, [Shard(dim % states.dim())], run_check=False)
         return arrived(parts.redistribute(placements=[Replicate()]).to_local())
 
@@ -183,14 +192,15 @@ _parts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def local_part(weight: torch.Tensor) -> torch.Tensor:
     """This process's part of `weight`, or `weight` itself where it is whole. Without gradients."""
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return weight
+    sharded: Any = weight
     with torch.no_grad():
-        part = weight.to_local()
+        part: torch.Tensor = sharded.to_local()
     known: torch.Tensor | None = _parts.get(weight)
     if known is None or not _is_same_memory(known, part):
         known = _parts[weight] = nn.Parameter(part, requires_grad=False)
-        known.__dict__["_mesh"] = weight.device_mesh
+        known.__dict__["_mesh"] = sharded.device_mesh
     return known
 
 
