@@ -146,7 +146,7 @@ def tables(record: dict[str, Any]) -> str:
 def main() -> None:
     run = Run("qlora", parse_arguments("qlora", "Time LoRA over bases of several precisions."), tables)
     run.record["speed"], run.record["curves"] = {}, {}
-    measures = {"curves": curve, "speed": speed}
+    measures = {"speed": speed, "curves": curve}
 
     def case(kind: str, form: str) -> None:
         if FORMS[form] == "nf4" and importlib.util.find_spec("bitsandbytes") is None:

@@ -1,8 +1,11 @@
 #include "few_token_mlp.h"
 
 #include <stdexcept>
+#include <type_traits>
 
+#include "few_token_experts.cuh"
 #include "few_tokens.cuh"
+#include "staged_mlp.h"
 #include "smxx/common/dependent_launch.cuh"
 #include "smxx/common/dispatch.h"
 
@@ -12,28 +15,7 @@ namespace {
 
 using namespace few_tokens;
 
-constexpr int kMaxPairs = 256;  // (token, choice), in the order of `expert_ids`
-constexpr int kMaxTokens = 16;
 constexpr unsigned kWholeWarp = 0xffffffff;
-
-template <typename Value>
-__device__ __forceinline__ Value load_fresh(const Value* address) {
-  return __ldcg(address);  // as `load_states`
-}
-
-// The chosen experts, ordered by the first pair that names each.
-struct Experts {
-  int count;
-  int ids[kMaxPairs];                    // -1: none of ours
-  int16_t pairs[kMaxPairs][kMaxTokens];  // of an expert and a token, -1 where it was not chosen
-};
-
-// gate * sigmoid(alpha * gate) * (up + 1), both clamped. As in PyTorch, a NaN passes the clamps.
-__device__ __forceinline__ float swiglu_oai(float gate, float up, float alpha, float limit) {
-  gate = gate > limit ? limit : gate;
-  up = up > limit ? limit : (up < -limit ? -limit : up);
-  return (up + 1.f) * (gate / (1.f + __expf(-alpha * gate)));
-}
 
 // Lists the experts of several tokens. One thread block, a thread a pair.
 __global__ void __launch_bounds__(kMaxPairs) list_experts_kernel(const FewTokenMlpParams params) {
@@ -77,21 +59,6 @@ __global__ void __launch_bounds__(kMaxPairs) list_experts_kernel(const FewTokenM
   if (expert >= 0) {
     experts->pairs[places[first]][pair / params.num_choices] = static_cast<int16_t>(pair);
   }
-}
-
-// The expert in a place of the list; a single token's choices are its list. Every thread calls it.
-__device__ __forceinline__ int expert_at(const FewTokenMlpParams& params, int place) {
-  if (params.num_tokens == 1) {
-    const int64_t id = load_fresh(params.expert_ids + place);
-    return id >= 0 && id < params.num_experts ? static_cast<int>(id) : -1;
-  }
-  const auto* experts = static_cast<const Experts*>(params.experts);
-  return place < load_fresh(&experts->count) ? load_fresh(experts->ids + place) : -1;
-}
-
-__device__ __forceinline__ int pair_at(const FewTokenMlpParams& params, int place, int token) {
-  if (params.num_tokens == 1) return token == 0 ? place : -1;
-  return load_fresh(&static_cast<const Experts*>(params.experts)->pairs[place][token]);
 }
 
 // Gate and up projection and the activation, times the token's weight of the expert. A thread block
@@ -320,6 +287,9 @@ void launch(const FewTokenMlpParams& params, cudaStream_t stream) {
   const int64_t tiles = params.width / kRows + pairs * (params.expert_width / kRows);
   if (params.num_tokens > 1 && pairs > 0) {
     launch_dependent<list_experts_kernel>(dim3(1), kMaxPairs, stream, params);
+  }
+  if constexpr (std::is_same_v<Weights, Mxfp8Weights>) {
+    if (supports_staged_mlp(params)) return launch_staged_mlp(params, stream);
   }
   launch_dependent<few_token_gate_up_kernel<Weights, kHalves>>(dim3(static_cast<unsigned>(tiles)),
                                                                kThreads, stream, params);
