@@ -8,7 +8,9 @@ Curves: a tiny model learns the bytes of this project's documentation in bf16, i
 those of its Python code. Every base starts from the same weights and sees the same batches.
 """
 
+import argparse
 import importlib.util
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from .memory_plan import DEVICE, GIB, Case, prepare_training, training
 from .own_process import in_own_process
 from .report import as_table
 
+KINDS = ("speed", "curves")
 FORMS = {"bf16": "bf16", "MXFP8": "mxfp8", "4 bits (NF4)": "nf4"}
 TOKENS, WARM_UP, MEASURED = 8192, 2, 4
 CURVE_ROWS, CURVE_TOKENS, PRETRAINING_STEPS, CURVE_STEPS = 8, 512, 150, 80
@@ -103,12 +106,22 @@ def learn(model: Any, text: torch.Tensor, steps: int, learning_rate: float) -> l
     return torch.stack(losses).tolist()
 
 
-def curve(form: str) -> list[float]:
-    """Losses of the adapters' steps."""
+def tiny_model() -> Any:
     torch.manual_seed(0)
-    model: Any = MiniMaxM3VLForCausalLM(tiny_config(text=SIZES).text_config)
-    model.to(DEVICE)
+    return MiniMaxM3VLForCausalLM(tiny_config(text=SIZES).text_config).to(DEVICE)
+
+
+def pretrain(path: str) -> None:
+    """Saves the weights that all bases start from. Training on a GPU twice gives two models."""
+    model = tiny_model()
     learn(model, bytes_of("docs", "*.md"), PRETRAINING_STEPS, 3e-3)
+    torch.save(model.state_dict(), path)
+
+
+def curve(form: str, pretrained: str) -> list[float]:
+    """Losses of the adapters' steps."""
+    model = tiny_model()
+    model.load_state_dict(torch.load(pretrained))
     model.to(torch.bfloat16)
     request = request_of(form)
     if request.is_quantized:
@@ -144,16 +157,26 @@ def tables(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    run = Run("qlora", parse_arguments("qlora", "Time LoRA over bases of several precisions."), tables)
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to measure (all)")
+
+    arguments = parse_arguments("qlora", "Time LoRA over bases of several precisions.", add)
+    run = Run("qlora", arguments, tables)
     run.record["speed"], run.record["curves"] = {}, {}
-    measures = {"speed": speed, "curves": curve}
+    with tempfile.TemporaryDirectory() as folder:
+        pretrained = str(Path(folder) / "pretrained.pt")
 
-    def case(kind: str, form: str) -> None:
-        if FORMS[form] == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-            raise Skipped("needs bitsandbytes")
-        run.record[kind][form] = in_own_process(measures[kind], (form,), 120.0)
+        def case(kind: str, form: str) -> None:
+            if FORMS[form] == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+                raise Skipped("needs bitsandbytes")
+            if kind == "speed":
+                run.record[kind][form] = in_own_process(speed, (form,), 120.0)
+                return
+            if not Path(pretrained).exists():
+                in_own_process(pretrain, (pretrained,), 120.0)
+            run.record[kind][form] = in_own_process(curve, (form, pretrained), 120.0)
 
-    run.cases([(kind, form) for kind in measures for form in FORMS], case)
+        run.cases([(kind, form) for kind in arguments.kinds for form in FORMS], case)
     run.finish()
 
 

@@ -19,6 +19,7 @@ from ..fused.router import route
 from ..fused.support import runs_as_written
 from ..fused.swiglu import swiglu_oai
 from . import token_parts
+from .expert_adapters import multiplies_updates_apart
 from .token_parts import may_run_in_parts, parts_of
 
 
@@ -78,6 +79,7 @@ class MiniMaxM3VLDenseMLP(nn.Module):
             total[part] += self(tokens[part])
 
 
+@multiplies_updates_apart
 @use_experts_implementation
 class MiniMaxM3VLExperts(nn.Module):
     """The routed experts, their weights stacked along a leading expert axis.

@@ -18,6 +18,7 @@ from ..fused import experts as many_tokens
 from ..fused import quantized_products
 from ..fused.few_tokens import MAX_TOKENS
 from ..fused.weight_formats import StoredWeight, WeightFormat
+from .expert_adapters import add_updates
 from .moe import MiniMaxM3VLExperts
 from .quantized_weight import QuantizedWeight
 
@@ -178,14 +179,9 @@ class QuantizedExperts(QuantizedModule, MiniMaxM3VLExperts):
                 )
             return many_tokens.grouped_product(states, weight, order)
         product = quantized_products.grouped_product(states, weight.stored, ends)
-        for left, right, factor in weight.updates:
-            # Grouped products read contiguous tensors 16 bytes at a time, so the rank is padded to a multiple of 8.
-            padding = -left.shape[-1] % 8
-            left = nn.functional.pad(left, (0, padding)).contiguous()
-            right = nn.functional.pad(right, (0, 0, 0, padding)).contiguous()
-            update = many_tokens.grouped_product(many_tokens.grouped_product(states, right, order), left, order)
-            product = torch.add(product, update, alpha=factor)
-        return product
+        return add_updates(
+            product, weight.updates, order, lambda other: many_tokens.grouped_product(states, other, order)
+        )
 
     def _paired(self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         choices = top_k_index.shape[1]

@@ -1,0 +1,131 @@
+"""Low-rank adapters on the routed experts, whose updates are multiplied apart from the experts' weights.
+
+PEFT makes an adapter on a parameter (`target_parameters`) a parametrization of the module while it runs. Who reads the
+parameter gets the weights of all experts with their updates added: a second copy of them, and in training a gradient of
+that size. Here the two small factors of an update are read in its place.
+
+E is the number of experts, K of experts per token.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.distributed.utils import is_dtensor
+from transformers.utils import is_torchdynamo_compiling
+
+from ..fused import experts as many_tokens
+
+Update = tuple[torch.Tensor, torch.Tensor, float]  # left (E, rows, rank), right (E, rank, columns), factor
+Experts = TypeVar("Experts", bound=type[nn.Module])
+
+_RANK_MULTIPLE = 8  # grouped products read contiguous tensors 16 bytes at a time
+_WEIGHT_MULTIPLE = 8
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class _AdaptedWeight:
+    """What a parametrization is given in place of a weight: it notes updates that `torch.baddbmm` adds.
+
+    Any other operation raises `TypeError`.
+    """
+
+    def __init__(self, weight: torch.Tensor, updates: tuple[Update, ...] = ()):
+        self.weight, self.updates = weight, updates
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.weight, name)  # its dtype and device
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.baddbmm or not set(kwargs) <= {"alpha"} or type(args[0]) is not cls:
+            return NotImplemented
+        weight, left, right = args
+        return cls(weight.weight, (*weight.updates, (left, right, kwargs.get("alpha", 1.0))))
+
+
+def adapted_weight(experts: nn.Module, name: str) -> tuple[torch.Tensor, tuple[Update, ...]] | None:
+    """A weight of the experts and its updates; None where a parametrization does anything else."""
+    if not nn.utils.parametrize.is_parametrized(experts, name):
+        return getattr(experts, name), ()
+    parametrizations: Any = getattr(experts.parametrizations, name)
+    weight = _AdaptedWeight(parametrizations.original)
+    try:
+        for parametrization in parametrizations:
+            weight = parametrization(weight)
+    except TypeError:
+        return None
+    return weight.weight, weight.updates
+
+
+def add_updates(
+    product: torch.Tensor,
+    updates: Sequence[Update],
+    order: many_tokens.ExpertOrder,
+    times: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The product of rows with their experts' weights and updates, from that with the weights.
+
+    Args:
+        product ((tokens * K, outputs)): The product with the weights.
+        updates (sequence of `Update`): Those of the weights.
+        order (`ExpertOrder`): The rows of pairs.
+        times (callable): The product of the same rows with other weights, (E, outputs, channels).
+    """
+    for left, right, factor in updates:
+        padding = -left.shape[-1] % _RANK_MULTIPLE
+        left = nn.functional.pad(left, (0, padding)).contiguous()
+        right = nn.functional.pad(right, (0, 0, 0, padding)).contiguous()
+        product = torch.add(product, many_tokens.grouped_product(times(right), left, order), alpha=factor)
+    return product
+
+
+def multiplies_updates_apart(experts_class: Experts) -> Experts:
+    """Class decorator of experts: their forward multiplies low-rank updates apart, and else is what it was."""
+    forward: Any = experts_class.forward
+
+    @wraps(forward)
+    def with_updates(
+        self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        weights = _weights_with_updates(self, hidden_states)
+        if weights is None:
+            return forward(self, hidden_states, top_k_index, top_k_weights)
+        (gate_up, gate_up_updates), (down, down_updates) = weights
+        order = many_tokens.plan(top_k_index, self.num_experts)
+
+        def of_tokens(weight: torch.Tensor) -> torch.Tensor:
+            return many_tokens.gathered_product(hidden_states, weight, order)
+
+        def of_rows(weight: torch.Tensor) -> torch.Tensor:
+            return many_tokens.grouped_product(rows, weight, order)
+
+        rows = self._apply_gate(add_updates(of_tokens(gate_up), gate_up_updates, order, of_tokens))
+        out = add_updates(of_rows(down), down_updates, order, of_rows)
+        return many_tokens.unpermute(out, top_k_weights.float(), 1.0, order)
+
+    experts_class.forward = with_updates  # type: ignore[method-assign]
+    return experts_class
+
+
+def _weights_with_updates(experts: Any, hidden_states: torch.Tensor) -> Any:
+    """Both weights with their updates; None where there are none, or grouped products do not take them."""
+    if not nn.utils.parametrize.is_parametrized(experts) or is_torchdynamo_compiling():
+        return None
+    if experts.config._experts_implementation not in (None, "grouped_mm", "batched_mm"):
+        return None  # any other name is a user's choice
+    found = [adapted_weight(experts, name) for name in ("gate_up_proj", "down_proj")]
+    dtype, device = hidden_states.dtype, hidden_states.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
+        return None
+    for weight in found:
+        if weight is None or is_dtensor(weight[0]) or weight[0].dtype != dtype or dtype not in _DTYPES:
+            return None
+        if not weight[0].is_contiguous() or any(size % _WEIGHT_MULTIPLE for size in weight[0].shape[1:]):
+            return None
+    return found

@@ -1,0 +1,144 @@
+"""Low-rank updates of the routed experts, multiplied apart from their weights."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.utils import parametrize
+
+from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3.fused import experts as many_tokens
+from modeling_minimax_m3.layers.expert_adapters import adapted_weight
+from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+
+from .qlora_cases import EXPERTS, TARGETS, fill_adapters, logits_of, loss_and_gradients, with_adapters
+
+pytestmark = pytest.mark.compatibility
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    return MiniMaxM3VLForCausalLM(tiny_config().text_config)
+
+
+def relative_error(tensor, expected):
+    return float((tensor - expected).norm() / expected.norm())
+
+
+def materialized(model):
+    """The same model with the path of Transformers that reads whole weights."""
+    other = copy.deepcopy(model)
+    other.set_experts_implementation("eager")
+    return other
+
+
+def our_path():
+    return mock.patch.object(many_tokens, "gathered_product", wraps=many_tokens.gathered_product)
+
+
+@pytest.mark.parametrize("rank", [4, 3, 16])
+@pytest.mark.parametrize("targets", ["experts", "one weight of the experts", "both"])
+def test_gradients_equal_those_of_whole_weights(base, targets, rank):
+    model = with_adapters(copy.deepcopy(base), rank=rank, **TARGETS[targets])
+    reference = materialized(model)
+    with our_path() as products:
+        loss, gradients = loss_and_gradients(model)
+    assert products.called
+    with our_path() as products:
+        expected_loss, expected = loss_and_gradients(reference)
+    assert not products.called
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        if ".indexer." not in name:  # the language loss sends nothing there
+            assert relative_error(gradient, expected[name]) < 1e-4, name
+
+
+def test_trained_base(base):
+    model = with_adapters(copy.deepcopy(base), **EXPERTS)
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            parameter.requires_grad_(True)
+    reference = materialized(model)
+    for each in (model, reference):
+        ids = torch.arange(2, 100)[None]
+        each(input_ids=ids, labels=ids).loss.backward()
+    checked = 0
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if "experts" in name and parameter.grad is not None:
+            assert relative_error(parameter.grad, other.grad) < 1e-4, name
+            checked += "lora" not in name
+    assert checked
+
+
+def test_bfloat16(base):
+    """The rounding of one layer, beside that of whole weights."""
+    experts = get_peft_model(
+        nn.ModuleDict({"experts": copy.deepcopy(base.model.layers[-1].mlp.experts).bfloat16()}),
+        LoraConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    )
+    fill_adapters(experts)
+    wrapped = experts.base_model.model["experts"]
+    width, num_experts = wrapped.get_base_layer().hidden_dim, wrapped.get_base_layer().num_experts
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randn(64, width, generator=generator).bfloat16()
+    ids = torch.rand(64, num_experts, generator=generator).topk(2).indices
+    shares = torch.rand(64, 2, generator=generator)
+    outputs = {}
+    for name in ("grouped_mm", "eager", "exact"):
+        wrapped.get_base_layer().config._experts_implementation = "eager" if name == "exact" else name
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=name != "exact"):
+            layer = copy.deepcopy(wrapped).double() if name == "exact" else wrapped
+            outputs[name] = layer(tokens.double() if name == "exact" else tokens, ids, shares).double()
+    errors = {name: relative_error(out, outputs["exact"]) for name, out in outputs.items()}
+    assert errors["grouped_mm"] < 1.5 * errors["eager"] < 3e-2, errors
+
+
+class TestCallsThatReadWholeWeights:
+    def test_two_active_adapters(self, base):
+        config = LoraConfig(r=4, task_type="CAUSAL_LM", **EXPERTS)
+        model = get_peft_model(copy.deepcopy(base), config)
+        model.add_adapter("second", config)
+        fill_adapters(model)
+        model.base_model.set_adapter(["default", "second"])
+        reference = materialized(model)
+        with mock.patch.object(many_tokens, "plan", side_effect=AssertionError("our path has no such update")):
+            out = logits_of(model)
+        assert relative_error(out, logits_of(reference)) < 1e-5
+
+    @pytest.mark.parametrize("reason", ["eager", "another dtype of autocast"])
+    def test_settings(self, base, reason):
+        model = with_adapters(copy.deepcopy(base), **EXPERTS)
+        if reason == "eager":
+            model.set_experts_implementation("eager")
+        with (
+            mock.patch.object(many_tokens, "plan", side_effect=AssertionError("not our path")),
+            torch.autocast("cpu", torch.bfloat16, enabled=reason != "eager"),
+        ):
+            assert logits_of(model).isfinite().all()
+
+    def test_another_parametrization(self, base):
+        experts = copy.deepcopy(base.model.layers[-1].mlp.experts)
+
+        class Doubled(nn.Module):
+            def forward(self, weight):
+                return 2 * weight
+
+        parametrize.register_parametrization(experts, "down_proj", Doubled())
+        assert adapted_weight(experts, "down_proj") is None
+        weight, updates = adapted_weight(experts, "gate_up_proj")
+        assert weight is experts.gate_up_proj and updates == ()
+        tokens, ids, shares = torch.randn(5, experts.hidden_dim), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
+        out = experts(tokens, ids, shares)
+        parametrize.remove_parametrizations(experts, "down_proj")
+        torch.testing.assert_close(out, experts(tokens, ids, shares))
+
+    def test_disabled_adapter(self, base):
+        model = with_adapters(copy.deepcopy(base), **EXPERTS)
+        with model.disable_adapter():
+            out = logits_of(model)
+        assert torch.equal(out, logits_of(copy.deepcopy(base)))
