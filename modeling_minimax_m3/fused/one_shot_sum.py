@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 MAX_PROCESSES = 8
-# Of the terms of all processes, which each card reads: 256 KiB of each of 2 processes, 64 KiB of each of 8. That is the
-# bound that PyTorch and vLLM have for two. NCCL's ring moves at most twice the terms of one, so larger sums are NCCL's.
+# Of the terms of all processes, which each card reads: 256 KiB of each of 2 processes, 64 KiB of each of 8. The first is
+# PyTorch's own bound of such sums (`intra_node_comm`). A ring moves at most twice the terms of one process, whatever
+# their number, so larger sums are NCCL's.
 MAX_BYTES_READ = 512 * 1024
 _BUFFER_BYTES = MAX_BYTES_READ // 2
 _VECTOR_BYTES = 16  # the kernel reads fewer at a time if the size is no multiple
@@ -48,7 +49,7 @@ class _Unsuitable(Exception):
 
 
 def takes(states: torch.Tensor, count: int) -> bool:
-    """Whether the kernel sums such tensors of `count` processes, and is faster than NCCL. No gradient is needed."""
+    """Whether the kernel sums such tensors of `count` processes, and is expected to be faster than NCCL."""
     return (
         not is_torchdynamo_compiling()
         and states.is_cuda
