@@ -108,7 +108,8 @@ def learn(model: Any, text: torch.Tensor, steps: int, learning_rate: float) -> l
 
 def tiny_model() -> Any:
     torch.manual_seed(0)
-    return MiniMaxM3VLForCausalLM(tiny_config(text=SIZES).text_config).to(DEVICE)
+    model: Any = MiniMaxM3VLForCausalLM(tiny_config(text=SIZES).text_config)
+    return model.to(DEVICE)
 
 
 def pretrain(path: str) -> None:

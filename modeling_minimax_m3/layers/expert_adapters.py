@@ -109,7 +109,7 @@ def multiplies_updates_apart(experts_class: Experts) -> Experts:
         out = add_updates(of_rows(down), down_updates, order, of_rows)
         return many_tokens.unpermute(out, top_k_weights.float(), 1.0, order)
 
-    experts_class.forward = with_updates  # type: ignore[method-assign]
+    experts_class.forward = with_updates
     return experts_class
 
 
