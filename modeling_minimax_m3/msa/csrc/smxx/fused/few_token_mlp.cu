@@ -5,9 +5,9 @@
 
 #include "few_token_experts.cuh"
 #include "few_tokens.cuh"
-#include "staged_mlp.h"
 #include "smxx/common/dependent_launch.cuh"
 #include "smxx/common/dispatch.h"
+#include "staged_mlp.h"
 
 namespace msa {
 

@@ -15,8 +15,8 @@ constexpr int kMostStagedBytes = 72 << 10;
 
 template <auto kKernel, typename Params>
 void launch_staged(int blocks, int shared_bytes, cudaStream_t stream, const Params& params) {
-  MSA_CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      kMostStagedBytes));
+  MSA_CHECK_CUDA(
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostStagedBytes));
   launch_beside(kKernel, supports_early_launch<kKernel>(), dim3(blocks), kThreads, shared_bytes,
                 stream, params);
 }

@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocksPerSm)
   auto stream = weight_stream<4>(memory, 1, rows_at, factors_at);
   stream.start();
   for (int tile = 0; tile < kStagedTiles; ++tile) {
-    copy_scales(memory + scales + tile * kRows * scale_stride(channels), matrix,
-                row + tile * kRows, channels);
+    copy_scales(memory + scales + tile * kRows * scale_stride(channels), matrix, row + tile * kRows,
+                channels);
   }
   wait_for_kernels_before();
   copy_states(memory, params.x, num_tokens * channels);

@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocksPerSm)
   const FewTokenWeights& matrix = is_routed ? params.expert_gate_up : params.gate_up;
   const bool starts_early = !is_routed && params.weights_are_constant;
   if (!starts_early) wait_for_kernels_before();
-  // The down projection reads the experts' ids before it waits, so it may start only after the kernels
-  // that wrote them: behind a wait.
+  // The down projection reads the experts' ids before it waits, so it may start only after the
+  // kernels that wrote them: behind a wait.
   if (!starts_early) let_next_kernel_start();
 
   int tile = blockIdx.x, place = 0;
@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocksPerSm)
   }
   __syncthreads();
 
-  const int expert_states = num_pairs * expert_width, all_states = expert_states + num_tokens * width;
+  const int expert_states = num_pairs * expert_width,
+            all_states = expert_states + num_tokens * width;
   const int scales = 2 * all_states, expert_scales = scales + (has_shared ? scale_bytes(width) : 0);
   const int first_row = blockIdx.x * kRows * kStagedTiles, lane_token = threadIdx.x % 32 / 4;
   const auto rows_at = [&](int number) {

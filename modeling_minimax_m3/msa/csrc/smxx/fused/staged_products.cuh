@@ -1,8 +1,8 @@
 // Products of one or two tokens with MXFP8 weights, whose loads never wait for anything else.
 //
-// States and scales lie in shared memory, so that a warp loads nothing but weights, and the next ones
-// before it multiplies. With the loads of few_tokens.cuh, three per 16 bytes of weights, a warp had
-// too few bytes on their way: four experts took 80 us in place of the 56 of their bytes.
+// States and scales lie in shared memory, so that a warp loads nothing but weights, and the next
+// ones before it multiplies. With the loads of few_tokens.cuh, three per 16 bytes of weights, a
+// warp had too few bytes on their way: four experts took 80 us in place of the 56 of their bytes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,13 +15,13 @@
 namespace msa::few_tokens {
 
 constexpr int kMaxStagedTokens = 2;
-constexpr int kStagedTiles = 2;     // of eight rows
+constexpr int kStagedTiles = 2;  // of eight rows
 constexpr int kStagedBlocksPerSm = 3;
 constexpr int kStagedMultiple = 128;  // of channels: the scales of a row are whole words
 constexpr int kStagedStride = kWarps * Mxfp8Weights::kChannels;  // channels of a step of all warps
 
-// Bytes from the scales of one row to those of the next: an odd number of words, so that the lanes of
-// a warp read different banks.
+// Bytes from the scales of one row to those of the next: an odd number of words, so that the lanes
+// of a warp read different banks.
 __host__ __device__ constexpr int scale_stride(int channels) {
   return (channels / kStagedMultiple | 1) * 4;
 }
@@ -68,7 +68,8 @@ struct TileRows {
   }
 };
 
-// What tiles of weight rows are multiplied by, at a lane's place in the thread block's shared memory.
+// What tiles of weight rows are multiplied by, at a lane's place in the thread block's shared
+// memory.
 struct Factors {
   int scales;
   int states;  // negative for a lane without a token
@@ -90,10 +91,7 @@ class WeightStream {
  public:
   __device__ WeightStream(const unsigned char* memory, int num_segments, const RowsAt& rows_at,
                           const FactorsAt& factors_at)
-      : memory_(memory),
-        num_segments_(num_segments),
-        rows_at_(rows_at),
-        factors_at_(factors_at) {}
+      : memory_(memory), num_segments_(num_segments), rows_at_(rows_at), factors_at_(factors_at) {}
 
   // Starts the first loads.
   __device__ __forceinline__ void start() {
@@ -147,16 +145,15 @@ class WeightStream {
     if (!is_inside(channel_, factors_.channels)) return;
     States<Mxfp8Weights> low, high;
     if (factors_.states >= 0) {
-      const auto* states =
-          reinterpret_cast<const uint4*>(memory_ + factors_.states + 2 * channel_);
+      const auto* states = reinterpret_cast<const uint4*>(memory_ + factors_.states + 2 * channel_);
       low.units[0] = states[0];
       low.units[1] = states[1];
     }
 #pragma unroll
     for (int tile = 0; tile < kStagedTiles; ++tile) {
-      const uint8_t scale = memory_[factors_.scales +
-                                    tile * kRows * scale_stride(factors_.channels) +
-                                    channel_ / kMxfp8Group];
+      const uint8_t scale =
+          memory_[factors_.scales + tile * kRows * scale_stride(factors_.channels) +
+                  channel_ / kMxfp8Group];
       add_products<Mxfp8Weights>(sums[tile], low, high, {loaded[tile], scale});
     }
   }
