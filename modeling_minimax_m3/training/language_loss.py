@@ -2,8 +2,9 @@
 
 With a vocabulary of 200,064, the logits of 32k tokens take 12 GiB in bfloat16, and their cross-entropy keeps float32
 copies of them. Here logits exist for a thousand tokens at a time. A plain linear head computes its gradients together
-with its loss. Any other head (with adapters, or with quantized, sharded or tensor-parallel weights) is called as a
-module, never by its weight, and computes its logits again in the backward.
+with its loss, and so does one whose weight FSDP2 gathers for the call. Any other head (with adapters, or with
+quantized or tensor-parallel weights) is called as a module, never by its weight, and computes its logits again in the
+backward.
 
 Such heads rule out `torch.nn.functional.linear_cross_entropy` (new in PyTorch 2.13) and Liger's fused loss, which both
 take the bare weight.
@@ -114,15 +115,18 @@ def causal_lm_loss(
         hidden_states, targets = hidden_states.index_select(0, kept), targets[kept]
 
     num_items_in_batch = _on(hidden_states.device, num_items_in_batch)
-    if _is_plain(lm_head, hidden_states):
-        return _PlainHeadLoss.apply(hidden_states, lm_head.weight, targets, num_items_in_batch, chunk_tokens)
+    gathers_weight = _gathers_its_weight(lm_head)
+    # In a call that gathers the weight, all hooks run around `loss`. Elsewhere they run only if the head is called.
+    adds_nothing = "forward" not in vars(lm_head) and (gathers_weight or not _has_hooks(lm_head))
 
-    def summed_loss(head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-        return _summed_loss(head, states, targets, ignore_index, chunk_tokens)
+    def loss(head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        if adds_nothing and _is_plain(lm_head, states):
+            return _PlainHeadLoss.apply(states, lm_head.weight, targets, num_items_in_batch, chunk_tokens)
+        total = _summed_loss(head, states, targets, ignore_index, chunk_tokens)
+        # Inside the call, because FSDP2's mixed precision rounds the gradient of what a module returns: here it is 1.
+        return total / _on(total.device, num_items_in_batch)
 
-    run = _call_once if _gathers_its_weight(lm_head) else _call
-    total = run(lm_head, summed_loss, hidden_states)
-    return total / _on(total.device, num_items_in_batch)
+    return _call_once(lm_head, loss, hidden_states) if gathers_weight else loss(lm_head, hidden_states)
 
 
 def _on(device: torch.device, number: torch.Tensor | int) -> torch.Tensor | int:
@@ -136,18 +140,19 @@ def _as_scalar(number: torch.Tensor | int, device: torch.device) -> torch.Tensor
     return torch.full((), number, dtype=torch.float32, device=device)
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks))
+
+
 def _is_plain(lm_head: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether a call of the head is one product with its weight and nothing else, and needs gradients."""
-    if is_torchdynamo_compiling() or not torch.is_grad_enabled() or type(lm_head) is not nn.Linear:
+    """Whether the class of the head multiplies by a weight that is all there, and needs gradients."""
+    if is_torchdynamo_compiling() or not torch.is_grad_enabled() or _class_of(lm_head) is not nn.Linear:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # more than one backward
         return False
-    hooks = (lm_head._forward_pre_hooks, lm_head._forward_hooks, lm_head._backward_pre_hooks, lm_head._backward_hooks)
     weight = lm_head.weight
     return (
-        not any(hooks)
-        and "forward" not in vars(lm_head)
-        and lm_head.bias is None
+        lm_head.bias is None
         and type(weight.data) is torch.Tensor
         and not hasattr(weight, "ds_id")
         and weight.device == hidden_states.device
@@ -235,13 +240,20 @@ def _gathers_its_weight(module: nn.Module) -> bool:
     """Whether calling the module is a collective operation: FSDP2 and DeepSpeed ZeRO-3 gather its weight in hooks."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
+    return _is_sharded(module) or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
     from torch.distributed.fsdp import FSDPModule  # not there in every build of PyTorch
 
-    return isinstance(module, FSDPModule) or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+    return isinstance(module, FSDPModule)
 
 
-def _call(module: nn.Module, function: Callable[..., torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    return function(module, states)
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of the module, or the one that it had before FSDP2 put a class of its own in front."""
+    return type(module).__mro__[2] if _is_sharded(module) else type(module)
 
 
 def _call_once(module: nn.Module, function: Callable[..., torch.Tensor], states: torch.Tensor) -> torch.Tensor:

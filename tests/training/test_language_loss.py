@@ -3,6 +3,7 @@
 import copy
 import os
 import tempfile
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.fused import softmax_loss
 from modeling_minimax_m3.msa import extension
+from modeling_minimax_m3.training import language_loss
 from modeling_minimax_m3.training.language_loss import _PlainHeadLoss, batch_share, causal_lm_loss
 
 BATCH, TOKENS, HIDDEN, VOCABULARY = 3, 50, 16, 97
@@ -448,9 +450,9 @@ def test_heads_that_are_not_plain_are_called(change):
     assert len(calls) == (2 + 67 // 9 if change == "forward hook" else 0)
 
 
-def run_rank(rank: int, world_size: int, folder: str) -> None:
+def run_rank(rank: int, world_size: int, folder: str, dtype: torch.dtype, frozen: bool) -> None:
     """One process: a sharded head on tokens of its own, in another number of chunks than the other process has."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -459,27 +461,39 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         rank=rank,
         world_size=world_size,
     )
-    head, hidden_states, labels = make_case()
-    expected = gradients(causal_lm_loss, head, hidden_states, labels)[2].clone() * world_size
-    fully_shard(head, mesh=torch.distributed.init_device_mesh("cpu", (world_size,)))
+    head, hidden_states, labels = make_case(dtype)
+    head.weight.requires_grad_(not frozen)
+    _, of_states, of_weight = gradients(causal_lm_loss, head, hidden_states, labels)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, output_dtype=dtype)
+    fully_shard(head, mesh=torch.distributed.init_device_mesh("cpu", (world_size,)), mp_policy=policy)
     mine = slice(0, 2) if rank == 0 else slice(2, 3)  # 68 predictions and one
-    loss = causal_lm_loss(
-        head, hidden_states[mine], labels[mine], num_items_in_batch=(labels[:, 1:] != -100).sum(), chunk_tokens=5
-    )
+    states = hidden_states.detach()[mine].requires_grad_()
+    num_items = (labels[:, 1:] != -100).sum()
+    with mock.patch.object(language_loss, "_summed_loss", side_effect=AssertionError("computed the logits twice")):
+        loss = causal_lm_loss(head, states, labels[mine], num_items_in_batch=num_items, chunk_tokens=5)
     loss.backward()
-    # FSDP averages over ranks, where the one process adds
-    torch.testing.assert_close(
-        head.weight.grad.full_tensor() * world_size * world_size, expected, rtol=1e-4, atol=1e-6
-    )
+    assert "forward" not in vars(head)
+    found, expected = states.grad.double(), of_states[mine].double()
+    # `output_dtype` rounds the loss, and nothing that all gradients are multiplied by: 1 / 69 would change by 0.2%.
+    assert abs((found * expected).sum() / expected.square().sum() - 1) < 5e-4
+    torch.testing.assert_close(found, expected, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-6)
+    if frozen:
+        assert head.weight.grad is None
+    else:  # FSDP averages over ranks, where the one process adds
+        whole = head.weight.grad.full_tensor() * world_size
+        torch.testing.assert_close(whole, of_weight, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-6)
     torch.distributed.barrier()
     # Without the interpreter's clean-up: gloo's threads may still run then, and now and then abort a process that is done.
     os._exit(0)
 
 
-def test_fsdp_ranks_with_different_numbers_of_chunks():
+@pytest.mark.parametrize(
+    ("dtype", "frozen"), [(torch.float32, False), (torch.bfloat16, True)], ids=["trained", "frozen"]
+)
+def test_fsdp_ranks_with_different_numbers_of_chunks(dtype, frozen):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run_rank, (2, folder), nprocs=2)
+        torch.multiprocessing.spawn(run_rank, (2, folder, dtype, frozen), nprocs=2)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
