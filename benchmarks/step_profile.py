@@ -22,9 +22,8 @@ def trace_of(function: Callable[[], Any], on_gpu: bool) -> list[dict[str, Any]]:
     """The events of a call of `function` in the format of Chrome's traces, the call itself as the event `STEP`."""
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU]
-    with torch.profiler.profile(activities=activities) as profile:
-        with torch.profiler.record_function(STEP):
-            function()
+    with torch.profiler.profile(activities=activities) as profile, torch.profiler.record_function(STEP):
+        function()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(file))
@@ -140,7 +139,9 @@ def _operators_of(calls: list[dict[str, Any]], events: list[dict[str, Any]]) -> 
 def tables(summary: dict[str, Any]) -> str:
     parts = [
         "A step of {wall_ms:.0f} ms: {compute_ms:.0f} ms with compute, {exposed_ms:.0f} ms with communication alone, "
-        "{idle_ms:.0f} ms with nothing on the device. Communication in all: {communication_ms:.0f} ms.".format(**summary)
+        "{idle_ms:.0f} ms with nothing on the device. Communication in all: {communication_ms:.0f} ms.".format(
+            **summary
+        )
     ]
     heads = {"kernels": 32, "communication": 8, "host_calls": 10}
     for name, most in heads.items():

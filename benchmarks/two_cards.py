@@ -6,15 +6,17 @@ step reads as many bytes. The checkpoint has random numbers in the layout of the
 
 Decoding: `generate` reads 8192 tokens and writes 96. The time is that of a token between the 32nd and the last, the
 better of two calls. Beside it stand the relative error of the first logits and how many of the first tokens are those
-of one card. Training: LoRA on the attention's projections, 8192 tokens a process, activation checkpointing, bf16; on
+of one card. Training: LoRA on the attention's projections, 8192 tokens for each card, activation checkpointing, bf16; on
 several cards FSDP2 by Accelerate with `examples/accelerate/fsdp2.yaml`, each process with tokens of its own.
 
 FSDP2 gathers all experts of a layer in each pass. With the released number, 128, that is three times as much as here.
 `--device cpu` runs the same with a tiny model and two processes, to try the script.
 
 `--layouts "one card" "tensor parallelism" --experts 12` measures these layouts' decoding alone, with a checkpoint of
-17 GB in place of 36 GB: experts that no token takes cost a step no time. `--profile` also prints where the time of a
-token goes, kernel by kernel.
+17 GB in place of 36 GB: experts that no token takes cost a step no time. `--training` measures the training alone, also
+with each layer gathered once a step and with tensor and expert parallelism (`two_cards_training.py`). `--profile` also
+prints where the time goes: of a token kernel by kernel, of a training step also the communication that no kernel hides,
+and the calls in which the host waits (`step_profile.py`).
 """
 
 import argparse
@@ -23,7 +25,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +35,7 @@ import torch
 from configuration_minimax_m3 import MiniMaxM3VLConfig, released_config, tiny_config
 from modeling_minimax_m3.checkpoint_conversion import make_synthetic_checkpoint
 
+from . import two_cards_training
 from .gpu import Run, Skipped, parse_arguments
 from .model_step_workloads import Clock
 from .own_process import result_of, start_group
@@ -40,7 +43,6 @@ from .report import as_table
 
 DENSE, SPARSE, EXPERTS = 1, 6, 40
 PROMPT, NEW_TOKENS, FIRST_TIMED = 8192, 96, 32
-STEPS, WARM_UP_STEPS = 6, 2
 FSDP2 = Path(__file__).parent.parent / "examples" / "accelerate" / "fsdp2.yaml"
 ONE = "one card"
 # One process lays the model out over all cards, or each card has a process and Transformers shares the model.
@@ -120,39 +122,6 @@ def decode(layout: str, folder: str, on_gpu: bool, profiles: bool) -> dict[str, 
     return {"ms": ms, "peak_gib": max(peak, default=0.0), "replayed_tokens": replay.call_count}
 
 
-def train(layout: str, folder: str, on_gpu: bool) -> dict[str, Any]:
-    """Tokens per second of a process in LoRA steps, and the losses."""
-    from accelerate.accelerator import Accelerator
-    from peft import LoraConfig, get_peft_model
-
-    accelerator = Accelerator(mixed_precision="bf16")
-    model = load(folder, device_map={"": accelerator.device})
-    model.train()
-    model.config.use_cache = False
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    targets = r"model\.language_model\..*\.self_attn\.(q|k|v|o)_proj"
-    model = get_peft_model(model, LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM"))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-4))
-    length = PROMPT if on_gpu else 64
-    generator = torch.Generator().manual_seed(accelerator.process_index)
-    vocabulary = released_config().text_config.vocab_size if on_gpu else tiny_config().text_config.vocab_size
-    tokens = torch.randint(0, vocabulary, (1, length), generator=generator).to(accelerator.device)
-    seconds, losses = [], []
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())  # waits for the device
-        accelerator.wait_for_everyone()
-        seconds.append(time.perf_counter() - started)
-    median = sorted(seconds[WARM_UP_STEPS:])[(STEPS - WARM_UP_STEPS) // 2]
-    peak = torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0
-    return {"ms": 1e3 * median, "tokens_per_second": length / median, "losses": losses, "peak_gib": peak}
-
-
 def run_group(
     work: str, layout: str, folder: Path, device: str, seconds: float, options: list[str]
 ) -> list[dict[str, Any]]:
@@ -166,7 +135,7 @@ def run_group(
     if layout != ONE and devices < 2:
         raise Skipped(f"needs 2 GPUs, and this machine has {devices}")
     worker = ["benchmarks.two_cards", "--worker", work, layout, "--folder", str(folder), "--device", device, *options]
-    if work == "train" and layout != ONE:
+    if work == "train" and two_cards_training.is_launched(layout):
         launch = ["accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes", str(devices), "-m"]
         if device == "cpu":
             launch[-1:] = ["--cpu", "-m"]
@@ -174,7 +143,7 @@ def run_group(
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
         processes = [process]
     else:
-        is_shared = any(name.endswith("_size") for name in LAYOUTS.get(layout, {}))
+        is_shared = any(name.endswith("_size") for name in LAYOUTS[layout])
         processes = start_group(worker, devices if is_shared else 1)
     try:
         return [result_of(process, seconds) for process in processes]
@@ -207,9 +176,13 @@ def tables(record: dict[str, Any]) -> str:
         for layout, found in decoding.items()
     ]
     head = ["decoding", "ms a token", "of one card's", "replayed", "peak of a card, GiB", "error of the logits"]
-    text = as_table([*head, "equal tokens"], rows)
-    if not training:
-        return text
+    parts = [as_table([*head, "equal tokens"], rows)] if decoding else []
+    if training:
+        parts += training_tables(training)
+    return "\n\n".join(parts)
+
+
+def training_tables(training: dict[str, Any]) -> list[str]:
     rows = [
         [
             layout,
@@ -217,11 +190,17 @@ def tables(record: dict[str, Any]) -> str:
             f"{found['tokens_per_second']:.0f}",
             f"{found['tokens_per_second'] / training[ONE]['tokens_per_second']:.2f}" if ONE in training else "",
             f"{found['peak_gib']:.1f}",
+            f"{found['loading_peak_gib']:.1f}",
+            f"{found['losses'][0]:.4f}",
         ]
         for layout, found in training.items()
     ]
-    head = ["LoRA", "ms a step", "tokens/s of all cards", "of one card's", "peak of a card, GiB"]
-    return text + "\n\n" + as_table(head, rows)
+    head = ["LoRA", "ms a step", "tokens/s of all cards", "of one card's", "peak of a card, GiB", "while loading"]
+    parts = [as_table([*head, "loss of the first step"], rows)]
+    rates = [found["gather_bytes_per_second"] for found in training.values() if "gather_bytes_per_second" in found]
+    if rates:
+        parts.append(f"An all-gather alone brings {max(rates) / 1e9:.0f} GB/s to a card.")
+    return parts
 
 
 def main() -> None:
@@ -231,8 +210,12 @@ def main() -> None:
         parser.add_argument("--only_write", action="store_true", help="write the checkpoint and stop")
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a tiny model")
         parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="measure the decoding of these alone")
+        names = two_cards_training.LAYOUTS
+        parser.add_argument(
+            "--training", nargs="*", choices=names, help="measure the training of these alone, or of all"
+        )
         parser.add_argument("--experts", type=int, default=EXPERTS, help="of a layer, if the checkpoint is written")
-        parser.add_argument("--profile", action="store_true", help="print the kernels of a token by their time")
+        parser.add_argument("--profile", action="store_true", help="print where the time of a token or a step goes")
         parser.add_argument("--case_seconds", type=float, default=120.0, help="stop a case after so many seconds")
         parser.add_argument("--worker", nargs=2, help="run in this process, as the benchmark itself calls it")
 
@@ -241,11 +224,16 @@ def main() -> None:
     if arguments.worker:
         work, layout = arguments.worker
         folder = str(arguments.folder)
-        found = train(layout, folder, on_gpu) if work == "train" else decode(layout, folder, on_gpu, arguments.profile)
+        is_launched = work == "train" and two_cards_training.is_launched(layout)
+        if work == "train":
+            found = two_cards_training.train(layout, partial(load, folder), on_gpu, arguments.profile)
+        else:
+            found = decode(layout, folder, on_gpu, arguments.profile)
         if int(os.environ.get("RANK", "0")) == 0:
             print(json.dumps(found), flush=True)
         else:
-            print("null", file=sys.stderr if work == "train" else sys.stdout, flush=True)
+            # the launcher's processes share a standard output, whose last line is that of the first process
+            print("null", file=sys.stderr if is_launched else sys.stdout, flush=True)
         sys.stderr.flush()
         os._exit(0)  # threads of the process group may still run
     was_there = (arguments.folder / "config.json").exists()
@@ -261,14 +249,17 @@ def main() -> None:
         found = run_group(work, layout, arguments.folder, arguments.device, arguments.case_seconds, options)[0]
         if work == "decode" and layout != ONE:
             found |= beside_one_card(layout, arguments.folder)
-        if work == "train" and layout != ONE:
-            found["tokens_per_second"] *= torch.cuda.device_count() if on_gpu else 2
         run.record["decoding" if work == "decode" else "training"][layout] = found
 
-    layouts = arguments.layouts or [layout for layout in LAYOUTS if on_gpu or layout != "device_map"]
-    training = [] if arguments.layouts else [("train", ONE), ("train", "FSDP2")]
+    is_chosen = arguments.layouts is not None or arguments.training is not None
+    everywhere = [layout for layout in LAYOUTS if on_gpu or layout != "device_map"]
+    layouts = arguments.layouts or ([] if is_chosen else everywhere)
+    training = arguments.training if is_chosen else [ONE, two_cards_training.FSDP2]
+    if arguments.training == []:
+        training = two_cards_training.LAYOUTS
+    cases = [("decode", layout) for layout in layouts] + [("train", layout) for layout in training or []]
     try:
-        run.cases([("decode", layout) for layout in layouts] + training, case)
+        run.cases(cases, case)
     finally:
         if not was_there and not arguments.keep:
             shutil.rmtree(arguments.folder)
