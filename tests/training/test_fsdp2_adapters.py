@@ -1,0 +1,43 @@
+"""LoRA under FSDP2 as Accelerate applies it with our configuration, in two processes and in one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("fsdp2_adapters_worker.py")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_processes_train_adapters_as_one(tmp_path, dtype):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(WORKER), dtype, str(tmp_path)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "result.json").read_text())
+    is_exact = dtype == "float32"
+    # Under FSDP2 Accelerate rounds the loss to bfloat16.
+    torch.testing.assert_close(
+        torch.tensor(found["losses"]), torch.tensor(found["expected"]), rtol=1e-5 if is_exact else 2**-8, atol=0
+    )
+    assert found["error_of_update"] < (1e-4 if is_exact else 0.03)
+    assert found["error_of_saved"] == 0
+    assert found["frozen"] == [f"torch.{dtype}"]
+    assert found["trained"] == ["torch.float32"]
+    # Each layer for the forward and for the backward, the embeddings too, the head once, and once all that is left,
+    # with the vision tower, which rows of text do not need.
+    assert found["gathers"] == 2 * found["layers"] + 4
+    assert found["reduced"] == found["layers"]  # the gradients of adapters, none of frozen weights
