@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .step_profile import summary_of, tables, trace_of
 
@@ -73,8 +74,11 @@ def with_adapters(model: Any, layout: str) -> Any:
     return get_peft_model(model, LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM"))
 
 
-def optimizer_of(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
+def optimizer_of(model: Any, on_gpu: bool) -> torch.optim.Optimizer:
+    """AdamW, in one kernel as `Trainer` has it, unless tensor parallelism cuts some of the adapters and others not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    is_mixed = len({isinstance(parameter, DTensor) for parameter in trained}) > 1
+    return torch.optim.AdamW(trained, lr=1e-4, **{"foreach": False} if is_mixed else {"fused": on_gpu})
 
 
 def train(layout: str, load: Any, on_gpu: bool, profiles: bool) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def train(layout: str, load: Any, on_gpu: bool, profiles: bool) -> dict[str, Any
         model = load(distributed_config=DistributedConfig(tp_size=processes, ep_size=processes))
         device = model.device
         model = with_adapters(model, layout)
-        optimizer = optimizer_of(model)
+        optimizer = optimizer_of(model, on_gpu)
         backward, rows = torch.Tensor.backward, range(processes)
     else:
         accelerator = Accelerator(mixed_precision="bf16")
@@ -109,7 +113,7 @@ def train(layout: str, load: Any, on_gpu: bool, profiles: bool) -> dict[str, Any
         model = with_adapters(load(device_map={"": device}), layout)
         if accelerator.distributed_type == DistributedType.FSDP:
             accelerator.state.fsdp_plugin.reshard_after_forward = layout != GATHERED_ONCE
-        model, optimizer = accelerator.prepare(model, optimizer_of(model))
+        model, optimizer = accelerator.prepare(model, optimizer_of(model, on_gpu))
         backward, rows = accelerator.backward, range(accelerator.process_index, accelerator.process_index + 1)
     length = TOKENS if on_gpu else 64
     vocabulary = model.config.get_text_config().vocab_size

@@ -203,7 +203,7 @@ def _gathered_bytes(request: MemoryRequest, weights: list[Weight], trained: Trai
         if weight.layer is not None:
             layers[weight.layer] = layers.get(weight.layer, 0) + size[weight.name]
             layer_gradients[weight.layer] = layer_gradients.get(weight.layer, 0) + gradients.get(weight.name, 0)
-        elif ".vision_tower." not in weight.name:
+        elif request.strategy == "fsdp2" or ".vision_tower." not in weight.name:
             root += size[weight.name] + gradients.get(weight.name, 0)
     # FSDP2 gathers the next layer while one runs, and the root stays gathered. ZeRO-3 gathers module by module.
     ahead = 1 if request.strategy == "zero3" else 2

@@ -114,7 +114,9 @@ def main(dtype: torch.dtype, folder: Path) -> None:
         found["error_of_saved"] = max(
             (saved[name.replace(".default.", ".")] - value).abs().max().item() for name, value in whole.items()
         )
-        update, wanted = (torch.cat([(end[name] - first[name]).flatten() for name in first]) for end in (whole, masters))
+        update, wanted = (
+            torch.cat([(end[name] - first[name]).flatten() for name in first]) for end in (whole, masters)
+        )
         found["error_of_update"] = ((update - wanted).norm() / wanted.norm()).item()
         (folder / "result.json").write_text(json.dumps(found))
     torch.distributed.barrier()
