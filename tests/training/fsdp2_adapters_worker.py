@@ -21,18 +21,19 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from vision_scale_out_worker import make_inputs  # beside this file
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 
 CONFIG = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
-STEPS, LENGTH, RATE = 3, 48, 0.3
+STEPS, RATE = 3, 0.3
 
 
 def make_model(dtype: torch.dtype):
     torch.manual_seed(0)
     model = MiniMaxM3SparseForConditionalGeneration(tiny_config()).to(dtype).train()
-    model.activation_checkpointing_enable()
+    model.activation_checkpointing_enable()  # PEFT then lets the outputs of all embeddings require gradients
     targets = r"model\.language_model\..*\.self_attn\.(q|k|v|o)_proj"
     model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     return model
@@ -42,9 +43,10 @@ def trained(model) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def row(step: int, rank: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(2, 400, (1, LENGTH), generator=torch.Generator().manual_seed(10 * step + rank))
-    return {"input_ids": ids, "labels": ids, "use_cache": False}
+def row(config, step: int, rank: int) -> dict[str, torch.Tensor]:
+    """Text, with an image in the second step of the first process alone."""
+    media = {"images": [[1, 2, 4]]} if (step, rank) == (1, 0) else {}
+    return make_inputs(config, 10 * step + rank, **media) | {"use_cache": False}
 
 
 def in_one_process(model, dtype: torch.dtype) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -54,7 +56,7 @@ def in_one_process(model, dtype: torch.dtype) -> tuple[list[float], dict[str, to
     for step in range(STEPS):
         for name, parameter in trained(model).items():
             parameter.data.copy_(masters[name])
-        pair = [model(**row(step, rank)).loss for rank in range(2)]
+        pair = [model(**row(model.config, step, rank)).loss for rank in range(2)]
         (sum(pair) / 2).backward()
         for name, parameter in trained(model).items():
             masters[name] -= RATE * parameter.grad.float()
@@ -89,7 +91,8 @@ def main(dtype: torch.dtype, folder: Path) -> None:
     first = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
     expected, masters = in_one_process(copy.deepcopy(model), dtype)
     model = sharded(model, dtype)
-    found = {"expected": expected, "losses": [], "layers": model.config.text_config.num_hidden_layers}
+    found = {"expected": expected, "losses": [], "gathers": [], "reduced": []}
+    found["layers"] = model.config.text_config.num_hidden_layers
     for kind in (True, False):
         dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad == kind}
         found["trained" if kind else "frozen"] = sorted(dtypes)
@@ -97,11 +100,11 @@ def main(dtype: torch.dtype, folder: Path) -> None:
     optimizer = torch.optim.SGD(trained(model).values(), lr=RATE)
     for step in range(STEPS):
         with CommDebugMode() as communication:
-            loss = model(**row(step, rank)).loss
+            loss = model(**row(model.config, step, rank)).loss
             loss.backward()
         counts = {str(name): count for name, count in communication.get_comm_counts().items()}
-        found["gathers"] = sum(count for name, count in counts.items() if "gather" in name)
-        found["reduced"] = sum(count for name, count in counts.items() if "reduce_scatter" in name)
+        found["gathers"].append(sum(count for name, count in counts.items() if "gather" in name))
+        found["reduced"].append(sum(count for name, count in counts.items() if "reduce_scatter" in name))
         optimizer.step()
         optimizer.zero_grad()
         found["losses"].append(loss.item())

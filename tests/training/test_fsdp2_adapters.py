@@ -33,11 +33,12 @@ def test_two_processes_train_adapters_as_one(tmp_path, dtype):
     torch.testing.assert_close(
         torch.tensor(found["losses"]), torch.tensor(found["expected"]), rtol=1e-5 if is_exact else 2**-8, atol=0
     )
-    assert found["error_of_update"] < (1e-4 if is_exact else 0.03)
+    # Rounding to bfloat16 lets routers choose other experts. Gradients that are not averaged would give 1.
+    assert found["error_of_update"] < (1e-4 if is_exact else 0.4)
     assert found["error_of_saved"] == 0
     assert found["frozen"] == [f"torch.{dtype}"]
     assert found["trained"] == ["torch.float32"]
-    # Each layer for the forward and for the backward, the embeddings too, the head once, and once all that is left,
-    # with the vision tower, which rows of text do not need.
-    assert found["gathers"] == 2 * found["layers"] + 4
-    assert found["reduced"] == found["layers"]  # the gradients of adapters, none of frozen weights
+    # Each layer for the forward and for the backward, the embeddings too, the head once, and once all that is left: also
+    # the vision tower, which runs for the image of one process alone.
+    assert found["gathers"] == [2 * found["layers"] + 4] * len(found["losses"])
+    assert found["reduced"] == [found["layers"]] * len(found["losses"])  # of adapters, and of no frozen weight
