@@ -78,7 +78,7 @@ def optimizer_of(model: Any, on_gpu: bool) -> torch.optim.Optimizer:
     """AdamW, in one kernel as `Trainer` has it, unless tensor parallelism cuts some of the adapters and others not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     is_mixed = len({isinstance(parameter, DTensor) for parameter in trained}) > 1
-    return torch.optim.AdamW(trained, lr=1e-4, **{"foreach": False} if is_mixed else {"fused": on_gpu})
+    return torch.optim.AdamW(trained, lr=1e-4, foreach=False if is_mixed else None, fused=on_gpu and not is_mixed)
 
 
 def train(layout: str, load: Any, on_gpu: bool, profiles: bool) -> dict[str, Any]:
