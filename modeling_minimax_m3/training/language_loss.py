@@ -244,7 +244,8 @@ def _gathers_its_weight(module: nn.Module) -> bool:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    if not torch.distributed.is_available():
+    """Whether FSDP2 gathers the weights of the module."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule  # not there in every build of PyTorch
 
