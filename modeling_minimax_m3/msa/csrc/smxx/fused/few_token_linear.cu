@@ -1,13 +1,11 @@
 #include "few_token_linear.h"
 
 #include <stdexcept>
-#include <type_traits>
 
 #include "few_tokens.cuh"
 #include "smxx/common/dependent_launch.cuh"
 #include "smxx/common/device.h"
 #include "smxx/common/dispatch.h"
-#include "staged_linear.h"
 
 namespace msa {
 
@@ -108,9 +106,6 @@ void launch_for_tokens(const FewTokenLinearParams& params, cudaStream_t stream) 
   if (params.channels % Weights::kChannels != 0) {
     throw std::runtime_error(
         "few_token_linear takes channels that are a multiple of 32, of 64 for MXFP8 weights");
-  }
-  if constexpr (std::is_same_v<Weights, Mxfp8Weights>) {
-    if (supports_staged_linear(params)) return launch_staged_linear(params, stream);
   }
   // The more tokens, the more weight rows must share what is read of them. For few, what counts is
   // that the last round of thread blocks leaves few places empty.
