@@ -5,6 +5,7 @@ imports once for all tests of a pytest process. It runs none of the code, so eac
 sees no GPU; `torchrun` starts what runs on GPUs.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -12,7 +13,9 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from multiprocessing import connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from unittest import mock
 
@@ -24,19 +27,28 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLI
 TIMEOUT = 300  # seconds; processes that wait for each other for ever fail the test
 
 
+@contextlib.contextmanager
+def fork_server() -> Iterator[ForkServerContext]:
+    """The context of multiprocessing in which processes start, and the settings of the server, which the first starts."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    # processes find the functions that they run by the path
+    with mock.patch.dict(os.environ, ENVIRONMENT), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+        yield context
+
+
 def run_script(
     script: Path, *arguments: str, folder: Path, processes: int = 2, timeout: float = TIMEOUT, **environment: str
-) -> None:
+) -> list[str]:
     """Run a script as `__main__` in so many processes, whose output goes to files of `folder`.
 
-    Several find each other by the variables that `torchrun` sets; a single one has none of them.
+    Several find each other by the variables that `torchrun` sets; a single one has none of them. Returns what each wrote
+    to stdout and stderr.
 
     Raises:
         AssertionError: with the end of its output, if a process fails, and with that of the first, if they take longer
             than `timeout` seconds. The others are ended.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
     shared = {**os.environ, **ENVIRONMENT, **environment}
     if processes > 1:
         with socket.socket() as listener:
@@ -44,8 +56,7 @@ def run_script(
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
         shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     running, logs = [], []
-    # The first start starts the server too. Both find this module by the path.
-    with mock.patch.dict(os.environ, ENVIRONMENT), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+    with fork_server() as context:
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             logs.append(folder / f"{script.stem}-{rank}.log")
@@ -58,6 +69,7 @@ def run_script(
         for process in running:
             process.kill()
             process.join()
+    return [log.read_text(errors="replace") for log in logs]
 
 
 def _wait(running: list, logs: list[Path], end: float) -> None:
