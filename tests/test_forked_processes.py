@@ -1,5 +1,7 @@
 """The processes that tests fork: what a script sees, and how one that fails or hangs is told."""
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -35,7 +37,8 @@ def test_one_that_fails_ends_all(tmp_path, code):
         run_script(script, folder=tmp_path)
 
 
-def test_one_that_hangs_is_ended(tmp_path):
-    script = write(tmp_path, "print('got here', flush=True)\nif os.environ['RANK'] == '0':\n    time.sleep(1000)")
-    with pytest.raises(AssertionError, match="did not end in time: (?s:.*)got here"):
-        run_script(script, folder=tmp_path, timeout=5)
+def test_those_that_hang_are_ended(tmp_path):
+    script = write(tmp_path, "time.sleep(1000)")
+    with pytest.raises(AssertionError, match="the processes did not end in time"):
+        run_script(script, folder=tmp_path, timeout=1)
+    assert not multiprocessing.active_children()
