@@ -6,6 +6,8 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 # test processes; each uses one thread and about 1 GB
 PYTEST_WORKERS ?= 2
+# Each process takes whole files, so that it alone sets them up, and what another has left when it is done.
+XDIST_ORDER := --dist worksteal
 # of `make test-gpu`: the files that have tests for a GPU, and how many of the slowest tests it lists
 GPU_TESTS ?= $(wildcard tests/*/test_cuda_*.py) $(wildcard tests/*/test_*_gpu.py) $(wildcard tests/test_*_gpu.py) $(wildcard tests/processing/test_*_processing.py)
 DURATIONS ?= 40
@@ -25,7 +27,7 @@ CXX_SOURCES = $(shell find modeling_minimax_m3 -name '*.cu' -o -name '*.cuh' -o 
 # nothing here reads from a model hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo finetune-demo test test-install test-compatibility test-versions check-upstream test-gpu \
+.PHONY: help setup demo finetune-demo test test-install test-compatibility test-other-versions test-versions check-upstream test-gpu \
 	lint lint-python lint-types lint-cxx lint-text lint-spelling format benchmark small-model kernels check-kernels sanitize-kernels clean
 
 help:
@@ -64,7 +66,7 @@ finetune-demo: $(INSTALLED)
 	$(BIN)/python examples/lora/walkthrough.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(XDIST_ORDER) $(PYTEST_ARGS)
 
 # The README's Install, Load and Chat in an empty environment, which is made anew each time.
 test-install:
@@ -72,12 +74,16 @@ test-install:
 
 # Tests on the oldest versions that pyproject.toml allows, and on the newest, which `pip install` takes today. Where these
 # are the pinned ones, `make test` is their test.
-test-compatibility: test-install $(INSTALLED)
+test-compatibility: test-install
+	$(MAKE) test-other-versions
+
+# after test-install
+test-other-versions: $(INSTALLED)
 	$(NEWEST)/bin/python -m pip install -qq "$$(ls build/newest/*.whl)[dev]"
 	@differing="$$($(BIN)/python scripts/differing_versions.py $(NEWEST)/bin/python)"; \
 	if [ -n "$$differing" ]; then \
 		echo "Not the pinned versions, so the tests run on the newest:"; echo "$$differing"; \
-		$(NEWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) $(CHOSEN); \
+		$(NEWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) $(XDIST_ORDER) $(CHOSEN); \
 	else \
 		echo "The newest versions are the pinned ones: make test covers them"; \
 	fi

@@ -19,7 +19,7 @@ PLANS = {
     "expert_and_tensor_parallel": {"tp_size": 2, "ep_size": 2},
     "tokens_exchanged": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"},
 }
-OPTIONS = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+OPTIONS = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 OPTIONS |= {"return_dict_in_generate": True, "output_logits": True}
 ON_GPU = torch.cuda.is_available()
 

@@ -1,9 +1,5 @@
 """A model in MXFP8 in two processes on a CPU: FSDP2, tensor and expert parallelism, and FSDP2 with adapters."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +8,11 @@ import torch
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM, mxfp8_config
 
+from ..forked_processes import run_script
+
 WORKER = Path(__file__).with_name("mxfp8_processes_worker.py")
 # Tensor parallelism cuts rows into halves, which have to be multiples of 32.
 TEXT = {"hidden_size": 128, "intermediate_size": 64, "shared_intermediate_size": 64, "head_dim": 64}
-TIMEOUT = 300  # seconds; processes that wait for each other for ever fail the test
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +37,5 @@ def checkpoint(tmp_path_factory):
         "mixed_precision",
     ],
 )
-def test_two_processes(checkpoint, kind):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(WORKER), kind, str(checkpoint)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes(checkpoint, kind, tmp_path):
+    run_script(WORKER, kind, str(checkpoint), folder=tmp_path)

@@ -14,6 +14,8 @@ from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.msa import extension
 
+from ..forked_processes import TIMEOUT, run_script
+
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 # Of each kind of attention one layer, with more blocks than a query selects. The kernels of few tokens take the sizes.
 TEXT = {
@@ -34,7 +36,6 @@ TEXT = {
 ALL_CHOSEN = {"index_block_size": 64, "index_topk_blocks": 4, "structured_random_blocks": 1, "num_experts_per_tok": 4}
 CHECKS = ["weights", "logits", "gradients", "adapters", "rules_of_the_user"]
 CHECKS += ["kernels", "kernels_of_experts", "kernels_of_mxfp8", "kernels_of_many_tokens", "parts_that_no_kernel_reads"]
-TIMEOUT = 300  # seconds; processes that wait for each other for ever fail the test
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +58,16 @@ def check(tmp_path_factory):
         return folders[key]
 
     def run(name: str, processes: int, heads: int, on_gpu: bool = False, **fields: int) -> None:
+        folder = str(checkpoint(num_key_value_heads=heads, **fields))
+        if not on_gpu:
+            return run_script(WORKER, name, folder, folder=tmp_path_factory.mktemp(name), processes=processes)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
         done = subprocess.run(
-            [sys.executable, *launcher, str(WORKER), name, str(checkpoint(num_key_value_heads=heads, **fields))],
-            env={**os.environ, "OMP_NUM_THREADS": "1"} | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
+            [sys.executable, *launcher, str(WORKER), name, folder],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=TIMEOUT,

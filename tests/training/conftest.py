@@ -15,7 +15,10 @@ from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
+from ..forked_processes import run_script
+
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}  # gloo, whatever the machine has
 WORKER = Path(__file__).with_name("scale_out_worker.py")
 # A shape that the CUDA kernels take. The weights' values are so large that a wrong expert, or none, changes the loss;
 # the embeddings, the head and the experts have so many that ZeRO-3 cuts them (it keeps what has fewer than 100,000).
@@ -52,10 +55,20 @@ def scale_out_models(tmp_path_factory) -> Path:
 def train(scale_out_models, tmp_path_factory) -> Callable[..., dict]:
     """`train(engine, config=..., processes=..., VARIABLE=...)`: the worker's report of its run.
 
-    It is started by `accelerate launch` with that configuration of ours, or by `torchrun`, or as a single process.
+    It is started by `accelerate launch` with that configuration of ours, or by `torchrun`, or as a single process. With
+    `on_cpu` the latter two are forked.
     """
 
-    def run(engine: str, *, config: str | None = None, processes: int = 1, **environment: str) -> dict:
+    def run(
+        engine: str, *, config: str | None = None, processes: int = 1, on_cpu: bool = False, **environment: str
+    ) -> dict:
+        output = tmp_path_factory.mktemp(engine) / "found.json"
+        arguments = [engine, str(scale_out_models), str(output)]
+        if on_cpu:
+            environment |= ON_CPU
+        if on_cpu and config is None:
+            run_script(WORKER, *arguments, folder=output.parent, processes=processes, **environment)
+            return json.loads(output.read_text())
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])
@@ -65,9 +78,8 @@ def train(scale_out_models, tmp_path_factory) -> Callable[..., dict]:
             launcher = ["-m", "accelerate.commands.launch", "--config_file", path, "--main_process_port", port]
         elif processes > 1:
             launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
-        output = tmp_path_factory.mktemp(engine) / "found.json"
         done = subprocess.run(
-            [sys.executable, *launcher, str(WORKER), engine, str(scale_out_models), str(output)],
+            [sys.executable, *launcher, str(WORKER), *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]

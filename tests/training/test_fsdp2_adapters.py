@@ -1,32 +1,19 @@
 """LoRA under FSDP2 as Accelerate applies it with our configuration, in two processes and in one."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from ..forked_processes import run_script
 
 WORKER = Path(__file__).with_name("fsdp2_adapters_worker.py")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_processes_train_adapters_as_one(tmp_path, dtype):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(WORKER), dtype, str(tmp_path)],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(WORKER, dtype, str(tmp_path), folder=tmp_path, GLOO_SOCKET_IFNAME="lo")
     found = json.loads((tmp_path / "result.json").read_text())
     is_exact = dtype == "float32"
     # Under FSDP2 Accelerate rounds the loss to bfloat16.

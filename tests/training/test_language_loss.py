@@ -19,6 +19,8 @@ from modeling_minimax_m3.msa import extension
 from modeling_minimax_m3.training import language_loss
 from modeling_minimax_m3.training.language_loss import _PlainHeadLoss, batch_share, causal_lm_loss
 
+from ..forked_processes import fork_server
+
 BATCH, TOKENS, HIDDEN, VOCABULARY = 3, 50, 16, 97
 
 
@@ -492,8 +494,9 @@ def run_rank(rank: int, world_size: int, folder: str, dtype: torch.dtype, frozen
 )
 def test_fsdp_ranks_with_different_numbers_of_chunks(dtype, frozen):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run_rank, (2, folder, dtype, frozen), nprocs=2)
+    with tempfile.TemporaryDirectory() as folder, fork_server():
+        arguments = (2, folder, dtype, frozen)
+        torch.multiprocessing.start_processes(run_rank, arguments, nprocs=2, start_method="forkserver")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,11 +1,7 @@
 """`RunMonitor`: what it counts against plain counts, where it shows it, and that it changes nothing."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +23,8 @@ from modeling_minimax_m3.monitoring.samples import shorten_media
 from modeling_minimax_m3.monitoring.selected_mass import selected_mass
 from modeling_minimax_m3.monitoring.tallies import PassTallies, expert_load
 from modeling_minimax_m3.run_monitor import RunMonitor
+
+from ..forked_processes import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSSES = {"output_router_logits": True, "router_aux_loss_coef": 0.01, "indexer_loss_coef": 0.1}
@@ -472,21 +470,15 @@ def test_two_processes_report_what_one_does(tmp_path, tiny_checkpoint):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = []
     for processes in (1, 2):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = str(listener.getsockname()[1])
         flags = ["--model", tiny_checkpoint, "--dataset", tmp_path / "rows.jsonl", "--output_dir", tmp_path / f"run{processes}",
                  "--use_cpu", "--max_steps", "1", "--logging_steps", "1", "--save_strategy", "no", "--disable_tqdm", "true",
                  "--per_device_train_batch_size", str(4 // processes), "--router_aux_loss_coef", "0.01",
                  "--eval_dataset", tmp_path / "rows.jsonl", "--sample_tokens", "4"]  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port,
-             ROOT / "scripts" / "finetune.py", *map(str, flags)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True, text=True,
+        printed = run_script(
+            ROOT / "scripts" / "finetune.py", *map(str, flags),
+            folder=tmp_path, processes=processes, ACCELERATE_USE_CPU="true",
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("step 1/1") == 1
+        assert "".join(printed).count("step 1/1") == 1
         folder = tmp_path / f"run{processes}"
         assert (folder / "report.html").is_file() and len((folder / "samples.jsonl").read_text().splitlines()) == 2
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]

@@ -7,12 +7,11 @@ import pytest
 import yaml
 
 CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "accelerate").glob("*.yaml"))
-ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}  # gloo, whatever the machine has
 
 
 @pytest.fixture(scope="module")
 def in_one_process(train):
-    return train("trainer", **ON_CPU)
+    return train("trainer", on_cpu=True)
 
 
 def check(found, in_one_process):
@@ -40,7 +39,7 @@ def check_monitored(found, in_one_process, processes=2):
 
 def test_data_parallelism(train, in_one_process):
     """`accelerate launch` starts them with our configuration. Router and indexer losses are on."""
-    found = train("trainer", config="ddp", **ON_CPU)
+    found = train("trainer", config="ddp", on_cpu=True)
     check(found, in_one_process)
     check_monitored(found, in_one_process)
 
@@ -49,7 +48,7 @@ def test_data_parallelism(train, in_one_process):
 def test_fully_sharded(train, in_one_process, engine):
     if engine == "zero3" and find_spec("deepspeed") is None:  # not imported here: it changes what other packages do
         pytest.skip("DeepSpeed is not installed")
-    check(train(engine, processes=2, DS_ACCELERATOR="cpu", **ON_CPU), in_one_process)
+    check(train(engine, processes=2, DS_ACCELERATOR="cpu", on_cpu=True), in_one_process)
 
 
 @pytest.mark.parametrize("engine", ["expert_parallel", "expert_and_tensor_parallel", "tensor_parallel"])
@@ -59,7 +58,7 @@ def test_plans(train, in_one_process, engine):
     The worker also compares the weights (of the composite model too) and the logits with those of the whole model, and
     what was saved after the training.
     """
-    found = train(engine, processes=2, **ON_CPU)
+    found = train(engine, processes=2, on_cpu=True)
     check(found, in_one_process)
     check_monitored(found, in_one_process)
 

@@ -12,21 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..forked_processes import run_script
+
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("vision_scale_out_worker.py")
-
-
-def run(command):
-    # gloo, whatever the machine has
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    launcher, *rest = command
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, port, *rest], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -47,8 +36,7 @@ def test_two_processes_train_as_one(tmp_path, engine, flags, monkeypatch):
             pytest.skip("DeepSpeed is not installed")
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     output = tmp_path / "result.json"
-    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    run([launcher, str(WORKER), engine, str(output), *flags])
+    run_script(WORKER, engine, str(output), *flags, folder=tmp_path, ACCELERATE_USE_CPU="true")
     losses, norm = json.loads(output.read_text())
     expected_losses, expected_norm = runpy.run_path(str(WORKER))["in_one_process"](flags)
     assert len(losses) == len(expected_losses)
@@ -73,7 +61,10 @@ def test_the_script_with_an_image_in_one_process_only(tiny_checkpoint, tmp_path)
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = ROOT / "examples" / "accelerate" / "ddp.yaml"
-    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port"]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", port]
     options = {
         "model": tiny_checkpoint,
         "dataset": data,
@@ -87,6 +78,10 @@ def test_the_script_with_an_image_in_one_process_only(tiny_checkpoint, tmp_path)
     }
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     flags += ["--train_vision", "--activation_checkpointing", "--use_cpu"]
-    run([launcher, str(ROOT / "scripts" / "finetune.py"), *flags])
+    # gloo, whatever the machine has
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", *launcher, str(ROOT / "scripts" / "finetune.py"), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert len([entry for entry in history if "loss" in entry]) == 2
