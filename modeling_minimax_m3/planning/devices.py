@@ -132,7 +132,7 @@ def _states_rows(request: MemoryRequest, trained: Trained) -> dict[str, float]:
 
 
 def _passing_weights(request: MemoryRequest, weights: list[Weight], trained: Trained) -> dict[str, float]:
-    """Weights that exist while a layer runs: gathered from other devices, dequantized, or merged with adapters."""
+    """Weights that exist while a layer runs: gathered from other devices, dequantized, or added to adapters' updates."""
     rows = dict.fromkeys(("gathered weights", "dequantized weights", "merged experts", "autocast weights"), 0.0)
     if request.autocast:  # autocast keeps its copies of trained weights to the end of a pass
         copied = 0 if trained.are_new else sum(w.elements * share_of(w, request) for w in trained.weights)
@@ -161,12 +161,12 @@ def _merged_bytes(experts: list[list[int]], checkpointing: bool) -> int:
     """
     if not experts:
         return 0
-    sums = [2 * sum(of) for of in experts]
     if _peft_adds_in_place():
-        # The sums of a layer's weights, and in the backward the gradient of one of them, the last one first.
-        at_most = max(max(2 * sum(of) + 2 * min(of), 4 * max(of)) for of in experts)
-    else:  # for one weight also the product in float32, its scaled copy, and the gradient of the sum
-        at_most = max(2 * sum(of) + 10 * max(of) for of in experts)
+        # Updates are multiplied apart. A sum exists once, when PyTorch checks the shape of what PEFT registers.
+        return max(2 * max(of) for of in experts)
+    # The sums of a layer's weights, and for one also the product in float32, its scaled copy, and its gradient.
+    sums = [2 * sum(of) for of in experts]
+    at_most = max(2 * sum(of) + 10 * max(of) for of in experts)
     return at_most if checkpointing else at_most + sum(sums) - max(sums)
 
 
