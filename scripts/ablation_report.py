@@ -1,4 +1,4 @@
-"""What the runs of `ablation.py` say together: means over seeds with intervals, ratios of losses, a picture."""
+"""What the runs of `ablation.py` say together: means over seeds with intervals, ratios of losses, tables, a picture."""
 
 import math
 from collections import defaultdict
@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ablation_runs import ARMS, EVERYTHING, JOINT
+from modeling_minimax_m3.commands.model_card import as_table
 from replace_when_done import replace_when_done
 
 # 97.5% quantiles of Student's distribution by the number of values: an interval from three seeds is wide.
@@ -94,6 +95,37 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     for name, found in named:
         interval = found.get("interval")
         print(f"  {name}: {found['mean']:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))
+
+
+def ablation_tables(result: dict[str, Any]) -> str:
+    """Markdown of the content of ablation.json: ratios of losses, right answers by task, coverage."""
+    comparison, arms = result["comparison"], result["budget"]["arms"]
+    ratios = []
+    for name, found in comparison["loss_ratios"].items():
+        low, high = found["interval"]
+        loss, _, pair = name.partition(": ")
+        shown = (f"{found['mean']:.3f}", f"{low:.3f} to {high:.3f}", ", ".join(f"{one:.3f}" for one in found["values"]))
+        ratios.append((pair, loss.removeprefix("loss_") if "_" in loss else "all", *shown))
+    answers = []
+    for name, found in comparison["scores"].items():
+        if name.startswith("accuracy_") and name.count("_") == 1:
+            cells = (f"{found[arm]['mean']:.1%}" if arm in found else "" for arm in arms)
+            answers.append((name.removeprefix("accuracy_"), *cells))
+    covered: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+    for record in result["runs"]:
+        covered[record["arm"]] += record["coverage"]
+    coverage = []
+    for arm, values in covered.items():
+        if values:
+            columns = ([one[name] for one in values] for name in ("share", "best", "blocks_share"))
+            coverage.append((arm, *(f"{float(np.mean(column)):.1%}" for column in columns)))
+    return "\n".join(
+        [
+            as_table(("held-out loss of", "rows", "mean ratio", "95% interval", "each seed"), ratios),
+            as_table(("right answers, mean over seeds", *arms), answers),
+            as_table(("arm", "attention in the selected blocks", "at best", "share of the blocks"), coverage),
+        ]
+    )
 
 
 def plot_ablation(result: dict[str, Any], path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Write the figures of the small checkpoint into docs/pretraining.md and benchmarks/README.md.
+"""Write the figures of the small checkpoint and of the ablation into docs/pretraining.md and benchmarks/README.md.
 
     python scripts/small_model_tables.py            # print the tables
     python scripts/small_model_tables.py --write    # put them into the pages
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ablation_report import ablation_tables
 from modeling_minimax_m3.commands.model_card import as_table
 from replace_when_done import replace_when_done
 from write_model_card import as_share, paragraph
@@ -27,7 +28,12 @@ from benchmarks.selections import SELECTIONS, load_selections, overlap, random_b
 
 CHECKPOINT = ROOT / "examples" / "minimax-m3-small"
 RESULTS = ROOT / "benchmarks" / "results"
-START, END = "<!-- tables of scripts/small_model_tables.py -->\n", "<!-- end of tables -->\n"
+# Around the tables of each part of a page.
+STARTS = {
+    "checkpoint": "<!-- tables of scripts/small_model_tables.py -->\n",
+    "ablation": "<!-- tables of scripts/small_model_tables.py: ablation -->\n",
+}
+END = "<!-- end of tables -->\n"
 COLUMNS = ("same_after_1", "same_after_64", "tile_of_16", "tile_of_64", "most_chosen")
 
 
@@ -87,35 +93,40 @@ def overlap_table(path: Path = SELECTIONS) -> str:
     return as_table((f"lists of {tokens:,} queries", *(f"`{column}`" for column in COLUMNS)), cells)
 
 
-def pages() -> dict[Path, str]:
-    """The tables of each page."""
-    scores, longer = (json.loads((RESULTS / f"pretraining_{n}.json").read_text()) for n in ("scores", "recall_1m"))
+def pages() -> list[tuple[Path, str, str]]:
+    """The tables: their page, the part of it as `STARTS` has it, and their text."""
+    scores, longer, ablation = (
+        json.loads((RESULTS / f"pretraining_{name}.json").read_text()) for name in ("scores", "recall_1m", "ablation")
+    )
     curves = [json.loads(line) for line in (RESULTS / "pretraining_curves.jsonl").read_text().splitlines()]
     record = json.loads((CHECKPOINT / "training.json").read_text())
-    return {
-        ROOT / "docs" / "pretraining.md": run_sentences(record, curves) + "\n" + score_tables(scores, longer),
-        ROOT / "benchmarks" / "README.md": overlap_table(),
-    }
+    page = ROOT / "docs" / "pretraining.md"
+    return [
+        (page, "checkpoint", run_sentences(record, curves) + "\n" + score_tables(scores, longer)),
+        (page, "ablation", ablation_tables(ablation)),
+        (ROOT / "benchmarks" / "README.md", "checkpoint", overlap_table()),
+    ]
 
 
-def replace_tables(text: str, tables: str) -> str:
-    """A page with other tables between its marks."""
-    before, _, rest = text.partition(START)
+def replace_tables(text: str, tables: str, part: str = "checkpoint") -> str:
+    """A page with other tables between the marks of a part."""
+    start = STARTS[part]
+    before, _, rest = text.partition(start)
     _, _, after = rest.partition(END)
     if not after:
-        raise ValueError(f"the page must have the lines {START.strip()!r} and {END.strip()!r}.")
-    return f"{before}{START}\n{tables}\n{END}{after}"
+        raise ValueError(f"the page must have the lines {start.strip()!r} and {END.strip()!r}.")
+    return f"{before}{start}\n{tables}\n{END}{after}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the figures of the small checkpoint into the pages.")
+    parser = argparse.ArgumentParser(description="Write the figures of the small checkpoint and the ablation.")
     parser.add_argument("--write", action="store_true", help="put the tables into the pages")
     arguments = parser.parse_args()
-    for page, tables in pages().items():
+    for page, part, tables in pages():
         if arguments.write:
             with replace_when_done(page) as unfinished:
-                unfinished.write_text(replace_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
-            print(f"wrote {page}")
+                unfinished.write_text(replace_tables(page.read_text(encoding="utf-8"), tables, part), encoding="utf-8")
+            print(f"wrote {part} of {page}")
         else:
             print(tables)
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 
 def test_pages_have_the_tables(load_script):
-    for page, tables in load_script("small_model_tables").pages().items():
-        assert tables in page.read_text(encoding="utf-8"), f"{page.name}: make small-model"
+    for page, part, tables in load_script("small_model_tables").pages():
+        assert tables in page.read_text(encoding="utf-8"), f"{part} of {page.name}: make small-model"
 
 
 def test_stored_scores_are_drawn(load_script, tmp_path):
@@ -21,10 +21,25 @@ def test_stored_scores_are_drawn(load_script, tmp_path):
 
 def test_tables_need_their_place(load_script):
     replace = load_script("small_model_tables").replace_tables
-    start, end = load_script("small_model_tables").START, load_script("small_model_tables").END
-    assert replace(f"a\n{start}old\n{end}b\n", "new\n") == f"a\n{start}\nnew\n\n{end}b\n"
+    starts, end = load_script("small_model_tables").STARTS, load_script("small_model_tables").END
+    first, second = (f"{starts[part]}old\n{end}" for part in ("checkpoint", "ablation"))
+    new = f"{starts['ablation']}\nnew\n\n{end}"
+    assert replace(f"a\n{first}b\n{second}c\n", "new\n", "ablation") == f"a\n{first}b\n{new}c\n"
+    new = new.replace(starts["ablation"], starts["checkpoint"])
+    assert replace(f"a\n{first}b\n{second}c\n", "new\n") == f"a\n{new}b\n{second}c\n"
     with pytest.raises(ValueError, match="the page must have the lines"):
         replace(f"a\n{end}", "new")
+
+
+def test_stored_ablation_is_complete_and_drawn(load_script, tmp_path):
+    """Its comparison follows from its runs, and each arm has as many runs as its budget says."""
+    report = load_script("ablation_report")
+    result = json.loads((load_script("small_model_tables").RESULTS / "pretraining_ablation.json").read_text())
+    assert result["comparison"] == report.compare(result["runs"])
+    assert len(result["runs"]) == result["budget"]["runs"] and result["comparison"]["step"] == result["budget"]["steps"]
+    report.plot_ablation(result, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 1000
 
 
 def test_run_of_several_processes_is_told(load_script):
