@@ -104,7 +104,11 @@ def ablation_tables(result: dict[str, Any]) -> str:
     for name, found in comparison["loss_ratios"].items():
         low, high = found["interval"]
         loss, _, pair = name.partition(": ")
-        shown = (f"{found['mean']:.3f}", f"{low:.3f} to {high:.3f}", ", ".join(f"{one:.3f}" for one in found["values"]))
+        shown = (
+            f"{found['mean']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            ", ".join(f"{one:.3f}" for one in found["values"]),
+        )
         ratios.append((pair, loss.removeprefix("loss_") if "_" in loss else "all", *shown))
     answers = []
     for name, found in comparison["scores"].items():

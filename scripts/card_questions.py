@@ -27,9 +27,10 @@ QUESTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "image": (
-        f"A picture of exactly {scenes.SIDE} x {scenes.SIDE} pixels: one to four objects with a radius of 9 to 13 pixels on "
-        f"light grey, each in a cell of a {scenes.CELLS} x {scenes.CELLS} grid. The colours are "
-        f"{', '.join(scenes.COLOURS)}. The shapes are {', '.join(scenes.SHAPES)}.",
+        f"A square picture: one to four objects on light grey, each in a cell of a {scenes.CELLS} x {scenes.CELLS} grid. "
+        f"The processor resizes squares of any size to the {scenes.SIDE} x {scenes.SIDE} pixels of training, where objects "
+        "have a radius of 9 to 13 pixels. Other shapes keep their proportions. The model has not seen any, so expect more "
+        f"wrong answers about them. The colours are {', '.join(scenes.COLOURS)}. The shapes are {', '.join(scenes.SHAPES)}.",
         (
             "What colour is the SHAPE?",
             "What shape is the COLOUR object?",
@@ -42,13 +43,14 @@ QUESTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "digits": (
-        f"One to three pictures of exactly {scenes.SIDE} x {scenes.SIDE} pixels, each with one handwritten digit of "
-        "scikit-learn, white on black.",
+        "One to three square pictures, each with one handwritten digit of scikit-learn, white on black.",
         ("Which digit is this?", "Which digits are these?"),
     ),
     "video": (
-        f"A video of {videos.SIDE} x {videos.SIDE} pixels with {videos.FRAMES_PER_SECOND} frames a second and at most "
-        f"{videos.MAX_SECONDS} seconds: one object or digit that moves, or two to four, one after the other.",
+        f"A square video with {videos.FRAMES_PER_SECOND} frames a second and at most {videos.MAX_SECONDS} seconds: one "
+        "object or digit that moves, or two to four, one after the other. The processor resizes it to the "
+        f"{videos.SIDE} x {videos.SIDE} pixels of training, unless its sides are multiples of 28. Then it needs "
+        '`processor_kwargs={"videos_kwargs": {"do_resize": True}}`.',
         (
             "What moves?",
             "In which direction does the THING move?",

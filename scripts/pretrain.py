@@ -34,7 +34,14 @@ from make_tiny_checkpoint import build_processor
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from pretraining_run import CurveLog, IndexerPhases, PackTrainer, StopAtNaN, TimeLimit
 from processing_minimax_m3 import MiniMaxM3VLProcessor
-from processing_minimax_m3.pretraining import WEIGHTS, Packs, Stage, collate_packs, parse_stages
+from processing_minimax_m3.pretraining import (
+    WEIGHTS,
+    Packs,
+    Stage,
+    collate_packs,
+    parse_stages,
+    resize_to_drawn_sizes,
+)
 from processing_minimax_m3.pretraining.tokenizer_texts import tokenizer_texts
 
 CONFIGS = {"small": small_config, "tiny": tiny_config}
@@ -183,6 +190,7 @@ def prepare_model(
         config = CONFIGS[options.config]()
         processor = build_processor(config, tokenizer_texts(weights, seed))
         model = MiniMaxM3SparseForConditionalGeneration(config)
+    resize_to_drawn_sizes(processor)
     model.config.text_config.output_router_logits = True  # with the routers' loss, so that experts stay balanced
     return model, processor
 

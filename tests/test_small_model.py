@@ -1,10 +1,14 @@
-"""The shipped small checkpoint: the tables of the pages that quote it, its curves, and the media of the examples."""
+"""The shipped small checkpoint: tables of the pages that quote it, curves, media of the examples, pictures of any size."""
 
 import json
 import sys
 
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import modeling_minimax_m3  # noqa: F401 - registers the classes
 
 
 def test_pages_have_the_tables(load_script):
@@ -36,7 +40,9 @@ def test_stored_ablation_is_complete_and_drawn(load_script, tmp_path):
     report = load_script("ablation_report")
     result = json.loads((load_script("small_model_tables").RESULTS / "pretraining_ablation.json").read_text())
     assert result["comparison"] == report.compare(result["runs"])
-    assert len(result["runs"]) == result["budget"]["runs"] and result["comparison"]["step"] == result["budget"]["steps"]
+    assert (
+        len(result["runs"]) == result["budget"]["runs"] and result["comparison"]["step"] == result["budget"]["steps"]
+    )
     report.plot_ablation(result, tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width > 1000
@@ -113,3 +119,66 @@ def test_folder_that_cannot_be_made_ends_the_drawing(load_script, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="example_media: .*file"):
         load_script("example_media").main([str(tmp_path / "file")])
+
+
+# Of three held-out pictures: the number of the row that begins with it, questions and answers.
+PICTURES = {
+    0: {
+        "What shape is the orange object?": "square",
+        "How many objects are there?": "two",
+        "What colour is the ring?": "green",
+    },
+    2: {
+        "What shape is the black object?": "diamond",
+        "How many yellow objects are there?": "one",
+        "What colour is the diamond?": "black",
+    },
+    3: {
+        "What colour is the triangle?": "pink",
+        "How many rings are there?": "one",
+        "What shape is the pink object?": "triangle",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def answer(load_script):
+    folder = load_script("small_model_tables").CHECKPOINT
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def ask(picture: Image.Image, question: str) -> tuple[str, list[int]]:
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            thinking_mode="disabled",
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        prompt = inputs["input_ids"][0]
+        message = processor.parse_response(output[0, len(prompt) :], prefix=prompt)
+        return message["content"], inputs["image_grid_thw"][0].tolist()
+
+    return ask
+
+
+def heldout_picture(index: int) -> Image.Image:
+    from processing_minimax_m3.pretraining import make_row
+
+    return make_row("image", "heldout", index)["messages"][0]["content"][0]["image"]
+
+
+@pytest.mark.parametrize("side", [56, 224, 448])
+def test_pictures_of_any_size_are_read(answer, side):
+    for index, questions in PICTURES.items():
+        picture = heldout_picture(index).resize((side, side), Image.Resampling.BICUBIC)
+        for question, expected in questions.items():
+            assert answer(picture, question) == (expected, [1, 8, 8]), (index, question)
+
+
+def test_picture_that_is_no_square_is_read(answer):
+    content, grid = answer(heldout_picture(0).resize((640, 360)), "How many objects are there?")
+    assert content in ("zero", "one", "two", "three", "four") and grid == [1, 6, 10]

@@ -3,7 +3,7 @@
 `README.md` of the package above has the role of each file.
 """
 
-from .encoding import RowEncoder
+from .encoding import RowEncoder, resize_to_drawn_sizes
 from .mixture import TASKS, WEIGHTS, iterate_rows, make_row
 from .packs import Packs, Stage, collate_packs, parse_stages
 from .rows import SPLITS
@@ -19,4 +19,5 @@ __all__ = [
     "iterate_rows",
     "make_row",
     "parse_stages",
+    "resize_to_drawn_sizes",
 ]

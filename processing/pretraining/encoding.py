@@ -16,6 +16,7 @@ from ..data.formats import read_example
 from ..data.media_sizes import MediaMeter
 from ..patches import patchify
 from ..processor import MiniMaxM3VLProcessor
+from . import scenes, videos
 from .rows import Row
 from .videos import FPS
 
@@ -56,6 +57,24 @@ class EncodedRow:
     answers: list[Answer] = field(default_factory=list)
     images: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     videos: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+
+def resize_to_drawn_sizes(processor: MiniMaxM3VLProcessor) -> None:
+    """Sets the size limits of a processor so that pictures and videos get the sizes of those of the rows.
+
+    A model that was trained on these alone reads nothing else. Squares of any size become squares of `scenes.SIDE`
+    and `videos.SIDE` pixels, and other shapes get about that area. Frames whose sides are multiples of the patch grid are
+    resized only if a call gives `videos_kwargs={"do_resize": True}`, as with every processor of M3.
+    """
+    image, video = processor.image_processor, processor.video_processor
+    least, most = _areas(scenes.SIDE, image.patch_size * image.merge_size)
+    image.size = {"shortest_edge": least, "longest_edge": most}
+    video.min_pixels, video.max_pixels = _areas(videos.SIDE, video.patch_size * video.merge_size)
+
+
+def _areas(side: int, unit: int) -> tuple[int, int]:
+    # The neighbours on the grid are excluded, and both limits are far from side**2, so that rounding does not matter.
+    return side * (side - unit) + 1, side * (side + unit) - 1
 
 
 class DrawnMedia(MediaMeter):

@@ -45,6 +45,32 @@ def test_encoding_equals_that_of_the_processor(processor, task, index):
             assert torch.equal(torch.cat([grid for _, grid in found]), expected[grids])
 
 
+def test_squares_of_any_size_get_the_size_of_the_rows(processor):
+    image, video = processor.image_processor, processor.video_processor
+    for side in range(
+        1, 2000
+    ):  # with both limits at 112 x 112, rounding gives 345 of the sides up to 3000 another size
+        assert image.get_number_of_image_patches(side, side) == (112 // 14) ** 2, side
+        assert video.get_num_of_video_patches(2, side, side) == (56 // 14) ** 2, side
+
+
+@pytest.mark.parametrize("size", [(480, 640), (1080, 1920), (100, 300), (30, 20)])
+def test_other_shapes_get_about_that_area(processor, size):
+    grid = processor.image_processor(np.zeros((*size, 3), np.uint8), return_tensors="pt")["image_grid_thw"][0]
+    assert 0.7 < int(grid.prod()) / (112 // 14) ** 2 < 1.3
+    assert (grid[1] > grid[2]) == (size[0] > size[1])
+    frames = np.zeros((4, *size, 3), np.uint8)
+    grid = processor.video_processor([frames], return_tensors="pt")["video_grid_thw"][0]
+    assert 0.5 <= int(grid[1:].prod()) / (56 // 14) ** 2 <= 1.5
+
+
+def test_frames_that_fit_the_grid_are_resized_only_on_request(processor):
+    text, frames = processor.video_token, np.zeros((2, 112, 112, 3), np.uint8)
+    kept = processor(text=text, videos=[frames], return_tensors="pt")["video_grid_thw"]
+    resized = processor(text=text, videos=[frames], videos_kwargs={"do_resize": True}, return_tensors="pt")
+    assert kept.tolist() == [[1, 8, 8]] and resized["video_grid_thw"].tolist() == [[1, 4, 4]]
+
+
 @pytest.mark.parametrize("task", [task for task in available_tasks() if task not in ("code", "english")])
 def test_answers_are_found_in_the_tokens(processor, task):
     for index in range(5):

@@ -70,6 +70,8 @@ def test_result_is_a_checkpoint_of_its_own(finished):
         return_tensors="pt",
     )
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+    assert processor.image_processor.get_number_of_image_patches(500, 500) == (112 // 14) ** 2
+    assert processor.video_processor.get_num_of_video_patches(2, 500, 500) == (56 // 14) ** 2
     record = json.loads((folder / "training.json").read_text())
     assert record["seed"] == 42
     assert record["steps"] == STEPS
