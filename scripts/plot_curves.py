@@ -1,10 +1,14 @@
 """Draw the curves of a run of `pretrain.py`: losses, held-out losses by modality, and speed, by tokens.
 
-python scripts/plot_curves.py run/curves.jsonl picture.png
+    python scripts/plot_curves.py run/curves.jsonl picture.png
+    python scripts/plot_curves.py run/curves.jsonl longer/curves.jsonl picture.png
+
+Several files are runs that follow each other, each from the weights of the one before (`--init_from`).
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,11 +50,20 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def join_runs(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The lines of runs that follow each other. Their `tokens` count from the first run on, and `run` is the number."""
+    joined, before = [], 0
+    for number, rows in enumerate(runs):
+        joined += [row | {"tokens": row["tokens"] + before, "run": number} for row in rows]
+        before = joined[-1]["tokens"]
+    return joined
+
+
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> Path:
     """Writes the picture. Its suffix is the format.
 
     Args:
-        rows (list of dict): Lines as `read_curves` returns them.
+        rows (list of dict): Lines as `read_curves` or `join_runs` returns them.
         path (Path): The picture.
     """
     logs = [row for row in rows if "loss" in row]
@@ -60,8 +73,12 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> Path:
     training.plot(*_line(logs, "loss"), label="all losses")
     training.plot(*_line(logs, "indexer_loss"), label="indexers' loss")
     training.set(yscale="log", ylabel="nats", title="training")
-    for name in sorted({name for row in scores for name in row if name.startswith(HELD_OUT)}):
-        held_out.plot(*_line(scores, name), marker="o", label=name.removeprefix(HELD_OUT))
+    for number, name in enumerate(sorted({name for row in scores for name in row if name.startswith(HELD_OUT)})):
+        for run in dict.fromkeys(row.get("run", 0) for row in scores):  # each has held-out rows of its own
+            line = _line([row for row in scores if row.get("run", 0) == run], name)
+            held_out.plot(
+                *line, color=f"C{number}", marker="o", label=name.removeprefix(HELD_OUT) if run == 0 else None
+            )
     held_out.set(yscale="log", ylabel="nats a learned token", title="held out")
     # the clock of a process that resumed starts again
     steps = [(a, b) for a, b in pairwise(logs) if b["seconds"] > a["seconds"]]
@@ -71,7 +88,9 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> Path:
     for panel in (training, held_out, speed):
         panel.set(xlabel="million tokens", xlim=(0, rows[-1]["tokens"] / MILLION * 1.02))
         for before, after in pairwise(logs):
-            if after["seconds"] < before["seconds"]:
+            if before.get("run", 0) != after.get("run", 0):
+                panel.axvline(before["tokens"] / MILLION, color="black", linestyle="--", label="next run")
+            elif after["seconds"] < before["seconds"]:
                 panel.axvline(before["tokens"] / MILLION, color="grey", linestyle=":", label="resumed")
     training.legend()
     if scores:
@@ -88,11 +107,11 @@ def _line(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("curves", type=Path, help="curves.jsonl of pretrain.py")
+    parser.add_argument("curves", type=Path, nargs="+", help="curves.jsonl of pretrain.py, of runs in their order")
     parser.add_argument("picture", type=Path, help="path of the picture")
     arguments = parser.parse_args()
     try:
-        print(f"wrote {plot_curves(read_curves(arguments.curves), arguments.picture)}")
+        print(f"wrote {plot_curves(join_runs([read_curves(path) for path in arguments.curves]), arguments.picture)}")
     except (OSError, ValueError) as error:
         raise SystemExit(f"plot_curves: {error}") from error
 

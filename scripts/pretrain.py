@@ -13,6 +13,7 @@ processor and chat template (`final`). docs/pretraining.md explains the data, th
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,7 @@ from checkpoint_folder import check_checkpoint
 from configuration_minimax_m3 import MiniMaxM3VLConfig, small_config, tiny_config
 from make_tiny_checkpoint import build_processor
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from modeling_minimax_m3.conversion.source import read_json
 from pretraining_run import CurveLog, IndexerPhases, PackTrainer, StopAtNaN, TimeLimit
 from processing_minimax_m3 import MiniMaxM3VLProcessor
 from processing_minimax_m3.pretraining import (
@@ -227,6 +229,8 @@ def prepare(argv: list[str]) -> PackTrainer:
         callbacks=callbacks,
     )
     trainer.processor, trainer.options = processor, options
+    if options.init_from and (record := Path(options.init_from) / "training.json").is_file():
+        trainer.earlier_run = read_json(record)
     if training.process_index == 0:
         size = model.num_parameters()
         print(f"{size:,} parameters, {size * 2 / 1e6:.1f} MB in bfloat16")
@@ -249,17 +253,35 @@ def save_final(trainer: PackTrainer, folder: Path, argv: list[str], metrics: dic
     )
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
-    record = {
+    curves = Path(str(trainer.args.output_dir)) / "curves.jsonl"
+    logs = [json.loads(line) for line in curves.read_text().splitlines()]
+    record: dict[str, Any] = {
         "command": ["python", "scripts/pretrain.py", *argv],
         "options": asdict(trainer.options),
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
+        "seconds": [round(log["train_runtime"], 1) for log in logs if "train_runtime" in log],  # of each process
+        "commit": commit_of_this_file(),
         "python": sys.version.split()[0],  # the texts are those of this release
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "heldout": {name: value for name, value in metrics.items() if name.startswith("eval_")},
     }
+    if trainer.earlier_run is not None:
+        earlier = dict(trainer.earlier_run)
+        record["earlier_runs"] = [*earlier.pop("earlier_runs", []), earlier]
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def commit_of_this_file() -> str | None:
+    """The commit of the working tree; None where there is no Git or no repository."""
+    command = ["git", "rev-parse", "--short=7", "HEAD"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def main(argv: Iterable[str] | None = None) -> PackTrainer:

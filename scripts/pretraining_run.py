@@ -91,10 +91,12 @@ class PackTrainer(IndexerLossLogging, Trainer):
 
     Attributes:
         processor (MiniMaxM3VLProcessor), options: Set by the script, for what it saves.
+        earlier_run (dict, optional): training.json of the run whose weights this one started with.
     """
 
     processor: Any = None
     options: Any = None
+    earlier_run: dict[str, Any] | None = None
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Scores all packs of the data set, in every process. See `score_packs`."""

@@ -9,6 +9,7 @@ Every figure comes from files: the checkpoint's training.json, and `pretraining_
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from ablation_report import ablation_tables
 from modeling_minimax_m3.commands.model_card import as_table
 from replace_when_done import replace_when_done
-from write_model_card import as_share, paragraph
+from write_model_card import as_share, longest_row, paragraph, runs_of
 
 # The benchmarks are no installed package.
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,7 @@ from benchmarks.selections import SELECTIONS, load_selections, overlap, random_b
 
 CHECKPOINT = ROOT / "examples" / "minimax-m3-small"
 RESULTS = ROOT / "benchmarks" / "results"
+CURVES = ("pretraining_curves.jsonl", "pretraining_curves_2.jsonl")  # of the runs, in their order
 # Around the tables of each part of a page.
 STARTS = {
     "checkpoint": "<!-- tables of scripts/small_model_tables.py -->\n",
@@ -37,14 +39,17 @@ END = "<!-- end of tables -->\n"
 COLUMNS = ("same_after_1", "same_after_64", "tile_of_16", "tile_of_64", "most_chosen")
 
 
-def run_sentences(record: dict[str, Any], curves: list[dict[str, Any]]) -> str:
-    """What the run was: steps, tokens, device and seconds."""
-    pieces = [f"{row['train_runtime']:.0f} s" for row in curves if "train_runtime" in row]
-    resumed = f", resumed {len(pieces) - 1} times" if len(pieces) > 2 else ", resumed once" if len(pieces) == 2 else ""
-    return paragraph(
-        f"The checkpoint comes from {record['steps']:,} steps of training with {curves[-1]['tokens'] / 1e6:.0f}M "
-        f"tokens on one {record['device']} with PyTorch {record['torch']}. The run took {' + '.join(pieces)}{resumed}."
-    )
+def run_sentences(record: dict[str, Any], curves: Sequence[list[dict[str, Any]]]) -> str:
+    """What the runs were: steps, tokens, rows, device and seconds of each. `curves` has the lines of each run."""
+    told = []
+    for run, rows in zip(runs_of(record), curves, strict=True):
+        pieces = [f"{row['train_runtime']:.0f} s" for row in rows if "train_runtime" in row]
+        resumed = {1: "", 2: ", resumed once"}.get(len(pieces), f", resumed {len(pieces) - 1} times")
+        told.append(
+            f"{run['steps']:,} steps with {rows[-1]['tokens'] / 1e6:.0f}M tokens, in rows of up to {longest_row(run):,}, "
+            f"on one {run['device']} with PyTorch {run['torch']}: {' + '.join(pieces)}{resumed}"
+        )
+    return paragraph(f"The checkpoint comes from {'. Then came '.join(told)}.")
 
 
 def score_tables(scores: dict[str, Any], longer: dict[str, Any]) -> str:
@@ -98,7 +103,7 @@ def pages() -> list[tuple[Path, str, str]]:
     scores, longer, ablation = (
         json.loads((RESULTS / f"pretraining_{name}.json").read_text()) for name in ("scores", "recall_1m", "ablation")
     )
-    curves = [json.loads(line) for line in (RESULTS / "pretraining_curves.jsonl").read_text().splitlines()]
+    curves = [[json.loads(line) for line in (RESULTS / name).read_text().splitlines()] for name in CURVES]
     record = json.loads((CHECKPOINT / "training.json").read_text())
     page = ROOT / "docs" / "pretraining.md"
     return [

@@ -16,7 +16,7 @@ from typing import Any
 from card_questions import questions_section
 from configuration_minimax_m3 import MiniMaxM3VLConfig
 from modeling_minimax_m3.commands.card_examples import examples_of, loading
-from modeling_minimax_m3.commands.model_card import CARD, ModelCard, as_table
+from modeling_minimax_m3.commands.model_card import CARD, ModelCard, as_table, hide_in_command
 from modeling_minimax_m3.conversion.source import read_json
 from modeling_minimax_m3.conversion.tensor_files import read_header
 from replace_when_done import replace_when_done
@@ -37,6 +37,32 @@ def read_record(folder: Path) -> dict[str, Any]:
     if missing := [name for name in NEEDED if name not in record]:
         raise ValueError(f"{folder / RECORD} must have the fields {list(NEEDED)}, but {missing} are missing.")
     return record
+
+
+def runs_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that made a checkpoint, in their order, each with its own record."""
+    return [*record.get("earlier_runs", ()), record]
+
+
+def longest_row(run: dict[str, Any]) -> int:
+    """Most tokens of a row of a run."""
+    return int(run["options"]["stages"].split(",")[-1].split(":")[0])
+
+
+def trained(record: dict[str, Any]) -> str:
+    """Sentence about the steps of each run, its device and its seed, and the commands of all runs but the last."""
+    runs = runs_of(record)
+    steps = [f"for {run['steps']:,} steps on {run['device']}, with seed {run['seed']}" for run in runs]
+    text = paragraph(
+        f"Trained from random weights {', then '.join(steps)}: text, code, recall, tool calls, thinking, pictures and "
+        "videos, mixed from the first step. The machine makes all data itself: from Python's standard library and "
+        "language reference, drawn scenes and videos, and scikit-learn's handwritten digits. Held-out rows share no file "
+        "and no digit with the training rows."
+    )
+    for number, run in enumerate(runs[:-1], 1):
+        text += f"\nThe command of run {number} of {len(runs)}; that of the last is below:\n\n"
+        text += f"```bash\n{hide_in_command(run['command'])}\n```\n"
+    return text
 
 
 def architecture(folder: Path) -> str:
@@ -90,8 +116,8 @@ def limits(record: dict[str, Any], results: dict[str, Any]) -> str:
     if questions:
         listed = ", ".join(f"{name} ({share:.1%})" for name, share in sorted(questions, key=lambda one: one[1]))
         found.append(f"Fewer than {WEAK:.0%} of its answers are right to these kinds of questions: {listed}.")
-    if (stages := record.get("options", {}).get("stages")) and (recall := results.get("recall")):
-        longest = int(stages.split(",")[-1].split(":")[0])
+    if record.get("options", {}).get("stages") and (recall := results.get("recall")):
+        longest = max(map(longest_row, runs_of(record)))
         listed = ", ".join(f"{one['accuracy']:.1%} at {one['tokens']:,}" for one in recall if one["tokens"] >= longest)
         found.append(f"Its training rows had up to {longest:,} tokens. Recall from this length on: {listed}.")
     return " ".join(found)
@@ -136,12 +162,7 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
         if answers := results.get("answers"):
             scores = {f"eval_accuracy_{task}": one["accuracy"] for task, one in answers.items()}
             note = ""
-    sections["Training"] = paragraph(
-        f"Trained from random weights for {record['steps']:,} steps on {record['device']}, with seed {record['seed']}: "
-        "text, code, recall, tool calls, thinking, pictures and videos, mixed from the first step. The machine makes "
-        "all data itself: from Python's standard library and language reference, drawn scenes and videos, and "
-        "scikit-learn's handwritten digits. Held-out rows share no file and no digit with the training rows. " + note
-    )
+    sections["Training"] = trained(record) + (f"\n{paragraph(note)}" if note else "")
     sections["Limits"] = paragraph(
         "The model is made to show and test the architecture. It knows nothing about the world. The scores hold for the "
         f"questions, pictures, videos and tools above, and for nothing else. {limits(record, results)}"

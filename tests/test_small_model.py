@@ -48,15 +48,33 @@ def test_stored_ablation_is_complete_and_drawn(load_script, tmp_path):
         assert picture.width > 1000
 
 
-def test_run_of_several_processes_is_told(load_script):
-    record = {"steps": 20, "device": "a device", "torch": "2.11"}
-    curves = [{"tokens": 1e6, "train_runtime": 30.0}, {"tokens": 2e6, "train_runtime": 20.4}]
-    text = " ".join(load_script("small_model_tables").run_sentences(record, curves).split())
-    assert "20 steps of training with 2M tokens on one a device with PyTorch 2.11." in text
-    assert "The run took 30 s + 20 s, resumed once." in text
+def test_runs_and_their_processes_are_told(load_script):
+    first = {"steps": 20, "device": "a device", "torch": "2.11", "options": {"stages": "512:0.5,1024:1"}}
+    second = first | {"steps": 5, "options": {"stages": "4096:1"}, "earlier_runs": [first]}
+    curves = [
+        [{"tokens": 1e6, "train_runtime": 30.0}, {"tokens": 2e6, "train_runtime": 20.4}],
+        [{"tokens": 3e6, "train_runtime": 9.0}],
+    ]
+    tell = load_script("small_model_tables").run_sentences
+    words = "20 steps with 2M tokens, in rows of up to 1,024, on one a device with PyTorch 2.11: 30 s + 20 s, resumed once."
+    assert " ".join(tell(first, curves[:1]).split()) == f"The checkpoint comes from {words}"
+    text = " ".join(tell(second, curves).split())
+    assert text.startswith(
+        f"The checkpoint comes from {words} Then came 5 steps with 3M tokens, in rows of up to 4,096"
+    )
+    with pytest.raises(ValueError, match="zip"):  # a run without its curves
+        tell(second, curves[:1])
 
 
-def test_curves_are_drawn(load_script, tmp_path):
+def test_tokens_of_runs_that_follow_each_other_are_counted_on(load_script):
+    script = load_script("plot_curves")
+    runs = [[{"step": step, "tokens": step * 10} for step in (1, 2)], [{"step": 1, "tokens": 40}]]
+    joined = script.join_runs(runs)
+    assert [(row["run"], row["tokens"]) for row in joined] == [(0, 10), (0, 20), (1, 60)]
+    assert runs[1][0]["tokens"] == 40
+
+
+def test_curves_are_drawn(load_script, tmp_path, monkeypatch):
     script = load_script("plot_curves")
     rows = [
         {"step": step, "tokens": step * 1000, "seconds": step % 5 + 1.0, "loss": 2.0 / step, "indexer_loss": 0.1}
@@ -64,9 +82,13 @@ def test_curves_are_drawn(load_script, tmp_path):
     ]
     rows.append({"step": 9, "tokens": 9000, "seconds": 9.0, "eval_loss": 1.0, "eval_loss_code": 0.9})
     (tmp_path / "curves.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = script.plot_curves(script.read_curves(tmp_path / "curves.jsonl"), tmp_path / "picture.png")
-    with Image.open(path) as picture:
-        assert picture.width > 3 * picture.height
+    for number in (1, 2):
+        path = tmp_path / f"{number}.png"
+        monkeypatch.setattr(sys, "argv", ["plot_curves", *[str(tmp_path / "curves.jsonl")] * number, str(path)])
+        script.main()
+        with Image.open(path) as picture:
+            assert picture.width > 3 * picture.height
+    assert (tmp_path / "1.png").read_bytes() != (tmp_path / "2.png").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,23 @@ def test_scores_of_an_evaluation_take_the_place_of_those_of_training(load_script
     assert "had up to 16,384 tokens. Recall from this length on: 99.0% at 16,384, 50.0% at 32,768." in words
 
 
+def test_runs_that_follow_each_other_are_all_told(load_script, tiny_checkpoint, tmp_path):
+    copytree(tiny_checkpoint, tmp_path / "small")
+    first = RECORD | {"options": {"stages": "2048:0.4,16384:1"}}
+    second = RECORD | {"command": ["python", "next.py"], "seed": 8, "steps": 55, "options": {"stages": "8192:1"}}
+    (tmp_path / "small" / "training.json").write_text(json.dumps(second | {"earlier_runs": [first]}))
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    options = ["--evaluation", str(tmp_path / "results.json")]
+    body = read_card(load_script("write_model_card").main([str(tmp_path / "small"), *options]).read_text())[1]
+    words = " ".join(body.split())
+    assert "for 1,234 steps on a device, with seed 7, then for 55 steps on a device, with seed 8: text" in words
+    assert (
+        "run 1 of 2; that of the last is below: ```bash python scripts/pretrain.py --output_dir run --seed 7" in words
+    )
+    assert body.split("## Made by")[1].splitlines()[3] == "python next.py"
+    assert "had up to 16,384 tokens." in words  # the longest rows of all runs
+
+
 def test_evaluation_without_scores_leaves_the_card_alone(load_script, tiny_checkpoint, tmp_path):
     copytree(tiny_checkpoint, tmp_path / "small")
     (tmp_path / "small" / "training.json").write_text(json.dumps(RECORD))

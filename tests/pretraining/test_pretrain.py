@@ -1,6 +1,7 @@
 """`scripts/pretrain.py` from end to end on a tiny model: it learns, resumes to the same weights, and scores rightly."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -76,6 +77,11 @@ def test_result_is_a_checkpoint_of_its_own(finished):
     assert record["seed"] == 42
     assert record["steps"] == STEPS
     assert "thinking=1,image=1" in record["command"]
+    assert record["seconds"] == [
+        round(line["train_runtime"], 1) for line in curves(finished) if "train_runtime" in line
+    ]
+    assert len(record["seconds"]) == 1 and "earlier_runs" not in record
+    assert record["commit"] is None or re.fullmatch("[0-9a-f]{7,}", record["commit"])
 
 
 @pytest.mark.slow
@@ -88,6 +94,26 @@ def test_resumed_run_has_the_same_losses_and_weights(load_script, finished, tmp_
     assert weights[0] == weights[1]
 
 
+def test_earlier_runs_are_told_oldest_first(load_script, finished, tmp_path):
+    pretrain = load_script("pretrain")
+    argv = [*OPTIONS, "--output_dir", str(tmp_path)]
+    trainer = pretrain.prepare(argv)
+    assert trainer.earlier_run is None
+    shutil.copy(finished / "curves.jsonl", tmp_path)
+    trainer.earlier_run = {"seed": 2, "earlier_runs": [{"seed": 1}]}
+    pretrain.save_final(trainer, tmp_path / "final", argv, {})
+    record = json.loads((tmp_path / "final" / "training.json").read_text())
+    assert record["earlier_runs"] == [{"seed": 1}, {"seed": 2}]
+
+
+def test_tree_without_git_has_no_commit(load_script, tmp_path, monkeypatch):
+    pretrain = load_script("pretrain")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
+    assert pretrain.commit_of_this_file() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert pretrain.commit_of_this_file() is None
+
+
 @pytest.mark.slow
 def test_run_goes_on_from_the_weights_and_the_tokenizer_of_another(load_script, finished, tmp_path):
     options = [option for option in OPTIONS if option not in ("--config", "tiny")]
@@ -98,7 +124,9 @@ def test_run_goes_on_from_the_weights_and_the_tokenizer_of_another(load_script, 
         trainer.processor.tokenizer.get_vocab()
         == AutoProcessor.from_pretrained(finished / "final").tokenizer.get_vocab()
     )
-    assert json.loads((tmp_path / "final" / "training.json").read_text())["options"]["init_from"] == more[3]
+    record, earlier = (json.loads((f / "final" / "training.json").read_text()) for f in (tmp_path, finished))
+    assert record["options"]["init_from"] == more[3]
+    assert record["earlier_runs"] == [earlier]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(load_script, tmp_path, monkeypatch):
