@@ -251,6 +251,8 @@ def save_final(trainer: PackTrainer, folder: Path, argv: list[str], metrics: dic
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
+    for part in (model.config.text_config, model.config.vision_config):
+        part.dtype = None  # with `--init_from` they have that of the training, float32
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
     curves = Path(str(trainer.args.output_dir)) / "curves.jsonl"

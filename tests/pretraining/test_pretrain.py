@@ -127,6 +127,8 @@ def test_run_goes_on_from_the_weights_and_the_tokenizer_of_another(load_script, 
     record, earlier = (json.loads((f / "final" / "training.json").read_text()) for f in (tmp_path, finished))
     assert record["options"]["init_from"] == more[3]
     assert record["earlier_runs"] == [earlier]
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "float32" not in str(config)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(load_script, tmp_path, monkeypatch):
