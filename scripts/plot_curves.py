@@ -73,12 +73,12 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> Path:
     training.plot(*_line(logs, "loss"), label="all losses")
     training.plot(*_line(logs, "indexer_loss"), label="indexers' loss")
     training.set(yscale="log", ylabel="nats", title="training")
+    runs = list(dict.fromkeys(row.get("run", 0) for row in scores))  # each has held-out rows of its own
     for number, name in enumerate(sorted({name for row in scores for name in row if name.startswith(HELD_OUT)})):
-        for run in dict.fromkeys(row.get("run", 0) for row in scores):  # each has held-out rows of its own
+        for run in runs:
             line = _line([row for row in scores if row.get("run", 0) == run], name)
-            held_out.plot(
-                *line, color=f"C{number}", marker="o", label=name.removeprefix(HELD_OUT) if run == 0 else None
-            )
+            label = name.removeprefix(HELD_OUT) if run == runs[0] else None
+            held_out.plot(*line, color=f"C{number}", marker="o", label=label)
     held_out.set(yscale="log", ylabel="nats a learned token", title="held out")
     # the clock of a process that resumed starts again
     steps = [(a, b) for a, b in pairwise(logs) if b["seconds"] > a["seconds"]]
