@@ -136,6 +136,10 @@ class FinetuneTrainer(IndexerLossLogging, Trainer):
 
     card: ModelCard | None = None
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss. No pass keeps keys and values for later tokens, whatever the config of the text model says."""
+        return super().compute_loss(model, inputs | {"use_cache": False}, *args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md, also before a push to the Hub."""
         if self.card is None or not self.is_world_process_zero():

@@ -211,6 +211,14 @@ def test_help_of_train_keeps_the_lines_of_its_examples(capsys):
     assert re.search(r"Rank of the adapters\.\s+\(default: 16\)", printed)
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_commands_name_the_package_that_they_need(command):
+    code = "import sys; sys.modules['datasets'] = None; from modeling_minimax_m3.__main__ import main; main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"minimax-m3 {command} needs datasets: pip install datasets peft\n"
+
+
 def test_the_package_is_the_command():
     done = subprocess.run(
         [sys.executable, "-m", "modeling_minimax_m3", "check", "--help"], capture_output=True, text=True

@@ -152,6 +152,20 @@ def test_whole_model_from_yaml_with_evaluation_and_resuming(finetune, texts, cha
     assert json.loads((tmp_path / "run" / "all_results.json").read_text())["eval_loss"] > 0
 
 
+def test_no_pass_with_labels_makes_a_cache(finetune, texts, arguments):
+    trainer = finetune.prepare(arguments("--dataset", str(texts), "--eval_dataset", str(texts)))
+    asked = []
+
+    def note(model, args, kwargs):
+        if "labels" in kwargs:  # samples are written with a cache
+            asked.append((model.training, kwargs.get("use_cache")))
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    trainer.evaluate()
+    assert set(asked) == {(True, False), (False, False)}
+
+
 def test_adapters_reach_what_they_are_asked_to(finetune, chats, arguments):
     trainer = finetune.prepare(arguments("--dataset", str(chats), "--lora", "--lora_experts", "--lora_rank", "4"))
     trained = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
