@@ -124,6 +124,8 @@ def read_options(argv: list[str]) -> tuple[PretrainingOptions, TrainingArguments
     defaults = dict(DEFAULTS)
     if not given & {"--bf16", "--fp16"} and "--use_cpu" not in given:
         defaults["bf16"] = torch.cuda.is_available()
+    # PyTorch warns of pinned memory without an accelerator.
+    defaults["dataloader_pin_memory"] = torch.accelerator.is_available()
     parser.set_defaults(**defaults)
     options, training = parser.parse_args_into_dataclasses(argv)
     if options.init_from and "--config" in given:

@@ -5,6 +5,7 @@ import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -172,6 +173,8 @@ def parse_arguments(
     )
     # The defaults of `Trainer` show nothing of a run of less than 500 steps, and a loss that is no number as 0.
     parser.set_defaults(logging_steps=10, logging_nan_inf_filter=False)
+    # PyTorch warns of pinned memory without an accelerator.
+    parser.set_defaults(dataloader_pin_memory=torch.accelerator.is_available())
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file, *argv = argv
         if not Path(file).is_file():

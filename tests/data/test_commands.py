@@ -213,8 +213,8 @@ def test_help_of_train_keeps_the_lines_of_its_examples(capsys):
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_commands_name_the_package_that_they_need(command):
-    code = "import sys; sys.modules['datasets'] = None; from modeling_minimax_m3.__main__ import main; main(sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True)
+    code = "import sys; sys.modules['datasets'] = None; from modeling_minimax_m3.__main__ import main; main(['{}'])"
+    done = subprocess.run([sys.executable, "-c", code.format(command)], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == f"minimax-m3 {command} needs datasets: pip install datasets peft\n"
 

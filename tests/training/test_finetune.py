@@ -12,6 +12,8 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from modeling_minimax_m3.commands.train_arguments import parse_arguments
+
 ROOT = Path(__file__).resolve().parents[2]
 CHAT = [
     {"role": "user", "content": "Who are you?"},
@@ -164,6 +166,15 @@ def test_no_pass_with_labels_makes_a_cache(finetune, texts, arguments):
     trainer.train()
     trainer.evaluate()
     assert set(asked) == {(True, False), (False, False)}
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+def test_memory_is_pinned_for_an_accelerator_alone(load_script, tmp_path):
+    options = ["--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    *_, training, _ = parse_arguments(["--model", "a", "--dataset", "b", *options])
+    _, pretraining = load_script("pretrain").read_options(options)
+    assert not training.dataloader_pin_memory
+    assert not pretraining.dataloader_pin_memory
 
 
 def test_adapters_reach_what_they_are_asked_to(finetune, chats, arguments):
