@@ -21,22 +21,25 @@ from ..fused import experts as many_tokens
 Update = tuple[torch.Tensor, torch.Tensor, float]  # left (E, rows, rank), right (E, rank, columns), factor
 Experts = TypeVar("Experts", bound=type[nn.Module])
 
-_RANK_MULTIPLE = 8  # grouped products read contiguous tensors 16 bytes at a time
-_WEIGHT_MULTIPLE = 8
+# Grouped products read contiguous tensors 16 bytes at a time.
+_ALIGNMENT = 16
+_RANK_MULTIPLE = _WEIGHT_MULTIPLE = 8
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class _AdaptedWeight:
-    """What a parametrization is given in place of a weight: it notes updates that `torch.baddbmm` adds.
+    """What a parametrization is given in place of a weight: it notes the updates that `torch.baddbmm` adds.
 
-    Any other operation raises `TypeError`.
+    Beside that, a parametrization may ask for its dtype and its device. Anything else raises `TypeError`.
     """
 
     def __init__(self, weight: torch.Tensor, updates: tuple[Update, ...] = ()):
         self.weight, self.updates = weight, updates
+        self.dtype, self.device = weight.dtype, weight.device
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.weight, name)  # its dtype and device
+        # A method of the weight would return a tensor, which notes nothing.
+        raise TypeError(f"a weight whose updates are noted has no {name}")
 
     @classmethod
     def __torch_function__(
@@ -54,13 +57,15 @@ def adapted_weight(experts: nn.Module, name: str) -> tuple[torch.Tensor, tuple[U
     if not nn.utils.parametrize.is_parametrized(experts, name):
         return getattr(experts, name), ()
     parametrizations: Any = getattr(experts.parametrizations, name)
-    weight = _AdaptedWeight(parametrizations.original)
+    if not parametrizations.is_tensor:  # several tensors make the weight
+        return None
+    weight: Any = _AdaptedWeight(parametrizations.original)
     try:
         for parametrization in parametrizations:
             weight = parametrization(weight)
     except TypeError:
         return None
-    return weight.weight, weight.updates
+    return (weight.weight, weight.updates) if type(weight) is _AdaptedWeight else None
 
 
 def add_updates(
@@ -119,13 +124,24 @@ def _weights_with_updates(experts: Any, hidden_states: torch.Tensor) -> Any:
         return None
     if experts.config._experts_implementation not in (None, "grouped_mm", "batched_mm"):
         return None  # any other name is a user's choice
-    found = [adapted_weight(experts, name) for name in ("gate_up_proj", "down_proj")]
-    dtype, device = hidden_states.dtype, hidden_states.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
+    dtype, device = hidden_states.dtype, hidden_states.device
+    if dtype not in _DTYPES or not _has_grouped_products(device):
         return None
+    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != dtype:
+        return None
+    found = [adapted_weight(experts, name) for name in ("gate_up_proj", "down_proj")]
     for weight in found:
-        if weight is None or is_dtensor(weight[0]) or weight[0].dtype != dtype or dtype not in _DTYPES:
+        if weight is None or is_dtensor(weight[0]) or (weight[0].dtype, weight[0].device) != (dtype, device):
             return None
         if not weight[0].is_contiguous() or any(size % _WEIGHT_MULTIPLE for size in weight[0].shape[1:]):
             return None
+        if weight[0].data_ptr() % _ALIGNMENT:  # as a checkpoint may be mapped into memory
+            return None
     return found
+
+
+def _has_grouped_products(device: torch.device) -> bool:
+    """Whether PyTorch's grouped products run on the device. Transformers computes them in a loop elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu"

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.fused import experts as many_tokens
+from modeling_minimax_m3.layers import expert_adapters
 from modeling_minimax_m3.layers.expert_adapters import adapted_weight
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
@@ -121,14 +122,25 @@ class TestCallsThatReadWholeWeights:
         ):
             assert logits_of(model).isfinite().all()
 
-    def test_another_parametrization(self, base):
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda weight: 2 * weight,
+            lambda weight: weight.mul(2),
+            lambda weight: weight.clone() if weight.ndim == 3 else weight,
+            lambda weight: torch.ones(4, 64, 32),
+            lambda weight: torch.baddbmm(weight, torch.ones(4, 64, 1), torch.ones(4, 1, 32), beta=0.5),
+        ],
+        ids=["operator", "method", "attribute", "another tensor", "another sum"],
+    )
+    def test_another_parametrization(self, base, change):
         experts = copy.deepcopy(base.model.layers[-1].mlp.experts)
 
-        class Doubled(nn.Module):
+        class Changed(nn.Module):
             def forward(self, weight):
-                return 2 * weight
+                return change(weight)
 
-        parametrize.register_parametrization(experts, "down_proj", Doubled())
+        parametrize.register_parametrization(experts, "down_proj", Changed())
         assert adapted_weight(experts, "down_proj") is None
         weight, updates = adapted_weight(experts, "gate_up_proj")
         assert weight is experts.gate_up_proj and updates == ()
@@ -136,6 +148,42 @@ class TestCallsThatReadWholeWeights:
         out = experts(tokens, ids, shares)
         parametrize.remove_parametrizations(experts, "down_proj")
         torch.testing.assert_close(out, experts(tokens, ids, shares))
+
+    def test_weight_of_several_tensors(self, base):
+        experts = copy.deepcopy(base.model.layers[-1].mlp.experts)
+        tokens, ids, shares = torch.randn(5, experts.hidden_dim), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
+        expected = experts(tokens, ids, shares)
+        nn.utils.parametrizations.weight_norm(experts, "down_proj")
+        assert adapted_weight(experts, "down_proj") is None
+        torch.testing.assert_close(experts(tokens, ids, shares), expected)
+
+    def test_devices_without_grouped_products(self, base):
+        has = expert_adapters._has_grouped_products
+        assert has(torch.device("cpu"))
+        assert not has(torch.device("mps")) and not has(torch.device("meta"))
+        for capability, expected in {(7, 5): False, (8, 0): True, (9, 0): True}.items():
+            with mock.patch("torch.cuda.get_device_capability", return_value=capability):
+                assert has(torch.device("cuda")) is expected
+        model = with_adapters(copy.deepcopy(base), **EXPERTS)
+        with (
+            mock.patch.object(expert_adapters, "_has_grouped_products", return_value=False),
+            mock.patch.object(many_tokens, "plan", side_effect=AssertionError("not our path")),
+        ):
+            out = logits_of(model)
+        assert relative_error(out, logits_of(model)) < 1e-5
+
+    def test_weights_that_are_mapped_into_memory(self, base):
+        """PyTorch 2.10 takes none that begin between two multiples of 16 bytes."""
+        model = with_adapters(copy.deepcopy(base), **EXPERTS)
+        expected = logits_of(model)
+        for name, parameter in model.named_parameters():
+            if name.endswith("experts.base_layer.base_layer.down_proj"):
+                memory = torch.empty(parameter.numel() + 1)
+                memory[1:] = parameter.data.flatten()
+                parameter.data = memory[1:].view_as(parameter)
+                assert parameter.data_ptr() % 16
+        with mock.patch.object(many_tokens, "plan", side_effect=AssertionError("not our path")):
+            assert relative_error(logits_of(model), expected) < 1e-5
 
     def test_disabled_adapter(self, base):
         model = with_adapters(copy.deepcopy(base), **EXPERTS)
