@@ -103,16 +103,17 @@ def multiplies_updates_apart(experts_class: Experts) -> Experts:
             return forward(self, hidden_states, top_k_index, top_k_weights)
         (gate_up, gate_up_updates), (down, down_updates) = weights
         order = many_tokens.plan(top_k_index, self.num_experts)
+        tokens = hidden_states.to(gate_up.dtype)  # autocast may bring others, and changes no grouped product
 
         def of_tokens(weight: torch.Tensor) -> torch.Tensor:
-            return many_tokens.gathered_product(hidden_states, weight, order)
+            return many_tokens.gathered_product(tokens, weight, order)
 
         def of_rows(weight: torch.Tensor) -> torch.Tensor:
             return many_tokens.grouped_product(rows, weight, order)
 
         rows = self._apply_gate(add_updates(of_tokens(gate_up), gate_up_updates, order, of_tokens))
         out = add_updates(of_rows(down), down_updates, order, of_rows)
-        return many_tokens.unpermute(out, top_k_weights.float(), 1.0, order)
+        return many_tokens.unpermute(out, top_k_weights.float(), 1.0, order).to(hidden_states.dtype)
 
     experts_class.forward = with_updates
     return experts_class
@@ -124,14 +125,14 @@ def _weights_with_updates(experts: Any, hidden_states: torch.Tensor) -> Any:
         return None
     if experts.config._experts_implementation not in (None, "grouped_mm", "batched_mm"):
         return None  # any other name is a user's choice
-    dtype, device = hidden_states.dtype, hidden_states.device
-    if dtype not in _DTYPES or not _has_grouped_products(device):
-        return None
-    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != dtype:
+    device = hidden_states.device
+    if not _has_grouped_products(device):
         return None
     found = [adapted_weight(experts, name) for name in ("gate_up_proj", "down_proj")]
+    if None in found or len({weight.dtype for weight, _ in found}) > 1:
+        return None
     for weight in found:
-        if weight is None or is_dtensor(weight[0]) or (weight[0].dtype, weight[0].device) != (dtype, device):
+        if is_dtensor(weight[0]) or weight[0].device != device or weight[0].dtype not in _DTYPES:
             return None
         if not weight[0].is_contiguous() or any(size % _WEIGHT_MULTIPLE for size in weight[0].shape[1:]):
             return None
