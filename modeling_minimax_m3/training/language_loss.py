@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import is_torchdynamo_compiling
 
 from ..fused.softmax_loss import softmax_loss_
+from ..fused.support import has_hooks
 
 # So many tokens fill a GPU's matrix units. With the released vocabulary, their logits take 0.4 GiB in bfloat16. Where
 # no kernel overwrites them with their gradient, float32 copies take 1.5 GiB more.
@@ -117,7 +118,7 @@ def causal_lm_loss(
     num_items_in_batch = _on(hidden_states.device, num_items_in_batch)
     gathers_weight = _gathers_its_weight(lm_head)
     # In a call that gathers the weight, all hooks run around `loss`. Elsewhere they run only if the head is called.
-    adds_nothing = "forward" not in vars(lm_head) and (gathers_weight or not _has_hooks(lm_head))
+    adds_nothing = "forward" not in vars(lm_head) and (gathers_weight or not has_hooks(lm_head))
 
     def loss(head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
         if adds_nothing and _is_plain(lm_head, states):
@@ -138,10 +139,6 @@ def _as_scalar(number: torch.Tensor | int, device: torch.device) -> torch.Tensor
     if isinstance(number, torch.Tensor):
         return number.float().reshape(())
     return torch.full((), number, dtype=torch.float32, device=device)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks))
 
 
 def _is_plain(lm_head: nn.Module, hidden_states: torch.Tensor) -> bool:
