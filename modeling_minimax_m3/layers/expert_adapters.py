@@ -1,8 +1,8 @@
 """Low-rank adapters on the routed experts, whose updates are multiplied apart from the experts' weights.
 
-PEFT makes an adapter on a parameter (`target_parameters`) a parametrization of the module while it runs. Who reads the
-parameter gets the weights of all experts with their updates added: a second copy of them, and in training a gradient of
-that size. Here the two small factors of an update are read in its place.
+While a module runs, PEFT turns an adapter on its parameter (`target_parameters`) into a parametrization. Code that
+reads the parameter then gets the sum of all experts' weights and updates: a second copy of the weights, and in training
+a gradient as large. The code here reads the weights and the two small factors of the update instead, and adds products.
 
 E is the number of experts, K of experts per token.
 """
@@ -53,7 +53,7 @@ class _AdaptedWeight:
 
 
 def adapted_weight(experts: nn.Module, name: str) -> tuple[torch.Tensor, tuple[Update, ...]] | None:
-    """A weight of the experts and its updates; None where a parametrization does anything else."""
+    """A weight of the experts and its updates; None where a parametrization does more than add low-rank updates."""
     if not nn.utils.parametrize.is_parametrized(experts, name):
         return getattr(experts, name), ()
     parametrizations: Any = getattr(experts.parametrizations, name)
@@ -91,7 +91,7 @@ def add_updates(
 
 
 def multiplies_updates_apart(experts_class: Experts) -> Experts:
-    """Class decorator of experts: their forward multiplies low-rank updates apart, and else is what it was."""
+    """Class decorator of experts: their forward multiplies low-rank updates apart. Without updates it is unchanged."""
     forward: Any = experts_class.forward
 
     @wraps(forward)
@@ -120,7 +120,7 @@ def multiplies_updates_apart(experts_class: Experts) -> Experts:
 
 
 def _weights_with_updates(experts: Any, hidden_states: torch.Tensor) -> Any:
-    """Both weights with their updates; None where there are none, or grouped products do not take them."""
+    """Both weights with their updates; None where there is no update, or where grouped products do not take a weight."""
     if not nn.utils.parametrize.is_parametrized(experts) or is_torchdynamo_compiling():
         return None
     if experts.config._experts_implementation not in (None, "grouped_mm", "batched_mm"):
