@@ -128,16 +128,21 @@ def _weights_with_updates(experts: Any, hidden_states: torch.Tensor) -> Any:
     device = hidden_states.device
     if not _has_grouped_products(device):
         return None
-    found = [adapted_weight(experts, name) for name in ("gate_up_proj", "down_proj")]
-    if None in found or len({weight.dtype for weight, _ in found}) > 1:
+    found: list[tuple[torch.Tensor, tuple[Update, ...]]] = []
+    for name in ("gate_up_proj", "down_proj"):
+        adapted = adapted_weight(experts, name)
+        if adapted is None:
+            return None
+        weight, _ = adapted
+        if is_dtensor(weight) or weight.device != device or weight.dtype not in _DTYPES:
+            return None
+        if not weight.is_contiguous() or any(size % _WEIGHT_MULTIPLE for size in weight.shape[1:]):
+            return None
+        if weight.data_ptr() % _ALIGNMENT:  # as a checkpoint may be mapped into memory
+            return None
+        found.append(adapted)
+    if found[0][0].dtype != found[1][0].dtype:
         return None
-    for weight in found:
-        if is_dtensor(weight[0]) or weight[0].device != device or weight[0].dtype not in _DTYPES:
-            return None
-        if not weight[0].is_contiguous() or any(size % _WEIGHT_MULTIPLE for size in weight[0].shape[1:]):
-            return None
-        if weight[0].data_ptr() % _ALIGNMENT:  # as a checkpoint may be mapped into memory
-            return None
     return found
 
 
