@@ -4,8 +4,10 @@ import contextlib
 import copy
 from unittest import mock
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
@@ -15,6 +17,7 @@ from modeling_minimax_m3.fused import experts as many_tokens
 from modeling_minimax_m3.layers import expert_adapters
 from modeling_minimax_m3.layers.expert_adapters import adapted_weight
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.planning.adapted_experts import peft_keeps_factors
 
 from .qlora_cases import EXPERTS, TARGETS, fill_adapters, logits_of, loss_and_gradients, with_adapters
 
@@ -49,7 +52,7 @@ def test_gradients_equal_those_of_whole_weights(base, targets, rank):
     reference = materialized(model)
     with our_path() as products:
         loss, gradients = loss_and_gradients(model)
-    assert products.called
+    assert products.called == peft_keeps_factors()
     with our_path() as products:
         expected_loss, expected = loss_and_gradients(reference)
     assert not products.called
@@ -121,7 +124,7 @@ def test_autocast(base, of_weights, of_tokens):
 
     with our_path() as products:
         found = output_and_gradients()
-    assert products.called
+    assert products.called == peft_keeps_factors()
     with mock.patch.object(expert_adapters, "_has_grouped_products", return_value=False):
         expected = output_and_gradients()
     for got, wanted in zip(found, expected, strict=True):
@@ -131,6 +134,7 @@ def test_autocast(base, of_weights, of_tokens):
 
 
 class TestCallsThatReadWholeWeights:
+    @pytest.mark.skipif(Version(peft.__version__) < Version("0.20"), reason="this PEFT takes one adapter of parameters")
     def test_two_active_adapters(self, base):
         config = LoraConfig(r=4, task_type="CAUSAL_LM", **EXPERTS)
         model = get_peft_model(copy.deepcopy(base), config)
