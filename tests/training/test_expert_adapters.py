@@ -134,7 +134,7 @@ def test_autocast(base, of_weights, of_tokens):
 
 
 class TestCallsThatReadWholeWeights:
-    @pytest.mark.skipif(Version(peft.__version__) < Version("0.20"), reason="this PEFT takes one adapter of parameters")
+    @pytest.mark.skipif(Version(peft.__version__) < Version("0.20"), reason="this PEFT takes one such adapter")
     def test_two_active_adapters(self, base):
         config = LoraConfig(r=4, task_type="CAUSAL_LM", **EXPERTS)
         model = get_peft_model(copy.deepcopy(base), config)
