@@ -1,8 +1,8 @@
 """Low-rank adapters on the routed experts, whose updates are multiplied apart from the experts' weights.
 
-PEFT makes an adapter on a parameter (`target_parameters`) a parametrization of the module while it runs. Who reads the
-parameter gets the weights of all experts with their updates added: a second copy of them, and in training a gradient of
-that size. Here the two small factors of an update are read in its place.
+While a module runs, PEFT turns an adapter on its parameter (`target_parameters`) into a parametrization. Code that
+reads the parameter then gets the sum of all experts' weights and updates: a second copy of the weights, and in training
+a gradient as large. The code here reads the weights and the two small factors of the update instead, and adds products.
 
 E is the number of experts, K of experts per token.
 """
@@ -21,22 +21,25 @@ from ..fused import experts as many_tokens
 Update = tuple[torch.Tensor, torch.Tensor, float]  # left (E, rows, rank), right (E, rank, columns), factor
 Experts = TypeVar("Experts", bound=type[nn.Module])
 
-_RANK_MULTIPLE = 8  # grouped products read contiguous tensors 16 bytes at a time
-_WEIGHT_MULTIPLE = 8
+# Grouped products read contiguous tensors 16 bytes at a time.
+_ALIGNMENT = 16
+_RANK_MULTIPLE = _WEIGHT_MULTIPLE = 8
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class _AdaptedWeight:
-    """What a parametrization is given in place of a weight: it notes updates that `torch.baddbmm` adds.
+    """What a parametrization is given in place of a weight: it notes the updates that `torch.baddbmm` adds.
 
-    Any other operation raises `TypeError`.
+    Beside that, a parametrization may ask for its dtype and its device. Anything else raises `TypeError`.
     """
 
     def __init__(self, weight: torch.Tensor, updates: tuple[Update, ...] = ()):
         self.weight, self.updates = weight, updates
+        self.dtype, self.device = weight.dtype, weight.device
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.weight, name)  # its dtype and device
+        # A method of the weight would return a tensor, which notes nothing.
+        raise TypeError(f"a weight whose updates are noted has no {name}")
 
     @classmethod
     def __torch_function__(
@@ -50,17 +53,19 @@ class _AdaptedWeight:
 
 
 def adapted_weight(experts: nn.Module, name: str) -> tuple[torch.Tensor, tuple[Update, ...]] | None:
-    """A weight of the experts and its updates; None where a parametrization does anything else."""
+    """A weight of the experts and its updates; None where a parametrization does more than add low-rank updates."""
     if not nn.utils.parametrize.is_parametrized(experts, name):
         return getattr(experts, name), ()
     parametrizations: Any = getattr(experts.parametrizations, name)
-    weight = _AdaptedWeight(parametrizations.original)
+    if not parametrizations.is_tensor:  # several tensors make the weight
+        return None
+    weight: Any = _AdaptedWeight(parametrizations.original)
     try:
         for parametrization in parametrizations:
             weight = parametrization(weight)
     except TypeError:
         return None
-    return weight.weight, weight.updates
+    return (weight.weight, weight.updates) if type(weight) is _AdaptedWeight else None
 
 
 def add_updates(
@@ -86,7 +91,7 @@ def add_updates(
 
 
 def multiplies_updates_apart(experts_class: Experts) -> Experts:
-    """Class decorator of experts: their forward multiplies low-rank updates apart, and else is what it was."""
+    """Class decorator of experts: their forward multiplies low-rank updates apart. Without updates it is unchanged."""
     forward: Any = experts_class.forward
 
     @wraps(forward)
@@ -98,34 +103,51 @@ def multiplies_updates_apart(experts_class: Experts) -> Experts:
             return forward(self, hidden_states, top_k_index, top_k_weights)
         (gate_up, gate_up_updates), (down, down_updates) = weights
         order = many_tokens.plan(top_k_index, self.num_experts)
+        tokens = hidden_states.to(gate_up.dtype)  # autocast may bring others, and changes no grouped product
 
         def of_tokens(weight: torch.Tensor) -> torch.Tensor:
-            return many_tokens.gathered_product(hidden_states, weight, order)
+            return many_tokens.gathered_product(tokens, weight, order)
 
         def of_rows(weight: torch.Tensor) -> torch.Tensor:
             return many_tokens.grouped_product(rows, weight, order)
 
         rows = self._apply_gate(add_updates(of_tokens(gate_up), gate_up_updates, order, of_tokens))
         out = add_updates(of_rows(down), down_updates, order, of_rows)
-        return many_tokens.unpermute(out, top_k_weights.float(), 1.0, order)
+        return many_tokens.unpermute(out, top_k_weights.float(), 1.0, order).to(hidden_states.dtype)
 
     experts_class.forward = with_updates
     return experts_class
 
 
 def _weights_with_updates(experts: Any, hidden_states: torch.Tensor) -> Any:
-    """Both weights with their updates; None where there are none, or grouped products do not take them."""
+    """Both weights with their updates; None where there is no update, or where grouped products do not take a weight."""
     if not nn.utils.parametrize.is_parametrized(experts) or is_torchdynamo_compiling():
         return None
     if experts.config._experts_implementation not in (None, "grouped_mm", "batched_mm"):
         return None  # any other name is a user's choice
-    found = [adapted_weight(experts, name) for name in ("gate_up_proj", "down_proj")]
-    dtype, device = hidden_states.dtype, hidden_states.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
+    device = hidden_states.device
+    if not _has_grouped_products(device):
         return None
-    for weight in found:
-        if weight is None or is_dtensor(weight[0]) or weight[0].dtype != dtype or dtype not in _DTYPES:
+    found: list[tuple[torch.Tensor, tuple[Update, ...]]] = []
+    for name in ("gate_up_proj", "down_proj"):
+        adapted = adapted_weight(experts, name)
+        if adapted is None:
             return None
-        if not weight[0].is_contiguous() or any(size % _WEIGHT_MULTIPLE for size in weight[0].shape[1:]):
+        weight, _ = adapted
+        if is_dtensor(weight) or weight.device != device or weight.dtype not in _DTYPES:
             return None
+        if not weight.is_contiguous() or any(size % _WEIGHT_MULTIPLE for size in weight.shape[1:]):
+            return None
+        if weight.data_ptr() % _ALIGNMENT:  # as a checkpoint may be mapped into memory
+            return None
+        found.append(adapted)
+    if found[0][0].dtype != found[1][0].dtype:
+        return None
     return found
+
+
+def _has_grouped_products(device: torch.device) -> bool:
+    """Whether PyTorch's grouped products run on the device. Transformers computes them in a loop elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu"

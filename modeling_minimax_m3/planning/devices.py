@@ -3,15 +3,13 @@
 Sizes are bytes until a `DevicePlan` is made.
 """
 
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-
-from packaging.version import Version
 
 from ..fused.few_tokens import MAX_TOKENS
 from ..fused.quantized_products import DEQUANTIZED_BYTES
 from . import passes
+from .adapted_experts import adapts_experts, kept_copies, merged_bytes, peft_keeps_factors
 from .holdings import Model, Trained, loaded_bytes, share_of, states_bytes, trained_of
 from .host_experts import host_bytes, share_in_slots
 from .request import GIB, MemoryRequest
@@ -96,9 +94,10 @@ def _device(
         rows |= _states_rows(request, own)
         moments = _training_moments(model, request, own, layers, has_head)
     passing = _passing_weights(request, weights, own)
-    dequantized = passing.pop("dequantized weights")
-    for parts in moments.values():
-        parts.setdefault("dequantized weights", dequantized)
+    for row in ("dequantized weights", "merged experts"):  # which some moments have none of
+        there = passing.pop(row)
+        for parts in moments.values():
+            parts.setdefault(row, there)
     rows |= passing
     rows["CUDA context"] = GIB * (CONTEXT_GIB + (NCCL_GIB if _has_processes(request) else 0))
     moment, largest = max(moments.items(), key=lambda item: sum(item[1].values()))
@@ -132,7 +131,7 @@ def _states_rows(request: MemoryRequest, trained: Trained) -> dict[str, float]:
 
 
 def _passing_weights(request: MemoryRequest, weights: list[Weight], trained: Trained) -> dict[str, float]:
-    """Weights that exist while a layer runs: gathered from other devices, dequantized, or added to adapters' updates."""
+    """Weights that exist while a layer runs: gathered from other devices, dequantized, or summed with an update."""
     rows = dict.fromkeys(("gathered weights", "dequantized weights", "merged experts", "autocast weights"), 0.0)
     if request.autocast:  # autocast keeps its copies of trained weights to the end of a pass
         copied = 0 if trained.are_new else sum(w.elements * share_of(w, request) for w in trained.weights)
@@ -142,40 +141,8 @@ def _passing_weights(request: MemoryRequest, weights: list[Weight], trained: Tra
     quantized = [w for w in weights if is_quantized(w, request.precision, request.unquantized_parts)]
     if quantized:
         rows["dequantized weights"] = max(_dequantized_bytes(weight, request) for weight in quantized)
-    if request.training == "lora" and request.lora_experts:
-        experts: dict[int | None, list[int]] = {}
-        for weight in weights:
-            if weight.part == "routed experts":
-                experts.setdefault(weight.layer, []).append(weight.elements)
-        share = 1 / request.devices if request.strategy in ("tensor_parallel", "expert_parallel") else 1
-        rows["merged experts"] = share * _merged_bytes(list(experts.values()), request.gradient_checkpointing)
+    rows["merged experts"] = merged_bytes(request, weights)
     return rows
-
-
-def _merged_bytes(experts: list[list[int]], checkpointing: bool) -> int:
-    """Bytes of experts plus adapters, which PEFT makes for all experts of a layer.
-
-    Args:
-        experts (list[list[int]]): Elements of the weights of each layer.
-        checkpointing (bool): Whether a layer's sums are freed behind its forward.
-    """
-    if not experts:
-        return 0
-    if _peft_adds_in_place():
-        # Updates are multiplied apart. A sum exists once, when PyTorch checks the shape of what PEFT registers.
-        return max(2 * max(of) for of in experts)
-    # The sums of a layer's weights, and for one also the product in float32, its scaled copy, and its gradient.
-    sums = [2 * sum(of) for of in experts]
-    at_most = max(2 * sum(of) + 10 * max(of) for of in experts)
-    return at_most if checkpointing else at_most + sum(sums) - max(sums)
-
-
-def _peft_adds_in_place() -> bool:
-    """Whether PEFT adds the product of adapters to experts without an intermediate tensor, as since version 0.21."""
-    try:
-        return Version(importlib.metadata.version("peft")) >= Version("0.21")
-    except importlib.metadata.PackageNotFoundError:
-        return True
 
 
 def _dequantized_bytes(weight: Weight, request: MemoryRequest) -> int:
@@ -281,7 +248,9 @@ def _training_moments(
             element_bytes=size,
             residual_bytes=4 if request.prepared_for_kbit or request.autocast else size,
             attention_inputs=_kept_inputs(model, trained, layer, ("attention",)),
-            mlp_inputs=_kept_inputs(model, trained, layer, ("dense MLPs", "routed experts", "shared experts")),
+            mlp_inputs=_kept_inputs(model, trained, layer, ("dense MLPs", "routed experts", "shared experts"))
+            + kept_copies(model, request, layer),
+            adapted_experts=adapts_experts(request),
             trains_indexer=indexer_only or model.text.indexer_loss_coef > 0,
             indexer_only=indexer_only,
         )
@@ -303,7 +272,13 @@ def _training_moments(
             "gradients": all_gradients if accumulates else gradients[None],
         }
     there = gradients[None]
+    registers = adapts_experts(request) and peft_keeps_factors()
     for layer in reversed(layers):
+        if registers and model.text.mlp_layer_types[layer] == "sparse":  # in the forward, or once more in the backward
+            moments[f"adapters of layer {layer}"] = {
+                "activations": kept - saved[layer] + sizes[layer].saved,
+                "gradients": all_gradients if accumulates else there,
+            }
         there += gradients[layer]
         moments[f"backward of layer {layer}"] = {
             "activations": kept - saved[layer] + sizes[layer].backward - sizes[layer].workspace,
@@ -315,6 +290,10 @@ def _training_moments(
     if request.optimizer == "adafactor":  # gradient, update and weight of a tensor in float32
         step = 12 * max((weight.elements * share_of(weight, request) for weight in trained.weights), default=0)
     moments["the optimizer's step"] = {"workspaces": step, "gradients": all_gradients, "dequantized weights": 0.0}
+    if registers:
+        for moment, parts in moments.items():
+            if not moment.startswith("adapters"):
+                parts["merged experts"] = 0.0
     return moments
 
 

@@ -136,6 +136,7 @@ def training_bytes(
     residual_bytes: int = 2,
     attention_inputs: int,
     mlp_inputs: int,
+    adapted_experts: bool = False,
     trains_indexer: bool,
     indexer_only: bool = False,
 ) -> LayerBytes:
@@ -150,6 +151,7 @@ def training_bytes(
         residual_bytes (int): Bytes of an element of the hidden states between layers.
         attention_inputs, mlp_inputs (int): Channels of the inputs that weights there keep for their gradients, or
             adapters on them.
+        adapted_experts (bool): Whether the routed experts have adapters, whose products are added to the experts' own.
         trains_indexer (bool): Whether the indexers' loss runs.
         indexer_only (bool): Whether nothing but the indexers is trained.
     """
@@ -177,13 +179,14 @@ def training_bytes(
         choices = config.num_experts_per_tok
         widths = choices * config.intermediate_size + config.shared_intermediate_size
         mlp = 2 * widths + choices * hidden + 2 * config.num_local_experts
-        gradient_rows = choices * hidden
+        # Where a product and that of the adapters become a third tensor, `mlp` counts the last one alone.
+        passing_rows = (2 if adapted_experts else 1) * choices * hidden
     else:
         mlp = 2 * config.dense_intermediate_size
-        gradient_rows = config.dense_intermediate_size
+        passing_rows = config.dense_intermediate_size
     saved_mlp = tokens * (hidden * residual_bytes + (hidden + mlp + mlp_inputs) * element_bytes)
     gradients = tokens * 2 * hidden * residual_bytes
-    in_mlp = saved_attention + saved_mlp + gradients + tokens * gradient_rows * element_bytes
+    in_mlp = saved_attention + saved_mlp + gradients + tokens * passing_rows * element_bytes
     workspace = max(_backward_workspace(config, layer, tokens, keys), kl_workspace)
     in_attention = saved_attention + gradients + tokens * (2 * queries + 2 * key_values) * element_bytes + workspace
     if in_mlp > in_attention:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import is_torchdynamo_compiling
 
 from ..fused.softmax_loss import softmax_loss_
+from ..fused.support import has_hooks
 
 # So many tokens fill a GPU's matrix units. With the released vocabulary, their logits take 0.4 GiB in bfloat16. Where
 # no kernel overwrites them with their gradient, float32 copies take 1.5 GiB more.
@@ -116,14 +117,16 @@ def causal_lm_loss(
 
     num_items_in_batch = _on(hidden_states.device, num_items_in_batch)
     gathers_weight = _gathers_its_weight(lm_head)
-    # In a call that gathers the weight, all hooks run around `loss`. Elsewhere they run only if the head is called.
-    adds_nothing = "forward" not in vars(lm_head) and (gathers_weight or not _has_hooks(lm_head))
+    # The hooks of a head that gathers its weight run around `loss`, whatever that does. Those of any other head run when
+    # the head is called, so the fused loss, which does not call it, would skip them.
+    adds_nothing = "forward" not in vars(lm_head) and (gathers_weight or not has_hooks(lm_head))
 
     def loss(head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
         if adds_nothing and _is_plain(lm_head, states):
             return _PlainHeadLoss.apply(states, lm_head.weight, targets, num_items_in_batch, chunk_tokens)
         total = _summed_loss(head, states, targets, ignore_index, chunk_tokens)
-        # Inside the call, because FSDP2's mixed precision rounds the gradient of what a module returns: here it is 1.
+        # Divided inside the call: mixed precision of FSDP2 rounds the gradient of a module's output. That of the divided
+        # loss is 1, which rounding keeps.
         return total / _on(total.device, num_items_in_batch)
 
     return _call_once(lm_head, loss, hidden_states) if gathers_weight else loss(lm_head, hidden_states)
@@ -140,12 +143,8 @@ def _as_scalar(number: torch.Tensor | int, device: torch.device) -> torch.Tensor
     return torch.full((), number, dtype=torch.float32, device=device)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks))
-
-
 def _is_plain(lm_head: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether the class of the head multiplies by a weight that is all there, and needs gradients."""
+    """Whether the head is a linear layer without bias whose whole weight is here, in a pass with gradients."""
     if is_torchdynamo_compiling() or not torch.is_grad_enabled() or _class_of(lm_head) is not nn.Linear:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # more than one backward
@@ -261,7 +260,8 @@ def _call_once(module: nn.Module, function: Callable[..., torch.Tensor], states:
     """`function(module's forward, states)` inside one call of `module`, whose hooks run once around all of it.
 
     Ranks have different numbers of tokens, and so of chunks. With a hook for each chunk, one rank would wait for
-    another, and each chunk would gather the weight and reduce its gradient.
+    another, and each chunk would gather the weight and reduce its gradient. A hook of the user's own gets the hidden
+    states and the loss here, no logits.
     """
     forward = module.forward
     own = "forward" in vars(module)

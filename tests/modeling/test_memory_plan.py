@@ -1,6 +1,7 @@
 """The memory planner: arithmetic against cases by hand, parameters against real models, and what more devices do."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -238,6 +239,69 @@ def test_inputs_that_training_keeps():
     assert sizes["attention"] - sizes["none"] == pytest.approx(7 * 1000 * 8192 * 2)
     assert sizes["shared"] - sizes["none"] == pytest.approx(6 * 1000 * 3072 * 2)
     assert sizes["experts"] - sizes["none"] == pytest.approx(6 * 1000 * 4 * 3072 * 2)
+
+
+def test_product_of_adapters_of_experts():
+    """One more tensor of what the experts return, at the moment of the MLP."""
+    config, tokens = seven_layers(), 65536
+    options = {"attention_inputs": 0, "mlp_inputs": 0, "trains_indexer": False}
+    found, without = (
+        passes.training_bytes(config, 6, tokens, tokens, adapted_experts=adapted, **options)
+        for adapted in (True, False)
+    )
+    assert (found.workspace, found.saved) == (0, without.saved)
+    assert found.backward - without.backward == tokens * 4 * 6144 * 2
+
+
+def lora_with_experts(version: str | None = None, **options):
+    with mock.patch("importlib.metadata.version", return_value=version or "0.21.2"):
+        return on_one(seven_layers(), **{"training": "lora", "lora_experts": True, "context": 64} | options)
+
+
+EXPERTS_ALONE = {"training": "qlora", "unquantized_parts": ("routed experts",)}
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, 2),
+        ({"gradient_checkpointing": True}, 2),
+        ({"precision": "float32"}, 4),
+        ({"precision": "float32", "autocast": True}, 4),
+        ({"precision": "float32", "strategy": "fsdp2", "devices": 2}, 2),
+        ({"precision": "mxfp8", **EXPERTS_ALONE}, 2),
+        ({"precision": "mxfp8", "prepared_for_kbit": True, **EXPERTS_ALONE}, 4),
+    ],
+)
+def test_sum_of_experts_and_update(options, size):
+    """The gates and ups of a layer, before its experts compute."""
+    plan = lora_with_experts(**options)
+    assert plan.gib["merged experts"] * GIB == 128 * 2 * 3072 * 6144 * size
+    assert plan.moment.startswith("adapters of layer")
+    old = lora_with_experts(version="0.20.0", **options)
+    assert old.gib["merged experts"] > 2 * plan.gib["merged experts"]
+    assert old.moment.startswith("backward of layer")
+
+
+def test_sums_are_gone_in_the_backward():
+    """With many tokens, the backward of a layer is the larger moment."""
+    plan = lora_with_experts(context=262144)
+    assert plan.moment.startswith(("backward", "the loss"))
+    assert "merged experts" not in plan.gib
+    assert "merged experts" not in lora_with_experts(training="qlora", precision="mxfp8").gib
+
+
+def test_copies_of_tokens_for_quantized_experts():
+    """Adapters of quantized experts keep the tokens once for each of their experts."""
+    options = {"lora_targets": ("k_proj",), "lora_rank": 1, "context": 16384, "batch_size": 2}
+    kept = {}
+    for parts in ((), ("routed experts",)):
+        request = {"training": "qlora", "precision": "mxfp8", "unquantized_parts": parts, **options}
+        with_experts, without = (on_one(seven_layers(), lora_experts=adapts, **request) for adapts in (True, False))
+        assert {with_experts.moment, without.moment} <= {"the loss", "adapters of layer 6"}  # behind all layers
+        kept[parts] = (with_experts.gib["activations"] - without.gib["activations"]) * GIB
+    assert kept["routed experts",] == pytest.approx(6 * 32768 * 4 * 3072 * 2)
+    assert kept[()] - kept["routed experts",] == pytest.approx(6 * 32768 * 4 * 6144 * 2)
 
 
 def test_checkpointing_and_smaller_batches_need_less():

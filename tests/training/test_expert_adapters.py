@@ -1,18 +1,23 @@
 """Low-rank updates of the routed experts, multiplied apart from their weights."""
 
+import contextlib
 import copy
 from unittest import mock
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.fused import experts as many_tokens
+from modeling_minimax_m3.layers import expert_adapters
 from modeling_minimax_m3.layers.expert_adapters import adapted_weight
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+from modeling_minimax_m3.planning.adapted_experts import peft_keeps_factors
 
 from .qlora_cases import EXPERTS, TARGETS, fill_adapters, logits_of, loss_and_gradients, with_adapters
 
@@ -47,7 +52,7 @@ def test_gradients_equal_those_of_whole_weights(base, targets, rank):
     reference = materialized(model)
     with our_path() as products:
         loss, gradients = loss_and_gradients(model)
-    assert products.called
+    assert products.called == peft_keeps_factors()
     with our_path() as products:
         expected_loss, expected = loss_and_gradients(reference)
     assert not products.called
@@ -98,7 +103,38 @@ def test_bfloat16(base):
     assert errors["grouped_mm"] < 1.5 * errors["eager"] < 3e-2, errors
 
 
+@pytest.mark.parametrize("of_tokens", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("of_weights", [torch.float32, torch.bfloat16], ids=["of float32", "of bfloat16"])
+def test_autocast(base, of_weights, of_tokens):
+    """Grouped products compute in the dtype of the weights, as those of Transformers."""
+    experts = copy.deepcopy(base.model.layers[-1].mlp.experts).to(of_weights)
+    options = {"target_modules": [], "target_parameters": ["0.gate_up_proj", "0.down_proj"]}
+    model = get_peft_model(nn.Sequential(experts), LoraConfig(r=4, **options))
+    fill_adapters(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randn(30, experts.hidden_dim, generator=generator).to(of_tokens).requires_grad_()
+    ids = torch.rand(30, experts.num_experts, generator=generator).topk(2).indices
+    shares = torch.rand(30, 2, generator=generator)
+
+    def output_and_gradients():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.base_model.model[0](tokens, ids, shares)
+        return out, *torch.autograd.grad(out.float().square().sum(), [tokens, *trained])
+
+    with our_path() as products:
+        found = output_and_gradients()
+    assert products.called == peft_keeps_factors()
+    with mock.patch.object(expert_adapters, "_has_grouped_products", return_value=False):
+        expected = output_and_gradients()
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == wanted.dtype
+        is_exact = of_weights == of_tokens == torch.float32
+        assert relative_error(got.float(), wanted.float()) < (1e-5 if is_exact else 2e-2)
+
+
 class TestCallsThatReadWholeWeights:
+    @pytest.mark.skipif(Version(peft.__version__) < Version("0.20"), reason="this PEFT takes one such adapter")
     def test_two_active_adapters(self, base):
         config = LoraConfig(r=4, task_type="CAUSAL_LM", **EXPERTS)
         model = get_peft_model(copy.deepcopy(base), config)
@@ -110,25 +146,44 @@ class TestCallsThatReadWholeWeights:
             out = logits_of(model)
         assert relative_error(out, logits_of(reference)) < 1e-5
 
-    @pytest.mark.parametrize("reason", ["eager", "another dtype of autocast"])
-    def test_settings(self, base, reason):
+    def test_eager(self, base):
         model = with_adapters(copy.deepcopy(base), **EXPERTS)
-        if reason == "eager":
-            model.set_experts_implementation("eager")
-        with (
-            mock.patch.object(many_tokens, "plan", side_effect=AssertionError("not our path")),
-            torch.autocast("cpu", torch.bfloat16, enabled=reason != "eager"),
-        ):
+        model.set_experts_implementation("eager")
+        with mock.patch.object(many_tokens, "plan", side_effect=AssertionError("not our path")):
             assert logits_of(model).isfinite().all()
 
-    def test_another_parametrization(self, base):
+    @pytest.mark.parametrize("difference", ["dtypes of the weights", "float64"])
+    def test_dtypes(self, base, difference):
+        """Transformers is asked, which takes none of these in PyTorch 2.14."""
+        model = with_adapters(copy.deepcopy(base), **EXPERTS)
+        for name, parameter in model.named_parameters():
+            if name.endswith("down_proj" if difference != "float64" else ("down_proj", "gate_up_proj")):
+                parameter.data = parameter.data.double()
+        with (
+            mock.patch.object(many_tokens, "plan", side_effect=AssertionError("not our path")),
+            contextlib.suppress(RuntimeError),
+        ):
+            logits_of(model)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda weight: 2 * weight,
+            lambda weight: weight.mul(2),
+            lambda weight: weight.clone() if weight.ndim == 3 else weight,
+            lambda weight: torch.ones(4, 64, 32),
+            lambda weight: torch.baddbmm(weight, torch.ones(4, 64, 1), torch.ones(4, 1, 32), beta=0.5),
+        ],
+        ids=["operator", "method", "attribute", "another tensor", "another sum"],
+    )
+    def test_another_parametrization(self, base, change):
         experts = copy.deepcopy(base.model.layers[-1].mlp.experts)
 
-        class Doubled(nn.Module):
+        class Changed(nn.Module):
             def forward(self, weight):
-                return 2 * weight
+                return change(weight)
 
-        parametrize.register_parametrization(experts, "down_proj", Doubled())
+        parametrize.register_parametrization(experts, "down_proj", Changed())
         assert adapted_weight(experts, "down_proj") is None
         weight, updates = adapted_weight(experts, "gate_up_proj")
         assert weight is experts.gate_up_proj and updates == ()
@@ -136,6 +191,42 @@ class TestCallsThatReadWholeWeights:
         out = experts(tokens, ids, shares)
         parametrize.remove_parametrizations(experts, "down_proj")
         torch.testing.assert_close(out, experts(tokens, ids, shares))
+
+    def test_weight_of_several_tensors(self, base):
+        experts = copy.deepcopy(base.model.layers[-1].mlp.experts)
+        tokens, ids, shares = torch.randn(5, experts.hidden_dim), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
+        expected = experts(tokens, ids, shares)
+        nn.utils.parametrizations.weight_norm(experts, "down_proj")
+        assert adapted_weight(experts, "down_proj") is None
+        torch.testing.assert_close(experts(tokens, ids, shares), expected)
+
+    def test_devices_without_grouped_products(self, base):
+        has = expert_adapters._has_grouped_products
+        assert has(torch.device("cpu"))
+        assert not has(torch.device("mps")) and not has(torch.device("meta"))
+        for capability, expected in {(7, 5): False, (8, 0): True, (9, 0): True}.items():
+            with mock.patch("torch.cuda.get_device_capability", return_value=capability):
+                assert has(torch.device("cuda")) is expected
+        model = with_adapters(copy.deepcopy(base), **EXPERTS)
+        with (
+            mock.patch.object(expert_adapters, "_has_grouped_products", return_value=False),
+            mock.patch.object(many_tokens, "plan", side_effect=AssertionError("not our path")),
+        ):
+            out = logits_of(model)
+        assert relative_error(out, logits_of(model)) < 1e-5
+
+    def test_weights_that_are_mapped_into_memory(self, base):
+        """PyTorch 2.10 takes none that begin between two multiples of 16 bytes."""
+        model = with_adapters(copy.deepcopy(base), **EXPERTS)
+        expected = logits_of(model)
+        for name, parameter in model.named_parameters():
+            if name.endswith("experts.base_layer.base_layer.down_proj"):
+                memory = torch.empty(parameter.numel() + 1)
+                memory[1:] = parameter.data.flatten()
+                parameter.data = memory[1:].view_as(parameter)
+                assert parameter.data_ptr() % 16
+        with mock.patch.object(many_tokens, "plan", side_effect=AssertionError("not our path")):
+            assert relative_error(logits_of(model), expected) < 1e-5
 
     def test_disabled_adapter(self, base):
         model = with_adapters(copy.deepcopy(base), **EXPERTS)

@@ -436,12 +436,14 @@ def test_head_that_gathers_its_weight_is_called_once(monkeypatch):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("change", ["forward hook", "bias", "no gradient", "float64"])
-def test_heads_that_are_not_plain_are_called(change):
+@pytest.mark.parametrize("change", ["forward hook", "hook of all modules", "bias", "no gradient", "float64"])
+def test_heads_that_are_not_plain_are_called(change, request):
     head, hidden_states, labels = make_case()
     calls = []
-    if change == "forward hook":
-        head.register_forward_hook(lambda module, args, output: calls.append(1) or 2 * output)
+    if "hook" in change:
+        register = nn.modules.module.register_module_forward_hook if "all" in change else head.register_forward_hook
+        hook = register(lambda module, args, output: calls.append(1) or 2 * output if module is head else None)
+        request.addfinalizer(hook.remove)
     elif change == "bias":
         head.bias = nn.Parameter(torch.randn(VOCABULARY))
     elif change == "float64":
@@ -449,7 +451,7 @@ def test_heads_that_are_not_plain_are_called(change):
     with torch.set_grad_enabled(change != "no gradient"):
         expected = plain_loss(head, hidden_states, labels)
         torch.testing.assert_close(causal_lm_loss(head, hidden_states, labels, chunk_tokens=9), expected)
-    assert len(calls) == (2 + 67 // 9 if change == "forward hook" else 0)
+    assert len(calls) == (2 + 67 // 9 if "hook" in change else 0)
 
 
 def run_rank(rank: int, world_size: int, folder: str, dtype: torch.dtype, frozen: bool) -> None:
