@@ -1,7 +1,6 @@
 #include "few_token_mlp.h"
 
 #include <stdexcept>
-#include <type_traits>
 
 #include "few_tokens.cuh"
 #include "smxx/common/dependent_launch.cuh"
@@ -96,25 +95,23 @@ __device__ __forceinline__ int pair_at(const FewTokenMlpParams& params, int plac
 }
 
 // Gate and up projection and the activation, times the token's weight of the expert. A thread block
-// computes as many channels as half of its weight rows, which are gates and what they gate: first
-// channels of the MLP of every token, whose weights are known before the kernels before have ended,
-// then those of one expert after the other.
-template <typename Weights, int kHalves, int kTiles>
-__global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalves, kTiles))
+// computes eight channels: first those of the MLP of every token, whose weights are known before
+// the kernels before have ended, then those of one expert after the other.
+template <typename Weights, int kHalves>
+__global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalves, 2))
     few_token_gate_up_kernel(const FewTokenMlpParams params) {
   using Element = typename Weights::Element;
   constexpr int kChannels = Weights::kChannels;
-  constexpr int kSteps = Weights::loads(kHalves, kTiles) / kTiles;
+  constexpr int kSteps = Weights::loads(kHalves, 2) / 2;
   constexpr int kStride = kWarps * kChannels;
-  constexpr int kOutputs = kTiles * kRows / 2;
-  __shared__ WarpSums<kHalves, kTiles> warp_sums;
+  __shared__ WarpSums<kHalves, 2> warp_sums;
   let_next_kernel_start();
   if (!params.weights_are_constant) wait_for_kernels_before();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4;
   const int hidden = params.hidden, num_tokens = params.num_tokens;
-  const int shared_tiles = params.width / kOutputs;
+  const int shared_tiles = params.width / kRows;
   const bool is_routed = blockIdx.x >= static_cast<unsigned>(shared_tiles);
   const int width = is_routed ? params.expert_width : params.width;
   int tile = blockIdx.x, place = 0;
@@ -123,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalve
   bool has_low = group < num_tokens;
   bool has_high = kHalves == 2 && group + 8 < num_tokens;
   if (is_routed) {
-    const int expert_tiles = params.expert_width / kOutputs;
+    const int expert_tiles = params.expert_width / kRows;
     tile = (blockIdx.x - shared_tiles) % expert_tiles;
     place = (blockIdx.x - shared_tiles) / expert_tiles;
     wait_for_kernels_before();
@@ -135,27 +132,20 @@ __global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalve
     first = int64_t{expert} * 2 * width * hidden;
   }
   const int lane_channel = warp * kChannels + lane % 4 * 8 * Weights::kUnits;
-  Weights weights[kTiles];
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    const int row = i * kRows + group;  // of the thread block
-    const int64_t matrix_row = int64_t{row / kOutputs} * width + tile * kOutputs + row % kOutputs;
-    weights[i] = Weights(gate_up, first + matrix_row * hidden + lane_channel);
-  }
+  first += int64_t{tile * kRows + group} * hidden + lane_channel;
+  const Weights gate(gate_up, first), up(gate_up, first + int64_t{width} * hidden);
   const Element* x = static_cast<const Element*>(params.x) + group * hidden + lane_channel;
 
-  float sums[kTiles][4] = {};
+  float sums[2][4] = {};
   bool waits = !is_routed;
   for (int begin = 0; begin + warp * kChannels < hidden; begin += kSteps * kStride) {
-    typename Weights::Loaded loaded[kSteps][kTiles];
+    typename Weights::Loaded loaded[kSteps][2];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int channel = begin + step * kStride;
       const bool is_inside = channel + warp * kChannels < hidden;
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        loaded[step][i] = is_inside ? weights[i].load(channel) : typename Weights::Loaded{};
-      }
+      loaded[step][0] = is_inside ? gate.load(channel) : typename Weights::Loaded{};
+      loaded[step][1] = is_inside ? up.load(channel) : typename Weights::Loaded{};
     }
     if (waits) wait_for_kernels_before();
     waits = false;
@@ -166,18 +156,18 @@ __global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalve
       States<Weights> low, high;
       if (is_inside && has_low) low.load(x + channel);
       if (is_inside && has_high) high.load(x + 8 * hidden + channel);
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) add_products<Weights>(sums[i], low, high, loaded[step][i]);
+      add_products<Weights>(sums[0], low, high, loaded[step][0]);
+      add_products<Weights>(sums[1], low, high, loaded[step][1]);
     }
   }
   if (waits) wait_for_kernels_before();  // a warp without channels
 
   warp_sums.store(sums);
   __syncthreads();
-  if (threadIdx.x < num_tokens * kOutputs) {
-    const int token = threadIdx.x / kOutputs, column = threadIdx.x % kOutputs;
-    float value = swiglu_oai(warp_sums.total(token, column),
-                             warp_sums.total(token, kOutputs + column), params.alpha, params.limit);
+  if (threadIdx.x < num_tokens * kRows) {
+    const int token = threadIdx.x / kRows, column = threadIdx.x % kRows;
+    float value = swiglu_oai(warp_sums.total(token, column), warp_sums.total(token, kRows + column),
+                             params.alpha, params.limit);
     Element* out = static_cast<Element*>(params.activations);
     if (is_routed) {
       const int pair = pair_at(params, place, token);
@@ -187,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalve
     } else {
       out += int64_t{num_tokens} * params.num_choices * params.expert_width + token * width;
     }
-    out[tile * kOutputs + column] = to_element<Element>(value);
+    out[tile * kRows + column] = to_element<Element>(value);
   }
 }
 
@@ -324,16 +314,15 @@ __global__ void __launch_bounds__(kThreads, Weights::thread_blocks_per_sm(kHalve
   }
 }
 
-template <typename Weights, int kHalves, int kGateUpTiles>
+template <typename Weights, int kHalves>
 void launch(const FewTokenMlpParams& params, cudaStream_t stream) {
-  constexpr int kOutputs = kGateUpTiles * kRows / 2;
   const int64_t pairs = int64_t{params.num_tokens} * params.num_choices;
-  const int64_t tiles = params.width / kOutputs + pairs * (params.expert_width / kOutputs);
+  const int64_t tiles = params.width / kRows + pairs * (params.expert_width / kRows);
   if (params.num_tokens > 1 && pairs > 0) {
     launch_dependent<list_experts_kernel>(dim3(1), kMaxPairs, stream, params);
   }
-  launch_dependent<few_token_gate_up_kernel<Weights, kHalves, kGateUpTiles>>(
-      dim3(static_cast<unsigned>(tiles)), kThreads, stream, params);
+  launch_dependent<few_token_gate_up_kernel<Weights, kHalves>>(dim3(static_cast<unsigned>(tiles)),
+                                                               kThreads, stream, params);
   launch_dependent<few_token_down_kernel<Weights, kHalves>>(dim3(params.hidden / (2 * kRows)),
                                                             kThreads, stream, params);
 }
@@ -361,15 +350,10 @@ void launch_few_token_mlp(const FewTokenMlpParams& params, cudaStream_t stream) 
       throw std::runtime_error(
           "few_token_mlp takes sizes that are multiples of 32, of 64 for MXFP8 weights");
     }
-    // Of MXFP8 weights, small thread blocks have more bytes on their way. With more tokens, what is
-    // read of them counts, which the weight rows of a thread block share.
-    constexpr bool kIsMxfp8 = std::is_same_v<Weights, Mxfp8Weights>;
-    if (kIsMxfp8 && params.num_tokens <= 2) {
-      launch<Weights, 1, kIsMxfp8 ? 1 : 2>(params, stream);
-    } else if (params.num_tokens <= 8) {
-      launch<Weights, 1, 2>(params, stream);
+    if (params.num_tokens <= 8) {
+      launch<Weights, 1>(params, stream);
     } else {
-      launch<Weights, 2, 2>(params, stream);
+      launch<Weights, 2>(params, stream);
     }
   });
 }
