@@ -231,7 +231,7 @@ def every_value_with_every_scale(scales, device):
 # Hidden size, width, width of experts, experts, choices
 MLPS = [(64, 64, 64, 4, 1), (512, 64, 192, 5, 2), (1024, 0, 320, 6, 3), (704, 448, 0, 4, 1), (256, 64, 64, 128, 8)]
 MLPS += [(6144, 3072, 3072, 4, 4), (320, 320, 576, 64, 16)]
-# Of what the copy engine reads: rows of whole and of half stages, one kind of MLP alone, more tiles than thread blocks.
+# Rows of more channels than all warps take at once, and no whole number of times as many; one kind of MLP alone.
 MLPS += [(512, 512, 512, 4, 2), (2560, 0, 1536, 5, 3), (1536, 2560, 0, 4, 1), (1024, 512, 1024, 9, 8)]
 LINEARS = [(64, [8]), (64, [1, 3]), (320, [64, 16, 16, 16, 9]), (6144, [2048, 512, 512]), (8192, [1000])]
 LINEARS += [(512, [16]), (1536, [16, 32, 48]), (6144, [8192, 512, 512, 512, 128])]
