@@ -331,6 +331,16 @@ def test_plans_are_within_five_percent_of_the_measured_peaks(script):
         assert abs(module.difference(row)) < 0.05, name
 
 
+@pytest.mark.parametrize("record, form", [("qlora_bf16", "bf16"), ("qlora", "MXFP8"), ("qlora", "4 bits (NF4)")])
+def test_plans_of_adapters_on_experts_are_within_five_percent(script, record, form):
+    """Peaks of seven layers on an H200."""
+    qlora, memory_plan = script("qlora"), script("memory_plan")
+    found = json.loads((Path(qlora.__file__).parent / "results" / f"{record}.json").read_text())["speed"][form]
+    plan = memory_plan.Case(1, 6, None, qlora.request_of(form)).plan()
+    difference = memory_plan.allocated_estimate(plan.devices[0]) / found["peak_gib"] - 1
+    assert abs(difference) < 0.05, difference
+
+
 def test_differences_of_the_memory_planner(script):
     row = {"device": "cuda:0", "estimate_gib": 49.0, "peak_gib": 50.0, "reserved_gib": 51.0, "moment": "prefill"}
     other = row | {"estimate_gib": 51.5, "device": "cuda:1"}

@@ -13,7 +13,7 @@ from modeling_minimax_m3.fused import quantized_products
 from modeling_minimax_m3.fused.weight_formats import MXFP8, StoredWeight
 from modeling_minimax_m3.memory_plan import MemoryRequest, plan_memory, saved_unquantized_parts
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.planning import devices
+from modeling_minimax_m3.planning import adapted_experts, devices
 from modeling_minimax_m3.planning import request as request_module
 
 from .mxfp8_cases import NOT_QUANTIZED
@@ -44,8 +44,6 @@ def test_a_group_of_dequantized_experts_is_that_of_the_products(released):
 
 def test_groups_of_the_products_are_as_large_as_planned(monkeypatch):
     """With a small limit, a product dequantizes the number of experts that the planner counts."""
-    from modeling_minimax_m3.planning import devices
-
     most = 3 * 2 * 64 * 64 + 1  # room for three matrices in 16 bits
     monkeypatch.setattr(quantized_products, "DEQUANTIZED_BYTES", most)
     monkeypatch.setattr(devices, "DEQUANTIZED_BYTES", most)
@@ -227,9 +225,10 @@ def test_memory_of_this_host(monkeypatch, tmp_path):
     assert request_module.detected_host_gib() >= total
 
 
-@pytest.mark.parametrize("version, of_a_layer", [("0.20.1", 2 * 6 + 10 * 4), ("0.21.0", 4 * 4), (None, 4 * 4)])
-def test_what_peft_makes_of_experts_and_adapters(monkeypatch, version, of_a_layer):
-    """Weights of 4 and 2 elements: both sums in 16 bits, and what older versions of PEFT made on the way to one."""
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("version", ["0.20.1", "0.21.0", None])
+def test_what_peft_makes_of_experts_and_adapters(monkeypatch, version, checkpointing):
+    """Sums in 16 bits: of PEFT that keeps factors one at a time, of older ones all, and what they make on the way."""
 
     def found(_name):
         if version is None:
@@ -237,7 +236,19 @@ def test_what_peft_makes_of_experts_and_adapters(monkeypatch, version, of_a_laye
         return version
 
     monkeypatch.setattr(importlib.metadata, "version", found)
-    assert devices._merged_bytes([], True) == 0
-    assert devices._merged_bytes([[4, 2], [4, 2]], True) == of_a_layer
-    # without checkpointing, the sums of the other layers wait for their backward
-    assert devices._merged_bytes([[4, 2], [4, 2], [4, 2]], False) == of_a_layer + 2 * 12
+    weights = plan_weights()
+    elements = {}
+    for weight in weights:
+        if weight.part == "routed experts":
+            elements.setdefault(weight.layer, []).append(weight.elements)
+    layers = len(elements)
+    (gate_up, down), *others = elements.values()
+    assert gate_up == 2 * down and layers > 1 and all(other == [gate_up, down] for other in others)
+    request = MemoryRequest(training="lora", lora_experts=True, gradient_checkpointing=checkpointing)
+    if version == "0.20.1":  # without checkpointing, the sums of the other layers wait for their backward
+        expected = 2 * (gate_up + down) * (1 if checkpointing else layers) + 10 * gate_up
+    else:
+        expected = 2 * gate_up
+    assert adapted_experts.merged_bytes(request, weights) == expected
+    assert adapted_experts.merged_bytes(replace(request, lora_experts=False), weights) == 0
+    assert adapted_experts.merged_bytes(request, [w for w in weights if w.part != "routed experts"]) == 0
