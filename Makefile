@@ -6,7 +6,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 # test processes; each uses one thread and about 1 GB
 PYTEST_WORKERS ?= 2
-# Each process takes whole files, so that it alone sets them up, and what another has left when it is done.
+# Each process takes neighbouring tests, so most fixtures of a file are made once. One that is done takes from the others.
 XDIST_ORDER := --dist worksteal
 # of `make test-gpu`: the files that have tests for a GPU, and how many of the slowest tests it lists
 GPU_TESTS ?= $(wildcard tests/*/test_cuda_*.py) $(wildcard tests/*/test_*_gpu.py) $(wildcard tests/test_*_gpu.py) $(wildcard tests/processing/test_*_processing.py)
