@@ -16,7 +16,7 @@ from .few_token_cases import ALPHA, LIMIT, captured, on_gpu, pretend_kernels, ra
 from .norm_cases import poison, relative_error
 from .test_few_tokens import choices
 
-TOKENS = [1, 2, 3, 8, 9, 16]
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 16]
 
 
 def weight_of(*shape, seed=0, device="cpu"):
@@ -216,9 +216,9 @@ class TestUnusualNumbers:
 BFLOAT16 = {"dtype": torch.bfloat16, "device": "cuda"}
 
 
-def every_value_with_every_scale(scales, device):
+def every_value_with_every_scale(scales, device, channels=128):
     """A row for each byte of a value and each byte of a scale below `scales`, in a place of its own. Else 0."""
-    rows, channels = 256 * scales, 128
+    rows = 256 * scales
     index = torch.arange(rows, device=device)
     column = torch.randint(0, channels, (rows,), device=device)
     values = torch.zeros(rows, channels, dtype=torch.uint8, device=device)
@@ -233,6 +233,8 @@ MLPS = [(64, 64, 64, 4, 1), (512, 64, 192, 5, 2), (1024, 0, 320, 6, 3), (704, 44
 MLPS += [(6144, 3072, 3072, 4, 4), (320, 320, 576, 64, 16)]
 # Rows of more channels than all warps take at once, and no whole number of times as many; one kind of MLP alone.
 MLPS += [(512, 512, 512, 4, 2), (2560, 0, 1536, 5, 3), (1536, 2560, 0, 4, 1), (1024, 512, 1024, 9, 8)]
+# More states of four tokens than the shared memory of a thread block holds.
+MLPS += [(512, 0, 4096, 9, 8)]
 LINEARS = [(64, [8]), (64, [1, 3]), (320, [64, 16, 16, 16, 9]), (6144, [2048, 512, 512]), (8192, [1000])]
 LINEARS += [(512, [16]), (1536, [16, 32, 48]), (6144, [8192, 512, 512, 512, 128])]
 
@@ -240,10 +242,11 @@ LINEARS += [(512, [16]), (1536, [16, 32, 48]), (6144, [8192, 512, 512, 512, 128]
 class TestKernel:
     pytestmark = on_gpu
 
-    @pytest.mark.parametrize("tokens", [1, 5, 16])
-    def test_every_ordinary_value_with_every_scale(self, tokens):
+    @pytest.mark.parametrize("channels", [128, 256])
+    @pytest.mark.parametrize("tokens", [1, 4, 5, 16])
+    def test_every_ordinary_value_with_every_scale(self, tokens, channels):
         """The numbers of `dequantize_mxfp8`, bit by bit, subnormal ones too."""
-        weight = every_value_with_every_scale(scales=135, device="cuda")
+        weight = every_value_with_every_scale(135, "cuda", channels)
         expected = dequantize_mxfp8(*weight).double().sum(1).bfloat16()
         out = few_tokens._product(torch.ones(tokens, weight.values.shape[1], **BFLOAT16), [weight])
         is_nan = dequantize_mxfp8(*weight).isnan().any(1)
@@ -286,6 +289,53 @@ class TestKernel:
         for row in range(tokens):
             assert relative_error(out[row], exact[row]) < 2e-2
         assert torch.equal(out, call(mlp, x, weights, shares))
+
+    @pytest.mark.parametrize("tokens", [1, 4, 8])
+    @pytest.mark.parametrize("powers", [(0, 100, -60, -100), (20, 0, 0, 0)], ids=["tokens", "channels"])
+    def test_states_of_very_different_sizes(self, tokens, powers):
+        """Each token is as exact as alone, and a large state takes no more than it must from small ones."""
+        x = random(tokens, 1024, seed=tokens, device="cuda")
+        if powers[0]:
+            x[:, ::100] *= 2.0 ** powers[0]
+        for row, power in zip(x, powers, strict=False):
+            row *= 2.0**power
+        weight = weight_of(512, 1024, device="cuda")
+        out, exact = few_tokens._product(x, [weight]), x.double() @ numbers(weight).T
+        for row in range(tokens):
+            assert relative_error(out[row], exact[row]) < 3e-3
+
+    @pytest.mark.parametrize("tokens", [1, 4, 8])
+    @pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+    def test_a_state_that_is_not_finite(self, tokens, value):
+        """It spoils its own token alone."""
+        x = random(tokens, 1024, seed=tokens, device="cuda")
+        x[0, 300] = value
+        weight = weight_of(512, 1024, device="cuda")
+        out, exact = few_tokens._product(x, [weight]), x.float() @ numbers(weight).float().T
+        assert torch.equal(out.isfinite(), exact.isfinite())
+        for row in range(1, tokens):
+            assert relative_error(out[row], exact[row].double()) < 3e-3
+
+    @pytest.mark.parametrize("tokens", [1, 2, 4])
+    def test_experts_that_are_none_of_ours(self, tokens):
+        """As with expert parallelism: they add zero, also where a whole token has no other."""
+        weights = [weight_of(*shape, seed=i, device="cuda") for i, shape in enumerate([(4, 1024, 256), (4, 256, 512)])]
+        x = random(tokens, 256, seed=tokens, device="cuda")
+        shares = torch.rand(tokens, 3, device="cuda")
+        ids = torch.tensor([[-1, 2, 4], [0, 7, 2], [9, -5, 4], [3, 1, 1]], device="cuda")[:tokens]
+        for chosen in (ids, torch.full_like(ids, 4)):
+            call = (None, None, ALPHA, LIMIT)
+            is_ours = (chosen >= 0) & (chosen < 4)
+            exact = mlp_reference(
+                x.double(), *call, *map(numbers, weights), chosen.where(is_ours, 0), (shares * is_ours).double(), 2.0
+            )
+            poison(torch.empty_like(x))
+            out = mlp(x, *call, *weights, chosen, shares, 2.0)
+            for row in range(tokens):
+                if exact[row].any():
+                    assert relative_error(out[row], exact[row]) < 2e-2
+                else:
+                    assert not out[row].any()
 
     @pytest.mark.parametrize("tokens", [1, 3, 16])
     def test_captured_in_a_graph(self, tokens):

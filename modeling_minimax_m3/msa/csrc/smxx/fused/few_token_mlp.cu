@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "few_token_experts.cuh"
+#include "few_token_mlp_mxfp8.h"
 #include "few_tokens.cuh"
 #include "smxx/common/dependent_launch.cuh"
 #include "smxx/common/dispatch.h"
@@ -12,28 +14,7 @@ namespace {
 
 using namespace few_tokens;
 
-constexpr int kMaxPairs = 256;  // (token, choice), in the order of `expert_ids`
-constexpr int kMaxTokens = 16;
 constexpr unsigned kWholeWarp = 0xffffffff;
-
-template <typename Value>
-__device__ __forceinline__ Value load_fresh(const Value* address) {
-  return __ldcg(address);  // as `load_states`
-}
-
-// The chosen experts, ordered by the first pair that names each.
-struct Experts {
-  int count;
-  int ids[kMaxPairs];                    // -1: none of ours
-  int16_t pairs[kMaxPairs][kMaxTokens];  // of an expert and a token, -1 where it was not chosen
-};
-
-// gate * sigmoid(alpha * gate) * (up + 1), both clamped. As in PyTorch, a NaN passes the clamps.
-__device__ __forceinline__ float swiglu_oai(float gate, float up, float alpha, float limit) {
-  gate = gate > limit ? limit : gate;
-  up = up > limit ? limit : (up < -limit ? -limit : up);
-  return (up + 1.f) * (gate / (1.f + __expf(-alpha * gate)));
-}
 
 // Lists the experts of several tokens. One thread block, a thread a pair.
 __global__ void __launch_bounds__(kMaxPairs) list_experts_kernel(const FewTokenMlpParams params) {
@@ -77,21 +58,6 @@ __global__ void __launch_bounds__(kMaxPairs) list_experts_kernel(const FewTokenM
   if (expert >= 0) {
     experts->pairs[places[first]][pair / params.num_choices] = static_cast<int16_t>(pair);
   }
-}
-
-// The expert in a place of the list; a single token's choices are its list. Every thread calls it.
-__device__ __forceinline__ int expert_at(const FewTokenMlpParams& params, int place) {
-  if (params.num_tokens == 1) {
-    const int64_t id = load_fresh(params.expert_ids + place);
-    return id >= 0 && id < params.num_experts ? static_cast<int>(id) : -1;
-  }
-  const auto* experts = static_cast<const Experts*>(params.experts);
-  return place < load_fresh(&experts->count) ? load_fresh(experts->ids + place) : -1;
-}
-
-__device__ __forceinline__ int pair_at(const FewTokenMlpParams& params, int place, int token) {
-  if (params.num_tokens == 1) return token == 0 ? place : -1;
-  return load_fresh(&static_cast<const Experts*>(params.experts)->pairs[place][token]);
 }
 
 // Gate and up projection and the activation, times the token's weight of the expert. A thread block
@@ -318,9 +284,6 @@ template <typename Weights, int kHalves>
 void launch(const FewTokenMlpParams& params, cudaStream_t stream) {
   const int64_t pairs = int64_t{params.num_tokens} * params.num_choices;
   const int64_t tiles = params.width / kRows + pairs * (params.expert_width / kRows);
-  if (params.num_tokens > 1 && pairs > 0) {
-    launch_dependent<list_experts_kernel>(dim3(1), kMaxPairs, stream, params);
-  }
   launch_dependent<few_token_gate_up_kernel<Weights, kHalves>>(dim3(static_cast<unsigned>(tiles)),
                                                                kThreads, stream, params);
   launch_dependent<few_token_down_kernel<Weights, kHalves>>(dim3(params.hidden / (2 * kRows)),
@@ -340,6 +303,13 @@ void launch_few_token_mlp(const FewTokenMlpParams& params, cudaStream_t stream) 
   }
   if (params.width + params.expert_width == 0) {
     throw std::runtime_error("few_token_mlp takes an MLP, experts or both");
+  }
+  if (params.num_tokens > 1 && pairs > 0) {
+    launch_dependent<list_experts_kernel>(dim3(1), kMaxPairs, stream, params);
+  }
+  if (supports_few_token_mlp_mxfp8(params)) {
+    launch_few_token_mlp_mxfp8(params, stream);
+    return;
   }
   const FewTokenWeights& weights = params.width > 0 ? params.gate_up : params.expert_gate_up;
   dispatch_weights(params.dtype, weights, [&](auto form) {
