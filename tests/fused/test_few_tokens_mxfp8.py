@@ -322,7 +322,7 @@ class TestKernel:
         weights = [weight_of(*shape, seed=i, device="cuda") for i, shape in enumerate([(4, 1024, 256), (4, 256, 512)])]
         x = random(tokens, 256, seed=tokens, device="cuda")
         shares = torch.rand(tokens, 3, device="cuda")
-        ids = torch.tensor([[-1, 2, 4], [0, 7, 2], [9, -5, 4], [3, 1, 1]], device="cuda")[:tokens]
+        ids = torch.tensor([[-1, 2, 4], [0, 7, 2], [9, -5, 4], [3, 1, 0]], device="cuda")[:tokens]
         for chosen in (ids, torch.full_like(ids, 4)):
             call = (None, None, ALPHA, LIMIT)
             is_ours = (chosen >= 0) & (chosen < 4)

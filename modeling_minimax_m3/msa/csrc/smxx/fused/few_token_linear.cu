@@ -2,7 +2,6 @@
 
 #include <stdexcept>
 
-#include "few_token_linear_mxfp8.h"
 #include "few_tokens.cuh"
 #include "smxx/common/dependent_launch.cuh"
 #include "smxx/common/device.h"
@@ -133,10 +132,6 @@ void launch_few_token_linear(const FewTokenLinearParams& params, cudaStream_t st
     throw std::runtime_error("few_token_linear takes 1 to 16 tokens and 1 to 5 weights");
   }
   if (params.num_rows == 0) return;
-  if (supports_few_token_linear_mxfp8(params)) {
-    launch_few_token_linear_mxfp8(params, stream);
-    return;
-  }
   dispatch_weights(params.dtype, params.weights[0], [&](auto form) {
     launch_for_tokens<typename decltype(form)::Type>(params, stream);
   });

@@ -39,17 +39,22 @@ struct ChosenExperts {
 struct Parts {
   const ChosenExperts& chosen;
   int shared, of_expert, count;
+  float per_expert;  // 1 / of_expert, as a quotient of integers takes many instructions
 
   __device__ Parts(const ChosenExperts& chosen, int shared, int of_expert)
       : chosen(chosen),
         shared(shared),
         of_expert(of_expert),
-        count(shared + chosen.count * of_expert) {}
+        count(shared + chosen.count * of_expert),
+        per_expert(1.f / of_expert) {}
 
   __device__ bool is_routed(int part) const { return part >= shared; }
-  __device__ int place(int part) const { return (part - shared) / of_expert; }
+  // Half a part away from the next place: exact for up to 2^20 parts.
+  __device__ int place(int part) const {
+    return static_cast<int>((part - shared + 0.5f) * per_expert);
+  }
   __device__ int within(int part) const {
-    return is_routed(part) ? (part - shared) % of_expert : part;
+    return is_routed(part) ? part - shared - place(part) * of_expert : part;
   }
 
   // `part`, or the first one after it in steps that is no part of an expert that is none of ours.

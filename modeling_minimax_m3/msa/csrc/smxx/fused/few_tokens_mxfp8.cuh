@@ -98,9 +98,11 @@ __device__ __forceinline__ float scale_at(uint32_t scales) {
 // Where a lane reads a unit: the first of its channels in one of the tile's upper eight rows, and
 // the row in the lower half that it reads too.
 struct UnitPlace {
-  const uint8_t* values;
-  const uint8_t* scales;  // of all channels of the unit, in the same row
-  int to_lower;           // values from the upper row to the lower one
+  const uint8_t* values = nullptr;
+  const uint8_t* scales = nullptr;  // of all channels of the unit, in the same row
+  int to_lower = 0;                 // values from the upper row to the lower one
+
+  UnitPlace() = default;
 
   // `first` is the value at which the unit begins in the upper row.
   __device__ UnitPlace(const FewTokenWeights& weights, int64_t first, int to_lower)
@@ -131,12 +133,12 @@ struct RowSums {
 };
 
 // sums += unit * states. `states` are those of the lane's column; `factor` belongs to the token of
-// its sums. Then `unit` has the one at `next`, if that is not null.
+// its sums. If there is a next one, `unit` has it then.
 __device__ __forceinline__ void multiply_unit(RowSums& sums, LoadedUnit& unit, const __half* states,
-                                              float factor, const UnitPlace* next) {
+                                              float factor, bool has_next, const UnitPlace& next) {
   const uint32_t upper_scales[2] = {unit.upper_scales.x, unit.upper_scales.y};
   const uint32_t lower_scales[2] = {unit.lower_scales.x, unit.lower_scales.y};
-  if (next != nullptr) unit.load_scales(*next);
+  if (has_next) unit.load_scales(next);
   RowSums part = {};
 #pragma unroll
   for (int i = 0; i < kUnitLoads; ++i) {
@@ -152,7 +154,7 @@ __device__ __forceinline__ void multiply_unit(RowSums& sums, LoadedUnit& unit, c
                              halves_of<true>(upper[j]), halves_of<true>(lower[j])};
       multiply_add<__half>(product, a, b[2 * j], b[2 * j + 1]);
     }
-    if (next != nullptr) unit.load_values(*next, i);
+    if (has_next) unit.load_values(next, i);
     const uint32_t above = upper_scales[i / 2], below = lower_scales[i / 2];
     if (i % 2 == 0) {
       part.upper += product[0] * scale_at<0>(above) + product[1] * scale_at<1>(above);
@@ -217,12 +219,10 @@ __device__ __forceinline__ void multiply_tiles(Source& source) {
       const int column = has_column ? source.states(unit, column_token) : kNoStates;
       const __half* states = unit_states[column].values + 16 * part;
       const float factor = unit_states[has_sums ? source.states(unit, part) : kNoStates].factor;
-      if (tile_ahead < source.tiles) {
-        const UnitPlace next = source.place(tile_ahead, unit_ahead);
-        multiply_unit(sums, loaded, states, factor, &next);
-      } else {
-        multiply_unit(sums, loaded, states, factor, nullptr);
-      }
+      UnitPlace next;
+      const bool has_next = tile_ahead < source.tiles;
+      if (has_next) next = source.place(tile_ahead, unit_ahead);
+      multiply_unit(sums, loaded, states, factor, has_next, next);
     }
     // Two buffers: a warp that has passed the next barrier no longer reads this one.
     RowSums(&tile_sums)[kWarps][32] = warp_sums[turn % 2];
