@@ -9,8 +9,8 @@ the choice of a trace takes the place of its own.
   half topic. Both give the expert of rank r a probability in proportion to 1 / r, over orders of the experts that are
   drawn at random: that of popularity once, that of the topic every 256 tokens.
 
-A floor is the time of the missed experts' bytes at the rate of copies that is measured first. Beside it stands
-Accelerate's offload of the same page-locked weights, which moves all experts of a layer for each token.
+Tokens are decoded in CUDA graphs, as by `generate`, but without its loop. A floor is the time of the missed experts'
+bytes at the rate of copies that is measured first. Beside it stand a pass without graphs, and Accelerate's offload of the same page-locked weights, which moves all experts of a layer for each token.
 """
 
 import time
@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from modeling_minimax_m3 import ExpertOffload, offload_experts
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLSparseMoeBlock
+from modeling_minimax_m3.runtime.captured_decoding import CapturedDecoding
 from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
 from . import model_step_workloads as workloads
@@ -34,12 +35,12 @@ from .report import as_table
 SHARE = 0.25
 TRACES = ("uniform", "skewed")
 TOPIC_TOKENS = 256
-WARM_UP, MEASURED = 400, 256  # tokens
+WARM_UP, MEASURED = 300, 128  # tokens
 PROMPT = 1024
 PREFILLS = (8192, 32768)
 ACCELERATE_TOKENS = 3
 GUESSED = 0.9  # of the experts of the next layer, where prefetching is measured
-MOST_RATIO = 1.3
+WITHOUT = ", without graphs"
 
 
 def make_trace(kind: str, tokens: int, layers: int, experts: int, choices: int, seed: int = 0) -> np.ndarray:
@@ -67,15 +68,14 @@ class TracedRouting:
     Args:
         model: A model with sparse blocks.
         trace ((tokens, layers, K)): What each token chooses.
-
-    Attributes:
-        token (int): The one that passes.
     """
 
     def __init__(self, model: nn.Module, trace: np.ndarray):
-        self.token = 0
         blocks = blocks_of(model)
         self._ids = torch.from_numpy(trace).to(blocks[0].gate.weight.device)
+        self._guesses = self._ids
+        # Those of the token that passes, in memory that a graph can read.
+        self._chosen, self._guessed = self._ids[0].clone(), self._ids[0].clone()
         self._handles = [
             block.gate.register_forward_hook(self._hook(layer), prepend=True) for layer, block in enumerate(blocks)
         ]
@@ -83,22 +83,27 @@ class TracedRouting:
     def _hook(self, layer: int) -> Callable:
         def choose(_module: nn.Module, _inputs: tuple, outputs: tuple) -> tuple:
             logits, weights, ids = outputs
-            return (logits, weights, self._ids[self.token, layer][None] if len(ids) == 1 else ids)
+            return (logits, weights, self._chosen[layer][None] if len(ids) == 1 else ids)
 
         return choose
+
+    def begin(self, token: int) -> None:
+        """Says which token passes next."""
+        self._chosen.copy_(self._ids[token])
+        self._guessed.copy_(self._guesses[token])
 
     def guess(self, blocks: list[Any], right: float, seed: int = 1) -> None:
         """Replaces predictions by the trace's choice, where each expert is right with this probability."""
         generator = np.random.default_rng(seed)
         is_right = torch.from_numpy(generator.random(self._ids.shape) < right).to(self._ids.device)
         others = torch.from_numpy(generator.integers(0, blocks[0].gate.num_experts, self._ids.shape))
-        guesses = torch.where(is_right, self._ids, others.to(self._ids.device))
+        self._guesses = torch.where(is_right, self._ids, others.to(self._ids.device))
         for layer, block in enumerate(blocks):
             predict = type(block).predicted
 
             def guessed(tokens: torch.Tensor, block=block, layer=layer, predict=predict) -> torch.Tensor:
                 predict(block, tokens)  # its time counts
-                return guesses[self.token, layer][None]
+                return self._guessed[layer][None]
 
             block.predicted = guessed
 
@@ -131,9 +136,17 @@ def copy_rate(offload: ExpertOffload, experts: int = 64) -> float:
 
 
 @torch.no_grad()
-def decode(model: Any, routing: TracedRouting, warm_up: int, measured: int, reset: Callable[[], None]) -> float:
+def decode(
+    model: Any,
+    routing: TracedRouting,
+    warm_up: int,
+    measured: int,
+    reset: Callable[[], None] = lambda: None,
+    in_graphs: bool = True,
+) -> float:
     """Seconds of a token, without the loop of `generate`. `reset` is called when the measurement begins."""
     cache = DynamicCache(config=model.config)
+    step_of = CapturedDecoding(model) if in_graphs else model
     model(workloads.tokens_of(model, 1, PROMPT), logits_to_keep=1, **{CACHE_NAME: cache})
     token = workloads.tokens_of(model, 1, 1)
     started = 0.0
@@ -142,8 +155,9 @@ def decode(model: Any, routing: TracedRouting, warm_up: int, measured: int, rese
             torch.cuda.synchronize()
             reset()
             started = time.perf_counter()
-        routing.token = step
-        model(token, logits_to_keep=1, **{CACHE_NAME: cache}).logits.argmax(-1).item()  # as a loop reads the token
+        routing.begin(step)
+        logits = step_of(input_ids=token, logits_to_keep=1, **{CACHE_NAME: cache}).logits
+        logits.argmax(-1).item()  # as a loop reads the token
     return (time.perf_counter() - started) / measured
 
 
@@ -220,7 +234,7 @@ def main() -> None:
             offload.remove()  # the memory stays locked, as `offload` still holds it
             offload_by_accelerate(model)
             routing = TracedRouting(model, make_trace("uniform", 8, *sizes))
-            seconds = decode(model, routing, 1, ACCELERATE_TOKENS, lambda: None)
+            seconds = decode(model, routing, 1, ACCELERATE_TOKENS, in_graphs=False)
             routing.remove(blocks)
             return add(work, "Accelerate", seconds, 1, offload.num_experts * offload.expert_bytes)
         trace = make_trace("uniform" if kind == "hits" else kind, WARM_UP + MEASURED, *sizes)
@@ -232,12 +246,14 @@ def main() -> None:
             block.next_block = [following] if prefetches and following is not None else []
         if prefetches:
             routing.guess(blocks, GUESSED)
-        seconds = decode(model, routing, 8 if kind == "hits" else WARM_UP, MEASURED, offload.stats.reset)
+        seconds = decode(
+            model, routing, 8 if kind == "hits" else WARM_UP, MEASURED, offload.stats.reset, WITHOUT not in work
+        )
         routing.remove(blocks)
         return add(work, "this project", seconds, MEASURED)
 
-    cases = [("a token, all experts on the GPU", "hits")]
-    cases += [(f"a token, {kind} routing", kind) for kind in TRACES]
+    cases = [(f"a token, all experts on the GPU{graphs}", "hits") for graphs in ("", WITHOUT)]
+    cases += [(f"a token, {kind} routing{graphs}", kind) for kind in TRACES for graphs in ("", WITHOUT)]
     cases += [(f"a token, {kind} routing, {GUESSED:.0%} of the next layer guessed", kind) for kind in TRACES]
     cases += [(f"{tokens} tokens of a prompt", "prefill") for tokens in PREFILLS]
     cases += [("a token, uniform routing", "accelerate")]

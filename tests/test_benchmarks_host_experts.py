@@ -54,7 +54,7 @@ def test_a_trace_replaces_the_routing_of_single_tokens(host_experts, monkeypatch
     with torch.no_grad():
         for token, misses in enumerate((2, 2, 0)):  # of the first layer; the others are guessed
             offload.stats.reset()
-            routing.token = token
+            routing.begin(token)
             model(torch.tensor([[5]]))
             assert (offload.stats.misses, offload.stats.prefetched) == (misses, 2 * misses)
         routing.remove(blocks)

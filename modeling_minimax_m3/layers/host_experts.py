@@ -5,6 +5,9 @@ The classes here replace those of blocks and experts in place, so parameters kee
 E is the number of experts, K of experts per token, S of slots.
 """
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from ..fused.support import is_watched
 from ..fused.weight_formats import MXFP8, StoredWeight
 from ..mxfp8 import Mxfp8Tensors, is_ordinary
 from ..runtime.expert_cache import ExpertCache
+from ..runtime.graph_pieces import current_capture
 from .moe import MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter
 from .mxfp8 import SCALE_SUFFIX, Mxfp8Experts
 
@@ -47,6 +51,8 @@ class HostExperts(MiniMaxM3VLExperts):
         Every chosen expert passes through a slot, and is multiplied by the rows of its tokens meanwhile.
         """
         check_call(self, hidden_states, top_k_weights)
+        if current_capture() is not None:
+            raise NotImplementedError("no graph can hold experts that pass through slots one after the other")
         order = many_tokens.plan(top_k_index, self.num_experts)
         ends = order.offsets.tolist()
         rows = {expert: slice(start, end) for expert, (start, end) in enumerate(zip([0, *ends], ends)) if end > start}
@@ -60,6 +66,10 @@ class HostExperts(MiniMaxM3VLExperts):
                 states = hidden_states[token_of_row[rows[expert]]]
                 outputs[rows[expert]] = self._of_one(states, slot)
         return many_tokens.unpermute(outputs, top_k_weights.float(), 1.0, order)
+
+    def counts_of(self, choices: list[list[int]]) -> dict[int, int]:
+        """How many tokens chose each expert, of those that this layer has."""
+        return Counter(expert for row in choices for expert in row if 0 <= expert < self.num_experts)
 
     def slot_weights(self) -> tuple[few_tokens.Weight, few_tokens.Weight] | None:
         """Both weights (S, ...) for the kernels of few tokens; None where these must not read them."""
@@ -146,42 +156,66 @@ class HostSparseMoeBlock(MiniMaxM3VLSparseMoeBlock):
             return super()._combine(tokens, top_k_index, top_k_weights)
         experts, cache = self.experts, self.experts.expert_cache
         check_call(experts, tokens, top_k_weights)
-        next_block = self.next_block[0] if self.next_block else None
-        ids = top_k_index if next_block is None else torch.cat([top_k_index, next_block.predicted(tokens)])
+        ids = top_k_index
+        if self.next_block:
+            ids = torch.cat([top_k_index, self.next_block[0].predicted(tokens)])
+        slot_ids = torch.empty_like(top_k_index)
+        pieces = current_capture()
+        if pieces is not None:
+            if top_k_index.numel() > cache.num_slots:
+                raise NotImplementedError("no graph can hold experts of one pass that may have too few slots")
+            pieces.add_host_step(lambda: self._in_slots(ids.tolist(), slot_ids))
+            return self._of_slots(weights, tokens, slot_ids, top_k_weights)
         choices = ids.tolist()  # the one time that the host waits for the GPU
-        choices, predicted = choices[: len(tokens)], choices[len(tokens) :]
-        counts: dict[int, int] = {}
-        for expert in (expert for row in choices for expert in row if 0 <= expert < experts.num_experts):
-            counts[expert] = counts.get(expert, 0) + 1
-        if len(counts) > cache.num_slots:
+        if len(experts.counts_of(choices[: len(tokens)])) > cache.num_slots:
             return super()._combine(tokens, top_k_index, top_k_weights)
+        with self._in_slots(choices, slot_ids):
+            return self._of_slots(weights, tokens, slot_ids, top_k_weights)
+
+    @contextmanager
+    def _in_slots(self, choices: list[list[int]], slot_ids: torch.Tensor) -> Iterator[None]:
+        """Work that is queued meanwhile finds the chosen experts in slots.
+
+        Args:
+            choices (list of list of int): The K experts of each token, then those that it may choose in the next block.
+            slot_ids ((tokens, K)): Gets their slots.
+        """
+        experts, cache = self.experts, self.experts.expert_cache
+        choices, predicted = choices[: len(slot_ids)], choices[len(slot_ids) :]
+        counts = experts.counts_of(choices)
         with cache.lock:
-            cache.count(experts.layer, counts, len(tokens))
+            cache.count(experts.layer, counts, len(choices))
             placement = cache.place(experts.layer, counts)
             slots = placement.slots
             # Before the copies of experts, as this small one waits for all that its stream waits for.
-            slot_ids = torch.tensor(
-                [[slots.get(expert, -1) for expert in row] for row in choices], device=cache.device
-            )
+            slot_ids.copy_(torch.tensor([[slots.get(expert, -1) for expert in row] for row in choices]))
             cache.fetch(placement)
-            if next_block is not None:
+            if predicted:
                 wanted = dict.fromkeys(expert for row in predicted for expert in row)
-                cache.prefetch(next_block.experts.layer, wanted, slots.values())
-            gate_up, down, expert_gate_up, expert_down = weights
-            output = few_tokens.mlp(
-                tokens,
-                gate_up,
-                down,
-                experts.swiglu_alpha,
-                experts.swiglu_limit,
-                expert_gate_up,
-                expert_down,
-                slot_ids,
-                top_k_weights,
-                float(self.routed_scaling_factor),
-            )
+                cache.prefetch(self.next_block[0].experts.layer, wanted, slots.values())
+            yield
             cache.release(slots.values())
-        return output
+
+    def _of_slots(
+        self,
+        weights: tuple[few_tokens.Weight, ...],
+        tokens: torch.Tensor,
+        slot_ids: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        gate_up, down, expert_gate_up, expert_down = weights
+        return few_tokens.mlp(
+            tokens,
+            gate_up,
+            down,
+            self.experts.swiglu_alpha,
+            self.experts.swiglu_limit,
+            expert_gate_up,
+            expert_down,
+            slot_ids,
+            top_k_weights,
+            float(self.routed_scaling_factor),
+        )
 
     def predicted(self, tokens: torch.Tensor) -> torch.Tensor:
         """Expert ids (tokens, K) that this block would choose for the inputs of the block before it."""

@@ -13,7 +13,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from transformers.utils import ModelOutput, logging
 
 from ..fused.support import is_idle_recorder
 from .cache import MiniMaxM3VLDynamicLayer, MiniMaxM3VLStaticLayer
-from .expert_cache import has_offloaded_experts
+from .expert_cache import is_offloaded
 from .gathered_weights import gathers_weights
+from .graph_pieces import GraphPieces
 from .layout_building import build_layout
 from .transformers_versions import output_fields, takes_cache
 
@@ -66,10 +66,10 @@ def obstacle_of_model(model: PreTrainedModel) -> str | None:
     if obstacle is not None:
         return obstacle
     device = model.device
-    if has_offloaded_experts(model):
-        return "experts are on the host, and the host chooses which of them are copied"
     for name, module in model.named_modules():
-        for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        # Experts on the host are copied between two pieces of the graph.
+        tensors = () if is_offloaded(module) else (*module._parameters.items(), *module._buffers.items())
+        for tensor_name, tensor in tensors:
             if isinstance(tensor, DTensor) and not _is_part_of_plan(model, tensor):
                 return f"`{name}.{tensor_name}` is spread over several processes"
             if tensor is not None and tensor.device != device:
@@ -204,7 +204,7 @@ class _CapturedPass:
         positions = inputs.get("position_ids")
         self._positions = None if positions is None else positions.clone()
         self._constants = _constants(inputs)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: GraphPieces | None = None
         self._is_prepared = False
         self._output_class: type[ModelOutput] = ModelOutput
         self._logits: torch.Tensor | None = None
@@ -280,7 +280,7 @@ class _CapturedPass:
         self._output_class, self._logits = type(outputs), outputs.logits
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph = GraphPieces()
         idle = _idle_memory.setdefault(self._tokens.device, [])
         holder = idle.pop() if idle else None
 
@@ -288,8 +288,10 @@ class _CapturedPass:
             nonlocal holder
             if holder is None:
                 holder = torch.cuda.CUDAGraph()
-                _capture(holder, None, partial(torch.zeros, 1, device=self._tokens.device))
-            _capture(graph, holder, self._forward)
+                holder.capture_begin(capture_error_mode="thread_local")
+                torch.zeros(1, device=self._tokens.device)
+                holder.capture_end()
+            graph.capture(self._forward, holder.pool())
 
         # The collector might free another graph meanwhile, which ends the capture with an error.
         collects_garbage = gc.isenabled()
@@ -318,15 +320,6 @@ class _CapturedPass:
             with torch.cuda.stream(stream):
                 function()
             caller.wait_stream(stream)
-
-
-def _capture(graph: torch.cuda.CUDAGraph, holder: torch.cuda.CUDAGraph | None, function: Callable[[], object]) -> None:
-    # Other threads may use CUDA meanwhile: streamers are read from one.
-    graph.capture_begin(pool=None if holder is None else holder.pool(), capture_error_mode="thread_local")
-    try:
-        function()
-    finally:
-        graph.capture_end()
 
 
 class _LayerMemory:

@@ -224,6 +224,11 @@ class ExpertCache:
         self.stats.waits += waits
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether `module` has its own weights on the host, as experts."""
+    return "expert_cache" in vars(module)
+
+
 def has_offloaded_experts(model: nn.Module) -> bool:
-    """Whether experts of `model` are on the host. Such a model can be neither captured nor compiled as a whole."""
-    return any("expert_cache" in vars(module) for module in model.modules())
+    """Whether experts of `model` are on the host. Such a model cannot be compiled as a whole."""
+    return any(map(is_offloaded, model.modules()))

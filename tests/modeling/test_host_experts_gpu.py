@@ -13,6 +13,7 @@ from modeling_minimax_m3.fused import few_tokens
 from modeling_minimax_m3.layers.host_experts import HostExperts
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLSparseMoeBlock
 from modeling_minimax_m3.runtime import pinned_memory
+from modeling_minimax_m3.runtime.graph_pieces import GraphPieces
 from modeling_minimax_m3.runtime.pinned_memory import PinnedMemory
 from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
@@ -144,6 +145,55 @@ def test_generate_writes_the_same_tokens(kernels, load, form, prefetch):
     assert (offloaded.stats.prefetched > 0) == prefetch
 
 
+@pytest.fixture
+def captures(monkeypatch):
+    """The pieces of all captured passes."""
+    found, capture = [], GraphPieces.capture
+
+    def watched(pieces, *args):
+        capture(pieces, *args)
+        found.append(pieces)
+
+    monkeypatch.setattr(GraphPieces, "capture", watched)
+    return found
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_captured_pass_writes_what_a_pass_in_python_writes(kernels, load, form, prefetch, captures, monkeypatch):
+    """Bit for bit, with the same copies. A piece ends in each of the three sparse layers."""
+    options = {"max_new_tokens": 60, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    model = load(form)
+    offloaded = offload_experts(model, experts_on_device=0.3, prefetch=prefetch, show_progress=False)
+    for batch, length in ((1, 40), (3, 7)):
+        ids = tokens(batch, length)
+        monkeypatch.setenv("MINIMAX_M3_CUDA_GRAPHS", "0")
+        model.generate(ids, **options)
+        offloaded.stats.reset()
+        expected = model.generate(ids, **options)
+        copied = offloaded.stats.bytes_copied
+        assert not captures
+        monkeypatch.delenv("MINIMAX_M3_CUDA_GRAPHS")
+        offloaded.stats.reset()
+        found = model.generate(ids, **options)
+        assert {len(pieces) for pieces in captures} == {4}
+        assert torch.equal(found.sequences, expected.sequences)
+        assert all(map(torch.equal, found.logits, expected.logits))
+        assert offloaded.stats.misses > 0 and abs(offloaded.stats.bytes_copied - copied) < copied / 2
+        captures.clear()
+
+
+def test_a_pass_with_too_few_slots_is_not_captured(kernels, load, captures):
+    """Then experts may have to pass through slots one after the other."""
+    model = load()
+    offload_experts(model, experts_on_device=6 / 48, show_progress=False)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert model.generate(tokens(4, 20), **options).shape == (4, 28)
+    assert not captures
+    assert model.generate(tokens(1, 20), **options).shape == (1, 28)
+    assert captures
+
+
 @torch.no_grad()
 def test_a_copy_waits_for_the_expert_that_is_in_use(kernels, load):
     """Room for one layer's experts: a slot that is overwritten too early gives another answer."""
@@ -177,6 +227,32 @@ def test_threads_with_streams_share_the_slots(kernels, load):
         thread.join()
     assert len(are_equal) == 80
     assert all(are_equal)
+
+
+def test_threads_generate_with_graphs_of_their_own(kernels, load):
+    """A piece of one thread may run between the pieces of another."""
+    options = {"max_new_tokens": 30, "do_sample": False}
+    inputs = [tokens(1, length, seed=length) for length in (5, 33, 64)]
+    whole = load()
+    offload_experts(whole, experts_on_device=1.0, show_progress=False)
+    expected = [whole.generate(ids, **options) for ids in inputs]
+    model = load()
+    offload_experts(model, experts_on_device=16 / 48, show_progress=False)
+    are_equal = []
+
+    def run(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            are_equal.extend(
+                torch.equal(model.generate(inputs[number], **options), expected[number]) for _ in range(3)
+            )
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert are_equal == [True] * 9
 
 
 @torch.no_grad()
