@@ -38,6 +38,7 @@ from pretraining_run import CurveLog, IndexerPhases, PackTrainer, StopAtNaN, Tim
 from processing_minimax_m3 import MiniMaxM3VLProcessor
 from processing_minimax_m3.pretraining import (
     WEIGHTS,
+    LongRows,
     Packs,
     Stage,
     collate_packs,
@@ -97,6 +98,18 @@ class PretrainingOptions:
             "stage that have no more blocks than a query selects need none: their attention is dense in any case"
         },
     )
+    long_share: float = field(default=0.4, metadata={"help": "share of the packs that begin with a long row"})
+    long_spread: float = field(
+        default=8.0,
+        metadata={"help": "the longest rows of a stage have so many times the tokens of its shortest long ones"},
+    )
+    most_positions: int = field(
+        default=0,
+        metadata={
+            "help": "positions of half of the long rows jump, to this number at most, so that the model meets distances of "
+            "longer rows; 0: none do"
+        },
+    )
     eval_packs: int = field(default=8, metadata={"help": "held-out packs of an evaluation"})
     time_limit: float = field(default=0.0, metadata={"help": "seconds after which the run saves and stops; 0: none"})
 
@@ -115,6 +128,16 @@ class PretrainingOptions:
 
     def parsed_stages(self) -> tuple[Stage, ...]:
         return parse_stages(self.stages)
+
+    def long_rows(self) -> LongRows:
+        """Raises `ValueError` for values out of range."""
+        if not 0 <= self.long_share <= 1:
+            raise ValueError(f"`--long_share` must be from 0 to 1, got {self.long_share}.")
+        if not self.long_spread >= 1:
+            raise ValueError(f"`--long_spread` must be at least 1, got {self.long_spread}.")
+        if self.most_positions < 0:
+            raise ValueError(f"`--most_positions` must be at least 0, got {self.most_positions}.")
+        return LongRows(self.long_share, self.long_spread, self.most_positions)
 
 
 def read_options(argv: list[str]) -> tuple[PretrainingOptions, TrainingArguments]:
@@ -209,7 +232,14 @@ def prepare(argv: list[str]) -> PackTrainer:
     data: dict[str, Any] = {"tokens": options.pack_tokens, "weights": weights, "seed": training.seed}
     stages = options.parsed_stages()
     model, processor = prepare_model(options, weights, training.seed)
-    train = Packs(processor, "train", packs_per_step * training.max_steps, stages=stages, **data)
+    train = Packs(
+        processor,
+        "train",
+        packs_per_step * training.max_steps,
+        stages=stages,
+        long_rows=options.long_rows(),
+        **data,
+    )
     heldout = Packs(processor, "heldout", options.eval_packs, stages=[Stage(1.0, stages[-1].max_length)], **data)
     check_rows_fit(heldout)
 

@@ -5,13 +5,14 @@
 
 from .encoding import RowEncoder, resize_to_drawn_sizes
 from .mixture import TASKS, WEIGHTS, iterate_rows, make_row
-from .packs import Packs, Stage, collate_packs, parse_stages
+from .packs import LongRows, Packs, Stage, collate_packs, parse_stages
 from .rows import SPLITS
 
 __all__ = [
     "SPLITS",
     "TASKS",
     "WEIGHTS",
+    "LongRows",
     "Packs",
     "RowEncoder",
     "Stage",

@@ -3,6 +3,7 @@
 So a run that resumes in the middle reads the same packs as one that was never stopped, with any number of workers.
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,15 @@ from ..data.encoding import IGNORED
 from ..processor import MiniMaxM3VLProcessor
 from .encoding import EncodedRow, RowEncoder
 from .mixture import LONG_TASKS, WEIGHTS, check_weights, make_row
+from .recall import MAX_QUESTIONS, many_facts_row, recall_row
 from .rows import check_split, random_numbers
 
 # About how many characters of code a token has, rounded up, so that texts are rather cut than short.
 CHARACTERS_PER_TOKEN = 4
 SHORT_TOKENS = 1024  # up to where texts and recall are not "long"
-LONG_SHARE = 0.4  # of the packs, those that begin with a long row
-LONG_RANGE = 8  # the longest of the long rows of a stage has so many times the tokens of the shortest
+TOKENS_PER_FACT = 1000  # of a long row of recall, and no fewer facts than a short one has
+LONG_TRIES = 3  # to give a row of recall its length
+JUMP_SHARE = 0.5  # of the long rows, those whose positions jump
 MISSES = 4  # rows that do not fit before the rest of a pack is filled with code
 MIN_TOKENS = 16  # a shorter rest stays padding
 
@@ -60,6 +63,24 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
+@dataclass(frozen=True)
+class LongRows:
+    """The long rows that packs begin with.
+
+    Args:
+        share (float): Of the packs that begin with one.
+        spread (float): The longest of a stage has so many times the tokens of the shortest. Lengths are drawn on a
+            logarithmic scale.
+        most_positions (int): Where this is above 0, half of the long rows have a place from which all positions are
+            larger, so that the last one is drawn from the length of the row to this number. So a model meets the
+            distances of longer rows than it reads.
+    """
+
+    share: float = 0.4
+    spread: float = 8.0
+    most_positions: int = 0
+
+
 class Packs(Dataset):
     """Packs of encoded rows.
 
@@ -71,6 +92,7 @@ class Packs(Dataset):
         stages (sequence of Stage): The curriculum. No row is longer than a pack.
         weights (mapping): Shares of the tasks among the rows that fill a pack up.
         seed (int): Another seed gives other packs.
+        long_rows (LongRows): How many long rows there are, and of which length.
 
     Raises:
         ValueError: A stage is longer than a pack, or a task is unknown.
@@ -86,6 +108,7 @@ class Packs(Dataset):
         stages: Sequence[Stage] = (Stage(1.0, 2048),),
         weights: Mapping[str, float] = WEIGHTS,
         seed: int = 0,
+        long_rows: LongRows = LongRows(),
     ):
         check_split(split)
         check_weights(weights)
@@ -94,7 +117,7 @@ class Packs(Dataset):
             raise ValueError(f"a pack of {tokens} tokens cannot hold the rows of {longest} tokens that a stage has.")
         self.encoder = RowEncoder(processor)
         self.split, self.num_packs, self.tokens, self.stages = split, num_packs, tokens, tuple(stages)
-        self.weights, self.seed = dict(weights), seed
+        self.weights, self.seed, self.long_rows = dict(weights), seed, long_rows
         self.padding = processor.tokenizer.pad_token_id
 
     def __len__(self) -> int:
@@ -118,15 +141,13 @@ class Packs(Dataset):
         long_tasks = [task for task in tasks if task in LONG_TASKS]
         rows: list[EncodedRow] = []
         room, misses = self.tokens, 0
-        starts_long = bool(long_tasks) and longest > SHORT_TOKENS and numbers.random() < LONG_SHARE
+        if long_tasks and longest > SHORT_TOKENS and numbers.random() < self.long_rows.share:
+            row = self._long_row(numbers, long_tasks, longest)
+            rows.append(row)
+            room -= len(row.ids)
         while room >= MIN_TOKENS and misses < MISSES:
-            choice = long_tasks if starts_long else tasks
-            (task,) = numbers.choices(choice, [self.weights[name] for name in choice])
-            low, high = 128, min(longest, SHORT_TOKENS)
-            if starts_long:
-                low, high = max(longest // LONG_RANGE, SHORT_TOKENS), longest
-            wanted = min(int(low * (high / low) ** numbers.random()), room)
-            starts_long = False
+            (task,) = numbers.choices(tasks, [self.weights[name] for name in tasks])
+            wanted = min(_between(numbers, 128, min(longest, SHORT_TOKENS)), room)
             row = make_row(
                 task, self.split, numbers.getrandbits(62), seed=self.seed, characters=self._characters(task, wanted)
             )
@@ -147,32 +168,79 @@ class Packs(Dataset):
             room -= len(encoded.ids)
         return rows
 
+    def _long_row(self, numbers: random.Random, tasks: Sequence[str], longest: int) -> EncodedRow:
+        (task,) = numbers.choices(tasks, [self.weights[name] for name in tasks])
+        wanted = _between(numbers, max(int(longest / self.long_rows.spread), SHORT_TOKENS), longest)
+        index = numbers.getrandbits(62)
+        row = self._long_recall(index, wanted) if task == "recall" else None
+        if row is None:
+            task = "code" if task == "recall" else task
+            row = self.encoder.encode(
+                make_row(task, self.split, index, seed=self.seed, characters=self._characters(task, wanted)), wanted
+            )
+            assert row is not None  # a text is cut
+        length, most = len(row.ids), self.long_rows.most_positions
+        if most > length and numbers.random() < JUMP_SHARE:
+            row.jump = numbers.randrange(1, length), numbers.randint(0, most - length)
+        return row
+
+    def _long_recall(self, index: int, tokens: int) -> EncodedRow | None:
+        """A row of so many tokens or a little fewer. None if no length was found."""
+        characters, best = self._characters("recall", tokens), None
+        for _ in range(LONG_TRIES):
+            numbers = random_numbers(self.seed, self.split, "long recall", index)
+            if tokens // TOKENS_PER_FACT > MAX_QUESTIONS:
+                row = many_facts_row(numbers, self.split, characters, tokens // TOKENS_PER_FACT)
+            else:
+                row = recall_row(numbers, self.split, characters)
+            encoded = self.encoder.encode(row)
+            assert encoded is not None  # there is no limit
+            length = len(encoded.ids)
+            if length <= tokens and (best is None or length > len(best.ids)):
+                best = encoded
+            if 0.95 * tokens <= length <= tokens:
+                break
+            characters = max(1, characters + int((0.975 * tokens - length) * characters / length))
+        return best
+
     def _characters(self, task: str, tokens: int) -> int:
         # a chat may not be cut, and its prompt and questions need room too
         return max(tokens - 300, 50) * 5 // 2 if task == "recall" else tokens * CHARACTERS_PER_TOKEN
+
+
+def _between(numbers: random.Random, low: int, high: int) -> int:
+    """A number on a logarithmic scale."""
+    return int(low * (high / low) ** numbers.random())
 
 
 def join_rows(rows: Sequence[EncodedRow], tokens: int, padding: int) -> dict[str, Any]:
     """One line of `tokens` tokens.
 
     Returns:
-        `input_ids` and `labels`, int64 (1, tokens); `lengths` of the rows and of the padding; `modalities` of the rows;
+        `input_ids`, `labels` and `position_ids`, int64 (1, tokens); `lengths` of the rows and of the padding; `modalities` of the rows;
         `answers`, a list of (task, kind, first token, token after the last); and pixels as the processor returns them.
     """
     ids, labels = np.full(tokens, padding, np.int64), np.full(tokens, IGNORED, np.int64)
+    positions = np.arange(tokens)
     answers, lengths, place = [], [], 0
     for row in rows:
         stop = place + len(row.ids)
         ids[place:stop], labels[place:stop] = row.ids, row.labels
         labels[place] = IGNORED  # the token before it belongs to another row
+        positions[place:] -= positions[place]
+        if row.jump is not None:
+            start, size = row.jump
+            positions[place + start : stop] += size
         answers += [(answer.task, answer.question, place + answer.start, place + answer.end) for answer in row.answers]
         lengths.append(len(row.ids))
         place = stop
     if place < tokens:
         lengths.append(tokens - place)
+        positions[place:] -= positions[place]
     pack: dict[str, Any] = {
         "input_ids": torch.from_numpy(ids)[None],
         "labels": torch.from_numpy(labels)[None],
+        "position_ids": torch.from_numpy(positions)[None],
         "lengths": lengths,
         "modalities": [row.modality for row in rows],
         "answers": answers,
@@ -199,9 +267,9 @@ def collate_packs(
     """
     lengths = torch.tensor([length for pack in packs for length in pack["lengths"]])
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])[None]
-    batch = {name: torch.cat([pack[name] for pack in packs], dim=1) for name in ("input_ids", "labels")}
-    batch |= {"position_ids": positions, "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+    names = ("input_ids", "labels", "position_ids")
+    batch = {name: torch.cat([pack[name] for pack in packs], dim=1) for name in names}
+    batch |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
     for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
         if parts := [pack[name] for pack in packs if name in pack]:
             batch[name] = torch.cat(parts)

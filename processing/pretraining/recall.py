@@ -62,6 +62,8 @@ CITIES = (
     "Kyiv",
 )
 MAX_QUESTIONS = 10
+MAX_FACTS = 100  # of a long row that are asked for
+EARLY = 0.25  # the beginning of a long text, where half of its facts are
 
 
 def filler(numbers: random.Random, split: str, characters: int) -> list[str]:
@@ -98,6 +100,35 @@ def recall_row(numbers: random.Random, split: str, characters: int, depths: Sequ
     """
     kinds = (key_value_row, variable_row, needle_row)
     return numbers.choice(kinds)(numbers, split, characters, depths)
+
+
+def many_facts_row(numbers: random.Random, split: str, characters: int, facts: int) -> Row:
+    """Numbers of many things, or many variables, each asked for once.
+
+    The answer to a question is three digits, so a long text needs many questions to teach anything. Half of the facts
+    stand in its first quarter, far from the questions. Many things share a word.
+
+    Args:
+        numbers (random.Random): Source of all choices.
+        split (str): Split of the text around the facts.
+        characters (int): Length of the text, without the facts.
+        facts (int): How many are asked for, up to `MAX_FACTS`.
+    """
+    depths = [numbers.random() * (EARLY if numbers.random() < 0.5 else 1.0) for _ in range(min(facts, MAX_FACTS))]
+    row = numbers.choice((key_value_row, variable_row))(numbers, split, characters, depths)
+    return _in_any_order(numbers, row)
+
+
+def _in_any_order(numbers: random.Random, row: Row) -> Row:
+    """The questions of a text in another order. The text stays before the first of them."""
+    turns = [row["messages"][place : place + 2] for place in range(0, len(row["messages"]), 2)]
+    opening = turns[0][0]["content"][:-1]
+    turns[0][0]["content"] = turns[0][0]["content"][-1:]
+    order = numbers.sample(range(len(turns)), len(turns))
+    turns = [turns[place] for place in order]
+    turns[0][0]["content"] = [*opening, *turns[0][0]["content"]]
+    lists = {name: [row[name][place] for place in order] for name in ("questions", "answers")}
+    return row | lists | {"messages": [message for turn in turns for message in turn]}
 
 
 def _depths(numbers: random.Random, count: int, depths: Sequence[float] | None) -> list[float]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import (
@@ -21,6 +22,7 @@ from modeling_minimax_m3.layers.host_experts import HostExperts, HostMxfp8Expert
 from modeling_minimax_m3.layers.moe import MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock
 from modeling_minimax_m3.layers.mxfp8 import Mxfp8Experts
 from modeling_minimax_m3.runtime.captured_decoding import obstacle_of_model
+from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
 from .conftest import fill_with_noise
 
@@ -331,8 +333,7 @@ def test_decoding_is_captured_but_not_compiled(load, monkeypatch):
     assert obstacle_of_model(model) is None
     static = SimpleNamespace(disable_compile=False, compile_config=None)
     monkeypatch.setattr("transformers.GenerationMixin._valid_auto_compile_criteria", lambda *_: True)
-    assert model._valid_auto_compile_criteria({}, static)
-    monkeypatch.setenv("MINIMAX_M3_CUDA_GRAPHS", "0")
+    assert model._valid_auto_compile_criteria({CACHE_NAME: DynamicCache(config=model.config)}, static)
     assert not model._valid_auto_compile_criteria({}, static)
     offloaded.remove()
     assert model._valid_auto_compile_criteria({}, static)

@@ -162,7 +162,8 @@ def captures(monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_captured_pass_writes_what_a_pass_in_python_writes(kernels, load, form, prefetch, captures, monkeypatch):
     """Bit for bit, with the same copies. A piece ends in each of the three sparse layers."""
-    options = {"max_new_tokens": 60, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {"min_new_tokens": 60, "max_new_tokens": 60, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
     model = load(form)
     offloaded = offload_experts(model, experts_on_device=0.3, prefetch=prefetch, show_progress=False)
     for batch, length in ((1, 40), (3, 7)):
