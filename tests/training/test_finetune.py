@@ -22,6 +22,7 @@ CHAT = [
     {"role": "assistant", "content": "Yes."},
 ]
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_steps", "2", "--logging_steps", "1", "--save_strategy", "no"]
+QUICK += ["--sample_tokens", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,7 @@ def test_whole_model_from_yaml_with_evaluation_and_resuming(finetune, texts, cha
         "max_steps": 2,
         "eval_strategy": "steps",
         "eval_steps": 1,
+        "sample_tokens": 4,
     }
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(options), encoding="utf-8")  # JSON is YAML
