@@ -22,7 +22,6 @@ CHAT = [
     {"role": "assistant", "content": "Yes."},
 ]
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_steps", "2", "--logging_steps", "1", "--save_strategy", "no"]
-QUICK += ["--sample_tokens", "4"]
 
 
 @pytest.fixture(scope="module")
