@@ -19,6 +19,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 INSTALLED := $(VENV)/.installed
+WITH_TORCH := $(VENV)/.torch
 # of `make test-compatibility`: the environment with the newest versions, and which tests run
 NEWEST := .venv-newest
 CHOSEN ?= -m compatibility
@@ -27,7 +28,7 @@ CXX_SOURCES = $(shell find modeling_minimax_m3 -name '*.cu' -o -name '*.cuh' -o 
 # nothing here reads from a model hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo finetune-demo test test-install test-compatibility test-other-versions test-versions check-upstream test-gpu \
+.PHONY: help setup setup-torch demo finetune-demo test test-install test-compatibility test-other-versions test-versions check-upstream test-gpu \
 	lint lint-python lint-types lint-cxx lint-text lint-spelling format benchmark small-model kernels check-kernels sanitize-kernels clean
 
 help:
@@ -50,12 +51,18 @@ help:
 
 setup: $(INSTALLED)
 
+# the larger part of it, which does not build the package
+setup-torch: $(WITH_TORCH)
+
 # torch goes first and by itself, so that nothing else decides which build of it is taken
-$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+$(WITH_TORCH): $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with PYTHON=...")'
 	@echo "Setting up $(VENV): a few minutes the first time, most of them for torch"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch torchvision
+	@touch $@
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) $(WITH_TORCH)
 	$(PIP_INSTALL) -e ".[dev]"
 	@touch $@
 

@@ -15,6 +15,9 @@ from types import ModuleType
 import pytest
 import torch
 
+# No module is garbage, so nothing is collected while they are imported.
+gc.disable()
+
 # The models are so small that a second thread only waits for the first, for very long where the machine is busy.
 torch.set_num_threads(1)
 
@@ -102,6 +105,19 @@ def load_script() -> Iterator[Callable[[str], ModuleType]]:
 def tiny_checkpoint(load_script, tmp_path_factory) -> Path:
     """A folder with a tiny checkpoint: model, processor, tokenizer, chat template. Do not write to it."""
     return load_script("make_tiny_checkpoint").make_tiny_checkpoint(tmp_path_factory.mktemp("tiny_checkpoint"))
+
+
+def pytest_collection_finish(session) -> None:
+    """Collections leave out all that is there before the first test: a walk through it takes about half a second.
+
+    `Trainer` and Accelerate collect in every run. Without a GPU, whose memory garbage may hold, other collections are rare:
+    compiling makes many objects.
+    """
+    gc.enable()
+    if not torch.cuda.is_available():
+        gc.set_threshold(10_000)
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_makereport(item, call) -> None:

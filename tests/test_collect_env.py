@@ -1,8 +1,5 @@
 """The report that a bug report carries: `python -m modeling_minimax_m3.collect_env`."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
@@ -10,6 +7,8 @@ import transformers
 import modeling_minimax_m3
 from modeling_minimax_m3 import collect_env
 from modeling_minimax_m3.msa import available_backends, extension
+
+from .forked_processes import run_python
 
 pytestmark = pytest.mark.compatibility
 
@@ -27,9 +26,10 @@ def lines(monkeypatch):
     return collect
 
 
-def test_command_prints_both_reports():
-    command = [sys.executable, "-m", "modeling_minimax_m3.collect_env"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def test_command_prints_both_reports(tmp_path):
+    done = run_python("-m", "modeling_minimax_m3.collect_env", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     assert printed.startswith("minimax-m3-transformers")
     assert f"PyTorch version: {torch.__version__}" in printed
     assert "Python version" in printed

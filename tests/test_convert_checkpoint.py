@@ -1,8 +1,6 @@
 """The commands `scripts/convert_checkpoint.py` and `scripts/make_synthetic_checkpoint.py`."""
 
 import json
-import subprocess
-import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -12,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from modeling_minimax_m3.conversion import manifest
+
+from .forked_processes import run_python
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -44,8 +44,7 @@ def test_commands_in_processes_of_their_own(tmp_path):
         ("convert_checkpoint", [source, target, "--precision", "bf16"], "layout released, bf16, 4 layers, 4 experts"),
         ("convert_checkpoint", [target, "--verify"], "hashes are right"),
     ):
-        command = [sys.executable, str(SCRIPTS / f"{script}.py"), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = run_python(str(SCRIPTS / f"{script}.py"), *arguments, folder=tmp_path)
         assert result.returncode == 0 and printed in result.stdout, result.stdout + result.stderr
         assert "writing" in result.stderr or "hashing" in result.stderr  # progress
 

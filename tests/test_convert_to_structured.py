@@ -1,8 +1,6 @@
 """`scripts/convert_to_structured.py` drops the indexer, keeps everything else, and writes a checkpoint that loads."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM
+
+from .forked_processes import run_python
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert_to_structured.py"
 
@@ -58,9 +58,9 @@ def test_sharded_text_checkpoint_and_chosen_layers(converter, tmp_path):
 
 
 def test_command_says_what_it_dropped(tiny_checkpoint, tmp_path):
-    command = [sys.executable, str(SCRIPT), str(tiny_checkpoint), str(tmp_path / "out"), "--anchor-blocks", "2"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "index_q_proj.weight" in printed and "dropped" in printed
+    done = run_python(str(SCRIPT), str(tiny_checkpoint), "out", "--anchor-blocks", "2", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "index_q_proj.weight" in done.stdout and "dropped" in done.stdout
 
 
 def test_bad_input_is_named(converter, tiny_checkpoint, tmp_path):

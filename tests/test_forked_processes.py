@@ -5,7 +5,7 @@ import multiprocessing
 import pytest
 import torch
 
-from .forked_processes import run_script
+from .forked_processes import run_python, run_script
 
 
 def write(folder, code):
@@ -42,3 +42,47 @@ def test_those_that_hang_are_ended(tmp_path):
     with pytest.raises(AssertionError, match="the processes did not end in time"):
         run_script(script, folder=tmp_path, timeout=1)
     assert not multiprocessing.active_children()
+
+
+SHOWN = (
+    "import os, sys\nprint(__name__, *sys.argv[1:], os.environ['EXTRA'], os.getcwd())\nprint('ill', file=sys.stderr)\n"
+)
+
+
+@pytest.mark.parametrize("form", ["code", "module", "script"])
+def test_python_runs_code_modules_and_scripts(tmp_path, form):
+    (tmp_path / "shown.py").write_text(SHOWN)
+    first = {"code": ["-c", SHOWN], "module": ["-m", "shown"], "script": ["shown.py"]}[form]
+    done = run_python(*first, "--a", "b", folder=tmp_path, EXTRA="given")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"__main__ --a b given {tmp_path}\n", "ill\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "returned", "said"),
+    [
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('bad')", 1, "bad\n"),
+        ("sys.exit()", 0, ""),
+        ("1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_python_ends_as_elsewhere(tmp_path, code, returned, said):
+    done = run_python("-c", f"import sys\n{code}", folder=tmp_path)
+    assert done.returncode == returned
+    assert done.stderr == said or (said and f"\n{said}: division by zero\n" in done.stderr)
+
+
+def test_nothing_of_the_repository_is_imported_before(tmp_path):
+    names = ("configuration_minimax_m3", "processing_minimax_m3", "modeling_minimax_m3", "transformers", "torch")
+    code = f"import sys; print(*[name for name in {names} if name in sys.modules])"
+    assert run_python("-c", code, folder=tmp_path).stdout.split() == ["transformers", "torch"]
+
+
+def test_python_that_hangs_is_ended(tmp_path):
+    with pytest.raises(AssertionError, match="the processes did not end in time: (?s:.*)begun"):
+        run_python(
+            "-c",
+            "import sys, time; print('begun', file=sys.stderr, flush=True); time.sleep(1000)",
+            folder=tmp_path,
+            timeout=1,
+        )

@@ -2,10 +2,7 @@
 
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,8 @@ import pytest
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import memory_plan
 from modeling_minimax_m3.planning.devices import OTHER_ROWS
+
+from .forked_processes import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -150,9 +149,9 @@ def test_help_names_the_defaults(command, capsys):
     assert "default: None" not in out and "default: False" not in out
 
 
-def test_it_runs_as_a_command():
-    script = [sys.executable, str(ROOT / "scripts" / "plan_memory.py"), "released", "--device_gib", "80"]
-    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+def test_it_runs_as_a_command(tmp_path):
+    script = str(ROOT / "scripts" / "plan_memory.py")
+    done = run_python(script, "released", "--device_gib", "80", folder=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     assert "does not fit" in done.stdout
 

@@ -14,13 +14,15 @@ from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from modeling_minimax_m3.conversion.synthetic import make_synthetic_checkpoint
 
+from ..forked_processes import run_python
+
 FOLDER = Path(__file__).parent
 
 
 @pytest.mark.slow
 def test_killed_at_any_point_then_resumed_gives_the_same_bytes(synthetic, contents, tmp_path):
-    command = [sys.executable, str(FOLDER / "interrupted_worker.py"), str(synthetic["bf16"]), str(tmp_path), "0"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    worker = str(FOLDER / "interrupted_worker.py")
+    result = run_python(worker, str(synthetic["bf16"]), str(tmp_path), "0", folder=tmp_path.parent)
     assert result.returncode == 0, result.stdout + result.stderr
     rounds = [json.loads(line) for line in result.stdout.splitlines()]
     expected = contents(tmp_path / "whole" / "out")

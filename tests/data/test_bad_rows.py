@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForImageTextToText
 
 from modeling_minimax_m3.commands import check, train
-from processing_minimax_m3.data import Encoder, Reading, Rows, open_rows
+from processing_minimax_m3.data import Encoder, Reading, Rows, checking, open_rows
 from processing_minimax_m3.data.checking import check_rows
 
 ASK, ANSWER = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}
@@ -256,13 +256,14 @@ def test_check_names_all_faults_of_a_row(bad_file, processor, case):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_streamed_check_gives_the_same_answers(write_rows, encoder, processes):
-    rows = [GOOD if number % 7 else ALL_FAULTS["ShareGPT"][0] for number in range(1, 6000)]
+def test_a_streamed_check_gives_the_same_answers(write_rows, encoder, processes, monkeypatch):
+    monkeypatch.setattr(checking, "ROWS_OF_A_TASK", 128)
+    rows = [GOOD if number % 7 else ALL_FAULTS["ShareGPT"][0] for number in range(1, 750)]
     path = write_rows(*rows)
     streamed = check_one(path, encoder, streaming=True, processes=processes)
     assert streamed.as_dict() == check_one(path, encoder).as_dict()
-    assert streamed.faulty_rows == 857
-    assert len(streamed.faults) == 2 * 857
+    assert streamed.faulty_rows == 107
+    assert len(streamed.faults) == 2 * 107
 
 
 def test_a_streamed_table_gives_the_same_answers(tmp_path, encoder):

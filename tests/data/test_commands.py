@@ -14,6 +14,8 @@ from PIL import Image
 
 from modeling_minimax_m3.__main__ import COMMANDS, main
 
+from ..forked_processes import run_python
+
 ASK, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me <b>."}
 LONG = {"text": "Block 7 holds the keys of its own sequence. " * 60}
 LOOK = {"role": "user", "content": "<image>What?"}
@@ -212,9 +214,9 @@ def test_help_of_train_keeps_the_lines_of_its_examples(capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_commands_name_the_package_that_they_need(command):
+def test_commands_name_the_package_that_they_need(command, tmp_path):
     code = "import sys; sys.modules['datasets'] = None; from modeling_minimax_m3.__main__ import main; main(['{}'])"
-    done = subprocess.run([sys.executable, "-c", code.format(command)], capture_output=True, text=True)
+    done = run_python("-c", code.format(command), folder=tmp_path)
     assert done.returncode == 1
     assert done.stderr == f"minimax-m3 {command} needs datasets: pip install datasets peft\n"
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from modeling_minimax_m3 import (
     MiniMaxM3VLVisionModel,
 )
 from processing_minimax_m3 import MiniMaxM3VLImageProcessor, MiniMaxM3VLProcessor, MiniMaxM3VLVideoProcessor
+
+from ..forked_processes import run_python
 
 pytestmark = pytest.mark.compatibility
 
@@ -129,8 +130,7 @@ def test_loading_where_nothing_imports_the_package(register, tiny_checkpoint, mo
     MiniMaxM3SparseForConditionalGeneration.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "saved")
     MiniMaxM3VLProcessor.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "saved")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "saved"), what]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = run_python("-c", LOAD, "saved", what, folder=tmp_path)
     assert run.returncode == 0, run.stderr
     stock, ours = run.stdout.splitlines()
     assert set(stock.split()) == {"transformers"}

@@ -1,8 +1,5 @@
 """Cache layers: what they store, how they grow, and every operation that Transformers performs on them."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
@@ -17,6 +14,8 @@ from modeling_minimax_m3.runtime.cache import (
     MiniMaxM3VLSparseStaticLayer,
     MiniMaxM3VLStaticLayer,
 )
+
+from ..forked_processes import run_python
 
 pytestmark = pytest.mark.compatibility
 
@@ -267,8 +266,9 @@ for static in (None, "static"):
 
 
 @pytest.mark.parametrize("order", IMPORTS)
-def test_both_models_cache_in_one_process(order):
-    subprocess.run([sys.executable, "-c", IMPORTS[order] + BOTH_GENERATE], check=True)
+def test_both_models_cache_in_one_process(order, tmp_path):
+    done = run_python("-c", IMPORTS[order] + BOTH_GENERATE, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_cache_of_a_prompt_is_reused(make_pair, make_tokens, relative_error):

@@ -18,7 +18,7 @@ from modeling_minimax_m3.memory_plan import (
     saved_precision,
 )
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
-from modeling_minimax_m3.planning import passes
+from modeling_minimax_m3.planning import holdings, passes
 from modeling_minimax_m3.planning.devices import _balanced
 from modeling_minimax_m3.planning.weights import PRECISIONS, adapters, list_weights, optimizer_bytes
 
@@ -28,6 +28,21 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def released():
     return released_config()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def weights_are_listed_once():
+    """Listing the released model's takes a third of a second, and tests plan for it more than a hundred times."""
+    listed = {}
+
+    def list_once(config):
+        key = type(config), config.to_json_string()
+        if key not in listed:
+            listed[key] = list_weights(config)
+        return list(listed[key])
+
+    with mock.patch.object(holdings, "list_weights", list_once):
+        yield
 
 
 def seven_layers():

@@ -2,9 +2,6 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import transformers
@@ -16,6 +13,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist
 import modeling_minimax_m3
 from configuration_minimax_m3 import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, MiniMaxM3VLVisionConfig, tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
+
+from ..forked_processes import run_python
 
 pytestmark = pytest.mark.compatibility
 
@@ -182,28 +181,11 @@ print(json.dumps({{
 def test_stock_works_beside_ours_in_both_import_orders(make_pair, tmp_path):
     """A process with stock alone gives the expected output. No process has a GPU or a compiler."""
     make_pair(MiniMaxM3SparseForConditionalGeneration, tiny_config())[0].save_pretrained(tmp_path)
-    environment = {
-        **os.environ,
-        "PATH": "",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    processes = {
-        order: subprocess.Popen(
-            [sys.executable, "-c", GENERATE.format(imports=imports), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for order, imports in IMPORT_ORDERS.items()
-    }
     outputs = {}
-    for order, process in processes.items():
-        stdout, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, f"{order}:\n{stderr}"
-        outputs[order] = json.loads(stdout.splitlines()[-1])
+    for order, imports in IMPORT_ORDERS.items():
+        done = run_python("-c", GENERATE.format(imports=imports), str(tmp_path), folder=tmp_path, PATH="")
+        assert done.returncode == 0, f"{order}:\n{done.stderr}"
+        outputs[order] = json.loads(done.stdout.splitlines()[-1])
 
     right = outputs["stock alone"]["stock"]
     assert len({tuple(tokens) for tokens in right.values()}) == 2  # beams differ from greedy

@@ -2,9 +2,6 @@
 
 import functools
 import logging
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -25,6 +22,7 @@ from modeling_minimax_m3.msa import (
 from modeling_minimax_m3.msa.reference import SelectBlocksArgs
 from modeling_minimax_m3.msa.selection import SELECT_BLOCKS
 
+from ..forked_processes import run_python
 from .pretended_gpu import on_device
 
 MODULES = (attention, indexer_loss, selection, structured)
@@ -324,7 +322,7 @@ def test_nothing_is_logged_where_the_log_is_off(inputs, log, monkeypatch):
     assert log() == []
 
 
-def test_lines_go_to_stderr():
+def test_lines_go_to_stderr(tmp_path):
     code = """
 import torch
 from modeling_minimax_m3 import msa
@@ -332,8 +330,8 @@ offsets = torch.tensor([0, 5], dtype=torch.int32)
 for _ in range(2):
     msa.select_blocks(torch.randn(5, 2, 16), torch.randn(5, 16), cu_seqlens_q=offsets, cu_seqlens_k=offsets)
 """
-    env = {**os.environ, "MINIMAX_M3_MSA_LOG": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    done = run_python("-c", code, folder=tmp_path, MINIMAX_M3_MSA_LOG="1")
+    assert done.returncode == 0, done.stderr
     line = f"modeling_minimax_m3.msa: select_blocks (float32, cpu) runs on `torch` (PyTorch, packed): {NOT_ON_CUDA}"
     assert done.stderr.splitlines() == [line]
     assert done.stdout == ""

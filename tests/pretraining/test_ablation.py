@@ -1,11 +1,14 @@
 """`scripts/ablation.py`: the same rows for all arms, the comparison of their runs, and the script from end to end."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from processing_minimax_m3.pretraining import Packs, Stage
+
+from ..forked_processes import start_python
 
 SMALL = (
     *("--size", "tiny", "--steps", "2", "--evaluations", "1", "--eval_packs", "1", "--pack_tokens", "1024"),
@@ -91,8 +94,16 @@ def test_comparison_is_at_the_last_step_that_all_runs_reached(scripts):
         scripts.ablation_report.compare([records[0], make_record("learned", 0, 2.0, steps=(5,))])
 
 
+def fork(command, stdout, stderr, env):
+    """Stands for `subprocess.Popen`."""
+    process = start_python(command[1:], env, [Path(stdout.name), Path(stderr.name)])
+    return SimpleNamespace(poll=lambda: process.exitcode, terminate=process.terminate)
+
+
 @pytest.mark.slow
-def test_script_trains_all_arms_and_compares_them(scripts, tmp_path, capsys):
+def test_script_trains_all_arms_and_compares_them(scripts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scripts.ablation.subprocess, "Popen", fork)
+    monkeypatch.setattr(scripts.ablation, "POLL", 0.1)
     arms = ("--arms", "dense,learned,image only", "--seeds", "1")
     scripts.ablation.main([str(tmp_path / "out"), *SMALL, *arms, "--work", str(tmp_path / "work")])
     result = json.loads((tmp_path / "out" / "ablation.json").read_text())

@@ -1,11 +1,10 @@
 """After an import of the processors alone, without the model, Transformers loads our processors."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from ..forked_processes import run_python
 
 pytestmark = pytest.mark.compatibility
 
@@ -39,12 +38,7 @@ def test_processors_without_the_model(name, processor, tmp_path):
         (tmp_path / "processor_config.json").unlink()
     for file, content in FILES[name].items():
         (tmp_path / file).write_text(json.dumps(content))
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
+    result = run_python("-c", LOAD, str(tmp_path), folder=tmp_path)
     assert result.returncode == 0, result.stderr
     modules = json.loads(result.stdout.splitlines()[-1])
     assert len(modules) == 8

@@ -15,7 +15,7 @@ from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 
-from ..forked_processes import run_script
+from ..forked_processes import run_python, run_script
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}  # gloo, whatever the machine has
@@ -78,10 +78,12 @@ def train(scale_out_models, tmp_path_factory) -> Callable[..., dict]:
             launcher = ["-m", "accelerate.commands.launch", "--config_file", path, "--main_process_port", port]
         elif processes > 1:
             launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
-        done = subprocess.run(
-            [sys.executable, *launcher, str(WORKER), *arguments],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
-        )  # fmt: skip
+        command = [*launcher, str(WORKER), *arguments]
+        if on_cpu:
+            done = run_python(*command, folder=output.parent, **environment)
+        else:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+            done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(output.read_text())
 

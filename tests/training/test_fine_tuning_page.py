@@ -1,9 +1,13 @@
-"""docs/fine_tuning.md is followed literally, in an empty folder: every command runs and gives what the page says."""
+"""docs/fine_tuning.md is followed in an empty folder: every command runs and gives what the page says.
+
+Each command is a process of its own, forked from one that has imported PyTorch. Nothing is installed, there is no GPU,
+and the samples of a run are short.
+"""
 
 import base64
 import json
-import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -15,6 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..forked_processes import run_python
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,15 +28,13 @@ PAGE = (ROOT / "docs" / "fine_tuning.md").read_text(encoding="utf-8")
 PART = re.compile(r"^## (?:\d+\. )?(?P<heading>.+?)$|^```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 # With the prefix of its unit, which depends on the speed of the machine.
 NUMBER = re.compile(r"[\d.]+(e-\d+)?[kMGT]?")
-# What stands for the programs that the page calls. There is no GPU, and nothing is installed.
-PROGRAMS = {
-    "pip": "true",
-    "python": f'exec {sys.executable} "$@"',
-    "minimax-m3": f'[ "$1" = train ] && set -- "$@" --use_cpu\nexec {sys.executable} -m modeling_minimax_m3 "$@"',
-}
+# What Python gets for the program that a command calls. `pip` is not called.
+PROGRAMS = {"python": [], "minimax-m3": ["-m", "modeling_minimax_m3"]}
+OF_TRAINING = ["--use_cpu", "--sample_tokens", "8"]
 STOCK = """
 import sys
 import transformers
+assert "modeling_minimax_m3" not in sys.modules
 model = transformers.AutoModelForImageTextToText.from_pretrained(sys.argv[1])
 assert type(model).__module__.startswith("transformers."), type(model)
 """
@@ -51,27 +55,31 @@ def read_parts() -> dict[str, dict[str, str]]:
 PARTS = read_parts()
 
 
+def read_commands(code: str) -> list[list[str]]:
+    """What Python gets for each command of a snippet, which is a line."""
+    commands = []
+    for line in code.replace("\\\n", " ").splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        if program != "pip":
+            more = OF_TRAINING if (program, arguments[0]) == ("minimax-m3", "train") else []
+            commands.append([*PROGRAMS[program], *arguments, *more])
+    return commands
+
+
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
     """The folder in which all steps but the server ran, and what each of them printed."""
     folder = tmp_path_factory.mktemp("page")
     (folder / "scripts").symlink_to(ROOT / "scripts")
-    (folder / "programs").mkdir()
-    for name, body in PROGRAMS.items():
-        file = folder / "programs" / name
-        file.write_text(f"#!/bin/bash\n{body}\n")
-        file.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{folder / 'programs'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     printed = {}
     for heading, snippets in PARTS.items():
         for kind, code in snippets.items():
             if kind == "text" or heading == "Serve it":
                 continue
-            command = ["bash", "-ec", code] if kind == "bash" else [sys.executable, "-c", code]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, f"{heading}: {done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-            printed[heading] = done.stdout
+            for command in read_commands(code) if kind == "bash" else [["-c", code]]:
+                done = run_python(*command, folder=folder)
+                assert done.returncode == 0, f"{heading}: {done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+                printed[heading] = printed.get(heading, "") + done.stdout
     return folder, printed
 
 
@@ -132,7 +140,7 @@ def test_the_cards_are_filled_in(followed):
 
 
 def test_stock_transformers_loads_the_merged_checkpoint(followed):
-    done = subprocess.run([sys.executable, "-c", STOCK, followed[0] / "merged"], capture_output=True, text=True)
+    done = run_python("-c", STOCK, "merged", folder=followed[0])
     assert done.returncode == 0, done.stderr[-3000:]
 
 

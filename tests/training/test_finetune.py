@@ -133,6 +133,7 @@ def test_whole_model_from_yaml_with_evaluation_and_resuming(finetune, texts, cha
         "max_steps": 2,
         "eval_strategy": "steps",
         "eval_steps": 1,
+        "sample_tokens": 4,
     }
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(options), encoding="utf-8")  # JSON is YAML

@@ -123,7 +123,9 @@ def test_tools_get_typed_arguments(tiny_checkpoint, processor, options, monkeypa
     trainer = GRPOTrainer(
         model,
         reward_funcs=reward,
-        args=GRPOConfig(num_generations=2, max_completion_length=512, max_tool_calling_iterations=1, **options),
+        args=GRPOConfig(
+            num_generations=2, max_completion_length=len(written) + 64, max_tool_calling_iterations=1, **options
+        ),
         train_dataset=Dataset.from_list([{"prompt": prompt}] * 2),
         processing_class=processor,
         tools=[book],

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from modeling_minimax_m3.__main__ import main
 from modeling_minimax_m3.checkpoint_conversion import verify
 from modeling_minimax_m3.commands.model_card import ModelCard, hide_in_command, hide_secrets
 from modeling_minimax_m3.conversion.tensor_files import hash_file
+
+from ..forked_processes import run_python
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--logging_steps", "1", "--save_strategy", "no"]
 # Stock Transformers alone: the logits of a checkpoint for given tokens and pixels.
@@ -89,10 +90,7 @@ def test_from_pictures_to_a_checkpoint_that_stock_transformers_loads(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     torch.save(dict(inputs), tmp_path / "inputs.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, tmp_path / "merged", tmp_path / "inputs.pt", tmp_path / "logits.pt"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+    done = run_python("-c", STOCK, "merged", "inputs.pt", "logits.pt", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     base = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     with torch.no_grad():

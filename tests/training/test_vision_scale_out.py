@@ -1,18 +1,15 @@
 """Vision tower and projector in several processes, some of whose rows have images, some videos, some neither."""
 
 import json
-import os
 import runpy
 import socket
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from ..forked_processes import run_script
+from ..forked_processes import run_python, run_script
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("vision_scale_out_worker.py")
@@ -79,9 +76,8 @@ def test_the_script_with_an_image_in_one_process_only(tiny_checkpoint, tmp_path)
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     flags += ["--train_vision", "--activation_checkpointing", "--use_cpu"]
     # gloo, whatever the machine has
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", *launcher, str(ROOT / "scripts" / "finetune.py"), *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    script = str(ROOT / "scripts" / "finetune.py")
+    done = run_python("-m", *launcher, script, *flags, folder=tmp_path, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert len([entry for entry in history if "loss" in entry]) == 2
