@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from modeling_minimax_m3 import msa
 from modeling_minimax_m3.runtime.captured_decoding import CapturedDecoding
+from modeling_minimax_m3.runtime.graph_pieces import GraphPieces
 from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
 from . import kernel_parts
@@ -123,7 +124,7 @@ def captured_step(model: Any, case: Case) -> tuple[CapturedDecoding, dict[str, A
     return CapturedDecoding(model), inputs | {"cache": cache}
 
 
-def graph_of(captured: CapturedDecoding) -> torch.cuda.CUDAGraph:
+def graph_of(captured: CapturedDecoding) -> GraphPieces:
     step = captured._pass
     if step is None or step._graph is None:
         raise RuntimeError(f"the step was not captured: {captured._told}")

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -23,17 +24,17 @@ class GraphPieces:
     def __init__(self) -> None:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._steps: list[HostStep] = []
-        self._pool: tuple | None = None
+        self._pool: Any = None
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def capture(self, function: Callable[[], object], pool: tuple | None = None) -> None:
+    def capture(self, function: Callable[[], object], pool: Any = None) -> None:
         """Captures what `function` queues on the current stream, which must not be the default one. Nothing runs.
 
         Args:
             function (callable): Calls `add_host_step` where the host has to do something.
-            pool (tuple, *optional*): Memory of another graph that is used, from `torch.cuda.CUDAGraph.pool()`.
+            pool (*optional*): Memory of another graph that is used, from `torch.cuda.CUDAGraph.pool()`.
         """
         self._pool = pool
         self._begin()

@@ -142,9 +142,8 @@ class Packs(Dataset):
         rows: list[EncodedRow] = []
         room, misses = self.tokens, 0
         if long_tasks and longest > SHORT_TOKENS and numbers.random() < self.long_rows.share:
-            row = self._long_row(numbers, long_tasks, longest)
-            rows.append(row)
-            room -= len(row.ids)
+            rows += self._long_rows(numbers, long_tasks, longest)
+            room -= sum(len(row.ids) for row in rows)
         while room >= MIN_TOKENS and misses < MISSES:
             (task,) = numbers.choices(tasks, [self.weights[name] for name in tasks])
             wanted = min(_between(numbers, 128, min(longest, SHORT_TOKENS)), room)
@@ -168,25 +167,27 @@ class Packs(Dataset):
             room -= len(encoded.ids)
         return rows
 
-    def _long_row(self, numbers: random.Random, tasks: Sequence[str], longest: int) -> EncodedRow:
+    def _long_rows(self, numbers: random.Random, tasks: Sequence[str], longest: int) -> list[EncodedRow]:
+        """One row, or none if recall did not find the length that was drawn."""
         (task,) = numbers.choices(tasks, [self.weights[name] for name in tasks])
         wanted = _between(numbers, max(int(longest / self.long_rows.spread), SHORT_TOKENS), longest)
         index = numbers.getrandbits(62)
-        row = self._long_recall(index, wanted) if task == "recall" else None
-        if row is None:
-            task = "code" if task == "recall" else task
-            row = self.encoder.encode(
-                make_row(task, self.split, index, seed=self.seed, characters=self._characters(task, wanted)), wanted
-            )
-            assert row is not None  # a text is cut
-        length, most = len(row.ids), self.long_rows.most_positions
+        if task == "recall":
+            encoded = self._long_recall(index, wanted)
+        else:
+            text = make_row(task, self.split, index, seed=self.seed, characters=self._characters(task, wanted))
+            encoded = self.encoder.encode(text, wanted)
+        if encoded is None:
+            return []
+        length, most = len(encoded.ids), self.long_rows.most_positions
         if most > length and numbers.random() < JUMP_SHARE:
-            row.jump = numbers.randrange(1, length), numbers.randint(0, most - length)
-        return row
+            encoded.jump = numbers.randrange(1, length), numbers.randint(0, most - length)
+        return [encoded]
 
     def _long_recall(self, index: int, tokens: int) -> EncodedRow | None:
-        """A row of so many tokens or a little fewer. None if no length was found."""
-        characters, best = self._characters("recall", tokens), None
+        """A row of so many tokens or a little fewer. None if each try was longer."""
+        characters = self._characters("recall", tokens)
+        best: EncodedRow | None = None
         for _ in range(LONG_TRIES):
             numbers = random_numbers(self.seed, self.split, "long recall", index)
             if tokens // TOKENS_PER_FACT > MAX_QUESTIONS:
