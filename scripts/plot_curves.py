@@ -87,11 +87,16 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> Path:
     speed.set(ylim=(0, None), ylabel="thousand tokens a second", title="speed")
     for panel in (training, held_out, speed):
         panel.set(xlabel="million tokens", xlim=(0, rows[-1]["tokens"] / MILLION * 1.02))
+        told: set[str] = set()  # a label for each kind of line
         for before, after in pairwise(logs):
             if before.get("run", 0) != after.get("run", 0):
-                panel.axvline(before["tokens"] / MILLION, color="black", linestyle="--", label="next run")
+                label, style = "next run", {"color": "black", "linestyle": "--"}
             elif after["seconds"] < before["seconds"]:
-                panel.axvline(before["tokens"] / MILLION, color="grey", linestyle=":", label="resumed")
+                label, style = "resumed", {"color": "grey", "linestyle": ":"}
+            else:
+                continue
+            panel.axvline(before["tokens"] / MILLION, label=None if label in told else label, **style)
+            told.add(label)
     training.legend()
     if scores:
         held_out.legend()

@@ -286,6 +286,8 @@ def save_final(trainer: PackTrainer, folder: Path, argv: list[str], metrics: dic
     for part in (model.config.text_config, model.config.vision_config):
         part.dtype = None  # with `--init_from` they have that of the training, float32
     model.to(torch.bfloat16).save_pretrained(folder)
+    for name in ("is_local", "local_files_only"):  # with `--init_from`, how that folder was read
+        tokenizer.init_kwargs.pop(name, None)
     processor.save_pretrained(folder)
     curves = Path(str(trainer.args.output_dir)) / "curves.jsonl"
     logs = [json.loads(line) for line in curves.read_text().splitlines()]
