@@ -10,7 +10,8 @@ the choice of a trace takes the place of its own.
   drawn at random: that of popularity once, that of the topic every 256 tokens.
 
 Tokens are decoded in CUDA graphs, as by `generate`, but without its loop. A floor is the time of the missed experts'
-bytes at the rate of copies that is measured first. Beside it stand a pass without graphs, and Accelerate's offload of the same page-locked weights, which moves all experts of a layer for each token.
+bytes at the rate of copies that is measured first. Beside it stand passes without graphs, and Accelerate's offload of
+the same page-locked weights, which moves all experts of a layer for each token.
 """
 
 import time

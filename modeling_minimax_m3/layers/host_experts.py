@@ -1,4 +1,7 @@
-"""Sparse blocks whose experts stay on the host: few tokens read slots on the device, many tokens meet one expert each.
+"""Sparse blocks whose experts stay on the host, and are copied into slots on the device when tokens choose them.
+
+Few tokens are multiplied by all their experts at once, in a kernel that reads the slots. Many tokens are multiplied by
+one expert after the other.
 
 The classes here replace those of blocks and experts in place, so parameters keep their names, and are saved as usual.
 
@@ -174,11 +177,11 @@ class HostSparseMoeBlock(MiniMaxM3VLSparseMoeBlock):
 
     @contextmanager
     def _in_slots(self, choices: list[list[int]], slot_ids: torch.Tensor) -> Iterator[None]:
-        """Work that is queued meanwhile finds the chosen experts in slots.
+        """What is queued in this context finds the chosen experts in slots.
 
         Args:
             choices (list of list of int): The K experts of each token, then those that it may choose in the next block.
-            slot_ids ((tokens, K)): Gets their slots.
+            slot_ids ((tokens, K)): Gets the slots of the chosen experts; -1 for experts that this layer does not have.
         """
         experts, cache = self.experts, self.experts.expert_cache
         choices, predicted = choices[: len(slot_ids)], choices[len(slot_ids) :]
@@ -187,7 +190,8 @@ class HostSparseMoeBlock(MiniMaxM3VLSparseMoeBlock):
             cache.count(experts.layer, counts, len(choices))
             placement = cache.place(experts.layer, counts)
             slots = placement.slots
-            # Before the copies of experts, as this small one waits for all that its stream waits for.
+            # Before the copies of experts: the host waits until this small copy is done, and after `fetch` the stream
+            # would make it wait for the experts.
             slot_ids.copy_(torch.tensor([[slots.get(expert, -1) for expert in row] for row in choices]))
             cache.fetch(placement)
             if predicted:

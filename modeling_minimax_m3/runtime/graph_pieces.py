@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# Prepares the next piece when it is entered. It is left when that piece is queued.
+# Makes a context in which the next piece is queued. Entering it does what that piece needs from the host.
 HostStep = Callable[[], AbstractContextManager]
 
 _capturing = threading.local()
@@ -19,7 +19,7 @@ def current_capture() -> "GraphPieces | None":
 
 
 class GraphPieces:
-    """What a function queues on the GPU, and what the host has to do meanwhile."""
+    """What a function queues on the GPU, as a CUDA graph for each piece, and what the host does between the pieces."""
 
     def __init__(self) -> None:
         self._graphs: list[torch.cuda.CUDAGraph] = []
@@ -34,7 +34,7 @@ class GraphPieces:
 
         Args:
             function (callable): Calls `add_host_step` where the host has to do something.
-            pool (*optional*): Memory of another graph that is used, from `torch.cuda.CUDAGraph.pool()`.
+            pool (*optional*): Memory that the pieces use, from `torch.cuda.CUDAGraph.pool()` of another graph.
         """
         self._pool = pool
         self._begin()
@@ -48,7 +48,8 @@ class GraphPieces:
     def add_host_step(self, step: HostStep) -> None:
         """Ends a piece. A replay enters `step()` before it queues the next piece, and leaves it afterwards.
 
-        Tensors that `step` holds keep their memory. Their values are those of the replay.
+        Tensors that `step` refers to keep their memory for as long as this object exists. While `step` runs, they have
+        the values of that replay.
         """
         self._graphs[-1].capture_end()
         self._steps.append(step)

@@ -15,7 +15,7 @@ namespace {
 using namespace few_tokens;
 using Element = __nv_bfloat16;
 
-// The list of experts in shared memory.
+// The list of the experts that the tokens chose, in shared memory.
 struct ChosenExperts {
   int count;
   int ids[kMaxPairs];  // -1: none of ours
@@ -35,11 +35,12 @@ struct ChosenExperts {
   }
 };
 
-// Parts of the MLP of every token, then those of the experts, one after the other.
+// Numbers of the parts of the work: `shared` parts of the MLP of every token, then `of_expert`
+// parts of each chosen expert.
 struct Parts {
   const ChosenExperts& chosen;
   int shared, of_expert, count;
-  float per_expert;  // 1 / of_expert, as a quotient of integers takes many instructions
+  float per_expert;  // 1 / of_expert, because a quotient of integers takes many instructions
 
   __device__ Parts(const ChosenExperts& chosen, int shared, int of_expert)
       : chosen(chosen),
@@ -49,15 +50,17 @@ struct Parts {
         per_expert(1.f / of_expert) {}
 
   __device__ bool is_routed(int part) const { return part >= shared; }
-  // Half a part away from the next place: exact for up to 2^20 parts.
+  // The place of a part's expert in the list. The half keeps rounding away from whole numbers, so
+  // that this is exact for up to 2^20 parts.
   __device__ int place(int part) const {
     return static_cast<int>((part - shared + 0.5f) * per_expert);
   }
+  // The part's number within its expert, or within the MLP of every token.
   __device__ int within(int part) const {
     return is_routed(part) ? part - shared - place(part) * of_expert : part;
   }
 
-  // `part`, or the first one after it in steps that is no part of an expert that is none of ours.
+  // The first of part, part + step, ... whose weights we have. Experts with id -1 are elsewhere.
   __device__ int skip(int part, int step) const {
     while (part >= shared && part < count && chosen.ids[place(part)] < 0) part += step;
     return part;
@@ -127,15 +130,17 @@ __global__ void __launch_bounds__(NarrowStream::kThreads, NarrowStream::kBlocks)
     gate_up_kernel(const FewTokenMlpParams params) {
   __shared__ ChosenExperts chosen;
   wait_for_kernels_before();
-  // Not earlier: the next kernel reads the list of experts before it waits for this one.
+  // Not earlier: the next kernel reads the list of experts before it waits for this kernel, so the
+  // list must be complete when it starts.
   let_next_kernel_start();
   chosen.read(params);
   GateUp source(params, chosen);
   multiply_tiles<NarrowStream>(source);
 }
 
-// Down projection: units of the MLP of every token, then those of the experts, whose weights are in
-// the activations.
+// Down projection: a tile is 16 rows of `out`. Its sums run over the units of the MLP of every
+// token, then over those of the experts. The activations have been multiplied by the tokens'
+// weights of the experts.
 struct Down {
   using Stream = WideStream;
   const FewTokenMlpParams& params;

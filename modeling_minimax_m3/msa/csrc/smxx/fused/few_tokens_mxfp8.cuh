@@ -1,14 +1,16 @@
 // Products of up to four tokens with rows of MXFP8 weights, at the rate at which memory is read.
 //
-// A warp multiplies a unit, 16 rows of weights by 256 channels, by mma.m16n8k16 in float16, which
-// holds every E4M3 number: one instruction converts two. The scales of the weights stay out of the
-// products. A row's four lanes read 64 channels with two scales, so each token has two columns of
-// `b`: its states for the channels of one scale and zeros for the others. The two sums take their
-// scales afterwards.
+// The work of a warp is a unit: 16 rows of weights by 256 channels. It multiplies by mma.m16n8k16
+// in float16, which holds every E4M3 number: one instruction converts two of them.
 //
-// A thread block stays on its multiprocessor, and its warps take units of one tile of 16 rows after
-// the other. A warp loads its next unit, also one of the next tile, while it multiplies one. So
-// memory is busy from the first unit to the last.
+// The products leave the scales of the weights out. Four lanes read 64 channels of a row at a time,
+// lanes 0 and 1 those of one scale, lanes 2 and 3 those of the next, and an mma takes channels from
+// all four. So a token has two of the eight columns of `b`. In each of them the states of one scale
+// stand beside zeros in place of the other's. Each of the two sums is then multiplied by its scale.
+//
+// A thread block stays on its multiprocessor and takes one tile of 16 rows after the other. Its
+// warps share the units of a tile. While a warp multiplies a unit, it loads the next one, which may
+// be of the next tile. So memory is busy from the first unit to the last.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,23 +27,26 @@ namespace msa::few_tokens {
 constexpr int kStreamedTokens = 4;
 constexpr int kTileRows = 16;
 constexpr int kUnitChannels = 256;
-constexpr int kUnitLoads = 4;  // of 64 channels, in a row
+constexpr int kUnitLoads = 4;  // by four lanes in a row, 64 channels each
 
-// The states of a token for a unit, in shared memory: 2^-exponent times them as float16. The
-// exponent follows the largest of them, so that none overflows; those below 2^-29 of it lose bits.
+// The states of a token for a unit, in shared memory: as float16, divided by 2^exponent. The
+// exponent follows from the largest of them, so that none overflows. Only those that are less than
+// 2^-31 times the largest lose bits.
 struct __align__(16) UnitStates {
   __half values[kUnitChannels];
   float factor;  // 2^exponent
   float padding[3];
 };
 
-// In the dynamic shared memory of a thread block. The first stands for a token without states.
+// Places in an array of UnitStates, which is the dynamic shared memory of a thread block. The first
+// holds zeros, for a token without states.
 constexpr int kNoStates = 0, kFirstStates = 1;
 
-// Called by a whole warp.
+// Converts the states from `x` on. Called by a whole warp.
 __device__ __forceinline__ void convert_states(UnitStates& states, const __nv_bfloat16* x) {
-  constexpr int kLargest = 14;         // float16 ends below 2^16
-  constexpr int kSmallest = 40 - 127;  // exponent of a largest state that counts as larger
+  constexpr int kLargest = 14;  // exponent of the largest state afterwards; float16 ends below 2^16
+  // Least exponent of the largest state that we reckon with: both powers of two stay normal floats.
+  constexpr int kSmallest = 40 - 127;
   const int lane = threadIdx.x % 32;
   const uint4 loaded = load_states(x + 8 * lane);
   const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
@@ -64,7 +69,7 @@ __device__ __forceinline__ void convert_states(UnitStates& states, const __nv_bf
   if (lane == 0) states.factor = __int_as_float((127 + exponent) << 23);
 }
 
-// Two neighbouring E4M3 numbers of a word as float16. None of them means NaN.
+// The upper or the lower two of the four E4M3 numbers of a word, as float16. None may mean NaN.
 template <bool kUpper>
 __device__ __forceinline__ uint32_t halves_of(uint32_t word) {
   uint32_t pair;
@@ -79,7 +84,8 @@ __device__ __forceinline__ uint32_t halves_of(uint32_t word) {
         : "r"(word));
   }
 #else
-  // As in mxfp8_numbers.cuh. The bits in the fields of a float16 stand for 2^-8 times the number.
+  // As in mxfp8_numbers.cuh. The bits, moved into the fields of a float16, stand for 2^-8 times the
+  // number.
   uint32_t widened;
   asm("prmt.b32 %0, %1, %1, %2;\n" : "=r"(widened) : "r"(word), "n"(kUpper ? 0xb3a2 : 0x9180));
   asm("mul.rn.f16x2 %0, %1, %2;\n" : "=r"(pair) : "r"(widened << 7 & 0xbf80bf80), "r"(0x5c005c00));
@@ -87,20 +93,20 @@ __device__ __forceinline__ uint32_t halves_of(uint32_t word) {
   return pair;
 }
 
-// 2^(e - 127) for a byte e of `scales`, at most kLargestMxfp8Scale. As a float, 2^-127 is
-// subnormal.
+// 2^(e - 127) for the byte e of `scales`, which is at most kLargestMxfp8Scale. For e = 0 that is a
+// subnormal float.
 template <int kByte>
 __device__ __forceinline__ float scale_at(uint32_t scales) {
   const uint32_t moved = kByte == 3 ? scales >> 1 : scales << (23 - 8 * kByte);
   return __uint_as_float(max(moved & 0x7f800000u, 0x00400000u));
 }
 
-// Where a lane reads a unit: the first of its channels in one of the tile's upper eight rows, and
-// the row in the lower half that it reads too.
+// Where a lane reads a unit. It reads two rows, one in the upper half of the tile and one in the
+// lower half.
 struct UnitPlace {
-  const uint8_t* values = nullptr;
-  const uint8_t* scales = nullptr;  // of all channels of the unit, in the same row
-  int to_lower = 0;                 // values from the upper row to the lower one
+  const uint8_t* values = nullptr;  // the lane's first channel in the upper row
+  const uint8_t* scales = nullptr;  // of all channels of the unit in the upper row
+  int to_lower = 0;                 // from a value in the upper row to that in the lower row
 
   UnitPlace() = default;
 
@@ -127,13 +133,14 @@ struct LoadedUnit {
   }
 };
 
-// Sums of a lane: its rows in the upper and the lower half of a tile, and token lane % 4.
+// Sums of a lane for token lane % 4: of the lane's row in the upper half of a tile, and of that in
+// the lower half.
 struct RowSums {
   float upper, lower;
 };
 
-// sums += unit * states. `states` are those of the lane's column; `factor` belongs to the token of
-// its sums. If there is a next one, `unit` has it then.
+// sums += unit * states. `states` are those of the lane's column of `b`, and `factor` is that of
+// the token of its sums. Afterwards `unit` holds the next unit if there is one.
 __device__ __forceinline__ void multiply_unit(RowSums& sums, LoadedUnit& unit, const __half* states,
                                               float factor, bool has_next, const UnitPlace& next) {
   const uint32_t upper_scales[2] = {unit.upper_scales.x, unit.upper_scales.y};
@@ -171,8 +178,8 @@ __device__ __forceinline__ void multiply_unit(RowSums& sums, LoadedUnit& unit, c
 // Multiplies the tiles of this thread block, whose warps share the units of a tile.
 //
 // A Source has:
-//   num_tokens
-//   first_tile(), next_tile(tile)   of this thread block; `tiles` after the last
+//   num_tokens, tiles, units        a tile has `units` units
+//   first_tile(), next_tile(tile)   of this thread block; `tiles` or more after the last
 //   first_unit(), next_unit(unit)   of this warp, in every tile; `units` or more after the last
 //   place(tile, unit)               the UnitPlace of this lane
 //   prepare()                       waits for the kernels before and converts the states. Until
@@ -203,7 +210,7 @@ __device__ __forceinline__ void multiply_tiles(Source& source) {
   source.prepare();
   __syncthreads();
 
-  // Column 2 * token + i has the states of the channels with scale i of two.
+  // Column 2 * token + i of `b` has the states of the channels with scale i of two.
   const int column_token = row / 2;
   const bool has_column = column_token < source.num_tokens && part / 2 == row % 2;
   const bool has_sums = part < source.num_tokens;
@@ -224,7 +231,8 @@ __device__ __forceinline__ void multiply_tiles(Source& source) {
       if (has_next) next = source.place(tile_ahead, unit_ahead);
       multiply_unit(sums, loaded, states, factor, has_next, next);
     }
-    // Two buffers: a warp that has passed the next barrier no longer reads this one.
+    // With two buffers in turn, one barrier for a tile is enough: when a warp reaches the barrier
+    // of the next tile, it no longer reads this buffer.
     RowSums(&tile_sums)[kWarps][32] = warp_sums[turn % 2];
     tile_sums[warp][lane] = sums;
     __syncthreads();
@@ -241,7 +249,7 @@ __device__ __forceinline__ void multiply_tiles(Source& source) {
   }
 }
 
-// Thread blocks that stay on their multiprocessors. In flight are eight loads of 512 bytes a warp.
+// Thread blocks that stay on their multiprocessors. A warp has eight loads of 512 bytes in flight.
 template <int kWarps_, int kBlocks_>
 struct StreamShape {
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps_;
@@ -265,7 +273,7 @@ inline bool fits_shared_memory(int64_t bytes) {
   return bytes + kStatic <= most;
 }
 
-// A thread block has at least one tile, and no more than `tiles` have any.
+// Launches as many thread blocks as run at the same time, and no more than there are tiles.
 template <auto kKernel, typename Shape, typename Params>
 void launch_stream(const Params& params, int64_t tiles, int64_t shared_bytes, cudaStream_t stream) {
   const int bytes = static_cast<int>(shared_bytes);
