@@ -30,8 +30,8 @@ constexpr int kUnitChannels = 256;
 constexpr int kUnitLoads = 4;  // by four lanes in a row, 64 channels each
 
 // The states of a token for a unit, in shared memory: as float16, divided by 2^exponent. The
-// exponent follows from the largest of them, so that none overflows. Only those that are less than
-// 2^-31 times the largest lose bits.
+// exponent follows from the largest of them, so that none overflows. Only those below
+// 2^-31 times the largest, or below 2^-118, can lose bits.
 struct __align__(16) UnitStates {
   __half values[kUnitChannels];
   float factor;  // 2^exponent
