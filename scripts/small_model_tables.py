@@ -29,7 +29,11 @@ from benchmarks.selections import SELECTIONS, load_selections, overlap, random_b
 
 CHECKPOINT = ROOT / "examples" / "minimax-m3-small"
 RESULTS = ROOT / "benchmarks" / "results"
-CURVES = ("pretraining_curves.jsonl", "pretraining_curves_2.jsonl", "pretraining_curves_3.jsonl")  # of the runs, in their order
+CURVES = (
+    "pretraining_curves.jsonl",
+    "pretraining_curves_2.jsonl",
+    "pretraining_curves_3.jsonl",
+)  # of the runs, in their order
 # Around the tables of each part of a page.
 STARTS = {
     "checkpoint": "<!-- tables of scripts/small_model_tables.py -->\n",
