@@ -28,11 +28,14 @@ import torch
 from tqdm import tqdm
 
 from ablation_report import compare, plot_ablation, print_comparison
-from ablation_runs import ARMS, JOINT, arm_config, train_run, write_packs
+from ablation_runs import ARMS, JOINT, arm_config, check_start, train_run, write_packs
+from checkpoint_folder import check_checkpoint
 from make_tiny_checkpoint import build_processor
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from modeling_minimax_m3.conversion.source import read_json
-from processing_minimax_m3.pretraining import WEIGHTS, Packs, parse_stages
+from pretrain import DEFAULTS
+from processing_minimax_m3 import MiniMaxM3VLProcessor
+from processing_minimax_m3.pretraining import WEIGHTS, LongRows, Packs, parse_stages
 from processing_minimax_m3.pretraining.packs import Stage
 from processing_minimax_m3.pretraining.tokenizer_texts import tokenizer_texts
 from replace_when_done import replace_when_done
@@ -47,6 +50,11 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)} (all)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
     parser.add_argument("--size", choices=("small", "tiny"), default="small", help="of the model; tiny is for tests")
+    parser.add_argument(
+        "--init_from", default="", help="folder of a checkpoint whose weights, sizes and tokenizer all runs start with"
+    )
+    parser.add_argument("--learning_rate", type=float, default=DEFAULTS["learning_rate"], help="at its peak (2e-3)")
+    parser.add_argument("--long_share", type=float, default=0.4, help="of the packs begins with a long row (0.4)")
     parser.add_argument("--steps", type=int, default=1500, help="of each run (1500)")
     parser.add_argument("--seconds", type=float, default=380, help="after which a run stops (380)")
     parser.add_argument("--pack_tokens", type=int, default=8192, help="tokens of a step (8192)")
@@ -76,7 +84,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if unknown := [value for value in values if value not in known]:
             raise ValueError(f"`--{name}` must be names of {', '.join(known)}, got {unknown[0]!r}.")
         setattr(arguments, name, values)
-    for name in ("seeds", "steps", "evaluations", "eval_packs", "seconds"):
+    if arguments.init_from:
+        check_checkpoint(Path(arguments.init_from), "--init_from")
+        check_start(arguments.arms, arguments.init_from)
+    for name in ("seeds", "steps", "evaluations", "eval_packs", "seconds", "learning_rate"):
         if getattr(arguments, name) <= 0:
             raise ValueError(f"`--{name}` must be above 0, got {getattr(arguments, name)}.")
     if arguments.evaluations > arguments.steps:
@@ -84,8 +95,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("jobs", "workers"):
         if getattr(arguments, name) < 0:
             raise ValueError(f"`--{name}` must be at least 0, got {getattr(arguments, name)}.")
-    if not 0 <= arguments.warmup_share <= 1:
-        raise ValueError(f"`--warmup_share` must be from 0 to 1, got {arguments.warmup_share}.")
+    for name in ("warmup_share", "long_share"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise ValueError(f"`--{name}` must be from 0 to 1, got {getattr(arguments, name)}.")
     parse_stages(arguments.stages)
 
 
@@ -94,10 +106,14 @@ def budget(arguments: argparse.Namespace) -> dict[str, Any]:
     parameters = {}
     for name in arguments.arms:
         with torch.device("meta"):
-            model = MiniMaxM3SparseForConditionalGeneration(arm_config(ARMS[name], arguments.size))
+            config = arm_config(ARMS[name], arguments.size, arguments.init_from)
+            model = MiniMaxM3SparseForConditionalGeneration(config)
         parameters[name] = model.num_parameters()
     return {
         "arms": arguments.arms,
+        "init_from": arguments.init_from,
+        "learning_rate": arguments.learning_rate,
+        "long_share": arguments.long_share,
         "seeds": arguments.seeds,
         "runs": len(arguments.arms) * arguments.seeds,
         "steps": arguments.steps,
@@ -122,11 +138,17 @@ def print_budget(plan: dict[str, Any]) -> None:
 
 def make_data(arguments: argparse.Namespace, folder: Path) -> None:
     """Writes the packs of each seed, and the held-out ones."""
-    config = arm_config(ARMS[JOINT], arguments.size)
     weights = {task: WEIGHTS[task] for task in arguments.tasks}
-    processor = build_processor(config, tokenizer_texts(weights))
+    if arguments.init_from:
+        processor = MiniMaxM3VLProcessor.from_pretrained(arguments.init_from)
+    else:
+        processor = build_processor(arm_config(ARMS[JOINT], arguments.size), tokenizer_texts(weights))
     stages = parse_stages(arguments.stages)
-    data: dict[str, Any] = {"tokens": arguments.pack_tokens, "weights": weights}
+    data: dict[str, Any] = {
+        "tokens": arguments.pack_tokens,
+        "weights": weights,
+        "long_rows": LongRows(arguments.long_share),
+    }
     last = [Stage(1.0, stages[-1].max_length)]
     sources = {"heldout": Packs(processor, "heldout", arguments.eval_packs, stages=last, **data)}
     for seed in range(arguments.seeds):
@@ -200,7 +222,17 @@ def train_all(arguments: argparse.Namespace, work: Path, argv: Sequence[str]) ->
 def run_one(arguments: argparse.Namespace) -> None:
     """One of the runs, in a process of its own."""
     arm, _, seed = arguments.run.partition("/")
-    names = ("size", "steps", "evaluations", "eval_packs", "seconds", "warmup_share", "pack_tokens")
+    names = (
+        "size",
+        "init_from",
+        "learning_rate",
+        "steps",
+        "evaluations",
+        "eval_packs",
+        "seconds",
+        "warmup_share",
+        "pack_tokens",
+    )
     options = {name: getattr(arguments, name) for name in names}
     train_run(arm, int(seed), arguments.work / "data", run_folder(arguments.work, arm, int(seed)), options)
 

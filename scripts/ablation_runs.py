@@ -3,7 +3,7 @@
 import json
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,18 @@ INDEXER_LOSS_COEF = 1.0
 SHORTEST_COVERED = 4  # times the tokens that a query selects: documents whose coverage is measured
 
 
-def arm_config(arm: Arm, size: str) -> MiniMaxM3VLConfig:
+def arm_config(arm: Arm, size: str, init_from: str = "") -> MiniMaxM3VLConfig:
     """The model of an arm.
 
     The small size is `small_config`, but a query selects 8 blocks of 64 keys, so that texts of 4096
-    tokens are long.
+    tokens are long. With a checkpoint to start from, it is the checkpoint's model with other layer types.
     """
+    if init_from:
+        config = MiniMaxM3VLConfig.from_pretrained(init_from)
+        text = config.text_config
+        text.layer_types = [FULL_ATTENTION.name] + [arm.attention] * (text.num_hidden_layers - 1)
+        text.output_router_logits = True
+        return config
     layers = 4
     fields: dict[str, Any] = {
         "layer_types": [FULL_ATTENTION.name] + [arm.attention] * (layers - 1),
@@ -69,6 +75,18 @@ def arm_config(arm: Arm, size: str) -> MiniMaxM3VLConfig:
         return small_config(**fields)
     fields |= {"structured_local_blocks": 1, "structured_anchor_blocks": 1, "structured_random_blocks": 2}
     return tiny_config(text={"num_hidden_layers": layers, "vocab_size": 1024} | fields)
+
+
+def check_start(arms: Iterable[str], init_from: str) -> None:
+    """Raises `ValueError` if a checkpoint lacks the indexers that one of the arms starts with."""
+    wanted = LEARNED_SPARSE.name
+    found = MiniMaxM3VLConfig.from_pretrained(init_from).text_config.layer_types
+    for name in arms:
+        if ARMS[name].attention == wanted and set(found[1:]) != {wanted}:
+            raise ValueError(
+                f"`--init_from` must have indexers in all layers but the first for the arm {name!r}, so that all but the "
+                f"first of its `layer_types` are {wanted}, got {found} in {init_from}."
+            )
 
 
 class PackWriter(Dataset):
@@ -145,23 +163,30 @@ def train_run(name: str, seed: int, data: Path, folder: Path, options: dict[str,
         seed (int): Seed of the weights. The packs are those of `data / str(seed)`.
         data (Path): Folder of the packs; "heldout" in it has those of the evaluations, for all seeds.
         folder (Path): The folder of the run.
-        options (dict): `size`, `steps`, `evaluations`, `eval_packs`, `seconds`, `warmup_share`, `pack_tokens`.
+        options (dict): `size`, `init_from`, `learning_rate`, `steps`, `evaluations`, `eval_packs`, `seconds`,
+            `warmup_share`, `pack_tokens`.
 
     Returns:
         The record of the run: its curve as [step, training loss without that of the indexers], its evaluations, and
         the coverage of the selected blocks at its end.
     """
     arm, started = ARMS[name], time.perf_counter()
-    config = arm_config(arm, options["size"])
+    config = arm_config(arm, options["size"], options["init_from"])
     padding: Any = config.text_config.pad_token_id
     train = WrittenPacks(data / str(seed), options["steps"], arm.modalities, padding)
     heldout: Any = WrittenPacks(data / "heldout", options["eval_packs"], arm.modalities, padding)
     every = max(1, options["steps"] // options["evaluations"])
     settings: dict[str, Any] = DEFAULTS | {"max_steps": options["steps"], "eval_steps": every, "seed": seed}
     settings |= {"logging_steps": max(1, every // 10), "save_strategy": "no", "dataloader_num_workers": 0}
+    settings["learning_rate"] = options["learning_rate"]
     training = TrainingArguments(str(folder), **settings, bf16=torch.cuda.is_available(), disable_tqdm=True)
     set_seed(seed)
-    model = MiniMaxM3SparseForConditionalGeneration(config)
+    if options["init_from"]:
+        model = MiniMaxM3SparseForConditionalGeneration.from_pretrained(
+            options["init_from"], config=config, dtype=torch.float32
+        )
+    else:
+        model = MiniMaxM3SparseForConditionalGeneration(config)
     callbacks: list[TrainerCallback] = [
         CurveLog(folder / "curves.jsonl", options["pack_tokens"]),
         StopAtNaN(),

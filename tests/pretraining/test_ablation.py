@@ -5,8 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from processing_minimax_m3.pretraining import Packs, Stage
+from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from processing_minimax_m3.pretraining import LongRows, Packs, Stage
 
 from ..forked_processes import start_python
 
@@ -174,6 +176,8 @@ def test_plan_states_the_budget_and_trains_nothing(scripts, tmp_path, capsys):
         (("--seeds", "0"), "`--seeds` must be above 0, got 0"),
         (("--evaluations", "9999"), "`--evaluations` must be at most the 1500 steps, got 9999"),
         (("--warmup_share", "2"), "`--warmup_share` must be from 0 to 1, got 2"),
+        (("--long_share", "-1"), "`--long_share` must be from 0 to 1, got -1"),
+        (("--learning_rate", "0"), "`--learning_rate` must be above 0, got 0"),
         (("--stages", "4096"), "a stage must be TOKENS:SHARE"),
         (("--jobs", "-1"), "`--jobs` must be at least 0, got -1"),
     ],
@@ -182,6 +186,74 @@ def test_faulty_options_end_the_program_with_their_name(scripts, tmp_path, more,
     with pytest.raises(SystemExit, match=f"^ablation: .*{message}"):
         scripts.ablation.main([str(tmp_path / "out"), *more])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(scripts, processor, tmp_path_factory) -> Path:
+    """A model as `pretrain.py` leaves it, with indexers in all layers but the first."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = scripts.ablation_runs.arm_config(scripts.ablation_runs.ARMS["learned"], "tiny")
+    MiniMaxM3SparseForConditionalGeneration(config).bfloat16().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("arm", ["dense", "learned", "structured"])
+def test_arms_start_with_the_weights_of_a_checkpoint(scripts, checkpoint, tmp_path, monkeypatch, arm):
+    class Started(Exception):
+        pass
+
+    def trainer(model, training, **_):
+        raise Started(model, training)
+
+    monkeypatch.setattr(scripts.ablation_runs, "PackTrainer", trainer)
+    arguments = [
+        "--init_from",
+        str(checkpoint),
+        "--learning_rate",
+        "3e-4",
+        "--run",
+        f"{arm}/0",
+        "--work",
+        str(tmp_path),
+    ]
+    with pytest.raises(Started) as started:
+        scripts.ablation.main([str(tmp_path / "out"), *SMALL, *arguments])
+    model, training = started.value.args
+    assert training.learning_rate == 3e-4
+    kind = scripts.ablation_runs.ARMS[arm].attention
+    assert model.config.text_config.layer_types == ["full_attention"] + 3 * [kind]
+    expected = MiniMaxM3SparseForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+    found = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    without = {name for name in expected if ".indexer." in name}
+    assert set(expected) - set(found) == (set() if arm == "learned" else without) and without
+
+
+def test_data_of_a_checkpoint_have_its_tokens(scripts, checkpoint, processor, tmp_path):
+    options = ["--init_from", str(checkpoint), "--long_share", "1", "--tasks", "code", "--seeds", "1"]
+    arguments = scripts.ablation.read_arguments([str(tmp_path / "out"), *SMALL, *options, "--stages", "1100:1"])
+    arguments.pack_tokens, arguments.tasks = 1100, ["code"]
+    scripts.ablation.make_data(arguments, tmp_path)
+    (row, *_) = scripts.ablation_runs.WrittenPacks(tmp_path / "0", 1, ("code",), 0).rows(0)
+    assert len(row.ids) >= 1024, "a long row comes first"
+    (same, *_) = Packs(
+        processor, "train", 2, tokens=1100, stages=[Stage(1.0, 1100)], weights={"code": 1.0}, long_rows=LongRows(1.0)
+    ).rows(0)
+    assert row.ids.tolist() == same.ids.tolist()
+
+
+def test_a_checkpoint_without_indexers_cannot_start_the_learned_arm(scripts, checkpoint, tmp_path):
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["layer_types"] = ["full_attention"] * 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="`--init_from` must have indexers .* for the arm 'learned'.* in .*dense"):
+        scripts.ablation.main(["--plan", "--init_from", str(folder)])
+    scripts.ablation.main(["--plan", "--init_from", str(folder), "--arms", "dense,structured"])
+    with pytest.raises(SystemExit, match="`--init_from` must be the folder of a checkpoint"):
+        scripts.ablation.main(["--plan", "--init_from", str(tmp_path / "nowhere")])
 
 
 def test_comparison_needs_its_folder(scripts, capsys):
