@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+
 #include "cuda_check.h"
 
 namespace msa {
@@ -12,6 +14,9 @@ namespace msa {
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                    cudaStream_t stream, const Arguments&... arguments) {
+  // Threads share the permission: another one must not lower it before this launch.
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
   MSA_CHECK_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);

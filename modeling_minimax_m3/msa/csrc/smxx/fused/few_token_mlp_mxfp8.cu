@@ -236,8 +236,10 @@ bool supports_few_token_mlp_mxfp8(const FewTokenMlpParams& params) {
   return weights.scales != nullptr && params.dtype == Dtype::kBFloat16 &&
          params.num_tokens <= kStreamedTokens && params.hidden % kUnitChannels == 0 &&
          params.width % kUnitChannels == 0 && params.expert_width % kUnitChannels == 0 &&
+         can_load_scales(params.gate_up) && can_load_scales(params.down) &&
+         can_load_scales(params.expert_gate_up) && can_load_scales(params.expert_down) &&
          int64_t{std::max(params.width, params.expert_width)} * params.hidden <= INT32_MAX &&
-         fits_shared_memory(std::max(gate_up_bytes(params), down_bytes(params)));
+         std::max(gate_up_bytes(params), down_bytes(params)) <= most_shared_bytes();
 }
 
 void launch_few_token_mlp_mxfp8(const FewTokenMlpParams& params, cudaStream_t stream) {

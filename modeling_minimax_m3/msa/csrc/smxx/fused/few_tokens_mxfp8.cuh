@@ -117,6 +117,11 @@ struct UnitPlace {
         to_lower(to_lower) {}
 };
 
+// Whether the scales of a unit, of any row, can be read at once.
+inline bool can_load_scales(const FewTokenWeights& weights) {
+  return reinterpret_cast<uintptr_t>(weights.scales) % sizeof(uint2) == 0;
+}
+
 struct LoadedUnit {
   uint4 upper[kUnitLoads], lower[kUnitLoads];
   uint2 upper_scales, lower_scales;
@@ -264,24 +269,25 @@ inline int64_t states_bytes(int64_t units) {
   return (kFirstStates + units) * sizeof(UnitStates);
 }
 
-// Whether `bytes` of shared memory beside the static ones fit a thread block.
-inline bool fits_shared_memory(int64_t bytes) {
+// Dynamic shared memory that a thread block of any kernel here may have.
+inline int most_shared_bytes() {
   constexpr int kStatic = 24 << 10;  // more than any kernel here has
   int device = 0, most = 0;
   MSA_CHECK_CUDA(cudaGetDevice(&device));
   MSA_CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes + kStatic <= most;
+  return most - kStatic;
 }
 
 // Launches as many thread blocks as run at the same time, and no more than there are tiles.
 template <auto kKernel, typename Shape, typename Params>
 void launch_stream(const Params& params, int64_t tiles, int64_t shared_bytes, cudaStream_t stream) {
-  const int bytes = static_cast<int>(shared_bytes);
-  MSA_CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  // The same for every size: threads share this limit, and one must not lower it for another.
+  MSA_CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      most_shared_bytes()));
   const int64_t resident = int64_t{num_multiprocessors()} * Shape::kBlocks;
   launch_beside(kKernel, supports_early_launch<kKernel>(),
-                dim3(static_cast<unsigned>(std::min(tiles, resident))), Shape::kThreads, bytes,
-                stream, params);
+                dim3(static_cast<unsigned>(std::min(tiles, resident))), Shape::kThreads,
+                static_cast<int>(shared_bytes), stream, params);
 }
 
 }  // namespace msa::few_tokens
