@@ -167,23 +167,32 @@ class HostSparseMoeBlock(MiniMaxM3VLSparseMoeBlock):
         if pieces is not None:
             if top_k_index.numel() > cache.num_slots:
                 raise NotImplementedError("no graph can hold experts of one pass that may have too few slots")
-            pieces.add_host_step(lambda: self._in_slots(ids.tolist(), slot_ids))
+            in_slots = self._in_slots  # found now, as `take_from_host` changes the class
+            pieces.add_host_step(lambda: in_slots(cache, ids.tolist(), slot_ids))
             return self._of_slots(weights, tokens, slot_ids, top_k_weights)
         choices = ids.tolist()  # the one time that the host waits for the GPU
         if len(experts.counts_of(choices[: len(tokens)])) > cache.num_slots:
             return super()._combine(tokens, top_k_index, top_k_weights)
-        with self._in_slots(choices, slot_ids):
+        with self._in_slots(cache, choices, slot_ids):
             return self._of_slots(weights, tokens, slot_ids, top_k_weights)
 
     @contextmanager
-    def _in_slots(self, choices: list[list[int]], slot_ids: torch.Tensor) -> Iterator[None]:
+    def _in_slots(self, cache: ExpertCache, choices: list[list[int]], slot_ids: torch.Tensor) -> Iterator[None]:
         """What is queued in this context finds the chosen experts in slots.
 
         Args:
+            cache (`ExpertCache`): Whose slots that work reads.
             choices (list of list of int): The K experts of each token, then those that it may choose in the next block.
             slot_ids ((tokens, K)): Gets the slots of the chosen experts; -1 for experts that this layer does not have.
+
+        Raises:
+            RuntimeError: The offload to which `cache` belongs was removed.
         """
-        experts, cache = self.experts, self.experts.expert_cache
+        experts = self.experts
+        if vars(experts).get("expert_cache") is not cache:
+            raise RuntimeError(
+                "the offload of these experts was removed while `generate` read them; call `remove()` after `generate`"
+            )
         choices, predicted = choices[: len(slot_ids)], choices[len(slot_ids) :]
         counts = experts.counts_of(choices)
         with cache.lock:

@@ -174,6 +174,9 @@ class CapturedDecoding:
             self._tell(f"the capture failed with {type(error.__cause__).__name__}: {error.__cause__}")
             self._pass, self._failed = None, True
             return self._model(**inputs)
+        except BaseException:
+            self._pass = None  # a part of it may have run, and counted the token
+            raise
 
 
 class _CaptureFailed(Exception):
@@ -287,10 +290,11 @@ class _CapturedPass:
         def capture() -> None:
             nonlocal holder
             if holder is None:
-                holder = torch.cuda.CUDAGraph()
-                holder.capture_begin(capture_error_mode="thread_local")
+                new = torch.cuda.CUDAGraph()
+                new.capture_begin(capture_error_mode="thread_local")
                 torch.zeros(1, device=self._tokens.device)
-                holder.capture_end()
+                new.capture_end()
+                holder = new
             graph.capture(self._forward, holder.pool())
 
         # The collector might free another graph meanwhile, which ends the capture with an error.
@@ -303,9 +307,9 @@ class _CapturedPass:
         finally:
             if collects_garbage:
                 gc.enable()
+            if holder is not None:
+                weakref.finalize(self, idle.append, holder).atexit = False
         self._graph = graph
-        assert holder is not None
-        weakref.finalize(self, idle.append, holder).atexit = False
         for memory in self._memory:
             memory.note_version()
 
@@ -317,9 +321,11 @@ class _CapturedPass:
         stream, caller = _streams[device], torch.cuda.current_stream(device)
         with _stream_lock:
             stream.wait_stream(caller)
-            with torch.cuda.stream(stream):
-                function()
-            caller.wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    function()
+            finally:  # after an error too, because the caller may free memory that is in use here
+                caller.wait_stream(stream)
 
 
 class _LayerMemory:

@@ -1,5 +1,7 @@
 """Captured decoding on a CPU: what keeps a step from being captured, and the steps themselves without a graph."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -7,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.runtime import captured_decoding as captured
+from modeling_minimax_m3.runtime.graph_pieces import current_capture
 
 LENGTH = 30
 
@@ -256,3 +259,79 @@ def test_attention_weights_once_do_not_prevent_captures(model, make_tokens, monk
         model(make_tokens(model.config, 1, 5), output_attentions=True)
     assert any(module._forward_hooks for module in model.modules())
     assert captured.obstacle_of_model(model) is None
+
+
+def test_an_error_in_a_pass_counts_no_token_twice(model, make_tokens, passes, monkeypatch):
+    """As an interrupt in a notebook. Rows that the pass has counted already are counted anew."""
+    pair = Pair(model, make_tokens(model.config, 2, 40), lambda: CACHES["dynamic"](model))
+    pair.step(0, LENGTH)
+    pair.step(30, 31)
+    for position in (31, 32):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(model.model.layers[-1].mlp, "forward", _interrupt)
+            with torch.no_grad():
+                pair.decode(input_ids=pair.tokens[:, position : position + 1], cache=pair.cache, return_dict=True)
+        pair.step(position, position + 1)
+    assert len(passes) == 3
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_memory_of_a_capture_that_failed_is_used_again(model, make_tokens, monkeypatch):
+    """PyTorch would keep it, more with each `generate`."""
+    holders, passes_over = [], []
+
+    class Graph:
+        def capture_begin(self, pool=None, capture_error_mode=""):
+            (holders if pool is None else passes_over).append(self)
+
+        def capture_end(self): ...
+
+        def pool(self):
+            return id(self)
+
+    def forward(one):
+        if current_capture() is not None:
+            raise NotImplementedError("no graph can hold this")
+        whole(one)
+
+    whole = captured._CapturedPass._forward
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(captured, "_idle_memory", {})
+    monkeypatch.setattr(captured._CapturedPass, "_forward", forward)
+    monkeypatch.setattr(captured._CapturedPass, "_on_side_stream", lambda self, function: function())
+    tokens = make_tokens(model.config, 2, 40)
+    for _ in range(3):
+        pair = Pair(model, tokens, lambda: CACHES["dynamic"](model))
+        pair.step(0, LENGTH)
+        for position in range(LENGTH, 34):
+            pair.step(position, position + 1)
+    assert len(passes_over) == 3 and len(holders) == 1
+    assert list(captured._idle_memory.values()) == [holders]
+
+
+def test_the_caller_waits_for_a_pass_that_failed(model, monkeypatch):
+    """It may free memory that kernels of the pass still use."""
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = str(name)
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    monkeypatch.setattr(captured, "_streams", {})
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("caller"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    one = captured._CapturedPass.__new__(captured._CapturedPass)
+    one._tokens = torch.zeros(1)
+    for function in (lambda: events.append("pass"), _interrupt):
+        events.clear()
+        with pytest.raises(KeyboardInterrupt) if function is _interrupt else nullcontext():
+            one._on_side_stream(function)
+        assert (events[0], events[-1]) == ("side waits for caller", "caller waits for side")
+    assert not captured._stream_lock.locked()
