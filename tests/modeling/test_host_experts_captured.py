@@ -127,8 +127,6 @@ def test_models_take_turns():
         second.check(seed)
 
 
-
-
 def _interrupt(*_):
     raise KeyboardInterrupt
 
@@ -141,9 +139,9 @@ def test_an_interrupt_between_pieces_spoils_no_later_pass(method, monkeypatch):
     owner = captured.pieces._graphs[2] if method == "replay" else captured.cache
     calls_before = 0 if method == "replay" else 1
     for seed in range(1, 12):
-        steps = [getattr(owner, method)] * calls_before + [_interrupt]
+        steps = iter([getattr(owner, method)] * calls_before + [_interrupt])
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(owner, method, lambda *args, steps=iter(steps): next(steps)(*args))
+            patch.setattr(owner, method, lambda *args, steps=steps: next(steps)(*args))
             captured.check(seed)
         captured.check(seed)
     free = []
