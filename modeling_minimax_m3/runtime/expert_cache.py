@@ -83,6 +83,7 @@ class ExpertCache:
         host (list of dicts of torch.Tensor): `weights`, page-locked where the device is a GPU.
     """
 
+    @torch.inference_mode(False)  # slots that are made in this mode could not be written outside of it
     def __init__(self, weights: Sequence[dict[str, torch.Tensor]], device: torch.device, num_slots: int):
         self.device, self.num_slots = device, num_slots
         self.stats = OffloadStats()
@@ -176,14 +177,14 @@ class ExpertCache:
         """Says that all uses of `slots` are queued: a later copy into one of them waits for them."""
         if self._stream is None:
             return
-        stream = torch.cuda.current_stream(self.device)
-        used = torch.cuda.Event()
+        slots, stream = list(slots), torch.cuda.current_stream(self.device)
         for slot in slots:
             earlier = self._used[slot]
             if earlier is not None and earlier[0] != stream:  # of another thread
                 stream.wait_event(earlier[1])
+        used = stream.record_event()
+        for slot in slots:  # not earlier: an interrupt would leave an event that nobody waits for
             self._used[slot] = (stream, used)
-        used.record(stream)
 
     def _start(self, placement: Placement) -> None:
         if self._stream is None:

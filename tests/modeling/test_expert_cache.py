@@ -211,6 +211,26 @@ def _interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
+def test_an_interrupted_release_forgets_no_use_of_another_stream(monkeypatch):
+    device = Device(monkeypatch, 0)
+    cache = device.cache
+    placement = cache.place(0, [0])
+    cache.fetch(placement)
+    device.read(0, 0, placement.slots[0])
+    cache.release(placement.slots.values())
+    device.current = device.compute[1]
+    cache.fetch(cache.place(0, [0]))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Event, "record", _interrupt)
+        cache.release(placement.slots.values())
+    cache.fetch(cache.place(1, range(SLOTS)))  # in every slot
+    while device.copies.step() or device.compute[1].step():
+        pass
+    assert float(cache.slots["weight"][placement.slots[0]]) == 0, "the first stream has not read it yet"
+    device.run()
+    assert device.reads == 1 and device.wrong == []
+
+
 def test_pinning_needs_a_gpu(monkeypatch):
     asked = []
     monkeypatch.setattr(expert_cache, "PinnedMemory", lambda tensor: asked.append(tensor) or SimpleNamespace(tensor=0))

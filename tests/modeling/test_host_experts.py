@@ -316,6 +316,21 @@ def test_an_error_in_a_pass_leaves_the_slots_usable(load):
             pass
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_inference_mode_may_begin_and_end_anywhere(load, form, kernels_of_few_tokens):
+    model, ids = load(form), tokens(batch=1, length=8)
+    with torch.inference_mode():
+        expected = model(ids).logits.clone()
+        offload(model, experts_on_device=0.5)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    found = model.generate(ids, **options)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(ids, **options), found)
+
+
 def test_compiled_calls_break_at_the_experts(load):
     model, ids = load(), tokens(batch=1, length=20)
     with torch.no_grad():
