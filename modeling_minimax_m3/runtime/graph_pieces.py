@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -41,9 +41,13 @@ class GraphPieces:
         _capturing.pieces = self
         try:
             function()
+        except BaseException:
+            with suppress(RuntimeError):  # which would hide why, also an interrupt
+                self._graphs[-1].capture_end()
+            raise
         finally:
             _capturing.pieces = None
-            self._graphs[-1].capture_end()
+        self._graphs[-1].capture_end()
 
     def add_host_step(self, step: HostStep) -> None:
         """Ends a piece. A replay enters `step()` before it queues the next piece, and leaves it afterwards.

@@ -75,6 +75,23 @@ def test_an_error_ends_the_capture(log):
     assert current_capture() is None
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_first_error_is_told(log, monkeypatch, error):
+    """CUDA ends a capture that went wrong with an error of its own, as does the end of a piece that never began."""
+
+    def end(graph):
+        log.append("end")
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def function():
+        raise error("in the model")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", end)
+    with pytest.raises(error, match="in the model"):
+        GraphPieces().capture(function)
+    assert log[-1] == "end" and current_capture() is None
+
+
 def test_other_threads_capture_nothing(log):
     found = []
 
