@@ -181,7 +181,7 @@ class HostSparseMoeBlock(MiniMaxM3VLSparseMoeBlock):
         """What is queued in this context finds the chosen experts in slots.
 
         Args:
-            cache (`ExpertCache`): Whose slots that work reads.
+            cache (`ExpertCache`): Whose slots it reads.
             choices (list of list of int): The K experts of each token, then those that it may choose in the next block.
             slot_ids ((tokens, K)): Gets the slots of the chosen experts; -1 for experts that this layer does not have.
 
