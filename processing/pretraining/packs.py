@@ -24,7 +24,7 @@ CHARACTERS_PER_TOKEN = 4
 SHORT_TOKENS = 1024  # up to where texts and recall are not "long"
 TOKENS_PER_FACT = 1000  # of a long row of recall, and no fewer facts than a short one has
 LONG_TRIES = 3  # to give a row of recall its length
-LONG_DRAWS = 4  # of facts and text, each with so many tries
+LONG_DRAWS = 8  # of facts and text, each with so many tries
 JUMP_SHARE = 0.5  # of the long rows, those whose positions jump
 MISSES = 4  # rows that do not fit before the rest of a pack is filled with code
 MIN_TOKENS = 16  # a shorter rest stays padding
@@ -189,8 +189,9 @@ class Packs(Dataset):
     def _long_recall(self, index: int, tokens: int) -> EncodedRow | None:
         """A row of so many tokens or up to 5% fewer.
 
-        If no try has such a length, the longest that has fewer, or None if all were longer. That is rare: the tries
-        with one draw often fail because another length gives the text another beginning, so others are drawn.
+        If no try has such a length, it is the longest of those that are short enough, or None. That is rare. The tries
+        of one draw may all fail: many questions leave little room for the text, and a text of another length begins
+        elsewhere.
         """
         best: EncodedRow | None = None
         for draw in range(LONG_DRAWS):
