@@ -107,7 +107,7 @@ def test_earlier_runs_are_told_oldest_first(load_script, finished, tmp_path):
 
 
 def test_options_of_long_rows_are_those_of_the_training_packs(load_script, tmp_path):
-    """Held-out packs keep the defaults, so that scores of runs can be compared."""
+    """Held-out packs keep the defaults, so these options change no held-out row."""
     options = ("--long_share", "0.9", "--long_spread", "2", "--most_positions", "4096")
     trainer = load_script("pretrain").prepare([*OPTIONS, "--output_dir", str(tmp_path), *options])
     assert trainer.train_dataset.long_rows == LongRows(share=0.9, spread=2.0, most_positions=4096)
