@@ -106,8 +106,8 @@ class PretrainingOptions:
     most_positions: int = field(
         default=0,
         metadata={
-            "help": "positions of half of the long rows jump, to this number at most, so that the model meets distances of "
-            "longer rows; 0: none do"
+            "help": "positions of half of the long rows jump, and stay below this number, so that the model meets "
+            "distances of longer rows; 0: none do"
         },
     )
     eval_packs: int = field(default=8, metadata={"help": "held-out packs of an evaluation"})
@@ -230,16 +230,10 @@ def prepare(argv: list[str]) -> PackTrainer:
     set_seed(training.seed)
     packs_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     data: dict[str, Any] = {"tokens": options.pack_tokens, "weights": weights, "seed": training.seed}
-    stages = options.parsed_stages()
+    stages, long_rows = options.parsed_stages(), options.long_rows()
     model, processor = prepare_model(options, weights, training.seed)
-    train = Packs(
-        processor,
-        "train",
-        packs_per_step * training.max_steps,
-        stages=stages,
-        long_rows=options.long_rows(),
-        **data,
-    )
+    num_packs = packs_per_step * training.max_steps
+    train = Packs(processor, "train", num_packs, stages=stages, long_rows=long_rows, **data)
     heldout = Packs(processor, "heldout", options.eval_packs, stages=[Stage(1.0, stages[-1].max_length)], **data)
     check_rows_fit(heldout)
 

@@ -47,7 +47,7 @@ class EncodedRow:
         labels (int64 (tokens,)): The same, -100 where the model learns nothing.
         modality (str): The modality of the row.
         answers (list of Answer): The answers of a chat, in order.
-        jump (tuple of int or None): A token from which positions are so much larger.
+        jump ((start, size), optional): Positions from token `start` on are larger by `size`.
         images, videos (list of (patches (patches, channels * time * side * side), grids (chunks, 3))): Pixels in
             float32, in the order of their placeholders.
     """

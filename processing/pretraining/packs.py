@@ -24,6 +24,7 @@ CHARACTERS_PER_TOKEN = 4
 SHORT_TOKENS = 1024  # up to where texts and recall are not "long"
 TOKENS_PER_FACT = 1000  # of a long row of recall, and no fewer facts than a short one has
 LONG_TRIES = 3  # to give a row of recall its length
+LONG_DRAWS = 8  # of facts and text, each with so many tries
 JUMP_SHARE = 0.5  # of the long rows, those whose positions jump
 MISSES = 4  # rows that do not fit before the rest of a pack is filled with code
 MIN_TOKENS = 16  # a shorter rest stays padding
@@ -71,9 +72,10 @@ class LongRows:
         share (float): Of the packs that begin with one.
         spread (float): The longest of a stage has so many times the tokens of the shortest. Lengths are drawn on a
             logarithmic scale.
-        most_positions (int): Where this is above 0, half of the long rows have a place from which all positions are
-            larger, so that the last one is drawn from the length of the row to this number. So a model meets the
-            distances of longer rows than it reads.
+        most_positions (int): Where this is above 0, half of the long rows that are shorter have a place from which all
+            positions are larger, as if tokens were left out there. The length with these is drawn from the length of
+            the row to this number, which no position reaches. So a model meets the distances of longer rows than it
+            reads.
     """
 
     share: float = 0.4
@@ -185,23 +187,29 @@ class Packs(Dataset):
         return [encoded]
 
     def _long_recall(self, index: int, tokens: int) -> EncodedRow | None:
-        """A row of so many tokens or a little fewer. None if each try was longer."""
-        characters = self._characters("recall", tokens)
+        """A row of so many tokens or up to 5% fewer.
+
+        If no try has such a length, it is the longest of those that are short enough, or None. That is rare. The tries
+        of one draw may all fail: many questions leave little room for the text, and a text of another length begins
+        elsewhere.
+        """
         best: EncodedRow | None = None
-        for _ in range(LONG_TRIES):
-            numbers = random_numbers(self.seed, self.split, "long recall", index)
-            if tokens // TOKENS_PER_FACT > MAX_QUESTIONS:
-                row = many_facts_row(numbers, self.split, characters, tokens // TOKENS_PER_FACT)
-            else:
-                row = recall_row(numbers, self.split, characters)
-            encoded = self.encoder.encode(row)
-            assert encoded is not None  # there is no limit
-            length = len(encoded.ids)
-            if length <= tokens and (best is None or length > len(best.ids)):
-                best = encoded
-            if 0.95 * tokens <= length <= tokens:
-                break
-            characters = max(1, characters + int((0.975 * tokens - length) * characters / length))
+        for draw in range(LONG_DRAWS):
+            characters = self._characters("recall", tokens)
+            for _ in range(LONG_TRIES):
+                numbers = random_numbers(self.seed, self.split, "long recall", index + draw)
+                if tokens // TOKENS_PER_FACT > MAX_QUESTIONS:
+                    row = many_facts_row(numbers, self.split, characters, tokens // TOKENS_PER_FACT)
+                else:
+                    row = recall_row(numbers, self.split, characters)
+                encoded = self.encoder.encode(row)
+                assert encoded is not None  # there is no limit
+                length = len(encoded.ids)
+                if 0.95 * tokens <= length <= tokens:
+                    return encoded
+                if length <= tokens and (best is None or length > len(best.ids)):
+                    best = encoded
+                characters = max(1, characters + int((0.975 * tokens - length) * characters / length))
         return best
 
     def _characters(self, task: str, tokens: int) -> int:
@@ -218,8 +226,9 @@ def join_rows(rows: Sequence[EncodedRow], tokens: int, padding: int) -> dict[str
     """One line of `tokens` tokens.
 
     Returns:
-        `input_ids`, `labels` and `position_ids`, int64 (1, tokens); `lengths` of the rows and of the padding; `modalities` of the rows;
-        `answers`, a list of (task, kind, first token, token after the last); and pixels as the processor returns them.
+        `input_ids`, `labels` and `position_ids`, int64 (1, tokens); `lengths` of the rows and of the padding;
+        `modalities` of the rows; `answers`, a list of (task, kind, first token, token after the last); and pixels as the
+        processor returns them. Positions start with 0 in each row and in the padding.
     """
     ids, labels = np.full(tokens, padding, np.int64), np.full(tokens, IGNORED, np.int64)
     positions = np.arange(tokens)

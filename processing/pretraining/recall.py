@@ -63,7 +63,7 @@ CITIES = (
 )
 MAX_QUESTIONS = 10
 MAX_FACTS = 100  # of a long row that are asked for
-EARLY = 0.25  # the beginning of a long text, where half of its facts are
+EARLY = 0.25  # the beginning of a long text, where half of its facts are put; the others may be anywhere
 
 
 def filler(numbers: random.Random, split: str, characters: int) -> list[str]:
@@ -106,7 +106,8 @@ def many_facts_row(numbers: random.Random, split: str, characters: int, facts: i
     """Numbers of many things, or many variables, each asked for once.
 
     The answer to a question is three digits, so a long text needs many questions to teach anything. Half of the facts
-    stand in its first quarter, far from the questions. Many things share a word.
+    that are asked for are put into its first quarter, far from the questions, and the others anywhere. Many things
+    share a word.
 
     Args:
         numbers (random.Random): Source of all choices.
@@ -128,7 +129,9 @@ def _in_any_order(numbers: random.Random, row: Row) -> Row:
     turns = [turns[place] for place in order]
     turns[0][0]["content"] = [*opening, *turns[0][0]["content"]]
     lists = {name: [row[name][place] for place in order] for name in ("questions", "answers")}
-    return row | lists | {"messages": [message for turn in turns for message in turn]}
+    by_question = {name: row["scene"][name] for name in ("keys", "asked", "depths") if name in row["scene"]}
+    scene = row["scene"] | {name: [values[place] for place in order] for name, values in by_question.items()}
+    return row | lists | {"messages": [message for turn in turns for message in turn], "scene": scene}
 
 
 def _depths(numbers: random.Random, count: int, depths: Sequence[float] | None) -> list[float]:

@@ -1,5 +1,7 @@
 """What the tests of the pretraining data share."""
 
+import re
+
 from processing_minimax_m3.pretraining import WEIGHTS
 
 
@@ -26,3 +28,19 @@ def media(row: dict, kind: str) -> list:
     """The images or videos of a chat, in order."""
     parts = [part for m in row.get("messages", ()) if isinstance(m.get("content"), list) for part in m["content"]]
     return [part[kind] for part in parts if part["type"] == kind]
+
+
+def check_recall(row: dict) -> None:
+    """Every answer follows from the facts in the text."""
+    text = row["messages"][0]["content"][0]["text"]
+    values: dict[str, str] = {}
+    for line in text.split("\n"):
+        if match := re.fullmatch(r"The number of the (\w+ \w+) is (\d+)\.", line):
+            values[match[1]] = match[2]
+        elif match := re.fullmatch(r"set (\w+) = (\w+)", line):
+            values[match[1]] = values.get(match[2], match[2])
+        elif match := re.fullmatch(r"The secret meeting is in (\w+) at (\d+) o'clock\.", line):
+            values |= {"city": match[1], "hour": match[2]}
+    for question, answer in zip(question_texts(row), row["answers"], strict=True):
+        name = re.search(r"number of the (.+)\?|value of (.+)\?|(city)|(hour)", question)
+        assert values[next(filter(None, name.groups()))] == answer

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from configuration_minimax_m3 import small_config, tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
-from processing_minimax_m3.pretraining import Packs, Stage, collate_packs, parse_stages
+from processing_minimax_m3.pretraining import LongRows, Packs, Stage, collate_packs, parse_stages
 from processing_minimax_m3.pretraining.packs import join_rows
 
 STEPS = 6
@@ -104,6 +104,14 @@ def test_earlier_runs_are_told_oldest_first(load_script, finished, tmp_path):
     pretrain.save_final(trainer, tmp_path / "final", argv, {})
     record = json.loads((tmp_path / "final" / "training.json").read_text())
     assert record["earlier_runs"] == [{"seed": 1}, {"seed": 2}]
+
+
+def test_options_of_long_rows_are_those_of_the_training_packs(load_script, tmp_path):
+    """Held-out packs keep the defaults, so these options change no held-out row."""
+    options = ("--long_share", "0.9", "--long_spread", "2", "--most_positions", "4096")
+    trainer = load_script("pretrain").prepare([*OPTIONS, "--output_dir", str(tmp_path), *options])
+    assert trainer.train_dataset.long_rows == LongRows(share=0.9, spread=2.0, most_positions=4096)
+    assert trainer.eval_dataset.long_rows == LongRows()
 
 
 def test_tree_without_git_has_no_commit(load_script, tmp_path, monkeypatch):
@@ -230,6 +238,11 @@ def test_right_answers_count_as_right(load_script, processor, monkeypatch):
         (("--init_from", "run/final"), "`--config` has no effect with `--init_from`"),
         (("--max_steps", "-1"), "`--max_steps` must be at least 1"),
         (("--indexer_warmup_share", "2"), "`--indexer_warmup_share` must be from 0 to 1, got 2"),
+        (("--long_share", "1.5"), "`--long_share` must be from 0 to 1, got 1.5"),
+        (("--long_share", "nan"), "`--long_share` must be from 0 to 1, got nan"),
+        (("--long_spread", "0.5"), "`--long_spread` must be at least 1, got 0.5"),
+        (("--long_spread", "nan"), "`--long_spread` must be at least 1, got nan"),
+        (("--most_positions", "-1"), "`--most_positions` must be at least 0, got -1"),
         (("--tasks", "poetry=1"), "poetry"),
         (("--tasks", "image=many"), "`--tasks` must be NAME=WEIGHT.*'image=many'"),
         (("--stages", "4096:1"), "pack of 2048 tokens cannot hold"),

@@ -22,7 +22,7 @@ from processing_minimax_m3.pretraining.rows import random_numbers
 from processing_minimax_m3.pretraining.scenes import COLOURS, COUNTS, SHAPES
 from processing_minimax_m3.pretraining.text import reference_pages, source_paths
 
-from .pretraining_cases import available_tasks, media, question_texts
+from .pretraining_cases import available_tasks, check_recall, media, question_texts
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60
@@ -215,21 +215,6 @@ def check_timeline(frames: np.ndarray, scene: dict, question: str, answer: str) 
         assert names.index(answer) == names.index(match[1]) + 1
     else:
         assert answer == {"What appears first?": timeline[0], "What appears last?": timeline[-1]}[question]
-
-
-def check_recall(row: dict) -> None:
-    text = row["messages"][0]["content"][0]["text"]
-    values: dict[str, str] = {}
-    for line in text.split("\n"):
-        if match := re.fullmatch(r"The number of the (\w+ \w+) is (\d+)\.", line):
-            values[match[1]] = match[2]
-        elif match := re.fullmatch(r"set (\w+) = (\w+)", line):
-            values[match[1]] = values.get(match[2], match[2])
-        elif match := re.fullmatch(r"The secret meeting is in (\w+) at (\d+) o'clock\.", line):
-            values |= {"city": match[1], "hour": match[2]}
-    for question, answer in zip(question_texts(row), row["answers"], strict=True):
-        name = re.search(r"number of the (.+)\?|value of (.+)\?|(city)|(hour)", question)
-        assert values[next(filter(None, name.groups()))] == answer
 
 
 @pytest.mark.parametrize("make", [key_value_row, variable_row, needle_row])
