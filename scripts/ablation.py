@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from ablation_report import compare, plot_ablation, print_comparison
-from ablation_runs import ARMS, JOINT, arm_config, check_start, train_run, write_packs
+from ablation_runs import ARMS, JOINT, arm_config, check_start, covered_tokens, train_run, write_packs
 from checkpoint_folder import check_checkpoint
 from make_tiny_checkpoint import build_processor
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
@@ -49,7 +49,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="state the budget and stop; `output` is not needed")
     parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)} (all)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
-    parser.add_argument("--size", choices=("small", "tiny"), default="small", help="of the model; tiny is for tests")
+    parser.add_argument("--size", choices=("small", "tiny"), help="of the model (small); tiny is for tests")
     parser.add_argument(
         "--init_from", default="", help="folder of a checkpoint whose weights, sizes and tokenizer all runs start with"
     )
@@ -87,6 +87,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.init_from:
         check_checkpoint(Path(arguments.init_from), "--init_from")
         check_start(arguments.arms, arguments.init_from)
+        if arguments.size is not None:
+            raise ValueError(
+                f"`--size` has no effect with `--init_from`, whose folder has the sizes, got {arguments.size}."
+            )
     for name in ("seeds", "steps", "evaluations", "eval_packs", "seconds", "learning_rate"):
         if getattr(arguments, name) <= 0:
             raise ValueError(f"`--{name}` must be above 0, got {getattr(arguments, name)}.")
@@ -111,6 +115,8 @@ def budget(arguments: argparse.Namespace) -> dict[str, Any]:
         parameters[name] = model.num_parameters()
     return {
         "arms": arguments.arms,
+        "longest_row": parse_stages(arguments.stages)[-1].max_length,
+        "covered_tokens": covered_tokens(config),
         "init_from": arguments.init_from,
         "learning_rate": arguments.learning_rate,
         "long_share": arguments.long_share,
@@ -131,6 +137,13 @@ def print_budget(plan: dict[str, Any]) -> None:
         f"{plan['runs']} runs ({len(plan['arms'])} arms, {plan['seeds']} seeds) of {plan['steps']:,} steps of "
         f"{plan['pack_tokens']:,} tokens: {plan['tokens'] / 1e6:.1f}M tokens each, {plan['seconds']:.0f} seconds at most"
     )
+    if plan["init_from"]:
+        print(f"  all start with the weights of {plan['init_from']}")
+    if plan["longest_row"] < plan["covered_tokens"]:
+        print(f"  no coverage: it is measured in texts of {plan['covered_tokens']:,} tokens, and no row is that long")
+    print(
+        f"  learning rate up to {plan['learning_rate']:g}; {plan['long_share']:.0%} of the packs begin with a long row"
+    )
     for name, size in plan["parameters"].items():
         arm = ARMS[name]
         print(f"  {name}: {size:,} parameters, {arm.attention}, rows of {', '.join(arm.modalities)}")
@@ -144,15 +157,19 @@ def make_data(arguments: argparse.Namespace, folder: Path) -> None:
     else:
         processor = build_processor(arm_config(ARMS[JOINT], arguments.size), tokenizer_texts(weights))
     stages = parse_stages(arguments.stages)
-    data: dict[str, Any] = {
-        "tokens": arguments.pack_tokens,
-        "weights": weights,
-        "long_rows": LongRows(arguments.long_share),
-    }
+    data: dict[str, Any] = {"tokens": arguments.pack_tokens, "weights": weights}
     last = [Stage(1.0, stages[-1].max_length)]
     sources = {"heldout": Packs(processor, "heldout", arguments.eval_packs, stages=last, **data)}
     for seed in range(arguments.seeds):
-        sources[str(seed)] = Packs(processor, "train", arguments.steps, stages=stages, seed=seed, **data)
+        sources[str(seed)] = Packs(
+            processor,
+            "train",
+            arguments.steps,
+            stages=stages,
+            seed=seed,
+            long_rows=LongRows(arguments.long_share),
+            **data,
+        )
     total = sum(len(packs) for packs in sources.values())
     with tqdm(total=total, desc="packs", unit="pack", disable=None, mininterval=1) as progress:
         for name, packs in sources.items():

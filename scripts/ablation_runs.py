@@ -52,7 +52,7 @@ INDEXER_LOSS_COEF = 1.0
 SHORTEST_COVERED = 4  # times the tokens that a query selects: documents whose coverage is measured
 
 
-def arm_config(arm: Arm, size: str, init_from: str = "") -> MiniMaxM3VLConfig:
+def arm_config(arm: Arm, size: str | None = None, init_from: str = "") -> MiniMaxM3VLConfig:
     """The model of an arm.
 
     The small size is `small_config`, but a query selects 8 blocks of 64 keys, so that texts of 4096
@@ -69,7 +69,7 @@ def arm_config(arm: Arm, size: str, init_from: str = "") -> MiniMaxM3VLConfig:
         "layer_types": [FULL_ATTENTION.name] + [arm.attention] * (layers - 1),
         "output_router_logits": True,
     }
-    if size == "small":
+    if size != "tiny":
         fields |= {"index_block_size": 64, "index_topk_blocks": 8, "structured_local_blocks": 2}
         fields |= {"structured_anchor_blocks": 2, "structured_anchor_stride": 4, "structured_random_blocks": 4}
         return small_config(**fields)
@@ -78,15 +78,25 @@ def arm_config(arm: Arm, size: str, init_from: str = "") -> MiniMaxM3VLConfig:
 
 
 def check_start(arms: Iterable[str], init_from: str) -> None:
-    """Raises `ValueError` if a checkpoint lacks the indexers that one of the arms starts with."""
+    """Raises `ValueError` if the arms cannot start with a checkpoint: its indexers would be lost, or an arm lacks them."""
     wanted = LEARNED_SPARSE.name
     found = MiniMaxM3VLConfig.from_pretrained(init_from).text_config.layer_types
+    if found[0] != FULL_ATTENTION.name:
+        raise ValueError(
+            f"`--init_from` must have {FULL_ATTENTION.name} in its first layer, got {found} in {init_from}."
+        )
     for name in arms:
         if ARMS[name].attention == wanted and set(found[1:]) != {wanted}:
             raise ValueError(
                 f"`--init_from` must have indexers in all layers but the first for the arm {name!r}, so that all but the "
                 f"first of its `layer_types` are {wanted}, got {found} in {init_from}."
             )
+
+
+def covered_tokens(config: MiniMaxM3VLConfig) -> int:
+    """Least tokens of a text in which the coverage of the selected blocks is measured."""
+    text = config.text_config
+    return SHORTEST_COVERED * text.index_topk_blocks * text.index_block_size
 
 
 class PackWriter(Dataset):
@@ -160,7 +170,7 @@ def train_run(name: str, seed: int, data: Path, folder: Path, options: dict[str,
 
     Args:
         name (str): A name of `ARMS`.
-        seed (int): Seed of the weights. The packs are those of `data / str(seed)`.
+        seed (int): Seed of the weights, if they are new. The packs are those of `data / str(seed)`.
         data (Path): Folder of the packs; "heldout" in it has those of the evaluations, for all seeds.
         folder (Path): The folder of the run.
         options (dict): `size`, `init_from`, `learning_rate`, `steps`, `evaluations`, `eval_packs`, `seconds`,
@@ -218,8 +228,7 @@ def train_run(name: str, seed: int, data: Path, folder: Path, options: dict[str,
         "coverage": [],
     }
     if arm.attention != FULL_ATTENTION.name:
-        text = config.text_config
-        length = SHORTEST_COVERED * text.index_topk_blocks * text.index_block_size
+        length = covered_tokens(config)
         rows = (row for index in range(len(heldout)) for row in heldout.rows(index))
         documents = [row.ids for row in rows if len(row.ids) >= length and row.modality in TEXT]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=torch.cuda.is_available()):

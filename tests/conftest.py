@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
-# No module is garbage, so nothing is collected while they are imported.
+# No test module is garbage, so nothing is collected while they are imported.
 gc.disable()
 
 # The models are so small that a second thread only waits for the first, for very long where the machine is busy.
@@ -107,11 +107,17 @@ def tiny_checkpoint(load_script, tmp_path_factory) -> Path:
     return load_script("make_tiny_checkpoint").make_tiny_checkpoint(tmp_path_factory.mktemp("tiny_checkpoint"))
 
 
-def pytest_collection_finish(session) -> None:
-    """Collections leave out all that is there before the first test: a walk through it takes about half a second.
+def pytest_sessionstart(session) -> None:
+    """The process that hands tests to others finishes no collection of tests."""
+    if getattr(session.config.option, "numprocesses", None):
+        gc.enable()
 
-    `Trainer` and Accelerate collect in every run. Without a GPU, whose memory garbage may hold, other collections are rare:
-    compiling makes many objects.
+
+def pytest_collection_finish(session) -> None:
+    """Garbage collections leave out all that is there before the first test: a walk through it takes half a second.
+
+    `Trainer` and Accelerate collect in every run. Without a GPU, other collections are rare too, because `torch.compile`
+    makes many objects. With one, garbage may hold its memory.
     """
     gc.enable()
     if not torch.cuda.is_available():

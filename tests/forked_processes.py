@@ -129,7 +129,7 @@ def _run(arguments: Sequence[str], environment: dict[str, str], outputs: list[st
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if isinstance(error.code, str):
+        if error.code is not None and not isinstance(error.code, int):
             print(error.code, file=sys.stderr)
     except BaseException:
         code = 1

@@ -42,7 +42,7 @@ _stream_lock = threading.Lock()  # two threads must not capture on one stream
 # Memory that no graph uses now, for the next capture: PyTorch would keep that of a deleted graph until the card is full.
 # A graph that nobody replays holds it. It must not be a captured pass, because one with collectives has to end before
 # the processes part.
-_idle_memory: dict[torch.device, list[torch.cuda.CUDAGraph]] = {}
+_idle_memory: dict[torch.device, list[GraphPieces]] = {}
 
 
 def obstacle_of_model(model: PreTrainedModel) -> str | None:
@@ -290,10 +290,8 @@ class _CapturedPass:
         def capture() -> None:
             nonlocal holder
             if holder is None:
-                new = torch.cuda.CUDAGraph()
-                new.capture_begin(capture_error_mode="thread_local")
-                torch.zeros(1, device=self._tokens.device)
-                new.capture_end()
+                new = GraphPieces()
+                new.capture(lambda: torch.zeros(1, device=self._tokens.device))
                 holder = new
             graph.capture(self._forward, holder.pool())
 

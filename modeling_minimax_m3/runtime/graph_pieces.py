@@ -42,12 +42,16 @@ class GraphPieces:
         try:
             function()
         except BaseException:
-            with suppress(RuntimeError):  # which would hide why, also an interrupt
+            with suppress(RuntimeError):  # its own error must not replace the first one
                 self._graphs[-1].capture_end()
             raise
         finally:
             _capturing.pieces = None
         self._graphs[-1].capture_end()
+
+    def pool(self) -> Any:
+        """The memory that all pieces share."""
+        return self._graphs[0].pool()
 
     def add_host_step(self, step: HostStep) -> None:
         """Ends a piece. A replay enters `step()` before it queues the next piece, and leaves it afterwards.

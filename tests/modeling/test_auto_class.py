@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +20,6 @@ from modeling_minimax_m3 import (
     MiniMaxM3VLVisionModel,
 )
 from processing_minimax_m3 import MiniMaxM3VLImageProcessor, MiniMaxM3VLProcessor, MiniMaxM3VLVideoProcessor
-
-from ..forked_processes import run_python
 
 pytestmark = pytest.mark.compatibility
 
@@ -130,7 +129,8 @@ def test_loading_where_nothing_imports_the_package(register, tiny_checkpoint, mo
     MiniMaxM3SparseForConditionalGeneration.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "saved")
     MiniMaxM3VLProcessor.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "saved")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    run = run_python("-c", LOAD, "saved", what, folder=tmp_path)
+    # A process of its own: Transformers reads the variable when it is imported.
+    run = subprocess.run([sys.executable, "-c", LOAD, "saved", what], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     stock, ours = run.stdout.splitlines()
     assert set(stock.split()) == {"transformers"}

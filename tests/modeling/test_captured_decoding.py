@@ -309,7 +309,7 @@ def test_memory_of_a_capture_that_failed_is_used_again(model, make_tokens, monke
         for position in range(LENGTH, 34):
             pair.step(position, position + 1)
     assert len(passes_over) == 3 and len(holders) == 1
-    assert list(captured._idle_memory.values()) == [holders]
+    assert [[idle.pool() for idle in all_idle] for all_idle in captured._idle_memory.values()] == [[id(holders[0])]]
 
 
 def test_the_caller_waits_for_a_pass_that_failed(model, monkeypatch):

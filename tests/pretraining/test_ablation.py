@@ -12,10 +12,11 @@ from processing_minimax_m3.pretraining import LongRows, Packs, Stage
 
 from ..forked_processes import start_python
 
-SMALL = (
-    *("--size", "tiny", "--steps", "2", "--evaluations", "1", "--eval_packs", "1", "--pack_tokens", "1024"),
+SHORT = (
+    *("--steps", "2", "--evaluations", "1", "--eval_packs", "1", "--pack_tokens", "1024"),
     *("--stages", "512:1", "--tasks", "image,code", "--workers", "0"),
 )  # fmt: skip
+SMALL = ("--size", "tiny", *SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +219,7 @@ def test_arms_start_with_the_weights_of_a_checkpoint(scripts, checkpoint, tmp_pa
         str(tmp_path),
     ]
     with pytest.raises(Started) as started:
-        scripts.ablation.main([str(tmp_path / "out"), *SMALL, *arguments])
+        scripts.ablation.main([str(tmp_path / "out"), *SHORT, *arguments])
     model, training = started.value.args
     assert training.learning_rate == 3e-4
     kind = scripts.ablation_runs.ARMS[arm].attention
@@ -232,7 +233,7 @@ def test_arms_start_with_the_weights_of_a_checkpoint(scripts, checkpoint, tmp_pa
 
 def test_data_of_a_checkpoint_have_its_tokens(scripts, checkpoint, processor, tmp_path):
     options = ["--init_from", str(checkpoint), "--long_share", "1", "--tasks", "code", "--seeds", "1"]
-    arguments = scripts.ablation.read_arguments([str(tmp_path / "out"), *SMALL, *options, "--stages", "1100:1"])
+    arguments = scripts.ablation.read_arguments([str(tmp_path / "out"), *SHORT, *options, "--stages", "1100:1"])
     arguments.pack_tokens, arguments.tasks = 1100, ["code"]
     scripts.ablation.make_data(arguments, tmp_path)
     (row, *_) = scripts.ablation_runs.WrittenPacks(tmp_path / "0", 1, ("code",), 0).rows(0)
@@ -241,6 +242,9 @@ def test_data_of_a_checkpoint_have_its_tokens(scripts, checkpoint, processor, tm
         processor, "train", 2, tokens=1100, stages=[Stage(1.0, 1100)], weights={"code": 1.0}, long_rows=LongRows(1.0)
     ).rows(0)
     assert row.ids.tolist() == same.ids.tolist()
+    found = scripts.ablation_runs.WrittenPacks(tmp_path / "heldout", 1, ("code",), 0).rows(0)
+    expected = Packs(processor, "heldout", 1, tokens=1100, stages=[Stage(1.0, 1100)], weights={"code": 1.0}).rows(0)
+    assert [row.ids.tolist() for row in found] == [row.ids.tolist() for row in expected], "whatever the share"
 
 
 def test_a_checkpoint_without_indexers_cannot_start_the_learned_arm(scripts, checkpoint, tmp_path):
@@ -254,6 +258,12 @@ def test_a_checkpoint_without_indexers_cannot_start_the_learned_arm(scripts, che
     scripts.ablation.main(["--plan", "--init_from", str(folder), "--arms", "dense,structured"])
     with pytest.raises(SystemExit, match="`--init_from` must be the folder of a checkpoint"):
         scripts.ablation.main(["--plan", "--init_from", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="`--size` has no effect with `--init_from`"):
+        scripts.ablation.main(["--plan", "--init_from", str(folder), "--arms", "dense", "--size", "small"])
+    config["text_config"]["layer_types"][0] = "minimax_m3_structured"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="`--init_from` must have full_attention in its first layer"):
+        scripts.ablation.main(["--plan", "--init_from", str(folder), "--arms", "dense"])
 
 
 def test_comparison_needs_its_folder(scripts, capsys):

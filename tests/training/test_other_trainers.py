@@ -68,7 +68,7 @@ json.dump(["", found], open(sys.argv[3], "w"))
 """
 
 
-def run_python(*arguments, folder: Path, **variables: str) -> None:
+def run_trainer(*arguments, folder: Path, **variables: str) -> None:
     path = os.pathsep.join([str(EXAMPLES), *filter(None, sys.path)])
     offline = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
     process = subprocess.run(
@@ -84,7 +84,7 @@ def run_python(*arguments, folder: Path, **variables: str) -> None:
 def tokens(code: str, checkpoint: Path, rows: list[dict], folder: Path, **variables: str) -> tuple[str, list]:
     """The module of the model's class, and ids and labels of each row."""
     (folder / "rows.json").write_text(json.dumps(rows))
-    run_python("-c", code, checkpoint, folder / "rows.json", folder / "found.json", folder=folder, **variables)
+    run_trainer("-c", code, checkpoint, folder / "rows.json", folder / "found.json", folder=folder, **variables)
     return tuple(json.loads((folder / "found.json").read_text()))
 
 
@@ -169,7 +169,7 @@ def test_swift_trains(tiny_checkpoint, rows, tmp_path):
     flags += ["--target_parameters", *EXPERTS, "--max_steps", "2", "--report_to", "none", "--add_version", "false"]
     flags += ["--use_cpu", "true", "--torch_dtype", "float32", "--model_type", "minimax_m3_vl", "--output_dir", "run"]
     command = ["-m", "swift.cli.sft", "--model", tiny_checkpoint, "--external_plugins", plugin, "--dataset", data]
-    run_python(*command, *flags, folder=tmp_path)
+    run_trainer(*command, *flags, folder=tmp_path)
     check_adapter(tmp_path / "run" / "checkpoint-2", experts=True)
 
 
@@ -210,7 +210,7 @@ def test_llamafactory_trains(tiny_checkpoint, rows, tmp_path):
         "use_cpu": True,
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    run_python(EXAMPLES / "llamafactory_train.py", "config.yaml", folder=tmp_path, DISABLE_VERSION_CHECK="1")
+    run_trainer(EXAMPLES / "llamafactory_train.py", "config.yaml", folder=tmp_path, DISABLE_VERSION_CHECK="1")
     check_adapter(tmp_path / "run", experts=False)
 
 
@@ -246,5 +246,5 @@ def test_axolotl_trains(tiny_checkpoint, picture, tmp_path):
         "output_dir": str(tmp_path / "run"),
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    run_python("-m", "axolotl.cli.train", "config.yaml", folder=tmp_path)
+    run_trainer("-m", "axolotl.cli.train", "config.yaml", folder=tmp_path)
     check_adapter(tmp_path / "run", experts=True)

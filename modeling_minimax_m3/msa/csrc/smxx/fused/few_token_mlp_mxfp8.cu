@@ -220,6 +220,10 @@ __global__ void __launch_bounds__(WideStream::kThreads, WideStream::kBlocks)
   multiply_tiles<WideStream>(source);
 }
 
+// Static shared memory of a thread block, at most: the list of experts, the sums of its warps, gaps.
+constexpr int kStaticBytes =
+    sizeof(ChosenExperts) + 2 * WideStream::kThreads * sizeof(RowSums) + 256;
+
 int64_t gate_up_bytes(const FewTokenMlpParams& params) {
   return states_bytes(int64_t{params.num_tokens} * (params.hidden / kUnitChannels));
 }
@@ -239,14 +243,14 @@ bool supports_few_token_mlp_mxfp8(const FewTokenMlpParams& params) {
          can_load_scales(params.gate_up) && can_load_scales(params.down) &&
          can_load_scales(params.expert_gate_up) && can_load_scales(params.expert_down) &&
          int64_t{std::max(params.width, params.expert_width)} * params.hidden <= INT32_MAX &&
-         std::max(gate_up_bytes(params), down_bytes(params)) <= most_shared_bytes();
+         std::max(gate_up_bytes(params), down_bytes(params)) <= most_shared_bytes<kStaticBytes>();
 }
 
 void launch_few_token_mlp_mxfp8(const FewTokenMlpParams& params, cudaStream_t stream) {
   const int64_t pairs = int64_t{params.num_tokens} * params.num_choices;
   const int64_t most_tiles = (params.width + pairs * params.expert_width) / kRows;
-  launch_stream<gate_up_kernel, NarrowStream>(params, most_tiles, gate_up_bytes(params), stream);
-  launch_stream<down_kernel, WideStream>(params, params.hidden / kTileRows, down_bytes(params),
+  launch_stream<gate_up_kernel, NarrowStream, kStaticBytes>(params, most_tiles, gate_up_bytes(params), stream);
+  launch_stream<down_kernel, WideStream, kStaticBytes>(params, params.hidden / kTileRows, down_bytes(params),
                                          stream);
 }
 

@@ -269,9 +269,9 @@ inline int64_t states_bytes(int64_t units) {
   return (kFirstStates + units) * sizeof(UnitStates);
 }
 
-// Dynamic shared memory that a thread block of any kernel here may have.
-inline int most_shared_bytes() {
-  constexpr int kStatic = 24 << 10;  // more than any kernel here has
+// Dynamic shared memory that a thread block of any kernel here may have beside `kStatic` bytes.
+template <int kStatic>
+int most_shared_bytes() {
   int device = 0, most = 0;
   MSA_CHECK_CUDA(cudaGetDevice(&device));
   MSA_CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
@@ -279,11 +279,11 @@ inline int most_shared_bytes() {
 }
 
 // Launches as many thread blocks as run at the same time, and no more than there are tiles.
-template <auto kKernel, typename Shape, typename Params>
+template <auto kKernel, typename Shape, int kStatic, typename Params>
 void launch_stream(const Params& params, int64_t tiles, int64_t shared_bytes, cudaStream_t stream) {
   // The same for every size: threads share this limit, and one must not lower it for another.
   MSA_CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      most_shared_bytes()));
+                                      most_shared_bytes<kStatic>()));
   const int64_t resident = int64_t{num_multiprocessors()} * Shape::kBlocks;
   launch_beside(kKernel, supports_early_launch<kKernel>(),
                 dim3(static_cast<unsigned>(std::min(tiles, resident))), Shape::kThreads,
