@@ -134,7 +134,7 @@ benchmark: $(INSTALLED)
 # how to replace these. Some minutes.
 small-model: $(INSTALLED)
 	$(BIN)/python scripts/write_model_card.py examples/minimax-m3-small \
-		--evaluation benchmarks/results/pretraining_scores.json
+		--evaluation benchmarks/results/pretraining_scores.json benchmarks/results/pretraining_recall_1m.json
 	$(BIN)/python scripts/plot_evaluation.py benchmarks/results/pretraining_scores.json docs/images/pretraining_scores.png
 	$(BIN)/python scripts/plot_curves.py benchmarks/results/pretraining_curves.jsonl benchmarks/results/pretraining_curves_2.jsonl benchmarks/results/pretraining_curves_3.jsonl docs/images/pretraining_curves.png
 	$(BIN)/python scripts/ablation.py plot benchmarks/results/pretraining_ablation.json docs/images/ablation.png

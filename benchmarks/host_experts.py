@@ -153,6 +153,8 @@ def decode(
     started = 0.0
     for step in range(warm_up + measured):
         if step == warm_up:
+            if isinstance(step_of, CapturedDecoding):
+                workloads.graph_of(step_of)  # raises an error if the step was not captured
             torch.cuda.synchronize()
             reset()
             started = time.perf_counter()

@@ -7,7 +7,7 @@ Every figure comes from files: `training.json` and `config.json` of the checkpoi
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from textwrap import fill
@@ -59,8 +59,13 @@ def trained(record: dict[str, Any]) -> str:
         "language reference, drawn scenes and videos, and scikit-learn's handwritten digits. Held-out rows share no file "
         "and no digit with the training rows."
     )
+    if len(runs) > 1:
+        text += "\n" + paragraph(
+            "Each run after the first started with the weights of the one before, which then stood in the folder that "
+            f'`--init_from` names. The command of run {len(runs)} stands under "Made by".'
+        )
     for number, run in enumerate(runs[:-1], 1):
-        text += f"\nThe command of run {number} of {len(runs)}; that of the last is below:\n\n"
+        text += f"\nRun {number} of {len(runs)}:\n\n"
         text += f"```bash\n{hide_in_command(run['command'])}\n```\n"
     return text
 
@@ -93,7 +98,8 @@ def evaluation_sections(results: dict[str, Any]) -> dict[str, str]:
         sections["Right answers to held-out questions"] = as_table(("task", "right", "95% interval", "answers"), rows)
     if recall := results.get("recall"):
         rows = [(f"{one['tokens']:,}", *as_share(one)) for one in recall]
-        sections["Recall by length"] = as_table(("tokens", "right", "95% interval"), rows)
+        one_kind = "One kind of question alone: the number of a thing.\n\n"
+        sections["Recall by length"] = one_kind + as_table(("tokens", "right", "95% interval"), rows)
     if perplexity := results.get("perplexity"):
         rows = [(f"{one['tokens']:,}", f"{one['perplexity']:.2f}") for one in perplexity]
         sections["Perplexity of held-out code"] = as_table(("tokens of context", "perplexity"), rows)
@@ -134,12 +140,30 @@ def as_share(scores: dict[str, Any]) -> tuple[str, str]:
     return f"{scores['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"
 
 
-def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None = None) -> ModelCard:
+def read_results(paths: Sequence[Path]) -> dict[str, Any]:
+    """The results of the first evaluation, and of the others their recall in longer texts.
+
+    Raises:
+        ValueError: A file has no scores.
+    """
+    results: dict[str, Any] = {}
+    for path in paths:
+        found = read_json(path)
+        if not evaluation_sections(found):
+            raise ValueError(f"`--evaluation` must be results of evaluate_pretraining.py, but {path} has no scores.")
+        longest = results["recall"][-1]["tokens"] if results.get("recall") else 0
+        recall = [*results.get("recall", []), *(one for one in found.get("recall", []) if one["tokens"] > longest)]
+        results = (results or found) | ({"recall": recall} if recall else {})
+    return results
+
+
+def make_card(folder: Path, evaluations: Sequence[Path] = (), load_as: str | None = None) -> ModelCard:
     """The card of a trained checkpoint.
 
     Args:
         folder (Path): The checkpoint.
-        evaluation (Path, optional): JSON file of an evaluation, whose scores then stand in place of the training's.
+        evaluations (sequence of Path): JSON files of evaluations, as `read_results` takes them. Their scores stand in
+            place of the training's.
         load_as (str, optional): What the examples load: a name on the Hub or a folder. Default: `folder`.
     """
     record = read_record(folder)
@@ -151,17 +175,11 @@ def make_card(folder: Path, evaluation: Path | None = None, load_as: str | None 
     )
     tasks = record.get("options", {}).get("tasks", "")
     sections = {"Questions that it knows": questions_section(tasks), "Architecture": architecture(folder)}
-    results: dict[str, Any] = {}
-    if evaluation is not None:
-        results = read_json(evaluation)
-        if not (found := evaluation_sections(results)):
-            raise ValueError(
-                f"`--evaluation` must be results of evaluate_pretraining.py, but {evaluation} has no scores."
-            )
-        sections |= found
-        if answers := results.get("answers"):
-            scores = {f"eval_accuracy_{task}": one["accuracy"] for task, one in answers.items()}
-            note = ""
+    results = read_results(evaluations)
+    sections |= evaluation_sections(results)
+    if answers := results.get("answers"):
+        scores = {f"eval_accuracy_{task}": one["accuracy"] for task, one in answers.items()}
+        note = ""
     sections["Training"] = trained(record) + (f"\n{paragraph(note)}" if note else "")
     sections["Limits"] = paragraph(
         "The model is made to show and test the architecture. It knows nothing about the world. The scores hold for the "
@@ -198,7 +216,13 @@ def main(argv: Iterable[str] | None = None) -> Path:
         description="Write the model card of a checkpoint that scripts/pretrain.py trained."
     )
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint, with training.json")
-    parser.add_argument("--evaluation", type=Path, help="JSON file with the results of an evaluation")
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        nargs="+",
+        default=(),
+        help="JSON files with the results of an evaluation, and then of recall in longer texts",
+    )
     parser.add_argument("--load_as", help="name on the Hub or folder that the examples load (the folder)")
     arguments = parser.parse_args(None if argv is None else list(argv))
     path = arguments.checkpoint / CARD

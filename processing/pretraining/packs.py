@@ -24,6 +24,7 @@ CHARACTERS_PER_TOKEN = 4
 SHORT_TOKENS = 1024  # up to where texts and recall are not "long"
 TOKENS_PER_FACT = 1000  # of a long row of recall, and no fewer facts than a short one has
 LONG_TRIES = 3  # to give a row of recall its length
+SHORTEST_SHARE = 0.95  # of that length, which a row may have
 LONG_DRAWS = 8  # of facts and text, each with so many tries
 JUMP_SHARE = 0.5  # of the long rows, those whose positions jump
 MISSES = 4  # rows that do not fit before the rest of a pack is filled with code
@@ -144,8 +145,10 @@ class Packs(Dataset):
         rows: list[EncodedRow] = []
         room, misses = self.tokens, 0
         if long_tasks and longest > SHORT_TOKENS and numbers.random() < self.long_rows.share:
-            rows += self._long_rows(numbers, long_tasks, longest)
-            room -= sum(len(row.ids) for row in rows)
+            long_row = self._long_row(numbers, long_tasks, longest)
+            if long_row is not None:
+                rows.append(long_row)
+                room -= len(long_row.ids)
         while room >= MIN_TOKENS and misses < MISSES:
             (task,) = numbers.choices(tasks, [self.weights[name] for name in tasks])
             wanted = min(_between(numbers, 128, min(longest, SHORT_TOKENS)), room)
@@ -169,8 +172,8 @@ class Packs(Dataset):
             room -= len(encoded.ids)
         return rows
 
-    def _long_rows(self, numbers: random.Random, tasks: Sequence[str], longest: int) -> list[EncodedRow]:
-        """One row, or none if recall did not find the length that was drawn."""
+    def _long_row(self, numbers: random.Random, tasks: Sequence[str], longest: int) -> EncodedRow | None:
+        """None if each try of a row of recall was longer than the length that was drawn."""
         (task,) = numbers.choices(tasks, [self.weights[name] for name in tasks])
         wanted = _between(numbers, max(int(longest / self.long_rows.spread), SHORT_TOKENS), longest)
         index = numbers.getrandbits(62)
@@ -180,11 +183,11 @@ class Packs(Dataset):
             text = make_row(task, self.split, index, seed=self.seed, characters=self._characters(task, wanted))
             encoded = self.encoder.encode(text, wanted)
         if encoded is None:
-            return []
+            return None
         length, most = len(encoded.ids), self.long_rows.most_positions
         if most > length and numbers.random() < JUMP_SHARE:
             encoded.jump = numbers.randrange(1, length), numbers.randint(0, most - length)
-        return [encoded]
+        return encoded
 
     def _long_recall(self, index: int, tokens: int) -> EncodedRow | None:
         """A row of so many tokens or up to 5% fewer.
@@ -194,22 +197,24 @@ class Packs(Dataset):
         elsewhere.
         """
         best: EncodedRow | None = None
+        facts = tokens // TOKENS_PER_FACT
         for draw in range(LONG_DRAWS):
             characters = self._characters("recall", tokens)
             for _ in range(LONG_TRIES):
                 numbers = random_numbers(self.seed, self.split, "long recall", index + draw)
-                if tokens // TOKENS_PER_FACT > MAX_QUESTIONS:
-                    row = many_facts_row(numbers, self.split, characters, tokens // TOKENS_PER_FACT)
+                if facts > MAX_QUESTIONS:
+                    row = many_facts_row(numbers, self.split, characters, facts)
                 else:
                     row = recall_row(numbers, self.split, characters)
                 encoded = self.encoder.encode(row)
                 assert encoded is not None  # there is no limit
                 length = len(encoded.ids)
-                if 0.95 * tokens <= length <= tokens:
+                if SHORTEST_SHARE * tokens <= length <= tokens:
                     return encoded
                 if length <= tokens and (best is None or length > len(best.ids)):
                     best = encoded
-                characters = max(1, characters + int((0.975 * tokens - length) * characters / length))
+                wanted = tokens * (1 + SHORTEST_SHARE) / 2
+                characters = max(1, characters + int((wanted - length) * characters / length))
         return best
 
     def _characters(self, task: str, tokens: int) -> int:

@@ -173,6 +173,22 @@ def test_scores_of_an_evaluation_take_the_place_of_those_of_training(load_script
     assert "had up to 16,384 tokens. Recall from this length on: 99.0% at 16,384, 50.0% at 32,768." in words
 
 
+def test_recall_in_longer_texts_may_come_from_another_evaluation(load_script, tiny_checkpoint, tmp_path):
+    copytree(tiny_checkpoint, tmp_path / "small")
+    record = RECORD | {"options": {"stages": "2048:0.4,16384:1"}}
+    (tmp_path / "small" / "training.json").write_text(json.dumps(record))
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    known = RESULTS["recall"][-1]
+    longer = [known | {"accuracy": 0.25}, known | {"tokens": 2 * known["tokens"], "accuracy": 0.125}]
+    (tmp_path / "longer.json").write_text(json.dumps({"recall": longer}))
+    options = ["--evaluation", str(tmp_path / "results.json"), str(tmp_path / "longer.json")]
+    body = read_card(load_script("write_model_card").main([str(tmp_path / "small"), *options]).read_text())[1]
+    words = " ".join(body.split())
+    assert "99.0% at 16,384, 50.0% at 32,768, 12.5% at 65,536." in words, (
+        "the first file decides where both have a length"
+    )
+
+
 def test_runs_that_follow_each_other_are_all_told(load_script, tiny_checkpoint, tmp_path):
     copytree(tiny_checkpoint, tmp_path / "small")
     first = RECORD | {"options": {"stages": "2048:0.4,16384:1"}}
@@ -183,9 +199,8 @@ def test_runs_that_follow_each_other_are_all_told(load_script, tiny_checkpoint, 
     body = read_card(load_script("write_model_card").main([str(tmp_path / "small"), *options]).read_text())[1]
     words = " ".join(body.split())
     assert "for 1,234 steps on a device, with seed 7, then for 55 steps on a device, with seed 8: text" in words
-    assert (
-        "run 1 of 2; that of the last is below: ```bash python scripts/pretrain.py --output_dir run --seed 7" in words
-    )
+    assert "Run 1 of 2: ```bash python scripts/pretrain.py --output_dir run --seed 7" in words
+    assert 'The command of run 2 stands under "Made by".' in words
     assert body.split("## Made by")[1].splitlines()[3] == "python next.py"
     assert "had up to 16,384 tokens." in words  # the longest rows of all runs
 
@@ -222,7 +237,8 @@ def test_card_of_the_shipped_checkpoint_is_up_to_date(load_script):
     """Its figures are those of its record: a card that was typed, or that belongs to another training, fails."""
     head, body = read_card((TRAINED / "README.md").read_text())
     record = json.loads((TRAINED / "training.json").read_text())
-    results = TRAINED.parents[1] / "benchmarks" / "results" / "pretraining_scores.json"
+    folder = TRAINED.parents[1] / "benchmarks" / "results"
+    results = [folder / "pretraining_scores.json", folder / "pretraining_recall_1m.json"]
     script = load_script("write_model_card")
     assert str(script.make_card(TRAINED, results, "examples/minimax-m3-small")) == (TRAINED / "README.md").read_text()
     assert f"for {record['steps']:,} steps on {record['device']}, with seed {record['seed']}" in " ".join(body.split())

@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(WideStream::kThreads, WideStream::kBlocks)
   multiply_tiles<WideStream>(source);
 }
 
-// Static shared memory of a thread block, at most: the list of experts, the sums of its warps, gaps.
+// Static shared memory of a thread block, at most: the list of experts, the sums of its warps,
+// gaps.
 constexpr int kStaticBytes =
     sizeof(ChosenExperts) + 2 * WideStream::kThreads * sizeof(RowSums) + 256;
 
@@ -249,9 +250,10 @@ bool supports_few_token_mlp_mxfp8(const FewTokenMlpParams& params) {
 void launch_few_token_mlp_mxfp8(const FewTokenMlpParams& params, cudaStream_t stream) {
   const int64_t pairs = int64_t{params.num_tokens} * params.num_choices;
   const int64_t most_tiles = (params.width + pairs * params.expert_width) / kRows;
-  launch_stream<gate_up_kernel, NarrowStream, kStaticBytes>(params, most_tiles, gate_up_bytes(params), stream);
-  launch_stream<down_kernel, WideStream, kStaticBytes>(params, params.hidden / kTileRows, down_bytes(params),
-                                         stream);
+  launch_stream<gate_up_kernel, NarrowStream, kStaticBytes>(params, most_tiles,
+                                                            gate_up_bytes(params), stream);
+  launch_stream<down_kernel, WideStream, kStaticBytes>(params, params.hidden / kTileRows,
+                                                       down_bytes(params), stream);
 }
 
 }  // namespace msa
