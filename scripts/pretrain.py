@@ -45,6 +45,7 @@ from processing_minimax_m3.pretraining import (
     parse_stages,
     resize_to_drawn_sizes,
 )
+from processing_minimax_m3.pretraining.packs import SHORT_TOKENS
 from processing_minimax_m3.pretraining.tokenizer_texts import tokenizer_texts
 
 CONFIGS = {"small": small_config, "tiny": tiny_config}
@@ -185,6 +186,16 @@ def check_shared_memory(training: TrainingArguments, pack_tokens: int) -> None:
         )
 
 
+def check_jumps(long_rows: LongRows, stages: tuple[Stage, ...]) -> None:
+    """Raises `ValueError` if no long row of any stage is short enough for its positions to jump."""
+    shortest = min(max(int(stage.max_length / long_rows.spread), SHORT_TOKENS) for stage in stages)
+    if 0 < long_rows.most_positions <= shortest:
+        raise ValueError(
+            f"`--most_positions` must be above the length of the shortest long rows, {shortest} tokens, or 0 for no jumps, "
+            f"got {long_rows.most_positions}."
+        )
+
+
 def check_rows_fit(packs: Packs) -> None:
     """Raises `ValueError` if no row fits into any of the packs, which would have nothing to learn or to score."""
     if not any(packs.rows(index) for index in range(len(packs))):
@@ -231,6 +242,7 @@ def prepare(argv: list[str]) -> PackTrainer:
     packs_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     data: dict[str, Any] = {"tokens": options.pack_tokens, "weights": weights, "seed": training.seed}
     stages, long_rows = options.parsed_stages(), options.long_rows()
+    check_jumps(long_rows, stages)
     model, processor = prepare_model(options, weights, training.seed)
     num_packs = packs_per_step * training.max_steps
     train = Packs(processor, "train", num_packs, stages=stages, long_rows=long_rows, **data)

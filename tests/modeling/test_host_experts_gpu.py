@@ -161,7 +161,7 @@ def captures(monkeypatch):
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_captured_pass_writes_what_a_pass_in_python_writes(kernels, load, form, prefetch, captures, monkeypatch):
-    """Bit for bit, with the same copies. A piece ends in each of the three sparse layers."""
+    """Bit for bit, with about as many copies. A piece ends in each of the three sparse layers."""
     options = {"min_new_tokens": 60, "max_new_tokens": 60, "do_sample": False}
     options |= {"output_logits": True, "return_dict_in_generate": True}
     model = load(form)

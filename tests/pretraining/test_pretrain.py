@@ -243,6 +243,8 @@ def test_right_answers_count_as_right(load_script, processor, monkeypatch):
         (("--long_spread", "0.5"), "`--long_spread` must be at least 1, got 0.5"),
         (("--long_spread", "nan"), "`--long_spread` must be at least 1, got nan"),
         (("--most_positions", "-1"), "`--most_positions` must be at least 0, got -1"),
+        (("--most_positions", "1000"), "`--most_positions` must be above the length of .*, 1024 tokens, .*, got 1000"),
+        (("--stages", "131072:1", "--most_positions", "9000"), "must be above .*, 16384 tokens, .*, got 9000"),
         (("--tasks", "poetry=1"), "poetry"),
         (("--tasks", "image=many"), "`--tasks` must be NAME=WEIGHT.*'image=many'"),
         (("--stages", "4096:1"), "pack of 2048 tokens cannot hold"),
