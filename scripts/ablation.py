@@ -54,7 +54,9 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--init_from", default="", help="folder of a checkpoint whose weights, sizes and tokenizer all runs start with"
     )
     parser.add_argument("--learning_rate", type=float, default=DEFAULTS["learning_rate"], help="at its peak (2e-3)")
-    parser.add_argument("--long_share", type=float, default=0.4, help="of the packs begins with a long row (0.4)")
+    parser.add_argument(
+        "--long_share", type=float, default=LongRows.share, help="of the packs begins with a long row (0.4)"
+    )
     parser.add_argument("--steps", type=int, default=1500, help="of each run (1500)")
     parser.add_argument("--seconds", type=float, default=380, help="after which a run stops (380)")
     parser.add_argument("--pack_tokens", type=int, default=8192, help="tokens of a step (8192)")

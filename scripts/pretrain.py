@@ -99,13 +99,15 @@ class PretrainingOptions:
             "stage that have no more blocks than a query selects need none: their attention is dense in any case"
         },
     )
-    long_share: float = field(default=0.4, metadata={"help": "share of the packs that begin with a long row"})
+    long_share: float = field(
+        default=LongRows.share, metadata={"help": "share of the packs that begin with a long row"}
+    )
     long_spread: float = field(
-        default=8.0,
-        metadata={"help": "the longest rows of a stage have so many times the tokens of its shortest long ones"},
+        default=LongRows.spread,
+        metadata={"help": "longest length of the long rows of a stage, divided by the shortest"},
     )
     most_positions: int = field(
-        default=0,
+        default=LongRows.most_positions,
         metadata={
             "help": "positions of half of the long rows jump, and stay below this number, so that the model meets "
             "distances of longer rows; 0: none do"

@@ -106,8 +106,8 @@ def many_facts_row(numbers: random.Random, split: str, characters: int, facts: i
     """Numbers of many things, or many variables, each asked for once.
 
     The answer to a question is three digits, so a long text needs many questions to teach anything. Half of the facts
-    that are asked for are put into its first quarter, far from the questions, and the others anywhere. Many things
-    share a word.
+    that are asked for are put into its first quarter, far from the questions, and the others anywhere. The names
+    of things share adjectives and nouns.
 
     Args:
         numbers (random.Random): Source of all choices.
