@@ -80,6 +80,8 @@ def size_of(config: MiniMaxM3VLConfig, layers: int, experts: int) -> float:
 def layers_and_experts(gigabytes: float) -> tuple[int, int]:
     """The fewest layers of the released geometry, and the number of their experts, that have about this size.
 
+    The number is a multiple of 8, so that up to 8 processes share the experts evenly.
+
     Raises:
         SystemExit: The size is below that of four layers with eight experts.
     """
@@ -92,7 +94,7 @@ def layers_and_experts(gigabytes: float) -> tuple[int, int]:
     while size_of(config, layers, most) < gigabytes and layers < config.text_config.num_hidden_layers:
         layers += 1
     one = size_of(config, layers, 1) - size_of(config, layers, 0)
-    experts = round((gigabytes - size_of(config, layers, 0)) / one)
+    experts = 8 * round((gigabytes - size_of(config, layers, 0)) / one / 8)
     return layers, min(most, max(8, experts))
 
 

@@ -6,7 +6,7 @@ process copies its terms to a buffer that the other cards read over NVLink (PyTo
 
 The buffer is set up by the first such sum that no CUDA graph is capturing. All processes make the same sums, so they
 meet there. It keeps its address, as captured graphs need it. NCCL sums where it cannot be set up, and in all processes
-if in one. MINIMAX_M3_ONE_SHOT_SUMS=1 switches these sums on: they are off by default until they have run on GPUs.
+if in one. MINIMAX_M3_ONE_SHOT_SUMS=0 switches these sums off.
 """
 
 import ctypes
@@ -142,8 +142,8 @@ def _place(device: torch.device) -> Place:
 
 def _check_places(places: list[Place], rank: int) -> None:
     """Raise `_Unsuitable` where the cards do not read each other's memory, or these sums are switched off."""
-    if os.environ.get("MINIMAX_M3_ONE_SHOT_SUMS") != "1":
-        raise _Unsuitable("MINIMAX_M3_ONE_SHOT_SUMS is not 1")
+    if os.environ.get("MINIMAX_M3_ONE_SHOT_SUMS") == "0":
+        raise _Unsuitable("MINIMAX_M3_ONE_SHOT_SUMS is 0")
     if len({place[:2] for place in places}) > 1:
         raise _Unsuitable("the processes are on several hosts")
     own = places[rank][2]

@@ -152,7 +152,7 @@ def test_multicast_is_off_in_the_set_up_alone(monkeypatch, before):
 
 @pytest.mark.slow
 def test_two_processes_agree():
-    run_worker("set_up", CUDA_VISIBLE_DEVICES="", MINIMAX_M3_ONE_SHOT_SUMS="1")
+    run_worker("set_up", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu
@@ -161,4 +161,4 @@ def test_two_gpus(record_property):
     torch.cuda.init()
     if not one_shot_sum._has_atomics(0, 1):
         pytest.skip("needs two CUDA devices with NVLink between them")
-    record_property("table", run_worker("kernel", MINIMAX_M3_ONE_SHOT_SUMS="1"))
+    record_property("table", run_worker("kernel"))

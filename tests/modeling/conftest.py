@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LogitsProcessor
 from transformers.models.minimax_m3_vl import configuration_minimax_m3_vl as stock_configuration
 from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as stock_modeling
 
@@ -21,6 +22,17 @@ def fill_with_noise(module: nn.Module, seed: int) -> None:
         if name.endswith("embed_tokens.weight"):
             scale = 1.0
         tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * scale)
+
+
+class Prescribed(LogitsProcessor):
+    """Makes generation follow given tokens, so that near-ties between words cannot send two runs apart."""
+
+    def __init__(self, tokens: torch.Tensor):
+        self.tokens = tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wanted = self.tokens[:, input_ids.shape[1], None]
+        return torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0)
 
 
 @pytest.fixture(scope="session")

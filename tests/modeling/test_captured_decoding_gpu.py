@@ -5,12 +5,14 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, TextIteratorStreamer
+from transformers import DynamicCache, LogitsProcessorList, StaticCache, TextIteratorStreamer
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.runtime.captured_decoding import CapturedDecoding
+
+from .conftest import Prescribed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,17 +80,6 @@ def test_sampled_tokens_are_the_same(model, make_tokens, replays, plain):
     torch.manual_seed(1)
     assert torch.equal(model.generate(**inputs, **options), expected)
     assert replays
-
-
-class Prescribed(LogitsProcessor):
-    """Makes generation follow given tokens, so that near-ties between words cannot send two runs apart."""
-
-    def __init__(self, tokens):
-        self.tokens = tokens
-
-    def __call__(self, input_ids, scores):
-        wanted = self.tokens[:, input_ids.shape[1], None]
-        return torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import DynamicCache, LogitsProcessorList, StaticCache
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3.fused import attention_input, few_tokens
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
 from modeling_minimax_m3.msa import extension
+
+from .conftest import Prescribed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,17 +63,6 @@ def plain(monkeypatch, calls):
         return result
 
     return call
-
-
-class Prescribed(LogitsProcessor):
-    """Makes generation follow given tokens, so that near-ties between words cannot send two runs apart."""
-
-    def __init__(self, tokens):
-        self.tokens = tokens
-
-    def __call__(self, input_ids, scores):
-        wanted = self.tokens[:, input_ids.shape[1], None]
-        return torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0)
 
 
 def inputs_of(model, make_tokens, batch, padded):

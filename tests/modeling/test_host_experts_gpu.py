@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from transformers import LogitsProcessorList
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM, mxfp8_config, offload_experts
@@ -17,7 +18,7 @@ from modeling_minimax_m3.runtime.graph_pieces import GraphPieces
 from modeling_minimax_m3.runtime.pinned_memory import PinnedMemory
 from modeling_minimax_m3.runtime.transformers_versions import CACHE_NAME
 
-from .conftest import fill_with_noise
+from .conftest import Prescribed, fill_with_noise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -160,26 +161,33 @@ def captures(monkeypatch):
 
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_captured_pass_writes_what_a_pass_in_python_writes(kernels, load, form, prefetch, captures, monkeypatch):
-    """Bit for bit, with about as many copies. A piece ends in each of the three sparse layers."""
-    options = {"min_new_tokens": 60, "max_new_tokens": 60, "do_sample": False}
-    options |= {"output_logits": True, "return_dict_in_generate": True}
-    model = load(form)
+def test_a_captured_pass_answers_as_a_pass_in_python(kernels, load, form, prefetch, captures, monkeypatch):
+    """With about as many copies, and the bits of a captured pass whose experts are all in slots.
+
+    A captured pass attends to buffers that are longer than the text, so it sums in another order than a pass in Python.
+    A piece ends in each of the three sparse layers.
+    """
+    options = {"max_new_tokens": 60, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    whole, model = load(form), load(form)
+    offload_experts(whole, experts_on_device=1.0, show_progress=False)
     offloaded = offload_experts(model, experts_on_device=0.3, prefetch=prefetch, show_progress=False)
     for batch, length in ((1, 40), (3, 7)):
-        ids = tokens(batch, length)
+        ids = tokens(batch, length + 60)
+        call = options | {"input_ids": ids[:, :length], "logits_processor": LogitsProcessorList([Prescribed(ids)])}
         monkeypatch.setenv("MINIMAX_M3_CUDA_GRAPHS", "0")
-        model.generate(ids, **options)
+        model.generate(**call)
         offloaded.stats.reset()
-        expected = model.generate(ids, **options)
+        expected = model.generate(**call).logits
         copied = offloaded.stats.bytes_copied
         assert not captures
         monkeypatch.delenv("MINIMAX_M3_CUDA_GRAPHS")
         offloaded.stats.reset()
-        found = model.generate(ids, **options)
+        found = model.generate(**call).logits
         assert {len(pieces) for pieces in captures} == {4}
-        assert torch.equal(found.sequences, expected.sequences)
-        assert all(map(torch.equal, found.logits, expected.logits))
+        assert len(found) == 60
+        assert all(map(torch.equal, found, whole.generate(**call).logits))
+        errors = sorted(map(distance, found, expected))
+        assert errors[len(errors) * 8 // 10] < TOLERANCE  # an expert or a block near a tie changes a step
         assert offloaded.stats.misses > 0 and abs(offloaded.stats.bytes_copied - copied) < copied / 2
         captures.clear()
 
@@ -188,7 +196,7 @@ def test_a_pass_with_too_few_slots_is_not_captured(kernels, load, captures):
     """Then experts may have to pass through slots one after the other."""
     model = load()
     offload_experts(model, experts_on_device=6 / 48, show_progress=False)
-    options = {"max_new_tokens": 8, "do_sample": False}
+    options = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
     assert model.generate(tokens(4, 20), **options).shape == (4, 28)
     assert not captures
     assert model.generate(tokens(1, 20), **options).shape == (1, 28)

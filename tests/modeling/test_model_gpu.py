@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
-from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import CompileConfig, LogitsProcessorList, StaticCache
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import msa
 from modeling_minimax_m3.models.text import MiniMaxM3VLForCausalLM
+
+from .conftest import Prescribed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -256,17 +258,6 @@ def test_training_on_compiled_kernels_compiles(on_kernels, make_tokens, relative
     compiled_loss, compiled = loss_and_gradients(torch.compile(model, fullgraph=True), tokens, **inputs)
     assert compiled_loss == pytest.approx(loss, rel=1e-2)
     assert relative_error(compiled, gradients) < 0.2
-
-
-class Prescribed(LogitsProcessor):
-    """Makes generation follow given tokens, so that near-ties between words cannot send two runs apart."""
-
-    def __init__(self, tokens):
-        self.tokens = tokens
-
-    def __call__(self, input_ids, scores):
-        wanted = self.tokens[:, input_ids.shape[1], None]
-        return torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0)
 
 
 def test_generate_with_compiled_kernels_in_cuda_graphs(on_kernels, make_tokens, relative_error):
