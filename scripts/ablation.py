@@ -30,6 +30,7 @@ from tqdm import tqdm
 from ablation_report import compare, plot_ablation, print_comparison
 from ablation_runs import ARMS, JOINT, arm_config, check_start, covered_tokens, train_run, write_packs
 from checkpoint_folder import check_checkpoint
+from evaluate_pretraining import SHORTEST
 from make_tiny_checkpoint import build_processor
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from modeling_minimax_m3.conversion.source import read_json
@@ -65,6 +66,13 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", default=",".join(WEIGHTS), help="tasks of the packs (all)")
     parser.add_argument("--evaluations", type=int, default=8, help="of a run (8)")
     parser.add_argument("--eval_packs", type=int, default=24, help="held-out packs of an evaluation (24)")
+    parser.add_argument(
+        "--recall_to",
+        type=int,
+        default=0,
+        help="tokens of the longest text in which a finished run has to find numbers; 0: it finds none (0)",
+    )
+    parser.add_argument("--recall_rows", type=int, default=12, help="such texts of a length, five questions each (12)")
     parser.add_argument("--jobs", type=int, default=0, help="runs at once (all)")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes that make packs (one a core)"
@@ -93,11 +101,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"`--size` has no effect with `--init_from`, whose folder has the sizes, got {arguments.size}."
             )
-    for name in ("seeds", "steps", "evaluations", "eval_packs", "seconds", "learning_rate"):
+    for name in ("seeds", "steps", "evaluations", "eval_packs", "recall_rows", "seconds", "learning_rate"):
         if getattr(arguments, name) <= 0:
             raise ValueError(f"`--{name}` must be above 0, got {getattr(arguments, name)}.")
     if arguments.evaluations > arguments.steps:
         raise ValueError(f"`--evaluations` must be at most the {arguments.steps} steps, got {arguments.evaluations}.")
+    if arguments.recall_to != 0 and arguments.recall_to < SHORTEST:
+        raise ValueError(f"`--recall_to` must be 0 or at least {SHORTEST} tokens, got {arguments.recall_to}.")
     for name in ("jobs", "workers"):
         if getattr(arguments, name) < 0:
             raise ValueError(f"`--{name}` must be at least 0, got {getattr(arguments, name)}.")
@@ -158,6 +168,7 @@ def make_data(arguments: argparse.Namespace, folder: Path) -> None:
         processor = MiniMaxM3VLProcessor.from_pretrained(arguments.init_from)
     else:
         processor = build_processor(arm_config(ARMS[JOINT], arguments.size), tokenizer_texts(weights))
+    processor.save_pretrained(folder / "processor")
     stages = parse_stages(arguments.stages)
     data: dict[str, Any] = {"tokens": arguments.pack_tokens, "weights": weights}
     last = [Stage(1.0, stages[-1].max_length)]
@@ -251,6 +262,8 @@ def run_one(arguments: argparse.Namespace) -> None:
         "seconds",
         "warmup_share",
         "pack_tokens",
+        "recall_to",
+        "recall_rows",
     )
     options = {name: getattr(arguments, name) for name in names}
     train_run(arm, int(seed), arguments.work / "data", run_folder(arguments.work, arm, int(seed)), options)

@@ -50,7 +50,8 @@ def compare(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `step`; `scores`, for each score and arm as `over_seeds` has it; `loss_ratios`, the loss of an arm divided by
-        that of another on the same held-out rows, of each seed; and `coverage` of the selected blocks by arm.
+        that of another on the same held-out rows, of each seed; `coverage` of the selected blocks by arm; and,
+        where runs measured it, `recall`: the share of right numbers by arm and length of the text.
     """
     step = common_step(records)
     scores: defaultdict[str, defaultdict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -67,9 +68,12 @@ def compare(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for modality in modalities:
             _add_ratio(ratios, scores[f"loss_{modality}"], JOINT, arm, f"loss_{modality}")
     covered: defaultdict[str, list[float]] = defaultdict(list)
+    recalled: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         covered[record["arm"]] += [found["share"] for found in record["coverage"]]
-    return {
+        for found in record.get("recall", ()):
+            recalled[record["arm"]][str(found["tokens"])].append(found["accuracy"])
+    result = {
         "step": step,
         "scores": {
             name: {arm: over_seeds(list(values.values())) for arm, values in arms.items()}
@@ -78,6 +82,12 @@ def compare(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "loss_ratios": ratios,
         "coverage": {arm: over_seeds(values) for arm, values in covered.items() if values},
     }
+    if recalled:
+        result["recall"] = {
+            arm: {tokens: over_seeds(values) for tokens, values in lengths.items()}
+            for arm, lengths in recalled.items()
+        }
+    return result
 
 
 def _add_ratio(ratios: dict, losses: dict[str, dict[int, float]], arm: str, base: str, name: str) -> None:
@@ -88,17 +98,19 @@ def _add_ratio(ratios: dict, losses: dict[str, dict[int, float]], arm: str, base
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:
-    """Ratios of losses, and the coverage."""
+    """Ratios of losses, the coverage, and the recall by length."""
     print(f"after {comparison['step']:,} steps, mean over seeds [95% interval]:")
     named = [(name, found) for name, found in comparison["loss_ratios"].items()]
     named += [(f"coverage of {arm}", found) for arm, found in comparison["coverage"].items()]
+    for arm, lengths in comparison.get("recall", {}).items():
+        named += [(f"recall of {arm} in {int(tokens):,} tokens", found) for tokens, found in lengths.items()]
     for name, found in named:
         interval = found.get("interval")
         print(f"  {name}: {found['mean']:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))
 
 
 def ablation_tables(result: dict[str, Any]) -> str:
-    """Markdown of the content of ablation.json: ratios of losses, right answers by task, coverage."""
+    """Markdown of the content of ablation.json: ratios of losses, right answers by task, coverage, recall by length."""
     comparison, arms = result["comparison"], result["budget"]["arms"]
     ratios = []
     for name, found in comparison["loss_ratios"].items():
@@ -123,17 +135,25 @@ def ablation_tables(result: dict[str, Any]) -> str:
         if values:
             columns = ([one[name] for one in values] for name in ("share", "best", "blocks_share"))
             coverage.append((arm, *(f"{float(np.mean(column)):.1%}" for column in columns)))
-    return "\n".join(
-        [
-            as_table(("held-out loss of", "rows", "mean ratio", "95% interval", "each seed"), ratios),
-            as_table(("right answers, mean over seeds", *arms), answers),
-            as_table(("arm", "attention in the selected blocks", "at best", "share of the blocks"), coverage),
-        ]
+    recall = []
+    by_arm = comparison.get("recall", {})
+    for tokens in next(iter(by_arm.values()), {}):
+        cells = (
+            f"{by_arm[arm][tokens]['mean']:.1%} ({', '.join(f'{one:.0%}' for one in by_arm[arm][tokens]['values'])})"
+            for arm in arms
+        )
+        recall.append((f"{int(tokens):,}", *cells))
+    tables = (
+        (("held-out loss of", "rows", "mean ratio", "95% interval", "each seed"), ratios),
+        (("right answers, mean over seeds", *arms), answers),
+        (("arm", "attention in the selected blocks", "at best", "share of the blocks"), coverage),
+        (("tokens of the text", *(f"recall, {arm}" for arm in arms)), recall),
     )
+    return "\n".join(as_table(head, rows) for head, rows in tables if rows)
 
 
 def plot_ablation(result: dict[str, Any], path: str | Path) -> Path:
-    """Draws held-out losses over steps, losses relative to each other, and accuracies.
+    """Draws held-out losses over steps, losses relative to each other, accuracies, and recall where it was measured.
 
     Args:
         result (dict): The content of ablation.json.
@@ -143,8 +163,11 @@ def plot_ablation(result: dict[str, Any], path: str | Path) -> Path:
         `path`.
     """
     path = Path(path)
-    figure = Figure(figsize=(17, 4.8), dpi=110, layout="constrained")
-    losses, ratios, accuracies = figure.subplots(1, 3, width_ratios=(1, 1.1, 1.1))
+    recall = result["comparison"].get("recall", {})
+    figure = Figure(figsize=(22 if recall else 17, 4.8), dpi=110, layout="constrained")
+    losses, ratios, accuracies, *more = figure.subplots(
+        1, 4 if recall else 3, width_ratios=(1, 1.1, 1.1, 1)[: 4 if recall else 3]
+    )
     runs: defaultdict[str, list] = defaultdict(list)
     for record in result["runs"]:
         runs[record["arm"]].append(record["evaluations"])
@@ -171,6 +194,15 @@ def plot_ablation(result: dict[str, Any], path: str | Path) -> Path:
     _bars(accuracies, by_arm, "share of right answers, 95% interval over seeds")
     accuracies.set_xlim(0, 1.02)
     accuracies.legend(fontsize=8)
+    for panel in more:
+        for arm, lengths in recall.items():
+            tokens = [int(length) for length in lengths]
+            (line,) = panel.plot(tokens, [found["mean"] for found in lengths.values()], marker="o", label=arm)
+            for place, found in zip(tokens, lengths.values()):
+                panel.plot([place] * len(found["values"]), found["values"], ".", color=line.get_color(), markersize=4)
+        panel.set_xscale("log", base=2)
+        panel.set(xlabel="tokens of the text", ylim=(-0.02, 1.02), title="right numbers, mean and each seed")
+        panel.legend(fontsize=8)
     with replace_when_done(path) as unfinished:
         figure.savefig(unfinished)
     return path

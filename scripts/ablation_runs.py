@@ -1,5 +1,6 @@
 """The runs of `ablation.py`: arms that differ in one thing, packs that all of them read, and one run from start to end."""
 
+import argparse
 import json
 import pickle
 import time
@@ -14,10 +15,12 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from configuration_minimax_m3 import MiniMaxM3VLConfig, small_config, tiny_config
 from configuration_minimax_m3.layer_types import FULL_ATTENTION, LEARNED_SPARSE, STRUCTURED
+from evaluate_pretraining import Evaluation
 from evaluation_probes import coverage
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from pretrain import DEFAULTS
 from pretraining_run import CurveLog, IndexerPhases, PackTrainer, StopAtNaN
+from processing_minimax_m3 import MiniMaxM3VLProcessor
 from processing_minimax_m3.pretraining import Packs, collate_packs
 from processing_minimax_m3.pretraining.encoding import EncodedRow
 from processing_minimax_m3.pretraining.packs import join_rows
@@ -165,20 +168,38 @@ class StopAfter(TrainerCallback):
             control.should_training_stop = True
 
 
+def recall_by_length(model: Any, processor: MiniMaxM3VLProcessor, longest: int, rows: int) -> list[dict[str, Any]]:
+    """The share of right numbers by length of the text, as `evaluate_pretraining.py` measures it.
+
+    A model on a GPU is in bfloat16 afterwards.
+
+    Args:
+        model: The model.
+        processor (MiniMaxM3VLProcessor): Its processor.
+        longest (int): Most tokens of a text.
+        rows (int): Texts of each length, with five questions each.
+    """
+    if model.device.type == "cuda":
+        model.bfloat16()
+    options = argparse.Namespace(longest=longest, recall_rows=rows, seed=1, workers=2, batch_tokens=2**17)
+    return Evaluation(model.eval(), processor, options).recall()
+
+
 def train_run(name: str, seed: int, data: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Trains one arm with one seed.
 
     Args:
         name (str): A name of `ARMS`.
         seed (int): Seed of the weights, if they are new. The packs are those of `data / str(seed)`.
-        data (Path): Folder of the packs; "heldout" in it has those of the evaluations, for all seeds.
+        data (Path): Folder of the packs; "heldout" in it has those of the evaluations, for all seeds, and "processor"
+            is the processor's folder.
         folder (Path): The folder of the run.
         options (dict): `size`, `init_from`, `learning_rate`, `steps`, `evaluations`, `eval_packs`, `seconds`,
-            `warmup_share`, `pack_tokens`.
+            `warmup_share`, `pack_tokens`, `recall_to`, `recall_rows`.
 
     Returns:
         The record of the run: its curve as [step, training loss without that of the indexers], its evaluations, and
-        the coverage of the selected blocks at its end.
+        what was measured at its end: the coverage of the selected blocks, and recall by length.
     """
     arm, started = ARMS[name], time.perf_counter()
     config = arm_config(arm, options["size"], options["init_from"])
@@ -226,6 +247,7 @@ def train_run(name: str, seed: int, data: Path, folder: Path, options: dict[str,
             if "eval_loss" in log
         ],
         "coverage": [],
+        "recall": [],
     }
     if arm.attention != FULL_ATTENTION.name:
         length = covered_tokens(config)
@@ -233,5 +255,8 @@ def train_run(name: str, seed: int, data: Path, folder: Path, options: dict[str,
         documents = [row.ids for row in rows if len(row.ids) >= length and row.modality in TEXT]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=torch.cuda.is_available()):
             record["coverage"] = coverage(model.eval(), documents, [length], lambda: None)
+    if options["recall_to"]:
+        processor = MiniMaxM3VLProcessor.from_pretrained(data / "processor")
+        record["recall"] = recall_by_length(model, processor, options["recall_to"], options["recall_rows"])
     (folder / "record.json").write_text(json.dumps(record) + "\n")
     return record
