@@ -138,6 +138,7 @@ small-model: $(INSTALLED)
 	$(BIN)/python scripts/plot_evaluation.py benchmarks/results/pretraining_scores.json docs/images/pretraining_scores.png
 	$(BIN)/python scripts/plot_curves.py benchmarks/results/pretraining_curves.jsonl benchmarks/results/pretraining_curves_2.jsonl benchmarks/results/pretraining_curves_3.jsonl docs/images/pretraining_curves.png
 	$(BIN)/python scripts/ablation.py plot benchmarks/results/pretraining_ablation.json docs/images/ablation.png
+	$(BIN)/python scripts/ablation.py plot benchmarks/results/pretraining_ablation_recall.json docs/images/ablation_recall.png
 	$(BIN)/python scripts/make_gallery.py examples/minimax-m3-small docs/gallery.html
 	$(BIN)/python scripts/extract_selections.py examples/minimax-m3-small benchmarks/selections.npz
 	$(BIN)/python scripts/small_model_tables.py --write

@@ -195,9 +195,10 @@ def plot_ablation(result: dict[str, Any], path: str | Path) -> Path:
     accuracies.set_xlim(0, 1.02)
     accuracies.legend(fontsize=8)
     for panel in more:
-        for arm, lengths in recall.items():
-            tokens = [int(length) for length in lengths]
-            (line,) = panel.plot(tokens, [found["mean"] for found in lengths.values()], marker="o", label=arm)
+        for number, (arm, lengths) in enumerate(recall.items()):
+            tokens, means = [int(length) for length in lengths], [found["mean"] for found in lengths.values()]
+            style = ("-", "--", ":")[number % 3]  # arms that are equally good lie on each other
+            (line,) = panel.plot(tokens, means, style, marker="o", label=arm)
             for place, found in zip(tokens, lengths.values()):
                 panel.plot([place] * len(found["values"]), found["values"], ".", color=line.get_color(), markersize=4)
         panel.set_xscale("log", base=2)

@@ -38,6 +38,7 @@ CURVES = (
 STARTS = {
     "checkpoint": "<!-- tables of scripts/small_model_tables.py -->\n",
     "ablation": "<!-- tables of scripts/small_model_tables.py: ablation -->\n",
+    "ablation from a checkpoint": "<!-- tables of scripts/small_model_tables.py: ablation from a checkpoint -->\n",
 }
 END = "<!-- end of tables -->\n"
 COLUMNS = ("same_after_1", "same_after_64", "tile_of_16", "tile_of_64", "most_chosen")
@@ -104,8 +105,9 @@ def overlap_table(path: Path = SELECTIONS) -> str:
 
 def pages() -> list[tuple[Path, str, str]]:
     """The tables: their page, the part of it as `STARTS` has it, and their text."""
-    scores, longer, ablation = (
-        json.loads((RESULTS / f"pretraining_{name}.json").read_text()) for name in ("scores", "recall_1m", "ablation")
+    scores, longer, ablation, recall = (
+        json.loads((RESULTS / f"pretraining_{name}.json").read_text())
+        for name in ("scores", "recall_1m", "ablation", "ablation_recall")
     )
     curves = [[json.loads(line) for line in (RESULTS / name).read_text().splitlines()] for name in CURVES]
     record = json.loads((CHECKPOINT / "training.json").read_text())
@@ -113,6 +115,7 @@ def pages() -> list[tuple[Path, str, str]]:
     return [
         (page, "checkpoint", run_sentences(record, curves) + "\n" + score_tables(scores, longer)),
         (page, "ablation", ablation_tables(ablation)),
+        (page, "ablation from a checkpoint", ablation_tables(recall)),
         (ROOT / "benchmarks" / "README.md", "checkpoint", overlap_table()),
     ]
 

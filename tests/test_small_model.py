@@ -35,10 +35,11 @@ def test_tables_need_their_place(load_script):
         replace(f"a\n{end}", "new")
 
 
-def test_stored_ablation_is_complete_and_drawn(load_script, tmp_path):
+@pytest.mark.parametrize("name", ["ablation", "ablation_recall"])
+def test_stored_ablation_is_complete_and_drawn(load_script, tmp_path, name):
     """Its comparison follows from its runs, and each arm has as many runs as its budget says."""
     report = load_script("ablation_report")
-    result = json.loads((load_script("small_model_tables").RESULTS / "pretraining_ablation.json").read_text())
+    result = json.loads((load_script("small_model_tables").RESULTS / f"pretraining_{name}.json").read_text())
     assert result["comparison"] == report.compare(result["runs"])
     assert (
         len(result["runs"]) == result["budget"]["runs"] and result["comparison"]["step"] == result["budget"]["steps"]

@@ -97,6 +97,27 @@ def test_comparison_is_at_the_last_step_that_all_runs_reached(scripts):
         scripts.ablation_report.compare([records[0], make_record("learned", 0, 2.0, steps=(5,))])
 
 
+def test_recall_is_compared_by_arm_and_length(scripts, tmp_path, capsys):
+    records = [make_record(arm, seed, 2.0, steps=(10,)) for arm in ("dense", "structured") for seed in range(2)]
+    for record, far in zip(records, (1.0, 0.9, 0.2, 0.4)):
+        record["recall"] = [{"tokens": 1024, "accuracy": 1.0}, {"tokens": 2048, "accuracy": far}]
+    found = scripts.ablation_report.compare(records)
+    assert {arm: {tokens: value["mean"] for tokens, value in by.items()} for arm, by in found["recall"].items()} == {
+        "dense": {"1024": 1.0, "2048": 0.95},
+        "structured": {"1024": 1.0, "2048": 0.3},
+    }
+    scripts.ablation_report.print_comparison(found)
+    assert "recall of structured in 2,048 tokens: 0.3000 [" in capsys.readouterr().out
+    result = {"comparison": found, "budget": {"arms": ["dense", "structured"]}, "runs": records}
+    tables = scripts.ablation_report.ablation_tables(result)
+    assert "| 2,048 | 95.0% (100%, 90%) | 30.0% (20%, 40%) |" in tables
+    assert "selected blocks" not in tables, "no table without rows"
+    assert scripts.ablation_report.plot_ablation(result, tmp_path / "picture.png").stat().st_size > 1000
+    for record in records:
+        del record["recall"]
+    assert "recall" not in scripts.ablation_report.compare(records)
+
+
 def fork(command, stdout, stderr, env):
     """Stands for `subprocess.Popen`."""
     process = start_python(command[1:], env, [Path(stdout.name), Path(stderr.name)])
@@ -108,13 +129,15 @@ def test_script_trains_all_arms_and_compares_them(scripts, tmp_path, capsys, mon
     monkeypatch.setattr(scripts.ablation.subprocess, "Popen", fork)
     monkeypatch.setattr(scripts.ablation, "POLL", 0.1)
     arms = ("--arms", "dense,learned,image only", "--seeds", "1")
-    scripts.ablation.main([str(tmp_path / "out"), *SMALL, *arms, "--work", str(tmp_path / "work")])
+    recall = ("--recall_to", "1024", "--recall_rows", "1")
+    scripts.ablation.main([str(tmp_path / "out"), *SMALL, *arms, *recall, "--work", str(tmp_path / "work")])
     result = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert result["budget"]["runs"] == 3 and result["budget"]["tokens"] == 2048
     assert sorted(run["arm"] for run in result["runs"]) == ["dense", "image only", "learned"]
     for run in result["runs"]:
         assert [step for step, _ in run["curve"]] == [1, 2]
         assert [evaluation["step"] for evaluation in run["evaluations"]] == [2]
+        assert [(found["tokens"], found["answers"]) for found in run["recall"]] == [(1024, 5)]
     ratios = result["comparison"]["loss_ratios"]
     assert {"loss: learned / dense", "loss_image: learned / image only"} <= set(ratios)
     losses = {run["arm"]: run["evaluations"][0] for run in result["runs"]}
@@ -181,6 +204,8 @@ def test_plan_states_the_budget_and_trains_nothing(scripts, tmp_path, capsys):
         (("--learning_rate", "0"), "`--learning_rate` must be above 0, got 0"),
         (("--stages", "4096"), "a stage must be TOKENS:SHARE"),
         (("--jobs", "-1"), "`--jobs` must be at least 0, got -1"),
+        (("--recall_to", "512"), "`--recall_to` must be 0 or at least 1024 tokens, got 512"),
+        (("--recall_rows", "0"), "`--recall_rows` must be above 0, got 0"),
     ],
 )
 def test_faulty_options_end_the_program_with_their_name(scripts, tmp_path, more, message):
