@@ -55,6 +55,7 @@ class MiniMaxM3VLConfig(AutoClassByImport, PreTrainedConfig):
     """
 
     model_type = "minimax_m3_vl"
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}  # the parts have theirs
     # `Trainer.predict` joins the outputs of all batches, but the shape of these differs between batches.
     keys_to_ignore_at_inference = [
         *MiniMaxM3VLTextConfig.keys_to_ignore_at_inference,

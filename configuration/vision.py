@@ -1,6 +1,6 @@
 """Configuration of the vision tower."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -73,6 +73,9 @@ class MiniMaxM3VLVisionConfig(AutoClassByImport, PreTrainedConfig):
     """
 
     model_type = "minimax_m3_vl_vision"
+    # FSDP2 gathers the tower together with what has no unit of its own. With units of their own, its layers would have
+    # to run in all processes, also in those whose rows have no images.
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
     base_config_key = "vision_config"
     default_rope_type = "axial"
     default_theta = 10000.0

@@ -46,7 +46,10 @@ IDLE = {
     "media": ("where the data have images or videos", ("padding_free", "remove_unused_columns", "packing")),
     "no_media": ("where the data have neither images nor videos", ("train_vision", "media_folder", "check_media")),
     "no_vision": ("with a checkpoint that reads text only", ("train_vision",)),
-    "no_experts": ("with a checkpoint that has no routed experts", ("lora_experts", "router_aux_loss_coef")),
+    "no_experts": (
+        "with a checkpoint that has no routed experts",
+        ("lora_experts", "router_aux_loss_coef", "ep_size"),
+    ),
     "no_indexers": ("with a checkpoint that has no learned-sparse layers", ("indexer_loss_coef",)),
     "no_adapted_indexers": (
         "where no adapter is on the indexers: add q_proj and k_proj to --lora_targets, or leave it out",

@@ -33,6 +33,15 @@ def is_quantized(config: PreTrainedConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
+def quantization_of(config: PreTrainedConfig) -> str | None:
+    """The quantization method of the checkpoint of a configuration, by Transformers' name; None without one."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+    return str(getattr(method, "value", method))
+
+
 def loading_options(name: str | None, dtype: str, config: PreTrainedConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` that quantize the weights.
 

@@ -62,7 +62,9 @@ def memory_request(
         return None
     count, device_gib = devices
     strategy = "single"
-    if count > 1:
+    if model.fsdp_size > 1:
+        strategy = "expert_parallel" if model.ep_size == count else "fsdp2"
+    elif count > 1:
         shards = os.environ.get("ACCELERATE_USE_FSDP") == "true" or bool(training.fsdp)
         is_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or bool(training.deepspeed)
         strategy = "fsdp2" if shards else "zero3" if is_zero else "ddp"

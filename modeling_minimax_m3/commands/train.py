@@ -35,12 +35,13 @@ from .adapters import add_adapters, check_adapters, check_fit, check_resumed, op
 from .checkpoint import auto_class, is_composite, load_processor, read_config
 from .idle_options import refuse_idle
 from .model_card import CARD, DataFile, ModelCard, describe_data, hide_in_command, usage_of
-from .quantization import check_quantization, is_quantized, loading_options
+from .quantization import check_quantization, is_quantized, loading_options, quantization_of
 from .run_checks import check_run
 from .run_memory import check_memory
 from .saved_checkpoints import check_unfinished, checkpoint_to_resume
 from .train_arguments import DataArguments, LoraArguments, ModelArguments, parse_arguments
 from .train_data import RunData, lengths_of, read_data
+from .weight_sharding import adapter_weights, check_sharding, sharding_options
 
 logger = logging.get_logger(__name__)
 
@@ -118,6 +119,7 @@ def load_model(arguments: ModelArguments, config: PreTrainedConfig, with_media: 
         dtype=arguments.dtype,
         attn_implementation=arguments.attn_implementation,
         **loading_options(arguments.quantization, arguments.dtype, config),
+        **sharding_options(arguments),
     )
     model.skip_logits = True  # an evaluation needs the loss alone, as training does
     if is_composite(config):
@@ -139,6 +141,11 @@ class FinetuneTrainer(IndexerLossLogging, Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss. No pass keeps keys and values for later tokens, whatever the config of the text model says."""
         return super().compute_loss(model, inputs | {"use_cache": False}, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is None and self.is_distributed_loading_by_transformers and hasattr(self.model, "peft_config"):
+            state_dict = adapter_weights(self.model)
+        super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md, also before a push to the Hub."""
@@ -201,6 +208,8 @@ def prepare(argv: list[str]) -> Trainer:
         adapter, lora_arguments = open_adapter_config(lora_arguments.adapter, lora_arguments)
     if training.resume_from_checkpoint is not None:
         check_resumed(str(training.resume_from_checkpoint), lora_arguments)
+    form = model_arguments.quantization or quantization_of(config)
+    check_sharding(model_arguments, lora_arguments, training, config, form)
     set_seed(training.seed)
     processor = load_processor(model_arguments.model, config)
     if adapter is not None:

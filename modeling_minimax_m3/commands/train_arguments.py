@@ -38,6 +38,15 @@ class ModelArguments:
     indexer_loss_coef: float = field(
         default=0.0, metadata={"help": "Weight of the loss that trains the indexers of sparse layers; 0 freezes them."}
     )
+    fsdp_size: int = field(
+        default=1,
+        metadata={
+            "help": "Shard all weights over so many processes while they are loaded, by FSDP2. Start them by torchrun."
+        },
+    )
+    ep_size: int = field(
+        default=1, metadata={"help": "With --fsdp_size: share the routed experts out over so many of the processes."}
+    )
     ignore_plan: bool = field(
         default=False, metadata={"help": "Load the model even if the memory plan says that it does not fit."}
     )

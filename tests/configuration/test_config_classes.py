@@ -157,12 +157,17 @@ def test_bare_config_means_what_stock_means(name):
         "base_model_tp_plan",
         "base_model_pp_plan",
         "base_model_ep_plan",
-        "base_model_fsdp_plan",
     ],
 )
 def test_class_attributes_are_those_of_stock(name, attribute):
     missing = object()
     assert getattr(class_of(ours, name), attribute, missing) == getattr(class_of(stock, name), attribute, missing)
+
+
+def test_fsdp_units_are_those_of_stock_in_the_language_model_alone():
+    """Stock's rules for the whole model fit no module, and those for the tower make all processes run it."""
+    assert MiniMaxM3VLTextConfig.base_model_fsdp_plan == stock.MiniMaxM3VLTextConfig.base_model_fsdp_plan
+    assert ours.MiniMaxM3VLConfig.base_model_fsdp_plan == ours.MiniMaxM3VLVisionConfig.base_model_fsdp_plan == {}
 
 
 @pytest.mark.parametrize("name", ["MiniMaxM3VLConfig", "MiniMaxM3VLTextConfig"])

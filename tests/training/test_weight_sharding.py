@@ -1,0 +1,197 @@
+"""`train` with `--fsdp_size` and `--ep_size`: weights that are sharded while they load, beside one process."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, Trainer
+
+from configuration_minimax_m3 import tiny_config
+from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, mxfp8_config
+from modeling_minimax_m3.commands import weight_sharding
+from modeling_minimax_m3.commands.train_arguments import LoraArguments, ModelArguments
+
+from ..forked_processes import run_script
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
+OPTIONS = (
+    *("--max_steps", "3", "--learning_rate", "1e-2", "--logging_steps", "1", "--report_to", "none"),
+    *("--use_cpu", "--disable_tqdm", "true"),
+)  # fmt: skip
+
+
+needs_averaging = pytest.mark.skipif(
+    not hasattr(Trainer, weight_sharding._AVERAGING), reason="needs a Trainer that averages gradients of adapters"
+)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Four chats. The first has an image, so that one process of two has one in its first step, and the other none."""
+    folder = tmp_path_factory.mktemp("rows")
+    Image.linear_gradient("L").resize((56, 84)).convert("RGB").save(folder / "photo.png")
+    chats = []
+    for number, answer in enumerate(("Grey.", "A tiny model.", "Another answer, a longer one.", "Three.")):
+        question = [{"type": "text", "text": f"Question {number}?"}]
+        images = [str(folder / "photo.png")] if number == 0 else []
+        turns = [
+            {"role": "user", "content": [{"type": "image"}] * len(images) + question},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        chats.append({"messages": turns, "images": images})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return folder / "rows.jsonl"
+
+
+def train(checkpoint: Path, rows: Path, folder: Path, processes: int, *options: str) -> list[dict[str, float]]:
+    """The log of a run on two rows a step, whatever the number of processes."""
+    batch = str(2 // processes)
+    given = ("--model", str(checkpoint), "--dataset", str(rows), "--output_dir", str(folder / "run"))
+    given += ("--per_device_train_batch_size", batch, *OPTIONS, *options)
+    run_script(SCRIPT, *given, folder=folder, processes=processes, ACCELERATE_USE_CPU="true")
+    history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("options", "sharing"),
+    [
+        pytest.param(("--lora",), ("--fsdp_size", "2", "--ep_size", "2"), marks=needs_averaging),
+        pytest.param(("--lora", "--lora_experts"), ("--fsdp_size", "2"), marks=needs_averaging),
+        pytest.param(("--lora", "--quantization", "mxfp8"), ("--fsdp_size", "2"), marks=needs_averaging),
+        (("--train_vision",), ("--fsdp_size", "2", "--ep_size", "2")),
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_two_processes_train_as_one(tiny_checkpoint, rows, tmp_path, options, sharing):
+    """Losses, gradients, and the saved weights, of which an ordinary checkpoint or adapter comes out."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    expected = train(tiny_checkpoint, rows, tmp_path / "one", 1, *options, "--save_strategy", "no")
+    found = train(tiny_checkpoint, rows, tmp_path / "two", 2, *options, *sharing, "--save_steps", "2")
+    assert len(found) == len(expected) == 3
+    for name in ("loss", "grad_norm"):
+        assert [entry[name] for entry in found] == pytest.approx([entry[name] for entry in expected], rel=1e-3)
+    file = "adapter_model.safetensors" if "--lora" in options else "model.safetensors"
+    before, after = (load_file(tmp_path / name / "run" / file) for name in ("one", "two"))
+    assert before.keys() == after.keys()
+    distance = sum((after[name] - tensor).double().square().sum() for name, tensor in before.items()).sqrt()
+    assert distance < 1e-3 * sum(tensor.double().square().sum() for tensor in before.values()).sqrt()
+    assert (tmp_path / "two" / "run" / "checkpoint-2" / file).is_file()
+    assert not (tmp_path / "two" / "run" / "checkpoint-2" / "optimizer.pt").exists()
+
+
+@needs_averaging
+def test_a_saved_adapter_fits_the_whole_model_and_trains_further(tiny_checkpoint, rows, tmp_path):
+    train(tiny_checkpoint, rows, tmp_path, 2, "--lora", "--fsdp_size", "2", "--save_strategy", "no")
+    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
+    first = dict(PeftModel.from_pretrained(model, tmp_path / "run").named_parameters())
+    assert any(parameter.abs().sum() > 0 for name, parameter in first.items() if "lora_B" in name)
+    (tmp_path / "further").mkdir()
+    adapter = ("--adapter", str(tmp_path / "run"), "--fsdp_size", "2", "--save_strategy", "no")
+    train(tiny_checkpoint, rows, tmp_path / "further", 2, *adapter)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
+    second = dict(PeftModel.from_pretrained(model, tmp_path / "further" / "run").named_parameters())
+    steps = [(second[name] - first[name]).abs().max().item() for name in first if "lora_B" in name]
+    assert 0 < max(steps) < 0.1
+
+
+def test_units_of_the_composite_model():
+    """Each rule fits a module, and none is in the vision tower, which only rows with images need."""
+    with torch.device("meta"):
+        model = MiniMaxM3SparseForConditionalGeneration(tiny_config())
+    names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in model.named_modules()}
+    assert set(model.fsdp_plan) <= names
+    assert "model.language_model.layers.*" in model.fsdp_plan
+    assert not any("vision_tower" in rule for rule in model.fsdp_plan)
+
+
+def arguments(**changes):
+    training = SimpleNamespace(
+        world_size=2,
+        process_index=0,
+        fsdp=None,
+        deepspeed=None,
+        load_best_model_at_end=False,
+        resume_from_checkpoint=None,
+        save_strategy="steps",
+        save_only_model=False,
+    )
+    model, lora = ModelArguments(model="folder", fsdp_size=2), LoraArguments()
+    for name, value in changes.items():
+        setattr(next(part for part in (training, model, lora) if hasattr(part, name)), name, value)
+    return model, lora, training
+
+
+@pytest.fixture
+def config(tiny_checkpoint):
+    return importlib.import_module("modeling_minimax_m3.commands.checkpoint").read_config(str(tiny_checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fsdp_size": 0}, "--fsdp_size must be at least 1, got 0"),
+        ({"ep_size": -1}, "--ep_size must be at least 1, got -1"),
+        ({"fsdp_size": 1, "ep_size": 2}, "--ep_size 2 needs --fsdp_size"),
+        ({"fsdp_size": 4}, "must be the number of processes, which is 2, got 4: .* torchrun --nproc_per_node 4"),
+        ({"fsdp": "full_shard"}, "--fsdp cannot go with --fsdp_size"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end cannot go with"),
+        ({"resume_from_checkpoint": "run"}, "--resume_from_checkpoint cannot go with"),
+        ({"world_size": 3, "fsdp_size": 3, "ep_size": 2}, "--ep_size must divide --fsdp_size, 3, .* got 2"),
+        ({"world_size": 7, "fsdp_size": 7, "ep_size": 7}, "--ep_size must divide .* experts of a layer, got 7"),
+        pytest.param({"lora": True, "lora_save": ["lm_head"]}, "--lora_save cannot go with", marks=needs_averaging),
+        pytest.param(
+            {"lora": True, "lora_experts": True, "ep_size": 2},
+            "--lora_experts cannot go with --ep_size",
+            marks=needs_averaging,
+        ),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        weight_sharding.check_sharding(*arguments(**changes), config, None)
+
+
+@needs_averaging
+def test_other_launchers_and_forms_of_weights_are_refused(config, monkeypatch):
+    weight_sharding.check_sharding(*arguments(lora=True), config, "mxfp8")
+    with pytest.raises(ValueError, match="plain or in mxfp8, and these are nf4"):
+        weight_sharding.check_sharding(*arguments(lora=True), config, "nf4")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="cannot go with FSDP or DeepSpeed of accelerate launch"):
+        weight_sharding.check_sharding(*arguments(lora=True), config, None)
+
+
+def test_a_transformers_that_averages_no_adapters_is_refused(config, monkeypatch):
+    monkeypatch.setattr(weight_sharding, "Trainer", object)
+    weight_sharding.check_sharding(*arguments(), config, None)
+    with pytest.raises(ValueError, match="need Transformers 5.24 or newer"):
+        weight_sharding.check_sharding(*arguments(lora=True), config, None)
+
+
+def test_checkpoints_hold_the_model_alone(config, capsys):
+    model, lora, training = arguments()
+    weight_sharding.check_sharding(model, lora, training, config, None)
+    assert training.save_only_model
+    assert "no run can be resumed" in capsys.readouterr().out
+    weight_sharding.check_sharding(model, lora, training, config, None)
+    model, lora, training = arguments(fsdp_size=1)
+    weight_sharding.check_sharding(model, lora, training, config, None)
+    assert not training.save_only_model and not capsys.readouterr().out
+    assert weight_sharding.sharding_options(model) == {}
+
+
+def test_the_form_of_a_checkpoint_is_told():
+    quantization = importlib.import_module("modeling_minimax_m3.commands.quantization")
+    assert quantization.quantization_of(SimpleNamespace()) is None
+    assert quantization.quantization_of(SimpleNamespace(quantization_config=mxfp8_config())) == "mxfp8"
+    saved = SimpleNamespace(quantization_config={"quant_method": "bitsandbytes"})
+    assert quantization.quantization_of(saved) == "bitsandbytes"
