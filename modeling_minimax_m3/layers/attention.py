@@ -25,6 +25,7 @@ from .layer_types import attention_type
 from .materialized import materialized_attention
 from .normalization import MiniMaxM3VLRMSNorm
 from .rotary import normalize_and_rotate
+from .token_parts import last_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +58,7 @@ class MiniMaxM3VLAttention(nn.Module):
     Attributes:
         selection_observer (`Callable`, *optional*): Called in every pass over selected blocks with the layer, the
             queries (B, T, H_q, D), the keys (B, S, H_kv, D), the block ids (B, T, H_kv, W), all in working order, and
-            the layout.
+            the layout. T counts the tokens that attend, which may be the last ones of the pass alone.
         processes (`Processes`, *optional*): Those that share the heads. Each has key/value heads of its own, with their
             queries, index queries and cache: H_q, H_kv and H_idx count these.
     """
@@ -116,7 +117,8 @@ class MiniMaxM3VLAttention(nn.Module):
         Args:
             hidden_states (`torch.Tensor`): (B, T, hidden).
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, each (B, T, rotary channels).
-            attention_mask (`SequenceLayout`): Where the sequences lie.
+            attention_mask (`SequenceLayout`): Where the sequences lie. If it has fewer new tokens than `hidden_states`,
+                the last ones attend, and the others give keys and values only. Such a layout is one with a cache.
             cache (`Cache`, *optional*): Receives the keys and values of this pass.
             output_attentions (`bool`): Whether to build the attention weights, which takes quadratic memory, and
                 compute the output from them.
@@ -124,7 +126,7 @@ class MiniMaxM3VLAttention(nn.Module):
 
         Returns:
             The output (B, T, hidden); the weights (B, H_q, T, S), or None; and `indexer_kl` (B, T) in nats, the mean
-            over the index heads, or None. A layer without an indexer has none.
+            over the index heads, or None. A layer without an indexer has none. T counts the tokens that attend.
 
         Raises:
             NotImplementedError: `output_indexer_loss` together with a 4-D mask.
@@ -178,8 +180,11 @@ class MiniMaxM3VLAttention(nn.Module):
             refuse_unknown_adapters(self, ("q_proj", "k_proj", "v_proj", "o_proj"))
             if self.indexer is not None:
                 refuse_unknown_adapters(self.indexer, ("q_proj",))
-        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        query = normalize_and_rotate(self.q_norm, query, *position_embeddings)
+        num_queries = layout.num_new
+        query = self.q_proj(last_tokens(hidden_states, num_queries)).unflatten(-1, (-1, self.head_dim))
+        query = normalize_and_rotate(
+            self.q_norm, query, *(last_tokens(states, num_queries) for states in position_embeddings)
+        )
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         key = normalize_and_rotate(self.k_norm, key, *position_embeddings)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -191,7 +196,8 @@ class MiniMaxM3VLAttention(nn.Module):
                 key, value = (states.transpose(1, 2) for states in cached)
         if self.indexer is None:
             return _States(query, key, value, None, projected_dtype)
-        index_query, index_key = (states.to(dtype) for states in self.indexer(hidden_states, position_embeddings))
+        index_query, index_key = self.indexer(hidden_states, position_embeddings, num_queries)
+        index_query, index_key = index_query.to(dtype), index_key.to(dtype)
         if cache is not None:
             cached = cache.layers[self.layer_idx].update_index(index_key.unsqueeze(1))
             if layout.is_cached or layout.allowed is not None:

@@ -17,6 +17,7 @@ from configuration_minimax_m3 import MiniMaxM3VLTextConfig
 from ..fused.shards import Processes
 from .normalization import MiniMaxM3VLRMSNorm
 from .rotary import normalize_and_rotate
+from .token_parts import last_tokens
 
 
 class MiniMaxM3VLIndexer(nn.Module):
@@ -42,17 +43,24 @@ class MiniMaxM3VLIndexer(nn.Module):
         self.requires_grad_(config.indexer_loss_coef > 0)
 
     def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        num_queries: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index queries (B, T, H_idx, D_idx) and keys (B, T, D_idx) of the tokens.
+        """Index queries (B, num_queries, H_idx, D_idx) of the last tokens, and keys (B, T, D_idx) of all.
 
         Args:
             hidden_states (`torch.Tensor`): (B, T, hidden). They get no gradient.
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, each (B, T, rotary channels).
+            num_queries (`int`, *optional*): How many tokens get queries. Default: all.
         """
         hidden_states = hidden_states.detach()
-        index_query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        index_query = normalize_and_rotate(self.q_norm, index_query, *position_embeddings)
+        num_queries = hidden_states.shape[1] if num_queries is None else num_queries
+        index_query = self.q_proj(last_tokens(hidden_states, num_queries)).unflatten(-1, (-1, self.head_dim))
+        index_query = normalize_and_rotate(
+            self.q_norm, index_query, *(last_tokens(states, num_queries) for states in position_embeddings)
+        )
         index_key = normalize_and_rotate(self.k_norm, self.k_proj(hidden_states), *position_embeddings)
         if self.processes is not None:
             index_key = self.processes.fan_out(index_key)

@@ -32,6 +32,10 @@ TOKENS_OF_A_QUANTIZED_PART = 32768
 # beside the cache, and with parts 5 GiB: the hidden states, partial outputs (1.5 each) and a quarter of the rest (1.9).
 TOKENS_OF_A_LAYER = 32768
 
+# In a pass over more tokens than this, the last layer attends from the tokens alone whose outputs are read. For fewer
+# tokens that saves little, and their outputs stay those of a whole layer, to the last bit.
+TOKENS_OF_A_LAST_LAYER = 1024
+
 
 def may_run_in_parts(num_tokens: int, most: int, modules: Iterable[nn.Module]) -> bool:
     """Whether `modules` are to be called for one part of `most` tokens after the other.
@@ -52,6 +56,12 @@ def may_run_in_parts(num_tokens: int, most: int, modules: Iterable[nn.Module]) -
 def _has_several_processes() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def last_tokens(states: torch.Tensor, count: int) -> torch.Tensor:
+    """The last `count` tokens of (B, T, ...) states; the states themselves where that is all of them."""
+    num_tokens = states.shape[1]
+    return states if num_tokens == count else states[:, num_tokens - count :]
 
 
 def parts_of(num_tokens: int, most: int) -> Iterator[slice]:

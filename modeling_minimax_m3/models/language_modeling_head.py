@@ -8,7 +8,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import is_torchdynamo_compiling
 
+from ..fused.support import is_watched
 from ..runtime.layout_building import real_tokens
 from ..training.indexer_loss import indexer_loss
 from ..training.language_loss import batch_share, causal_lm_loss, without_targets_of_padding
@@ -29,6 +31,7 @@ class LanguageModelingHead:
     # Of the model.
     config: PreTrainedConfig
     training: bool
+    model: nn.Module
     lm_head: nn.Module
     loss_function: Callable[..., torch.Tensor]
 
@@ -76,6 +79,13 @@ class LanguageModelingHead:
         if output_indexer_loss is None:
             output_indexer_loss = config.indexer_loss_coef > 0 and (self.training or labels is not None)
         return {"output_router_logits": output_router_logits, "output_indexer_loss": output_indexer_loss}
+
+    def outputs_to_keep(self, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor) -> dict[str, int]:
+        """What tells the model below that some of the last tokens alone are read. A loss and hooks read all of them."""
+        if is_torchdynamo_compiling() or not isinstance(logits_to_keep, int) or logits_to_keep <= 0:
+            return {}
+        reads_all = labels is not None or is_watched(self.model)
+        return {} if reads_all else {"outputs_to_keep": logits_to_keep}
 
     def logits_and_losses(
         self,

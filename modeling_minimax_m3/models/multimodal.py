@@ -236,6 +236,7 @@ class MiniMaxM3SparseForConditionalGeneration(
             mm_token_type_ids=mm_token_type_ids,
             return_dict=True,
             **flags,
+            **self.outputs_to_keep(labels, logits_to_keep),
             **kwargs,
         )
         head = self.logits_and_losses(

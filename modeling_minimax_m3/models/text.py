@@ -18,7 +18,7 @@ from ..layers.attention import MiniMaxM3VLAttention
 from ..layers.moe import MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock, MiniMaxM3VLTopKRouter
 from ..layers.normalization import MiniMaxM3VLRMSNorm
 from ..layers.rotary import MiniMaxM3VLRotaryEmbedding
-from ..layers.token_parts import may_run_in_parts, parts_of
+from ..layers.token_parts import last_tokens, may_run_in_parts, parts_of
 from ..runtime.cache import MiniMaxM3VLDynamicLayer
 from ..runtime.layout_building import build_layout
 from ..runtime.sequence_layout import SequenceLayout, uniform_layout
@@ -54,7 +54,7 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
         output_indexer_loss: bool = False,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """Map hidden states (B, T, hidden) to hidden states. Arguments are those of `MiniMaxM3VLAttention.forward`.
+        """Map hidden states (B, T, hidden) to those of the tokens that attend, which `MiniMaxM3VLAttention` explains.
 
         With `output_indexer_loss` it also returns `indexer_kl` (B, T), None where there is no indexer.
         """
@@ -66,6 +66,7 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
             output_indexer_loss=output_indexer_loss,
             **kwargs,
         )
+        hidden_states = last_tokens(hidden_states, attended.shape[1])
         norm = self.post_attention_layernorm
         if runs_as_written(norm, MiniMaxM3VLRMSNorm) and norm.weight.device == attended.device:
             normalized, hidden_states = add_rms_norm(hidden_states, attended, norm.weight, norm.eps)
@@ -134,6 +135,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         cu_seq_lens_q: torch.Tensor | None = None,
         cu_seq_lens_k: torch.Tensor | None = None,
         output_indexer_loss: bool | None = None,
+        outputs_to_keep: int = 0,
         **kwargs,
     ) -> MiniMaxM3VLTextModelOutputWithPast:
         """Run the layers.
@@ -151,6 +153,9 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
                 among the B * T tokens.
             output_indexer_loss (`bool`, *optional*): Whether to return the indexers' KL divergence. Default: whether
                 `config.indexer_loss_coef` is above 0 and the model is in training mode.
+            outputs_to_keep (`int`): How many of the last tokens need a `last_hidden_state`. 0: all. Of the others, a
+                long pass with a cache computes only keys and values in the last layer, and then returns
+                `last_hidden_state` (B, outputs_to_keep, hidden). Any other pass returns that of all tokens.
 
         Raises:
             ValueError: The inputs have a wrong shape, or contradict each other.
@@ -216,15 +221,21 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
                 )
         indexer_kls = []
         layers = self.layers[: self.config.num_hidden_layers]
-        if not output_indexer_loss and self._runs_in_parts(layout, cache, kwargs["output_attentions"]):
-            hidden_states = hidden_states.clone()  # they may be the caller's
-            self._run_in_parts(hidden_states, position_embeddings, cache, use_cache, **kwargs)
-            layers = ()
-        for layer in layers:
+        layouts = [layout] * len(layers)
+        if not output_indexer_loss and not kwargs["output_attentions"] and self._takes_parts(layout, cache):
+            num_whole = len(layers)
+            if self._shortens_last_layer(layout, outputs_to_keep):
+                layouts[-1] = layout.of_last_tokens(outputs_to_keep)
+                num_whole -= 1
+            if self._runs_in_parts(layout):
+                hidden_states = hidden_states.clone()  # they may be the caller's
+                self._run_in_parts(layers[:num_whole], hidden_states, position_embeddings, cache, use_cache, **kwargs)
+                layers, layouts = layers[num_whole:], layouts[num_whole:]
+        for layer, its_layout in zip(layers, layouts):
             outputs = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
-                attention_mask=layout,
+                attention_mask=its_layout,
                 cache=cache,
                 use_cache=use_cache,
                 output_indexer_loss=output_indexer_loss,
@@ -241,17 +252,32 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             **output_fields(last_hidden_state=self.norm(hidden_states), cache=cache, indexer_divergence=indexer_kl)
         )
 
-    def _runs_in_parts(self, layout: SequenceLayout, cache: Cache | None, output_attentions: bool) -> bool:
-        """Whether each layer reads the tokens in parts, whose keys the cache holds for the parts after them."""
+    def _takes_parts(self, layout: SequenceLayout, cache: Cache | None) -> bool:
+        """Whether a layer can read some of the tokens alone, because the cache holds the keys of those before them."""
         return (
             not is_torchdynamo_compiling()  # first, so that no graph is guarded on the number of rows
             and cache is not None
-            and layout.is_uniform
-            and not output_attentions
-            and may_run_in_parts(layout.num_new, self._part_of_row(layout.batch), self.layers.modules())
+            and (layout.is_uniform or layout.is_cached)
             and not getattr(cache, "offloading", False)
             and len(cache.layers) >= self.config.num_hidden_layers
             and all(isinstance(layer, MiniMaxM3VLDynamicLayer) for layer in cache.layers)
+        )
+
+    def _runs_in_parts(self, layout: SequenceLayout) -> bool:
+        """Whether each layer reads the tokens in parts. A pass that continues a cache reads them at once."""
+        return layout.is_uniform and may_run_in_parts(
+            layout.num_new, self._part_of_row(layout.batch), self.layers.modules()
+        )
+
+    def _shortens_last_layer(self, layout: SequenceLayout, outputs_to_keep: int) -> bool:
+        """Whether the last layer attends from the tokens alone that are asked for an output."""
+        last_layer = self.layers[self.config.num_hidden_layers - 1]
+        return (
+            0 < outputs_to_keep < layout.num_new
+            and layout.query_order is None
+            and may_run_in_parts(layout.num_new, token_parts.TOKENS_OF_A_LAST_LAYER, last_layer.modules())
+            and not is_watched(self)  # a hook may read the output of all tokens
+            and not is_watched(self.norm)
         )
 
     @staticmethod
@@ -261,6 +287,7 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
 
     def _run_in_parts(
         self,
+        layers: nn.ModuleList,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         cache: Cache,
@@ -269,14 +296,12 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
     ) -> None:
         """Put the layers' output in place of their input. A layer reads all parts before the next layer does."""
         batch, num_new = hidden_states.shape[:2]
-        for layer, cache_layer in zip(self.layers[: self.config.num_hidden_layers], cache.layers):
+        for layer, cache_layer in zip(layers, cache.layers):
             for part in parts_of(num_new, self._part_of_row(batch)):
                 num_part = part.stop - part.start
-                if part.start == 0:
-                    layout = uniform_layout(batch, num_part, hidden_states.device)
-                else:
-                    lengths = torch.full((batch,), part.stop, dtype=torch.int32, device=hidden_states.device)
-                    layout = SequenceLayout(batch, num_part, cache_seqlens=lengths, num_keys=part.stop)
+                layout = uniform_layout(batch, part.stop, hidden_states.device)
+                if part.start > 0:
+                    layout = layout.of_last_tokens(num_part)
                 hidden_states[:, part] = layer(
                     hidden_states[:, part],
                     position_embeddings=tuple(states[:, part] for states in position_embeddings),
@@ -406,6 +431,7 @@ class MiniMaxM3VLForCausalLM(LanguageModelingHead, MiniMaxM3VLPreTrainedModel, M
             use_cache=use_cache,
             return_dict=True,
             **flags,
+            **self.outputs_to_keep(labels, logits_to_keep),
             **kwargs,
         )
         head = self.logits_and_losses(

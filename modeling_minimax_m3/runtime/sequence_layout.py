@@ -10,7 +10,7 @@ other, a gather moves them together first: that order is the working order, as o
 Legend: B rows, T new tokens of a row, S keys of a row (cached and new).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -117,6 +117,16 @@ class SequenceLayout:
     def as_one_document(self) -> "SequenceLayout":
         """The layout that reads each row of packed documents as one sequence. Other layouts stay as they are."""
         return uniform_layout(self.batch, self.num_new, self.cu_seqlens.device) if self.is_packed else self
+
+    def of_last_tokens(self, count: int) -> "SequenceLayout":
+        """The layout of the last `count` tokens of each row, whose keys, and those before them, a cache holds by then.
+
+        It is for a layout with a cache, or a uniform one, in which no token moves.
+        """
+        if self.is_cached:
+            return replace(self, num_new=count)
+        lengths = torch.full((self.batch,), self.num_new, dtype=torch.int32, device=self.cu_seqlens.device)
+        return SequenceLayout(self.batch, count, cache_seqlens=lengths, num_keys=self.num_new)
 
     def cached_positions(self) -> torch.Tensor:
         """Position (B, T) of every new token with a cache, in working order, negative for padding."""

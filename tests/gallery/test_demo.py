@@ -109,7 +109,7 @@ def test_answer_begins_behind_the_thinking(load_script):
 @pytest.mark.slow
 @needs_trained
 def test_trained_checkpoint_gives_three_right_answers(load_script, tmp_path, capsys):
-    """What `make demo` does, with an eighth of its long text, which would take a minute and more."""
+    """What `make demo` does, with an eighth of its long text, which would take most of a minute."""
     records = load_script("demo").main(["--output", str(tmp_path), "--long-tokens", "4096"])
     printed = capsys.readouterr().out
     assert "3 of 3 answers are right" in printed
