@@ -270,10 +270,11 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
         )
 
     def _shortens_last_layer(self, layout: SequenceLayout, outputs_to_keep: int) -> bool:
-        """Whether the last layer attends from the tokens alone that are asked for an output."""
+        """Whether the last layer attends from the tokens alone that are asked for an output. No GPU has run this yet."""
         last_layer = self.layers[self.config.num_hidden_layers - 1]
         return (
-            0 < outputs_to_keep < layout.num_new
+            self.device.type == "cpu"
+            and 0 < outputs_to_keep < layout.num_new
             and layout.query_order is None
             and may_run_in_parts(layout.num_new, token_parts.TOKENS_OF_A_LAST_LAYER, last_layer.modules())
             and not is_watched(self)  # a hook may read the output of all tokens
