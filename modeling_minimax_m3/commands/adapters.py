@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..conversion.adapters import CHANGED_BASES
+from ..layers.quantized import numbers_of_shards
 from .checkpoint import auto_class
 from .idle_options import refuse_idle
 from .train_arguments import LoraArguments
@@ -91,7 +92,8 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments, with_media: b
             target_parameters=list(EXPERTS) if arguments.lora_experts else None,
             modules_to_save=saved or None,
         )
-        return get_peft_model(model, config)
+        with numbers_of_shards(model):
+            return get_peft_model(model, config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"PEFT cannot make the adapters: {error}") from error
 

@@ -209,7 +209,7 @@ def prepare(argv: list[str]) -> Trainer:
     if training.resume_from_checkpoint is not None:
         check_resumed(str(training.resume_from_checkpoint), lora_arguments)
     form = model_arguments.quantization or quantization_of(config)
-    check_sharding(model_arguments, lora_arguments, training, config, form)
+    check_sharding(model_arguments, lora_arguments, training, config, form, adapter)
     set_seed(training.seed)
     processor = load_processor(model_arguments.model, config)
     if adapter is not None:

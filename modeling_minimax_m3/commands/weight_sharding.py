@@ -5,19 +5,29 @@ process. Transformers' `DistributedConfig` does the work.
 """
 
 import os
+import re
 from typing import Any
 
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
+
+from ..conversion.adapters import CHANGED_BASES, OTHER_KINDS
 
 # Averages the gradients of adapters over the processes. Transformers before 5.24 lacks it, and each process would then
 # train adapters of its own.
 _AVERAGING = "_sync_replicated_trainable_parameters"
+_SAVED = re.compile(r"\.lora_|\.(embed_tokens|lm_head)\.base_layer\.")  # what is saved of a model with adapters
 _OWN_FORM = "mxfp8"  # of quantized weights, the one whose parts can be sharded
 
 
 def check_sharding(
-    model: Any, lora: Any, training: TrainingArguments, config: PreTrainedConfig, quantization: str | None
+    model: Any,
+    lora: Any,
+    training: TrainingArguments,
+    config: PreTrainedConfig,
+    quantization: str | None,
+    adapter: Any = None,
 ) -> None:
     """Raises ValueError if weights cannot be sharded so, before any is loaded.
 
@@ -26,6 +36,7 @@ def check_sharding(
         training (TrainingArguments): Where weights are sharded, its checkpoints are set to hold the model alone.
         config (PreTrainedConfig): Of the checkpoint.
         quantization (str, optional): The form of its weights, or the one that they get: "mxfp8", "nf4", ...
+        adapter (`peft.LoraConfig`, optional): Of the adapter that is trained further.
     """
     for name in ("fsdp_size", "ep_size"):
         if getattr(model, name) < 1:
@@ -54,6 +65,10 @@ def check_sharding(
             f"--ep_size must divide --fsdp_size, {model.fsdp_size}, and the {experts} experts of a layer, got "
             f"{model.ep_size}"
         )
+    if adapter is not None:
+        _check_kind(lora.adapter, adapter)
+    elif not lora.lora:
+        _check_optimizer(training)
     if lora.lora or lora.adapter:
         if not hasattr(Trainer, _AVERAGING):
             raise ValueError("--lora and --adapter with --fsdp_size need Transformers 5.24 or newer")
@@ -62,11 +77,40 @@ def check_sharding(
                 "--lora_save cannot go with --fsdp_size, which shards whole modules before they are copied"
             )
         if lora.lora_experts and model.ep_size > 1:
-            raise ValueError("--lora_experts cannot go with --ep_size: each process would adapt its experts alone")
+            raise ValueError(
+                "--lora_experts, or an adapter on experts, cannot go with --ep_size: each process would adapt its experts "
+                "alone"
+            )
     if training.save_strategy != "no" and not training.save_only_model:
         training.save_only_model = True
         if training.process_index == 0:
             print("with --fsdp_size checkpoints hold the model alone, and no run can be resumed from them")
+
+
+def _check_optimizer(training: TrainingArguments) -> None:
+    """Raises ValueError for an optimizer that cannot step on shards of weights. Adapters are whole in each process."""
+    try:
+        kind, _ = Trainer.get_optimizer_cls_and_kwargs(training)
+    except (ImportError, ValueError):  # some need the model
+        return
+    if kind.__module__.partition(".")[0] in ("bitsandbytes", "transformers"):
+        name = getattr(training.optim, "value", training.optim)
+        raise ValueError(
+            f"--optim {name} cannot go with --fsdp_size without --lora: it takes no shards of weights. Those of PyTorch "
+            "do, such as adamw_torch_fused"
+        )
+
+
+def _check_kind(folder: str, adapter: Any) -> None:
+    """Raises ValueError for an adapter that PEFT makes from whole weights, and fails to make from sharded ones."""
+    if found := [name for name in OTHER_KINDS if getattr(adapter, name, None)]:
+        raise ValueError(f"--adapter {folder} has `{found[0]}`, which cannot go with --fsdp_size")
+    start = adapter.init_lora_weights
+    if isinstance(start, str) and start.lower().startswith(CHANGED_BASES):
+        raise ValueError(
+            f"--adapter {folder} has `init_lora_weights` {start!r}, which changes the weights of the model and cannot go "
+            "with --fsdp_size"
+        )
 
 
 def sharding_options(arguments: Any) -> dict[str, Any]:
@@ -77,5 +121,9 @@ def sharding_options(arguments: Any) -> dict[str, Any]:
 
 
 def adapter_weights(model: Any) -> dict[str, Any]:
-    """The state of the adapters alone. PEFT would gather the whole model for it, in every process."""
-    return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    """The state of the adapters, and of embeddings and head under one, which PEFT saves with it.
+
+    All processes have to call it. PEFT would gather the whole model, in every process.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if _SAVED.search(name)}
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}

@@ -29,7 +29,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _ENDING_A, _ENDING_B = ".lora_A.weight", ".lora_B.weight"
 # Switches of an adapter that computes something else than `scaling * B @ A`.
-_OTHER_KINDS = (
+OTHER_KINDS = (
     *("use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "modules_to_save"),
     *("trainable_token_indices", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config"),
     *("monteclora_config", "velora_config"),
@@ -116,7 +116,7 @@ def open_adapter(folder: Path, config: MiniMaxM3VLConfig) -> Adapter:
 def _check_kind(settings: dict[str, Any], folder: Path) -> None:
     if str(settings.get("peft_type")).upper() != "LORA":
         raise ValueError(f"{folder}: `peft_type` must be 'LORA', got {settings.get('peft_type')!r}.")
-    for name in _OTHER_KINDS:
+    for name in OTHER_KINDS:
         if settings.get(name):
             raise ValueError(f"{folder}: an adapter with `{name}` cannot be merged here, got {settings[name]!r}.")
     if settings.get("bias", "none") != "none":

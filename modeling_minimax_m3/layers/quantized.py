@@ -6,7 +6,8 @@ suffix. None is trained or cast. What a pass needs is dequantized for it (`fused
 E is the number of experts, K of experts per token, F an intermediate size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,10 +32,13 @@ class QuantizedModule(nn.Module):
         compute_dtype (`torch.dtype`): Dtype of the products.
         shows_numbers (`bool`): Whether `module.weight` is a `QuantizedWeight`, as adapters need it. While the model is
             loaded, and where Accelerate moves weights between host and device, it is the stored tensor.
+        shows_shards (`bool`): Whether it is a `QuantizedWeight` too while FSDP2 has it in shards. FSDP2 itself reads the
+            stored tensors, so this is true within `numbers_of_shards` alone.
     """
 
     weight_names: tuple[str, ...] = ()
     shows_numbers = False
+    shows_shards = False
 
     def __init__(self, weight_format: WeightFormat, compute_dtype: torch.dtype):
         nn.Module.__init__(self)  # not that of a subclass's other base, which would make plain weights
@@ -66,7 +70,7 @@ class QuantizedModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         found: Any = super().__getattr__(name)
-        if name in self.weight_names and self.shows_numbers and not is_dtensor(found):
+        if name in self.weight_names and self.shows_numbers and (self.shows_shards or not is_dtensor(found)):
             return QuantizedWeight(self.stored_weight(name), self.compute_dtype, parameter=found)
         return found
 
@@ -87,6 +91,19 @@ class QuantizedModule(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keeping_dtypes, recurse)
+
+
+@contextmanager
+def numbers_of_shards(model: nn.Module) -> Iterator[None]:
+    """While it lasts, weights in shards have the dtype of their products. PEFT rounds new adapters to a weight's dtype."""
+    modules = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+    for module in modules:
+        module.shows_shards = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.shows_shards = False
 
 
 class QuantizedExperts(QuantizedModule, MiniMaxM3VLExperts):

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, Trainer
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, mxfp8_config
@@ -68,7 +68,9 @@ def train(checkpoint: Path, rows: Path, folder: Path, processes: int, *options: 
     [
         pytest.param(("--lora",), ("--fsdp_size", "2", "--ep_size", "2"), marks=needs_averaging),
         pytest.param(("--lora", "--lora_experts"), ("--fsdp_size", "2"), marks=needs_averaging),
-        pytest.param(("--lora", "--quantization", "mxfp8"), ("--fsdp_size", "2"), marks=needs_averaging),
+        pytest.param(
+            ("--lora", "--lora_experts", "--quantization", "mxfp8"), ("--fsdp_size", "2"), marks=needs_averaging
+        ),
         (("--train_vision",), ("--fsdp_size", "2", "--ep_size", "2")),
     ],
     ids=lambda options: " ".join(options),
@@ -93,8 +95,12 @@ def test_two_processes_train_as_one(tiny_checkpoint, rows, tmp_path, options, sh
 
 @needs_averaging
 def test_a_saved_adapter_fits_the_whole_model_and_trains_further(tiny_checkpoint, rows, tmp_path):
-    train(tiny_checkpoint, rows, tmp_path, 2, "--lora", "--fsdp_size", "2", "--save_strategy", "no")
+    """One on the head too, with which PEFT saves the weight under it."""
+    targets = ("--lora_targets", "q_proj", "lm_head")
+    train(tiny_checkpoint, rows, tmp_path, 2, "--lora", *targets, "--fsdp_size", "2", "--save_strategy", "no")
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
+    assert saved["base_model.model.lm_head.base_layer.weight"].equal(model.lm_head.weight)
     first = dict(PeftModel.from_pretrained(model, tmp_path / "run").named_parameters())
     assert any(parameter.abs().sum() > 0 for name, parameter in first.items() if "lora_B" in name)
     (tmp_path / "further").mkdir()
@@ -136,16 +142,8 @@ def test_units_of_the_composite_model():
 
 
 def arguments(**changes):
-    training = SimpleNamespace(
-        world_size=2,
-        process_index=0,
-        fsdp=None,
-        deepspeed=None,
-        load_best_model_at_end=False,
-        resume_from_checkpoint=None,
-        save_strategy="steps",
-        save_only_model=False,
-    )
+    given = vars(TrainingArguments("run", use_cpu=True, save_strategy="steps"))
+    training = SimpleNamespace(**given | {"world_size": 2, "process_index": 0})
     model, lora = ModelArguments(model="folder", fsdp_size=2), LoraArguments()
     for name, value in changes.items():
         setattr(next(part for part in (training, model, lora) if hasattr(part, name)), name, value)
@@ -166,13 +164,14 @@ def config(tiny_checkpoint):
         ({"fsdp_size": 4}, "must be the number of processes, which is 2, got 4: .* torchrun --nproc_per_node 4"),
         ({"fsdp": "full_shard"}, "--fsdp cannot go with --fsdp_size"),
         ({"load_best_model_at_end": True}, "--load_best_model_at_end cannot go with"),
+        ({"optim": "adafactor"}, "--optim adafactor cannot go with --fsdp_size without --lora: .*adamw_torch_fused"),
         ({"resume_from_checkpoint": "run"}, "--resume_from_checkpoint cannot go with"),
         ({"world_size": 3, "fsdp_size": 3, "ep_size": 2}, "--ep_size must divide --fsdp_size, 3, .* got 2"),
         ({"world_size": 7, "fsdp_size": 7, "ep_size": 7}, "--ep_size must divide .* experts of a layer, got 7"),
         pytest.param({"lora": True, "lora_save": ["lm_head"]}, "--lora_save cannot go with", marks=needs_averaging),
         pytest.param(
             {"lora": True, "lora_experts": True, "ep_size": 2},
-            "--lora_experts cannot go with --ep_size",
+            "--lora_experts, or an adapter on experts, cannot go with --ep_size",
             marks=needs_averaging,
         ),
     ],
@@ -180,6 +179,23 @@ def config(tiny_checkpoint):
 def test_what_cannot_be_sharded_is_refused(config, changes, message):
     with pytest.raises(ValueError, match=message):
         weight_sharding.check_sharding(*arguments(**changes), config, None)
+
+
+@needs_averaging
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"use_dora": True}, "--adapter folder has `use_dora`, which cannot go with --fsdp_size"),
+        ({"trainable_token_indices": [1]}, "has `trainable_token_indices`"),
+        ({"modules_to_save": ["lm_head"]}, "has `modules_to_save`"),
+        ({"init_lora_weights": "pissa"}, "has `init_lora_weights` 'pissa', which changes the weights of the model"),
+    ],
+)
+def test_adapters_that_are_made_from_whole_weights_are_refused(config, kind, message):
+    given = arguments(adapter="folder", optim="adafactor")  # adapters are whole, so each optimizer takes them
+    weight_sharding.check_sharding(*given, config, None, LoraConfig())
+    with pytest.raises(ValueError, match=message):
+        weight_sharding.check_sharding(*given, config, None, LoraConfig(**kind))
 
 
 @needs_averaging
@@ -193,7 +209,7 @@ def test_other_launchers_and_forms_of_weights_are_refused(config, monkeypatch):
 
 
 def test_a_transformers_that_averages_no_adapters_is_refused(config, monkeypatch):
-    monkeypatch.setattr(weight_sharding, "Trainer", object)
+    monkeypatch.delattr(Trainer, weight_sharding._AVERAGING, raising=False)
     weight_sharding.check_sharding(*arguments(), config, None)
     with pytest.raises(ValueError, match="need Transformers 5.24 or newer"):
         weight_sharding.check_sharding(*arguments(lora=True), config, None)
