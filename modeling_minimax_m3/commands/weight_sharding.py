@@ -14,9 +14,6 @@ from transformers.distributed import DistributedConfig
 
 from ..conversion.adapters import CHANGED_BASES, OTHER_KINDS
 
-# Averages the gradients of adapters over the processes. Transformers before 5.24 lacks it, and each process would then
-# train adapters of its own.
-_AVERAGING = "_sync_replicated_trainable_parameters"
 _SAVED = re.compile(r"\.lora_|\.(embed_tokens|lm_head)\.base_layer\.")  # what is saved of a model with adapters
 _OWN_FORM = "mxfp8"  # of quantized weights, the one whose parts can be sharded
 
@@ -70,8 +67,6 @@ def check_sharding(
     elif not lora.lora:
         _check_optimizer(training)
     if lora.lora or lora.adapter:
-        if not hasattr(Trainer, _AVERAGING):
-            raise ValueError("--lora and --adapter with --fsdp_size need Transformers 5.24 or newer")
         if lora.lora_save:
             raise ValueError(
                 "--lora_save cannot go with --fsdp_size, which shards whole modules before they are copied"

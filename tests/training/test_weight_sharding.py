@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, TrainingArguments
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration, mxfp8_config
@@ -28,11 +28,6 @@ OPTIONS = (
     *("--max_steps", "3", "--optim", "sgd", "--learning_rate", "1e-1", "--logging_steps", "1", "--report_to", "none"),
     *("--use_cpu", "--disable_tqdm", "true"),
 )  # fmt: skip
-
-
-needs_averaging = pytest.mark.skipif(
-    not hasattr(Trainer, weight_sharding._AVERAGING), reason="needs a Trainer that averages gradients of adapters"
-)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +61,9 @@ def train(checkpoint: Path, rows: Path, folder: Path, processes: int, *options: 
 @pytest.mark.parametrize(
     ("options", "sharing"),
     [
-        pytest.param(("--lora",), ("--fsdp_size", "2", "--ep_size", "2"), marks=needs_averaging),
-        pytest.param(("--lora", "--lora_experts"), ("--fsdp_size", "2"), marks=needs_averaging),
-        pytest.param(
-            ("--lora", "--lora_experts", "--quantization", "mxfp8"), ("--fsdp_size", "2"), marks=needs_averaging
-        ),
+        (("--lora",), ("--fsdp_size", "2", "--ep_size", "2")),
+        (("--lora", "--lora_experts"), ("--fsdp_size", "2")),
+        (("--lora", "--lora_experts", "--quantization", "mxfp8"), ("--fsdp_size", "2")),
         (("--train_vision",), ("--fsdp_size", "2", "--ep_size", "2")),
     ],
     ids=lambda options: " ".join(options),
@@ -93,7 +86,6 @@ def test_two_processes_train_as_one(tiny_checkpoint, rows, tmp_path, options, sh
     assert not (tmp_path / "two" / "run" / "checkpoint-2" / "optimizer.pt").exists()
 
 
-@needs_averaging
 def test_a_saved_adapter_fits_the_whole_model_and_trains_further(tiny_checkpoint, rows, tmp_path):
     """One on the head too, with which PEFT saves the weight under it."""
     targets = ("--lora_targets", "q_proj", "lm_head")
@@ -168,11 +160,10 @@ def config(tiny_checkpoint):
         ({"resume_from_checkpoint": "run"}, "--resume_from_checkpoint cannot go with"),
         ({"world_size": 3, "fsdp_size": 3, "ep_size": 2}, "--ep_size must divide --fsdp_size, 3, .* got 2"),
         ({"world_size": 7, "fsdp_size": 7, "ep_size": 7}, "--ep_size must divide .* experts of a layer, got 7"),
-        pytest.param({"lora": True, "lora_save": ["lm_head"]}, "--lora_save cannot go with", marks=needs_averaging),
-        pytest.param(
+        ({"lora": True, "lora_save": ["lm_head"]}, "--lora_save cannot go with"),
+        (
             {"lora": True, "lora_experts": True, "ep_size": 2},
             "--lora_experts, or an adapter on experts, cannot go with --ep_size",
-            marks=needs_averaging,
         ),
     ],
 )
@@ -181,7 +172,6 @@ def test_what_cannot_be_sharded_is_refused(config, changes, message):
         weight_sharding.check_sharding(*arguments(**changes), config, None)
 
 
-@needs_averaging
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -198,20 +188,12 @@ def test_adapters_that_are_made_from_whole_weights_are_refused(config, kind, mes
         weight_sharding.check_sharding(*given, config, None, LoraConfig(**kind))
 
 
-@needs_averaging
 def test_other_launchers_and_forms_of_weights_are_refused(config, monkeypatch):
     weight_sharding.check_sharding(*arguments(lora=True), config, "mxfp8")
     with pytest.raises(ValueError, match="plain or in mxfp8, and these are nf4"):
         weight_sharding.check_sharding(*arguments(lora=True), config, "nf4")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="cannot go with FSDP or DeepSpeed of accelerate launch"):
-        weight_sharding.check_sharding(*arguments(lora=True), config, None)
-
-
-def test_a_transformers_that_averages_no_adapters_is_refused(config, monkeypatch):
-    monkeypatch.delattr(Trainer, weight_sharding._AVERAGING, raising=False)
-    weight_sharding.check_sharding(*arguments(), config, None)
-    with pytest.raises(ValueError, match="need Transformers 5.24 or newer"):
         weight_sharding.check_sharding(*arguments(lora=True), config, None)
 
 
