@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils
+from transformers.utils import is_liger_kernel_available
 
 # Packages whose names differ from those of their reporters.
 PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}
@@ -23,6 +24,8 @@ def check_run(training: TrainingArguments) -> None:
         raise ValueError(f"--num_train_epochs must be above 0 without --max_steps, got {training.num_train_epochs}")
     check_reporters([training.report_to] if isinstance(training.report_to, str) else training.report_to or [])
     check_optimizer(training)
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError("--use_liger_kernel needs a package: pip install liger-kernel")
     check_output(Path(str(training.output_dir)))
     if training.push_to_hub:
         check_hub(training.hub_token)

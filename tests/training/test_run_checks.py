@@ -31,6 +31,7 @@ CASES = {
     "accumulation": (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps.* 0|got 0"),
     "optimizer": (["--optim", "lomo"], "--optim lomo needs a package: .*lomo"),
     "optimizer by its error": (["--optim", "adamw_anyprecision"], "--optim adamw_anyprecision needs a package: .*install"),
+    "kernels": (["--use_liger_kernel"], "--use_liger_kernel needs a package: pip install liger-kernel"),
     "learning rate": (["--learning_rate", "-1"], "--optim adamw.* refuses a value of --learning_rate.*: .* -1.0"),
     "betas": (["--adam_beta2", "2"], "refuses a value of .*--adam_beta2.*: .* 2.0"),
     "schedule": (
