@@ -34,7 +34,7 @@ from evaluate_pretraining import SHORTEST
 from make_tiny_checkpoint import build_processor
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from modeling_minimax_m3.conversion.source import read_json
-from pretrain import DEFAULTS
+from pretrain import DEFAULTS, commit_of_this_file
 from processing_minimax_m3 import MiniMaxM3VLProcessor
 from processing_minimax_m3.pretraining import WEIGHTS, LongRows, Packs, parse_stages
 from processing_minimax_m3.pretraining.packs import Stage
@@ -284,6 +284,7 @@ def write_results(arguments: argparse.Namespace, work: Path, argv: Sequence[str]
         raise SystemExit("ablation: all runs failed")
     result: dict[str, Any] = {
         "command": ["python", "scripts/ablation.py", *argv],
+        "commit": commit_of_this_file(),
         "budget": plan,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "devices": len(visible_devices()),

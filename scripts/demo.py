@@ -167,7 +167,7 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
     announce(3, "a video")
     question = short_question("video", "direction", arguments.output, arguments.seed)
     records.append(ask(model, processor, question, scores))
-    wait = "" if torch.cuda.is_available() else ", which takes about 50 seconds on two CPU cores"
+    wait = "" if torch.cuda.is_available() else ", which takes less than a minute on two CPU cores"
     announce(4, f"a fact in a text of {arguments.long_tokens:,} tokens{wait}")
     records.append(ask(model, processor, long, scores))
 

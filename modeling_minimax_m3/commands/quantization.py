@@ -7,6 +7,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from ..loading.mxfp8_quantizer import mxfp8_config
+from ..planning.saved_checkpoints import method_and_entries
 
 # Values of the option, and what the memory planner calls these weights.
 PRECISIONS = {"nf4": "nf4-double", "mxfp8": "mxfp8"}
@@ -22,24 +23,16 @@ def check_quantization(name: str | None, config: PreTrainedConfig) -> None:
         return
     if name not in PRECISIONS:
         raise ValueError(f"--quantization must be one of {', '.join(PRECISIONS)}, got {name!r}")
-    if is_quantized(config):
+    if quantization_of(config):
         raise ValueError(f"--quantization {name} needs a checkpoint that is not quantized: leave it out")
     if name == "nf4" and find_spec("bitsandbytes") is None:
         raise ValueError("--quantization nf4 needs bitsandbytes: pip install bitsandbytes")
 
 
-def is_quantized(config: PreTrainedConfig) -> bool:
-    """Whether the checkpoint of a configuration has quantized weights."""
-    return getattr(config, "quantization_config", None) is not None
-
-
 def quantization_of(config: PreTrainedConfig) -> str | None:
     """The quantization method of the checkpoint of a configuration, by Transformers' name; None without one."""
     given = getattr(config, "quantization_config", None)
-    if given is None:
-        return None
-    method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
-    return str(getattr(method, "value", method))
+    return None if given is None else method_and_entries(given)[0]
 
 
 def loading_options(name: str | None, dtype: str, config: PreTrainedConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from .adapters import check_fit, open_adapter_config
 from .checkpoint import auto_class
-from .quantization import HELP, check_quantization, is_quantized, loading_options
+from .quantization import HELP, check_quantization, loading_options, quantization_of
 from .train_arguments import SHORT_DTYPES, LoraArguments
 
 
@@ -29,7 +29,7 @@ def check_model_options(arguments: argparse.Namespace, config: PreTrainedConfig)
     if arguments.dtype not in dtypes:
         raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {arguments.dtype!r}")
     if arguments.adapter is not None:
-        check_adapter(arguments.adapter, config, bool(arguments.quantization) or is_quantized(config))
+        check_adapter(arguments.adapter, config, bool(arguments.quantization or quantization_of(config)))
     if arguments.device is not None:
         try:
             torch.device(arguments.device)

@@ -35,7 +35,7 @@ from .adapters import add_adapters, check_adapters, check_fit, check_resumed, op
 from .checkpoint import auto_class, is_composite, load_processor, read_config
 from .idle_options import refuse_idle
 from .model_card import CARD, DataFile, ModelCard, describe_data, hide_in_command, usage_of
-from .quantization import check_quantization, is_quantized, loading_options, quantization_of
+from .quantization import check_quantization, loading_options, quantization_of
 from .run_checks import check_run
 from .run_memory import check_memory
 from .saved_checkpoints import check_unfinished, checkpoint_to_resume
@@ -143,6 +143,7 @@ class FinetuneTrainer(IndexerLossLogging, Trainer):
         return super().compute_loss(model, inputs | {"use_cache": False}, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Saves the model; of one in shards with adapters the adapters alone, for which PEFT would gather all of it."""
         if state_dict is None and self.is_distributed_loading_by_transformers and hasattr(self.model, "peft_config"):
             state_dict = adapter_weights(self.model)
         super()._save(output_dir, state_dict)
@@ -200,20 +201,19 @@ def prepare(argv: list[str]) -> Trainer:
     check_arguments(model_arguments, lora_arguments, data_arguments, training, given_options)
     config = load_config(model_arguments, data_arguments.max_length, given_options)
     check_quantization(model_arguments.quantization, config)
-    quantized = bool(model_arguments.quantization) or is_quantized(config)
-    if quantized and not (lora_arguments.lora or lora_arguments.adapter):
+    quantization = model_arguments.quantization or quantization_of(config)
+    if quantization and not (lora_arguments.lora or lora_arguments.adapter):
         raise ValueError("quantized weights cannot be trained: add --lora, which trains adapters over them")
     adapter = None
     if lora_arguments.adapter is not None:
         adapter, lora_arguments = open_adapter_config(lora_arguments.adapter, lora_arguments)
     if training.resume_from_checkpoint is not None:
         check_resumed(str(training.resume_from_checkpoint), lora_arguments)
-    form = model_arguments.quantization or quantization_of(config)
-    check_sharding(model_arguments, lora_arguments, training, config, form, adapter)
+    check_sharding(model_arguments, lora_arguments, training, config, quantization, adapter)
     set_seed(training.seed)
     processor = load_processor(model_arguments.model, config)
     if adapter is not None:
-        check_fit(config, str(lora_arguments.adapter), adapter, given_options, quantized)
+        check_fit(config, str(lora_arguments.adapter), adapter, given_options, bool(quantization))
     elif lora_arguments.lora:  # names that fit nothing, before the data are read
         check_adapters(config, lora_arguments, True, given_options)
 

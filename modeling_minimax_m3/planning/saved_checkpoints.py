@@ -24,7 +24,7 @@ def saved_precision(config: Config) -> str:
     if quantization is None:
         dtype = _dtype_of(config)
         return "bf16" if dtype is None else DTYPES.get(dtype, "bf16")
-    method, entries = _method_and_entries(quantization)
+    method, entries = method_and_entries(quantization)
     if method in ("mxfp8", "fp8"):
         return "mxfp8"
     if method == "bitsandbytes":
@@ -45,7 +45,7 @@ def saved_unquantized_parts(config: Config) -> tuple[str, ...]:
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return UNQUANTIZED_PARTS
-    method, entries = _method_and_entries(quantization)
+    method, entries = method_and_entries(quantization)
     named = next((entries[name] for name in _LISTS if entries.get(name) is not None), None)
     parts = set(UNQUANTIZED_PARTS) if named is None else _parts_named(config, list(named))
     if not _takes_experts(method, entries):
@@ -53,7 +53,8 @@ def saved_unquantized_parts(config: Config) -> tuple[str, ...]:
     return tuple(part for part in QUANTIZABLE_PARTS if part in parts)
 
 
-def _method_and_entries(quantization: Any) -> tuple[str, dict[str, Any]]:
+def method_and_entries(quantization: Any) -> tuple[str, dict[str, Any]]:
+    """The method of a quantization config, by Transformers' name, and all of its entries."""
     entries = quantization if isinstance(quantization, dict) else quantization.to_dict()
     return str(getattr(entries.get("quant_method"), "value", entries.get("quant_method"))), entries
 
