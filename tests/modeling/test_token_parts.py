@@ -104,6 +104,15 @@ class TestLayers:
         torch.testing.assert_close(next_logits, model(more, cache=whole.cache).logits, rtol=1e-4, atol=1e-4)
 
     @torch.no_grad()
+    def test_a_pass_that_continues_a_cache_reads_its_tokens_at_once(self, model, make_tokens, layer_calls):
+        tokens = make_tokens(model.config, 2, 70)
+        cache = model(tokens[:, :10]).cache
+        layer_calls.clear()
+        logits = model(tokens[:, 10:], cache=cache).logits
+        assert layer_calls == [60] * model.config.num_hidden_layers
+        torch.testing.assert_close(logits, model(tokens).logits[:, 10:], rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
     def test_embeddings_of_the_caller_stay_as_they_are(self, model, make_tokens, layer_calls):
         embeddings = model.get_input_embeddings()(make_tokens(model.config, 1, 70))
         copy = embeddings.clone()
