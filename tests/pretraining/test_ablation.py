@@ -126,7 +126,7 @@ def fork(command, stdout, stderr, env):
 
 @pytest.mark.slow
 def test_script_trains_all_arms_and_compares_them(scripts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scripts.ablation.subprocess, "Popen", fork)
+    monkeypatch.setattr(scripts.ablation, "subprocess", SimpleNamespace(Popen=fork))
     monkeypatch.setattr(scripts.ablation, "POLL", 0.1)
     arms = ("--arms", "dense,learned,image only", "--seeds", "1")
     recall = ("--recall_to", "1024", "--recall_rows", "1")
@@ -152,7 +152,7 @@ def test_failed_runs_are_named_with_their_log(scripts, tmp_path, capsys, monkeyp
         stdout.write("no memory left")
         return SimpleNamespace(poll=lambda: 1, terminate=lambda: None)
 
-    monkeypatch.setattr(scripts.ablation.subprocess, "Popen", fail)
+    monkeypatch.setattr(scripts.ablation, "subprocess", SimpleNamespace(Popen=fail))
     monkeypatch.setattr(scripts.ablation, "POLL", 0.0)
     monkeypatch.setattr(scripts.ablation, "make_data", lambda arguments, folder: None)
     with pytest.raises(SystemExit, match="all runs failed"):
@@ -173,7 +173,7 @@ def test_runs_share_the_gpus(scripts, tmp_path, monkeypatch, named, expected):
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     monkeypatch.setattr(scripts.ablation.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(scripts.ablation.subprocess, "Popen", start)
+    monkeypatch.setattr(scripts.ablation, "subprocess", SimpleNamespace(Popen=start))
     monkeypatch.setattr(scripts.ablation, "POLL", 0.0)
     arguments = scripts.ablation.read_arguments([str(tmp_path), *SMALL, "--seeds", "2"])
     arguments.arms = ["dense", "learned"]
