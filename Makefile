@@ -20,7 +20,8 @@ CONSTRAINTS := requirements/constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 INSTALLED := $(VENV)/.installed
 WITH_TORCH := $(VENV)/.torch
-# of `make test-compatibility`: the environment with the newest versions, and which tests run
+# of `make test-compatibility`: the environments with the oldest and the newest versions, and which tests run
+OLDEST := .venv-oldest
 NEWEST := .venv-newest
 CHOSEN ?= -m compatibility
 CXX_SOURCES = $(shell find modeling_minimax_m3 -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
@@ -28,7 +29,7 @@ CXX_SOURCES = $(shell find modeling_minimax_m3 -name '*.cu' -o -name '*.cuh' -o 
 # nothing here reads from a model hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup setup-torch demo finetune-demo test test-install test-compatibility test-other-versions test-versions check-upstream test-gpu \
+.PHONY: help setup setup-torch demo finetune-demo test test-install test-compatibility test-oldest test-newest test-versions check-upstream test-gpu \
 	lint lint-python lint-types lint-cxx lint-text lint-spelling format benchmark small-model kernels check-kernels sanitize-kernels clean
 
 help:
@@ -79,13 +80,15 @@ test: $(INSTALLED)
 test-install:
 	$(PYTHON) scripts/check_install.py $(NEWEST) --keep_wheel build/newest
 
-# Tests on the oldest versions that pyproject.toml allows, and on the newest, which `pip install` takes today. Where these
-# are the pinned ones, `make test` is their test.
-test-compatibility: test-install
-	$(MAKE) test-other-versions
+# Tests on the oldest versions that pyproject.toml allows, and on the newest, which `pip install` takes today.
+test-compatibility: test-oldest test-install
+	$(MAKE) test-newest
 
-# after test-install
-test-other-versions: $(INSTALLED)
+test-oldest:
+	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=requirements/oldest.txt PYTEST_ARGS="$(CHOSEN)"
+
+# After test-install. Where the newest versions are the pinned ones, `make test` is their test.
+test-newest: $(INSTALLED)
 	$(NEWEST)/bin/python -m pip install -qq "$$(ls build/newest/*.whl)[dev]"
 	@differing="$$($(BIN)/python scripts/differing_versions.py $(NEWEST)/bin/python)"; \
 	if [ -n "$$differing" ]; then \
@@ -94,7 +97,6 @@ test-other-versions: $(INSTALLED)
 	else \
 		echo "The newest versions are the pinned ones: make test covers them"; \
 	fi
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=requirements/oldest.txt PYTEST_ARGS="$(CHOSEN)"
 
 test-versions:
 	$(MAKE) test-compatibility CHOSEN=
@@ -170,4 +172,4 @@ sanitize-kernels: $(INSTALLED)
 
 clean:
 	rm -rf modeling_minimax_m3/msa/kernels-*.so
-	rm -rf $(VENV) $(NEWEST) .venv-oldest .venv-upstream build dist demo_output finetune_demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) .venv-upstream build dist demo_output finetune_demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
