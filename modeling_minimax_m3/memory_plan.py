@@ -118,7 +118,10 @@ class MemoryPlan:
             return ()
         found = []
         for description, request in candidates(self.request, lambda other: bool(_plan(self._model, other).fits)):
-            plan = _plan(self._model, request)
+            try:
+                plan = _plan(self._model, request)
+            except ValueError:  # so many devices cannot share the experts
+                continue
             if plan.total_gib < self.total_gib or (not self.fits_host and plan.host_gib < self.host_gib):
                 found.append(Change(description, request, plan.total_gib, plan.host_gib, bool(plan.fits)))
         return tuple(sorted(found, key=lambda change: (not change.fits, change.gib)))
@@ -202,7 +205,8 @@ def plan_memory(config: Config | str | os.PathLike, request: MemoryRequest) -> M
         request (MemoryRequest): What is to run, and on what.
 
     Raises:
-        ValueError: `lora_targets` names no linear layer of the model, or the model lacks what is to be trained.
+        ValueError: `lora_targets` names no linear layer of the model, the model lacks what is to be trained, or
+            `devices` does not divide the experts that are to be shared.
     """
     if not isinstance(config, MiniMaxM3VLConfig | MiniMaxM3VLTextConfig):
         config = read_config(config)
@@ -210,6 +214,12 @@ def plan_memory(config: Config | str | os.PathLike, request: MemoryRequest) -> M
 
 
 def _plan(model: Model, request: MemoryRequest) -> MemoryPlan:
+    experts = model.text.num_local_experts
+    if request.strategy == "expert_parallel" and experts % request.devices:
+        raise ValueError(
+            f"`devices` must divide the {experts} experts of a layer with strategy='expert_parallel', got "
+            f"{request.devices}"
+        )
     parameters = dict.fromkeys(PARTS, 0)
     for weight in model.weights:
         parameters[weight.part] += weight.elements

@@ -122,6 +122,11 @@ def test_errors_are_messages(convert, make, synthetic, tmp_path, capsys):
         ([str(synthetic)], "give TARGET, or --verify"),
         ([str(synthetic), "x", "--verify"], "give TARGET, or --verify"),
         ([str(synthetic), "x", "--export_adapter", "sglang"], "needs one --adapter"),
+        (
+            [str(synthetic), "x", "--adapter", "a", "--export_adapter", "sglang", "--precision", "mxfp8"],
+            "--precision has no effect with --export_adapter",
+        ),
+        ([str(synthetic), "--verify", "--layers", "2"], "--layers has no effect with --verify"),
         ([str(synthetic), "x", "--max_shard_size", "5 bananas"], "must be a number of bytes, KB"),
     ):
         with pytest.raises(SystemExit):

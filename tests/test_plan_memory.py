@@ -101,6 +101,7 @@ def test_devices_of_this_machine(command, capsys, monkeypatch):
             ["no/such/folder"],
             "plan_memory.py: `config` must be a config.json, .*: no/such/folder is no file or folder here",
         ),
+        (["/no/such/folder"], "plan_memory.py: `config`: there is no file or folder /no/such/folder$"),
     ],
 )
 def test_errors(command, arguments, message):

@@ -47,7 +47,18 @@ def read_config(checkpoint: str) -> PreTrainedConfig:
 
 
 def load_processor(checkpoint: str, config: PreTrainedConfig | None = None) -> Any:
-    """The processor of a composite checkpoint, or the tokenizer of a language model."""
+    """The processor of a composite checkpoint, or the tokenizer of a language model.
+
+    Raises:
+        ValueError: The folder of the checkpoint has none, or its files cannot be read.
+    """
     config = read_config(checkpoint) if config is None else config
     # The tokenizer of a text model names the processor of the composite model, for which a text model has no files.
-    return (AutoProcessor if is_composite(config) else AutoTokenizer).from_pretrained(checkpoint)
+    loader, kind = (AutoProcessor, "processor") if is_composite(config) else (AutoTokenizer, "tokenizer")
+    try:
+        return loader.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {checkpoint}: its {kind} cannot be read. `{kind}.save_pretrained({checkpoint!r})` writes that of "
+            f"another checkpoint there: {error}"
+        ) from error

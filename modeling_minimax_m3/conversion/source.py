@@ -93,12 +93,15 @@ def read_config(content: dict[str, Any], folder: Path) -> tuple[MiniMaxM3VLConfi
     A language model gets the default's vision tower, of which nothing is used.
     """
     model_type = content.get("model_type")
-    if model_type == MiniMaxM3VLConfig.model_type:
-        return MiniMaxM3VLConfig.from_dict(content), False
-    if model_type == MiniMaxM3VLTextConfig.model_type:
-        text = MiniMaxM3VLTextConfig.from_dict(content)
-        # A small vocabulary has no place for the defaults of the two tokens.
-        return MiniMaxM3VLConfig(text_config=text, image_token_index=0, video_token_index=1), True
+    try:
+        if model_type == MiniMaxM3VLConfig.model_type:
+            return MiniMaxM3VLConfig.from_dict(content), False
+        if model_type == MiniMaxM3VLTextConfig.model_type:
+            text = MiniMaxM3VLTextConfig.from_dict(content)
+            # A small vocabulary has no place for the defaults of the two tokens.
+            return MiniMaxM3VLConfig(text_config=text, image_token_index=0, video_token_index=1), True
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     raise ValueError(
         f"{folder / CONFIG}: `model_type` must be {MiniMaxM3VLConfig.model_type!r} or "
         f"{MiniMaxM3VLTextConfig.model_type!r}, got {model_type!r}."

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -160,9 +161,18 @@ class TensorFileWriter:
         self._write(_LENGTH.pack(len(encoded)) + encoded)
         self._written = 0
 
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """The system names no file if it cannot write to one that is open."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._stream.name) from error
+
     def _write(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
-        self._stream.write(data)
+        with self._named_errors():
+            self._stream.write(data)
 
     def write(self, values: torch.Tensor) -> None:
         """Append values, in any dtype: their bytes count."""
@@ -174,10 +184,12 @@ class TensorFileWriter:
         """Bring the file to the disk. Returns its SHA-256.
 
         Raises:
+            OSError: The disk is full, or the file cannot be written for another reason.
             RuntimeError: Other bytes were written than the header says.
         """
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        with self._named_errors():
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
         self._stream.close()
         if self._written != self._expected:
             raise RuntimeError(f"{self._written} bytes were written instead of {self._expected}")

@@ -1,5 +1,6 @@
 """Writes a checkpoint shard by shard beside its place. A run that was killed goes on where it stopped."""
 
+import errno
 import json
 import math
 import os
@@ -88,6 +89,7 @@ def write_checkpoint(
 
     Raises:
         FileExistsError: The folder exists and `overwrite` is false, or an earlier run with other options left files.
+        OSError: The disk has no room for what is still to be written, or a file cannot be written.
     """
     folder = output.folder.resolve()
     unfinished = unfinished_folder(folder)
@@ -98,11 +100,12 @@ def write_checkpoint(
     if _has_plan(folder, plan):  # an earlier run was killed after its last rename but one
         return _clean_up(folder)
     _check_place(folder, overwrite)
+    shards = _shards(output)
+    _check_room(unfinished, shards)
     if before_writing is not None:
         before_writing()
     _begin(unfinished, plan)
 
-    shards = _shards(output)
     names = _file_names(len(shards))
     progress = unfinished / _PROGRESS
     hashes: dict[str, str] = read_json(progress) if progress.exists() else {}
@@ -158,6 +161,19 @@ def _check_place(folder: Path, overwrite: bool) -> None:
         )
     if _replaced_folder(folder).exists():
         raise FileExistsError(f"{_replaced_folder(folder)} is in the way: an earlier run put it there. Remove it.")
+
+
+def _check_room(unfinished: Path, shards: list[Shard]) -> None:
+    """Raises OSError if the disk has less room than the tensors that an earlier run did not write."""
+    written = sum(file.stat().st_size for file in unfinished.glob("*.safetensors*"))
+    needed = sum(spec.nbytes for shard in shards for spec, _ in shard) - written
+    existing = next(place for place in unfinished.parents if place.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{existing} has {free / 2**30:.2f} GiB free, but {unfinished.name} needs {needed / 2**30:.2f} GiB more",
+        )
 
 
 def _check_is_unfinished(unfinished: Path) -> None:

@@ -41,7 +41,12 @@ def mxfp8_config(modules_to_not_convert: list[str] | None = None, dequantize: bo
             that is not quantized those that the released one leaves in bfloat16: head, embeddings, routers,
             vision tower and projector.
         dequantize (`bool`): Whether a checkpoint in MXFP8 is loaded as a plain model.
+
+    Raises:
+        ValueError: `modules_to_not_convert` is a text, whose letters would be taken for names.
     """
+    if isinstance(modules_to_not_convert, str):
+        raise ValueError(f"`modules_to_not_convert` must be a list of names, got {modules_to_not_convert!r}")
     return FineGrainedFP8Config(
         quant_method=METHOD,
         weight_block_size=(1, GROUP_SIZE),

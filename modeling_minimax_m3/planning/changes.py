@@ -115,6 +115,10 @@ def _more_devices(
         while devices < _MOST_DEVICES:
             devices *= 2
             changed = replace(request, devices=devices, strategy=strategy)
-            if fits(changed):
+            try:
+                is_enough = fits(changed)
+            except ValueError:  # so many devices cannot share the experts, nor can twice as many
+                break
+            if is_enough:
                 yield f"devices={devices}, strategy={strategy!r}", changed
                 break

@@ -1,5 +1,6 @@
 """What a plan is asked for: the request, and what of it a configuration and this machine tell."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,8 @@ class MemoryRequest:
                 f"`new_tokens` must be from 0 to context - 1 = {self.context - 1}, got {self.new_tokens!r}"
             )
         for name in ("device_gib", "host_gib"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive or None, got {getattr(self, name)!r}")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be a positive number of GiB or None, got {getattr(self, name)!r}")
         if not 0 <= self.margin < 1:
             raise ValueError(f"`margin` must be at least 0 and below 1, got {self.margin!r}")
         if self.strategy == "single" and self.devices > 1:
@@ -131,12 +132,15 @@ class MemoryRequest:
                 f"{self.devices}, got 'single'"
             )
         if self.training in ("lora", "full") and self.is_quantized:
-            more = ", which is 'qlora'" if self.training == "lora" else ""
+            more = ": training='qlora' is for it" if self.training == "lora" else ""
             raise ValueError(
                 f"`precision` must not be quantized with training={self.training!r}, got {self.precision!r}{more}"
             )
         if self.training == "qlora" and not self.is_quantized:
-            raise ValueError(f"`precision` must be quantized with training='qlora', got {self.precision!r}")
+            raise ValueError(
+                f"`precision` must be quantized with training='qlora', such as 'mxfp8', got {self.precision!r}: "
+                "training='lora' is for it"
+            )
         if self.training == "indexers" and self.is_quantized and "indexer" not in self.unquantized_parts:
             raise ValueError(
                 "`unquantized_parts` must hold 'indexer' with training='indexers', got a quantized indexer"
@@ -234,6 +238,8 @@ def _load_config(source: str | os.PathLike) -> Any:
     except (OSError, ValueError) as error:
         if path.exists():
             raise ValueError(f"`config`: {source} cannot be read: {error}") from error
+        if path.is_absolute() or str(source).startswith("."):  # no name on the Hub, so that its rules do not matter
+            raise ValueError(f"`config`: there is no file or folder {source}") from error
         raise ValueError(
             f"`config` must be a config.json, a folder, a name on the Hub or 'released': {source} is no file or folder "
             f"here, and cannot be read from the Hub: {error}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from modeling_minimax_m3.conversion.synthetic import make_synthetic_checkpoint
 
 from ..forked_processes import run_python
+from .conftest import SHARD
 
 FOLDER = Path(__file__).parent
 
@@ -97,6 +99,35 @@ def test_damaged_unfinished_files_are_named(synthetic, converted, monkeypatch, t
     first.unlink()
     with pytest.raises(FileNotFoundError, match=rf"{first.name} is missing, which an earlier run wrote"):
         converted(synthetic["bf16"], tmp_path / "out", layout="modules")
+
+
+def test_a_full_disk_is_told_before_anything_is_read_or_written(synthetic, converted, monkeypatch, tmp_path):
+    unfinished = stopped(converted, synthetic["bf16"], tmp_path / "out", monkeypatch, layout="modules")
+    written = sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
+    total = sum(file.stat().st_size for file in synthetic["bf16"].glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=total - written - 100_000))
+    with pytest.raises(OSError, match=rf"{tmp_path} has 0.00 GiB free, but out.unfinished needs 0.00 GiB more"):
+        converted(synthetic["bf16"], tmp_path / "out", layout="modules")
+    with pytest.raises(OSError, match=rf"{tmp_path} has .* but new.unfinished needs"):
+        converted(synthetic["bf16"], tmp_path / "of" / "all" / "new", layout="modules")
+    assert not (tmp_path / "of").exists()
+    # What was written needs no room again.
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=total - written))
+    converted(synthetic["bf16"], tmp_path / "out", layout="modules")
+
+
+def test_a_file_that_cannot_be_written_is_named(synthetic, converted, contents, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SHARD // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large: '.*out.unfinished/model-00001-of-.*safetensors.tmp'"):
+            converted(synthetic["bf16"], tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    converted(synthetic["bf16"], tmp_path / "out")
+    assert not (tmp_path / "out.unfinished").exists()
+    assert contents(tmp_path / "out") == contents(converted(synthetic["bf16"], tmp_path / "at_once"))
 
 
 def test_nothing_is_overwritten_without_a_flag(synthetic, converted, contents, tmp_path):

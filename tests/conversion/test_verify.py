@@ -148,6 +148,8 @@ def test_broken_index_config_and_manifest(folder):
     refuse(folder, "`weight_map` must be an object")
     (folder / "model.safetensors.index.json").unlink()
     refuse(folder, "must hold model.safetensors.index.json or model.safetensors alone", FileNotFoundError)
+    edit(folder / "config.json", lambda config: config["text_config"].update({"num_hidden_layers": 5}))
+    refuse(folder, "config.json: .*must have one entry per layer, got 4 entries for num_hidden_layers=5")
     (folder / "config.json").write_text("{")
     refuse(folder, "config.json is not readable JSON")
     (folder / "config.json").write_text('{"model_type": "llama"}')

@@ -377,7 +377,8 @@ def test_experts_of_a_prefill_by_hand():
 @pytest.mark.parametrize("strategy", ["device_map", "fsdp2", "zero3", "tensor_parallel", "expert_parallel", "ddp"])
 def test_more_devices_never_need_more_for_each(released, strategy, training):
     request = MemoryRequest(strategy=strategy, training=training, context=4096)
-    needs = [plan_memory(released, replace(request, devices=count)).total_gib for count in (2, 3, 4, 8, 16, 64)]
+    counts = (2, 4, 8, 16, 64) if strategy == "expert_parallel" else (2, 3, 4, 8, 16, 64)
+    needs = [plan_memory(released, replace(request, devices=count)).total_gib for count in counts]
     assert needs == sorted(needs, reverse=True)
 
 
@@ -473,13 +474,14 @@ def test_table_and_dict_of_a_plan():
         ({"context": 0}, "`context` must be a positive integer, got 0"),
         ({"batch_size": 1.5}, "`batch_size` must be a positive integer, got 1.5"),
         ({"devices": 2}, "`strategy` must be one for several devices"),
-        ({"device_gib": -1.0}, "`device_gib` must be positive or None, got -1.0"),
+        ({"device_gib": -1.0}, "`device_gib` must be a positive number of GiB or None, got -1.0"),
+        ({"device_gib": float("inf")}, "`device_gib` must be a positive number of GiB or None, got inf"),
         ({"margin": 1.0}, "`margin` must be at least 0 and below 1"),
         ({"new_tokens": 8192}, "`new_tokens` must be from 0 to context - 1 = 8191, got 8192"),
         ({"unquantized_parts": ("norms",)}, "`unquantized_parts` must be among .*, got 'norms'"),
-        ({"training": "lora", "precision": "nf4"}, "`precision` must not be quantized .* which is 'qlora'"),
+        ({"training": "lora", "precision": "nf4"}, "`precision` must not be quantized .* training='qlora' is for it"),
         ({"training": "full", "precision": "mxfp8"}, "`precision` must not be quantized with training='full'"),
-        ({"training": "qlora"}, "`precision` must be quantized with training='qlora', got 'bf16'"),
+        ({"training": "qlora"}, "`precision` must be quantized .* got 'bf16': training='lora'"),
         ({"prepared_for_kbit": True}, "`prepared_for_kbit` needs training='qlora'"),
         (
             {"training": "indexers", "precision": "mxfp8", "unquantized_parts": ("head",)},
@@ -492,6 +494,17 @@ def test_table_and_dict_of_a_plan():
 def test_errors_name_the_argument(options, message):
     with pytest.raises(ValueError, match=message):
         MemoryRequest(**options)
+
+
+def test_experts_that_the_devices_cannot_share():
+    request = MemoryRequest(strategy="expert_parallel", devices=3, device_gib=80)
+    with pytest.raises(ValueError, match="`devices` must divide the 4 experts .* strategy='expert_parallel', got 3"):
+        plan_memory(tiny_config(), request)
+    # Neither does a plan advise it.
+    request = replace(request, strategy="device_map", device_gib=0.7)
+    plan = plan_memory(tiny_config(), replace(request, context=2**18))
+    assert plan.changes
+    assert not [change for change in plan.changes if change.request.strategy == "expert_parallel"]
 
 
 def test_errors_of_the_model():

@@ -194,7 +194,7 @@ def test_experts_on_the_host_make_a_plan_fit(released):
         ({"experts_on_device": 0.1, "training": "lora"}, "needs training='none', .* got training='lora'"),
         ({"experts_on_device": 0.1, "devices": 2, "strategy": "device_map"}, "strategy='device_map' and devices=2"),
         ({"experts_on_device": 0.1, "precision": "nf4"}, "plain experts or those in mxfp8, got precision='nf4'"),
-        ({"host_gib": 0.0}, "`host_gib` must be positive or None, got 0.0"),
+        ({"host_gib": 0.0}, "`host_gib` must be a positive number of GiB or None, got 0.0"),
     ],
 )
 def test_errors_name_the_argument(options, message):

@@ -292,6 +292,10 @@ class TestLoading:
         with pytest.raises(ValueError, match="`dequantize=True` is for checkpoints in MXFP8.*not quantized"):
             load(plain["composite"], quantization_config=mxfp8_config(dequantize=True))
 
+    def test_a_text_in_place_of_names(self):
+        with pytest.raises(ValueError, match="`modules_to_not_convert` must be a list of names, got 'lm_head'"):
+            mxfp8_config("lm_head")
+
     def test_part_of_a_quantized_model(self, released):
         with pytest.raises(ValueError, match="quantized weights"):
             MiniMaxM3VLForCausalLM.from_pretrained(released)

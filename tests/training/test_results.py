@@ -386,6 +386,21 @@ def test_errors_come_before_the_weights(damaged, chats, tiny_checkpoint, tmp_pat
     assert re.search(message, str(stopped.value))
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate", "chat"])
+def test_a_checkpoint_without_its_processor_is_named(chats, tiny_checkpoint, tmp_path, name):
+    """`save_pretrained` of a model writes none."""
+    model = tmp_path / "bare"
+    model.mkdir()
+    (model / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
+    flags = {
+        "train": ["--dataset", chats, "--output_dir", tmp_path / "run", *QUICK],
+        "evaluate": [chats],
+        "chat": ["--prompt", "a"],
+    }
+    with pytest.raises(SystemExit, match=rf"{name}: --model .*bare: its processor cannot be read. `processor.save"):
+        run(name, "--model", model, *flags[name])
+
+
 def test_scores_that_cannot_be_written_are_refused(chats, tiny_checkpoint, capsys):
     with pytest.raises(SystemExit):
         run("evaluate", chats, "--model", tiny_checkpoint, "--output", "no/where.json")

@@ -64,6 +64,7 @@ def train(checkpoint: Path, rows: Path, folder: Path, processes: int, *options: 
         (("--lora",), ("--fsdp_size", "2", "--ep_size", "2")),
         (("--lora", "--lora_experts"), ("--fsdp_size", "2")),
         (("--lora", "--lora_experts", "--quantization", "mxfp8"), ("--fsdp_size", "2")),
+        (("--lora", "--quantization", "mxfp8"), ("--fsdp_size", "2", "--ep_size", "2")),
         (("--train_vision",), ("--fsdp_size", "2", "--ep_size", "2")),
     ],
     ids=lambda options: " ".join(options),
