@@ -85,7 +85,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--export_adapter needs one --adapter")
     if arguments.export_adapter or arguments.verify:
         used = {"source", "target", "export_adapter", "adapter"} if arguments.export_adapter else {"source", "verify"}
-        idle = [name for name, value in vars(arguments).items() if name not in used and value != parser.get_default(name)]
+        idle = [
+            name for name, value in vars(arguments).items() if name not in used and value != parser.get_default(name)
+        ]
         if idle:
             kind = "--export_adapter" if arguments.export_adapter else "--verify"
             parser.error(f"--{idle[0]} has no effect with {kind}: leave it out")

@@ -56,16 +56,18 @@ CONTEXT_ON_HOST = 32768
 CONTEXTS = (2048, 8192, 32768, 131072, 524288, 1048576)
 PRECISIONS = ("bf16", "mxfp8", "nf4")
 CHECKPOINTED = {"gradient_checkpointing": True}
-ALL_LAYERS = {"lora_experts": True}
 # name: fields of the request
 GENERATION = {precision: {"precision": precision} for precision in PRECISIONS}
+# What `minimax-m3 train` shards while it loads: no weights in nf4, and no experts with adapters by expert parallelism.
 TRAINING: dict[str, dict] = {
-    "LoRA on attention, bf16": {"training": "lora"},
-    "LoRA on attention, mxfp8": {"training": "qlora", "precision": "mxfp8"},
-    "LoRA on attention, nf4": {"training": "qlora", "precision": "nf4"},
-    "LoRA on attention and experts, mxfp8": {"training": "qlora", "precision": "mxfp8", **ALL_LAYERS},
-    "LoRA on attention and experts, nf4": {"training": "qlora", "precision": "nf4", **ALL_LAYERS},
-    "full, bf16, 8-bit AdamW": {"training": "full", "optimizer": "adamw-8bit"},
+    "LoRA on attention, bf16": {"training": "lora", "strategy": "expert_parallel"},
+    "LoRA on attention, mxfp8": {"training": "qlora", "precision": "mxfp8", "strategy": "expert_parallel"},
+    "LoRA on attention and experts, mxfp8": {
+        "training": "qlora",
+        "precision": "mxfp8",
+        "lora_experts": True,
+        "strategy": "fsdp2",
+    },
 }
 
 
@@ -124,14 +126,9 @@ def tables() -> str:
     training = table(
         ["machine", *TRAINING],
         (
-            [
-                machine.name,
-                *(
-                    longest(machine, strategy="fsdp2", **CHECKPOINTED, **fields) if machine.devices > 1 else "-"
-                    for fields in TRAINING.values()
-                ),
-            ]
+            [machine.name, *lengths]
             for machine in MACHINES
+            if set(lengths := [longest(machine, **CHECKPOINTED, **fields) for fields in TRAINING.values()]) != {"-"}
         ),
     )
     on_host = table(
@@ -147,8 +144,8 @@ def tables() -> str:
     texts = (
         "Generation, one row, layers spread by `device_map`: the longest context that fits, of 2k, 8k, 32k, 128k, 512k "
         "and 1M tokens.",
-        "Training with FSDP2 and gradient checkpointing, one row in each process: the longest row that fits, of the "
-        "same lengths.",
+        "Training with activation checkpointing, one row in each process: the longest row that fits, of the same "
+        "lengths. The other machines above train none of these.",
         f"Generation with the experts in the memory of the host, one row of {CONTEXT_ON_HOST // 1024}k tokens: the "
         "largest `experts_on_device` that fits, of "
         f"{', '.join(map(str, SHARES))}. {SHARES[-1]} of the experts is "
