@@ -500,11 +500,11 @@ def test_experts_that_the_devices_cannot_share():
     request = MemoryRequest(strategy="expert_parallel", devices=3, device_gib=80)
     with pytest.raises(ValueError, match="`devices` must divide the 4 experts .* strategy='expert_parallel', got 3"):
         plan_memory(tiny_config(), request)
-    # Neither does a plan advise it.
-    request = replace(request, strategy="device_map", device_gib=0.7)
-    plan = plan_memory(tiny_config(), replace(request, context=2**18))
-    assert plan.changes
-    assert not [change for change in plan.changes if change.request.strategy == "expert_parallel"]
+    # Neither does a plan advise it, for as many devices or for the next that would be enough: 2, 4, 8, ...
+    for devices, strategy in ((3, "device_map"), (1, "single")):
+        request = MemoryRequest(strategy=strategy, devices=devices, device_gib=0.7, context=2**18)
+        changes = plan_memory(tiny_config(), request).changes
+        assert changes and not [change for change in changes if change.request.strategy == "expert_parallel"]
 
 
 def test_errors_of_the_model():
