@@ -1,5 +1,6 @@
 """What would stop a run later is found before anything is loaded: packages, sizes, folders, the Hub."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def check_run(training: TrainingArguments) -> None:
     check_optimizer(training)
     if training.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("--use_liger_kernel needs a package: pip install liger-kernel")
+    check_fsdp(training)
     check_output(Path(str(training.output_dir)))
     if training.push_to_hub:
         check_hub(training.hub_token)
@@ -72,6 +74,21 @@ def check_schedule(training: TrainingArguments, optimizer: torch.optim.Optimizer
         raise ValueError(
             f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {more} cannot be made: {error}"
         ) from error
+
+
+def check_fsdp(training: TrainingArguments) -> None:
+    """Raises ValueError if one process is to load the weights and send them to the others, as Accelerate cannot."""
+    is_launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    version = os.environ.get("FSDP_VERSION") if is_launched else (training.fsdp_config or {}).get("version", 2)
+    is_efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true"  # `--fsdp_config` sets it too
+    if (is_launched or training.fsdp) and str(version) == "2" and is_efficient:
+        where = "fsdp_cpu_ram_efficient_loading: false in the configuration of accelerate launch"
+        if not is_launched:
+            where = "cpu_ram_efficient_loading to false in --fsdp_config"
+        raise ValueError(
+            f"with FSDP2, Accelerate cannot send the buffers of this model from the process that loads it: set {where}. "
+            "With torchrun and --fsdp_size each process reads only its part of the checkpoint"
+        )
 
 
 def check_output(folder: Path) -> None:

@@ -106,6 +106,16 @@ def numbers_of_shards(model: nn.Module) -> Iterator[None]:
             module.shows_shards = False
 
 
+def stored_names_of(model: nn.Module) -> set[str]:
+    """The names in `model` of all tensors of quantized weights."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
+        for name in module.stored_names()
+    }
+
+
 class QuantizedExperts(QuantizedModule, MiniMaxM3VLExperts):
     """Routed experts whose weights stay in a format of fewer bits.
 

@@ -81,6 +81,9 @@ class MergeExperts(MergeModulelist):
             **kwargs: Passed to Transformers' operation.
         """
         parts = [input_dict[pattern] for pattern in source_patterns if pattern in input_dict]
+        if not any(map(len, parts)):
+            input_dict.clear()
+            return {target_patterns[0]: _no_experts(**kwargs)}
         if self.fused_dim is None or self.dim != 0 or len(parts) < 2 or not _are_stacks(parts):
             return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
         shape = [len(parts[0]), *parts[0][0].shape]
@@ -123,6 +126,12 @@ class ConcatenateExperts(Concatenate):
     @property
     def reverse_op(self) -> "ChunkUnlessQuantized":
         return ChunkUnlessQuantized(self.dim)
+
+
+def _no_experts(*, model: PreTrainedModel, full_layer_name: str, **kwargs: Any) -> torch.Tensor:
+    """The part of a rank that has no expert, such as the last of three ranks that share four experts."""
+    target = model.get_parameter_or_buffer(full_layer_name)
+    return torch.empty(target.to_local().shape, dtype=target.dtype, device=target.device_mesh.device_type)
 
 
 def _are_stacks(parts: list[Any]) -> bool:

@@ -167,6 +167,8 @@ class Mxfp8Quantization(ConversionOps):
         quantized: dict[str, list[torch.Tensor]] = {}
         for name, tensors in input_dict.items():
             tensor = tensors[0] if isinstance(tensors, list) else tensors
+            if tensor.numel() == 0:  # the part of a process that has none of the experts: in the dtype of the result
+                tensor = tensor.float()
             values, scales = quantize_mxfp8(tensor)
             quantized |= {name: [values], name + SCALE_SUFFIX: [scales]}
         return quantized

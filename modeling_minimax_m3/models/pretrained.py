@@ -14,6 +14,7 @@ from configuration_minimax_m3.auto_class import AutoClassByImport
 
 from ..layers.moe import MiniMaxM3VLExperts, MiniMaxM3VLTopKRouter
 from ..layers.normalization import MiniMaxM3VLRMSNorm
+from ..layers.quantized import stored_names_of
 from ..loading.disk_names import with_module_names
 from ..loading.expert_quantization import refuse_incomplete_experts
 from ..loading.fused_projections import with_joined_groups
@@ -94,6 +95,15 @@ class MiniMaxM3VLPreTrainedModel(AutoClassByImport, PreTrainedModel):
         if distributed_config is not None and distributed_config.tp_size > 1 and distributed_config.dp_size == 1:
             state_dict = with_joined_groups(state_dict)
         return super().gather_sharded_state_dict_for_save(model_to_save, state_dict, distributed_config, **kwargs)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
+        """What DistributedDataParallel need not send at its start: quantized weights, which each process has loaded.
+
+        gloo could not send 8-bit floats either. PEFT's wrappers pass this on, and put a prefix before the names.
+        """
+        names = stored_names_of(self)
+        return {prefix + name for prefix in ("", "base_model.", "base_model.model.") for name in names}
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,25 @@ def test_errors_come_before_weights_are_loaded(train, flags, tmp_path, case, mon
     monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
     with pytest.raises(SystemExit, match=f"(?s)train: .*{message}"):
         train.main([*flags, "--output_dir", str(tmp_path / "run"), "--use_cpu", *more])
+
+
+def test_fsdp2_whose_weights_one_process_loads(monkeypatch):
+    """As in the configuration that `accelerate config` writes by default. The one of `examples/` has false."""
+    checks = importlib.import_module("modeling_minimax_m3.commands.run_checks")
+    given = ("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    for name, value in given:
+        monkeypatch.setenv(name, value)
+    training = SimpleNamespace(fsdp=None, fsdp_config=None)
+    with pytest.raises(ValueError, match="set fsdp_cpu_ram_efficient_loading: false in the .* accelerate launch.*--fsdp_size"):
+        checks.check_fsdp(training)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    checks.check_fsdp(training)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    training.fsdp = True
+    with pytest.raises(ValueError, match="set cpu_ram_efficient_loading to false in --fsdp_config"):
+        checks.check_fsdp(training)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    checks.check_fsdp(training)
 
 
 def test_a_folder_that_cannot_be_written(train, flags, tmp_path):

@@ -1,4 +1,4 @@
-"""`train` with `--fsdp_size` and `--ep_size`: weights that are sharded while they load, beside one process."""
+"""`train` in several processes beside one: weights sharded while they load (`--fsdp_size`, `--ep_size`), or whole."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ from ..forked_processes import run_script
 SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
 OPTIONS = (
     *("--max_steps", "3", "--optim", "sgd", "--learning_rate", "1e-1", "--logging_steps", "1", "--report_to", "none"),
-    *("--use_cpu", "--disable_tqdm", "true"),
+    *("--use_cpu", "--disable_tqdm", "true", "--dataloader_drop_last", "true"),
 )  # fmt: skip
 
 
@@ -48,9 +48,11 @@ def rows(tmp_path_factory) -> Path:
     return folder / "rows.jsonl"
 
 
-def train(checkpoint: Path, rows: Path, folder: Path, processes: int, *options: str) -> list[dict[str, float]]:
-    """The log of a run on two rows a step, whatever the number of processes."""
-    batch = str(2 // processes)
+def train(
+    checkpoint: Path, rows: Path, folder: Path, processes: int, *options: str, rows_a_step: int = 2
+) -> list[dict[str, float]]:
+    """The log of a run on so many rows a step, by default two, whatever the number of processes."""
+    batch = str(rows_a_step // processes)
     given = ("--model", str(checkpoint), "--dataset", str(rows), "--output_dir", str(folder / "run"))
     given += ("--per_device_train_batch_size", batch, *OPTIONS, *options)
     run_script(SCRIPT, *given, folder=folder, processes=processes, ACCELERATE_USE_CPU="true")
@@ -59,32 +61,37 @@ def train(checkpoint: Path, rows: Path, folder: Path, processes: int, *options: 
 
 
 @pytest.mark.parametrize(
-    ("options", "sharing"),
+    ("processes", "options", "sharing"),
     [
-        (("--lora",), ("--fsdp_size", "2", "--ep_size", "2")),
-        (("--lora", "--lora_experts"), ("--fsdp_size", "2")),
-        (("--lora", "--lora_experts", "--quantization", "mxfp8"), ("--fsdp_size", "2")),
-        (("--lora", "--quantization", "mxfp8"), ("--fsdp_size", "2", "--ep_size", "2")),
-        (("--train_vision",), ("--fsdp_size", "2", "--ep_size", "2")),
+        (2, "--lora", "--fsdp_size 2 --ep_size 2"),
+        (2, "--lora --lora_experts", "--fsdp_size 2"),
+        (2, "--lora --lora_experts --quantization mxfp8", "--fsdp_size 2"),
+        (2, "--train_vision", "--fsdp_size 2 --ep_size 2"),
+        (3, "--lora --quantization mxfp8", "--fsdp_size 3"),  # the third has none of the four experts
+        (4, "--train_vision", "--fsdp_size 4 --ep_size 2"),  # two have the same experts, one of them each
+        (2, "--lora --quantization mxfp8", ""),  # whole in each process, and gloo sends no 8-bit floats
     ],
-    ids=lambda options: " ".join(options),
 )
-def test_two_processes_train_as_one(tiny_checkpoint, rows, tmp_path, options, sharing):
+def test_processes_train_as_one(tiny_checkpoint, rows, tmp_path, processes, options, sharing):
     """Losses, gradients, and the saved weights, of which an ordinary checkpoint or adapter comes out."""
-    for name in ("one", "two"):
+    options, sharing, rows_a_step = options.split(), sharing.split(), max(2, processes)
+    for name in ("one", "several"):
         (tmp_path / name).mkdir()
-    expected = train(tiny_checkpoint, rows, tmp_path / "one", 1, *options, "--save_strategy", "no")
-    found = train(tiny_checkpoint, rows, tmp_path / "two", 2, *options, *sharing, "--save_steps", "2")
+    given = (*options, "--save_strategy", "no")
+    expected = train(tiny_checkpoint, rows, tmp_path / "one", 1, *given, rows_a_step=rows_a_step)
+    given = (*options, *sharing, "--save_steps", "2")
+    found = train(tiny_checkpoint, rows, tmp_path / "several", processes, *given, rows_a_step=rows_a_step)
     assert len(found) == len(expected) == 3
     for name in ("loss", "grad_norm"):
         assert [entry[name] for entry in found] == pytest.approx([entry[name] for entry in expected], rel=1e-4)
     file = "adapter_model.safetensors" if "--lora" in options else "model.safetensors"
-    before, after = (load_file(tmp_path / name / "run" / file) for name in ("one", "two"))
+    before, after = (load_file(tmp_path / name / "run" / file) for name in ("one", "several"))
     assert before.keys() == after.keys()
     distance = sum((after[name] - tensor).double().square().sum() for name, tensor in before.items()).sqrt()
     assert distance < 1e-4 * sum(tensor.double().square().sum() for tensor in before.values()).sqrt()
-    assert (tmp_path / "two" / "run" / "checkpoint-2" / file).is_file()
-    assert not (tmp_path / "two" / "run" / "checkpoint-2" / "optimizer.pt").exists()
+    checkpoint = tmp_path / "several" / "run" / "checkpoint-2"
+    assert (checkpoint / file).is_file()
+    assert (checkpoint / "optimizer.pt").exists() == (not sharing)
 
 
 def test_a_saved_adapter_fits_the_whole_model_and_trains_further(tiny_checkpoint, rows, tmp_path):
