@@ -79,7 +79,8 @@ def check_schedule(training: TrainingArguments, optimizer: torch.optim.Optimizer
 def check_fsdp(training: TrainingArguments) -> None:
     """Raises ValueError if one process is to load the weights and send them to the others, as Accelerate cannot."""
     is_launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    version = os.environ.get("FSDP_VERSION") if is_launched else (training.fsdp_config or {}).get("version", 2)
+    given = training.fsdp_config if isinstance(training.fsdp_config, dict) else {}
+    version = os.environ.get("FSDP_VERSION") if is_launched else given.get("version", 2)
     is_efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true"  # `--fsdp_config` sets it too
     if (is_launched or training.fsdp) and str(version) == "2" and is_efficient:
         where = "fsdp_cpu_ram_efficient_loading: false in the configuration of accelerate launch"

@@ -67,6 +67,11 @@ def check_sharding(
     elif not lora.lora:
         _check_optimizer(training)
     if lora.lora or lora.adapter:
+        if training.torch_compile:
+            raise ValueError(
+                "--torch_compile cannot go with --fsdp_size and adapters: Trainer averages their gradients in the order in "
+                "which a process computes them, and compiled processes differ in it"
+            )
         if lora.lora_save:
             raise ValueError(
                 "--lora_save cannot go with --fsdp_size, which shards whole modules before they are copied"

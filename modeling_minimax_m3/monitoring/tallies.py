@@ -170,7 +170,7 @@ class PassTallies:
             if balance is not None:
                 self._add("balance_loss", balance.detach().float(), mode)
             if indexer is not None:
-                self._add("indexer_loss", _times(indexer.detach().float(), factor), mode)
+                self._add("indexer_loss", indexer.detach().float() * factor, mode)
             if loss is not None and loss.dim() == 0:
                 language = loss.detach().float()
                 if balance is not None:
@@ -178,7 +178,8 @@ class PassTallies:
                     language = language - self._config.router_aux_loss_coef * balance.to(loss.device) * share
                 if indexer is not None:
                     language = language - self._config.indexer_loss_coef * indexer.to(loss.device)
-                self._add("language_loss", _times(language, factor), mode)
+                # Inductor drops a product with 1. It then returns the loss itself, and takes the gradient from it.
+                self._add("language_loss", language if factor == 1 else language * factor, mode)
                 if num_items is not None:
                     self._add("summed", torch.tensor(1.0), mode)
         self._inputs, self._real = {}, None
@@ -218,11 +219,6 @@ class PassTallies:
         sums = self.sums[is_training]
         value = value.detach()
         sums[name] = sums[name] + value.to(sums[name].device) if name in sums else value
-
-
-def _times(value: torch.Tensor, factor: int) -> torch.Tensor:
-    # Inductor drops a product with 1. Of a detached loss it then returns the loss itself, without its gradient.
-    return value if factor == 1 else value * factor
 
 
 def number_of_values(parameter: nn.Parameter) -> int:

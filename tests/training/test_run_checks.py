@@ -80,7 +80,9 @@ def test_fsdp2_whose_weights_one_process_loads(monkeypatch):
     for name, value in given:
         monkeypatch.setenv(name, value)
     training = SimpleNamespace(fsdp=None, fsdp_config=None)
-    with pytest.raises(ValueError, match="set fsdp_cpu_ram_efficient_loading: false in the .* accelerate launch.*--fsdp_size"):
+    with pytest.raises(
+        ValueError, match="set fsdp_cpu_ram_efficient_loading: false in the .* accelerate launch.*--fsdp_size"
+    ):
         checks.check_fsdp(training)
     monkeypatch.setenv("FSDP_VERSION", "1")
     checks.check_fsdp(training)

@@ -137,6 +137,22 @@ def test_experts_are_counted_once(checkpointing):
     assert all(sum(of_layer) == 0 for of_layer in tallies.read_experts(torch.device("cpu")).values()), "forgotten"
 
 
+def test_a_compiled_loss_keeps_its_gradient():
+    """Inductor drops a product with 1. The value of the monitor must not become the loss itself."""
+    tallies = PassTallies(make_model(num_hidden_layers=2))
+    tallies._mode, tallies._inputs = True, {"num_items_in_batch": None}
+
+    def observed(weight):
+        loss = weight.square().sum()
+        tallies._end(None, (), {"loss": loss})
+        return loss
+
+    weight = torch.ones(3, requires_grad=True)
+    torch.compile(observed)(weight).backward()
+    assert weight.grad.tolist() == [2.0] * 3
+    assert tallies.sums[True]["language_loss"].item() == 3.0
+
+
 def test_load_of_experts():
     assert expert_load([5, 5, 5, 5]) == {"entropy": pytest.approx(1), "most_used": 0.25, "least_used": 0.25}
     assert expert_load([20, 0, 0, 0]) == {"entropy": 0, "most_used": 1, "least_used": 0}

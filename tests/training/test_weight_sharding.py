@@ -66,6 +66,7 @@ def train(
         (2, "--lora", "--fsdp_size 2 --ep_size 2"),
         (2, "--lora --lora_experts", "--fsdp_size 2"),
         (2, "--lora --lora_experts --quantization mxfp8", "--fsdp_size 2"),
+        (2, "--lora --quantization mxfp8", "--fsdp_size 2 --ep_size 2"),
         (2, "--train_vision", "--fsdp_size 2 --ep_size 2"),
         (3, "--lora --quantization mxfp8", "--fsdp_size 3"),  # the third has none of the four experts
         (4, "--train_vision", "--fsdp_size 4 --ep_size 2"),  # two have the same experts, one of them each
@@ -168,6 +169,8 @@ def config(tiny_checkpoint):
         ({"resume_from_checkpoint": "run"}, "--resume_from_checkpoint cannot go with"),
         ({"world_size": 3, "fsdp_size": 3, "ep_size": 2}, "--ep_size must divide --fsdp_size, 3, .* got 2"),
         ({"world_size": 7, "fsdp_size": 7, "ep_size": 7}, "--ep_size must divide .* experts of a layer, got 7"),
+        ({"lora": True, "torch_compile": True}, "--torch_compile cannot go with --fsdp_size and adapters"),
+        ({"adapter": "folder", "torch_compile": True}, "--torch_compile cannot go with --fsdp_size and adapters"),
         ({"lora": True, "lora_save": ["lm_head"]}, "--lora_save cannot go with"),
         (
             {"lora": True, "lora_experts": True, "ep_size": 2},
