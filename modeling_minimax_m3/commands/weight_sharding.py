@@ -6,8 +6,10 @@ process. Transformers' `DistributedConfig` does the work.
 
 import os
 import re
+from importlib import metadata
 from typing import Any
 
+from packaging.version import Version
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -15,6 +17,7 @@ from transformers.distributed import DistributedConfig
 from ..conversion.adapters import CHANGED_BASES, OTHER_KINDS
 
 _SAVED = re.compile(r"\.lora_|\.(embed_tokens|lm_head)\.base_layer\.")  # what is saved of a model with adapters
+_OLDEST_PEFT = Version("0.21")  # earlier ones call the model's `forward` alone, without FSDP2's hooks around it
 _OWN_FORM = "mxfp8"  # of quantized weights, the one whose parts can be sharded
 
 
@@ -80,6 +83,10 @@ def check_sharding(
             raise ValueError(
                 "--lora_experts, or an adapter on experts, cannot go with --ep_size: each process would adapt its experts "
                 "alone"
+            )
+        if (version := Version(metadata.version("peft"))) < _OLDEST_PEFT:
+            raise ValueError(
+                f"--fsdp_size with adapters needs PEFT {_OLDEST_PEFT} or newer, got {version}: pip install -U peft"
             )
     if training.save_strategy != "no" and not training.save_only_model:
         training.save_only_model = True

@@ -81,7 +81,7 @@ class MergeExperts(MergeModulelist):
             **kwargs: Passed to Transformers' operation.
         """
         parts = [input_dict[pattern] for pattern in source_patterns if pattern in input_dict]
-        if not any(map(len, parts)):
+        if parts and not any(map(len, parts)):
             input_dict.clear()
             return {target_patterns[0]: _no_experts(**kwargs)}
         if self.fused_dim is None or self.dim != 0 or len(parts) < 2 or not _are_stacks(parts):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
 
 from configuration_minimax_m3 import tiny_config
 from modeling_minimax_m3 import MiniMaxM3VLForCausalLM, mxfp8_config
@@ -70,6 +70,20 @@ def test_activation_checkpointing(load, use_reentrant):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert_close_training(*models, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "prompt"])
+def test_data_parallelism_does_not_send_the_base(load, kind):
+    """DistributedDataParallel reads the names from the model that it gets, whatever PEFT has wrapped around ours."""
+    model = load()
+    if kind == "lora":
+        model = with_adapters(model, **TARGETS["both"])
+    elif kind == "prompt":
+        model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    left = set(model._ddp_params_and_buffers_to_ignore)
+    kept = {parameter.dtype for name, parameter in model.named_parameters() if name in left}
+    assert kept == {torch.float8_e4m3fn, torch.uint8}
+    assert {parameter.dtype for name, parameter in model.named_parameters() if name not in left} == {torch.float32}
 
 
 def test_several_active_adapters(load):
