@@ -28,16 +28,27 @@ import torch
 from tqdm import tqdm
 
 from ablation_report import compare, plot_ablation, print_comparison
-from ablation_runs import ARMS, JOINT, arm_config, check_start, covered_tokens, train_run, write_packs
+from ablation_runs import (
+    ARMS,
+    JOINT,
+    arm_config,
+    check_rows_of_arms,
+    check_start,
+    covered_tokens,
+    train_run,
+    write_packs,
+)
 from checkpoint_folder import check_checkpoint
 from evaluate_pretraining import SHORTEST
 from make_tiny_checkpoint import build_processor
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from modeling_minimax_m3.commands.run_checks import check_output
 from modeling_minimax_m3.conversion.source import read_json
+from name_lists import read_names
 from pretrain import DEFAULTS, commit_of_this_file
 from processing_minimax_m3 import MiniMaxM3VLProcessor
 from processing_minimax_m3.pretraining import WEIGHTS, LongRows, Packs, parse_stages
-from processing_minimax_m3.pretraining.packs import Stage
+from processing_minimax_m3.pretraining.packs import Stage, check_longest_row
 from processing_minimax_m3.pretraining.tokenizer_texts import tokenizer_texts
 from replace_when_done import replace_when_done
 
@@ -90,10 +101,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises `ValueError` for an option that cannot work."""
     for name, known in (("arms", ARMS), ("tasks", WEIGHTS)):
-        values = [value.strip() for value in getattr(arguments, name).split(",")]
-        if unknown := [value for value in values if value not in known]:
-            raise ValueError(f"`--{name}` must be names of {', '.join(known)}, got {unknown[0]!r}.")
-        setattr(arguments, name, values)
+        setattr(arguments, name, read_names(getattr(arguments, name), f"--{name}", known))
     if arguments.init_from:
         check_checkpoint(Path(arguments.init_from), "--init_from")
         check_start(arguments.arms, arguments.init_from)
@@ -114,7 +122,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("warmup_share", "long_share"):
         if not 0 <= getattr(arguments, name) <= 1:
             raise ValueError(f"`--{name}` must be from 0 to 1, got {getattr(arguments, name)}.")
-    parse_stages(arguments.stages)
+    check_longest_row(parse_stages(arguments.stages), arguments.pack_tokens)
 
 
 def budget(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -228,6 +236,7 @@ def train_all(arguments: argparse.Namespace, work: Path, argv: Sequence[str]) ->
                     arm, seed = waiting.pop(0)
                     folder = run_folder(work, arm, seed)
                     folder.mkdir(parents=True, exist_ok=True)
+                    (folder / "record.json").unlink(missing_ok=True)  # of an earlier comparison in the same `--work`
                     command = [sys.executable, __file__, *argv, "--work", str(work), "--run", f"{arm}/{seed}"]
                     with (folder / "log.txt").open("w") as log:
                         active[arm, seed] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -238,6 +247,8 @@ def train_all(arguments: argparse.Namespace, work: Path, argv: Sequence[str]) ->
     finally:
         for process in active.values():
             process.terminate()
+        for process in active.values():
+            process.wait()  # until then it may write into a folder that is to be removed
     records = []
     for arm, seed in runs:
         path = run_folder(work, arm, seed) / "record.json"
@@ -295,7 +306,6 @@ def write_results(arguments: argparse.Namespace, work: Path, argv: Sequence[str]
         "comparison": compare(records),
         "runs": records,
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
     with replace_when_done(arguments.output / "ablation.json") as unfinished:
         unfinished.write_text(json.dumps(result) + "\n")
     print_comparison(result["comparison"])
@@ -321,7 +331,12 @@ def main(argv: Iterable[str] | None = None) -> None:
     arguments = read_arguments(given)
     try:
         check_arguments(arguments)
-    except ValueError as error:
+        if not arguments.plan and not arguments.run:
+            check_rows_of_arms(arguments.arms, arguments.tasks)
+            for path, name in ((arguments.output, "`output`"), (arguments.work, "`--work`")):
+                if path is not None:
+                    check_output(path, name)
+    except (ValueError, ImportError) as error:
         raise SystemExit(f"ablation: {error}") from error
     if arguments.run:
         run_one(arguments)

@@ -21,7 +21,7 @@ from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 from pretrain import DEFAULTS
 from pretraining_run import CurveLog, IndexerPhases, PackTrainer, StopAtNaN
 from processing_minimax_m3 import MiniMaxM3VLProcessor
-from processing_minimax_m3.pretraining import Packs, collate_packs
+from processing_minimax_m3.pretraining import Packs, collate_packs, make_row
 from processing_minimax_m3.pretraining.encoding import EncodedRow
 from processing_minimax_m3.pretraining.packs import join_rows
 
@@ -93,6 +93,17 @@ def check_start(arms: Iterable[str], init_from: str) -> None:
             raise ValueError(
                 f"`--init_from` must have indexers in all layers but the first for the arm {name!r}, so that all but the "
                 f"first of its `layer_types` are {wanted}, got {found} in {init_from}."
+            )
+
+
+def check_rows_of_arms(arms: Iterable[str], tasks: Iterable[str]) -> None:
+    """Raises `ValueError` if no task has rows that an arm keeps: its runs would have nothing to learn."""
+    found = {make_row(task, "train", 0)["modality"] for task in tasks}
+    for name in arms:
+        if not found & set(ARMS[name].modalities):
+            raise ValueError(
+                f"`--tasks` must have rows of {', '.join(ARMS[name].modalities)} for the arm {name!r}, got rows of "
+                f"{', '.join(sorted(found))} alone. Leave the arm out with `--arms`, or add a task."
             )
 
 

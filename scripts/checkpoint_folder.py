@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from configuration_minimax_m3 import MiniMaxM3VLConfig
+from modeling_minimax_m3.commands.saved_checkpoints import find_fault_of_weights
 from modeling_minimax_m3.conversion.source import read_json
 
 
@@ -14,7 +17,8 @@ def check_checkpoint(folder: Path, name: str = "checkpoint") -> None:
         name (str): The argument that messages name.
 
     Raises:
-        ValueError: There is no config.json, it is no JSON object, or it is that of another architecture.
+        ValueError: There is no config.json, it is no JSON object, it is that of another architecture, or it has values
+            that no model can have. Or a file of weights is missing or cut off.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -24,3 +28,9 @@ def check_checkpoint(folder: Path, name: str = "checkpoint") -> None:
         raise ValueError(
             f"`{name}` must be a checkpoint of the model type {MiniMaxM3VLConfig.model_type!r}, but {path} has {kind!r}."
         )
+    try:
+        MiniMaxM3VLConfig.from_pretrained(folder)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"`{name}` has a config.json that no model can have: {error}") from error
+    if fault := find_fault_of_weights(folder):
+        raise ValueError(f"`{name}` must be a whole checkpoint, but in {folder} {fault}.")

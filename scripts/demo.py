@@ -34,6 +34,7 @@ from configuration_minimax_m3 import small_config
 from gallery_page import write_page
 from heldout_questions import Question, long_question, short_question
 from make_tiny_checkpoint import make_tiny_checkpoint
+from modeling_minimax_m3.commands.run_checks import check_output
 from modeling_minimax_m3.msa import available_backends
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,11 +147,11 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--seed", type=int, default=0, help="another one asks other questions (0)")
     parser.add_argument("--long-tokens", type=int, default=32000, help="least length of the long prompt (32000)")
     arguments = parser.parse_args(None if argv is None else list(argv))
-    arguments.output.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
 
     announce(1, "loading the checkpoint with AutoProcessor and AutoModelForImageTextToText")
     try:
+        check_output(arguments.output, "`--output`")
         folder = open_checkpoint(arguments.checkpoint, arguments.output)
         processor = AutoProcessor.from_pretrained(folder)
         long = long_question(processor, "key_value", arguments.long_tokens, arguments.seed)

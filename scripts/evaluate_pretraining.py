@@ -32,12 +32,16 @@ from checkpoint_folder import check_checkpoint
 from evaluation_answers import answer_batch, answer_in_turn, batches, by_question, share
 from evaluation_probes import CodeDocuments, code_perplexity, coverage, expert_loads, loaded_rows
 from evaluation_prompts import Job, Prompt, PromptData, judge
+from modeling_minimax_m3.commands.run_checks import check_output
+from name_lists import read_names
 from plot_evaluation import plot_evaluation
 from processing_minimax_m3 import MiniMaxM3VLProcessor
 from processing_minimax_m3.pretraining import TASKS, RowEncoder, make_row
 from replace_when_done import replace_when_done
 
 FILE_TASKS = ("image", "digits", "video")
+QUESTION_TASKS = tuple(task for task in TASKS if task not in ("code", "english"))
+TASKS_OF_PART = {"answers": QUESTION_TASKS, "files": FILE_TASKS}  # of the others, which measure any task or none: all
 PARTS = ("answers", "files", "recall", "perplexity", "coverage", "experts")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHORTEST = 1024  # tokens, of recall and perplexity
@@ -78,10 +82,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises `ValueError` or `ImportError` for an option that cannot work, before the model is loaded."""
     check_checkpoint(arguments.checkpoint)
     for name, known in (("parts", PARTS), ("tasks", tuple(TASKS))):
-        values = [value.strip() for value in getattr(arguments, name).split(",")]
-        if unknown := [value for value in values if value not in known]:
-            raise ValueError(f"`--{name}` must be names of {', '.join(known)}, got {unknown[0]!r}.")
-        setattr(arguments, name, values)
+        setattr(arguments, name, read_names(getattr(arguments, name), f"--{name}", known))
+    if not any(set(TASKS_OF_PART.get(part, arguments.tasks)) & set(arguments.tasks) for part in arguments.parts):
+        raise ValueError(
+            f"`--tasks` must have one of {', '.join(TASKS_OF_PART[arguments.parts[-1]])} for the part "
+            f"{arguments.parts[-1]!r}, got {', '.join(arguments.tasks)}."
+        )
     for name in ("answers", "file_answers", "recall_rows", "documents", "batch_tokens"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(arguments, name)}.")
@@ -99,6 +105,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
                 "the part 'files' writes and reads videos with PyAV, which is not installed: `pip install av`, or leave "
                 "the part out with `--parts`."
             ) from error
+    check_output(arguments.output, "`output`")
 
 
 def lengths_up_to(longest: int) -> list[int]:
@@ -139,7 +146,7 @@ class Evaluation:
 
     def answers(self) -> dict[str, Any]:
         """Accuracy of each task, over all of its questions."""
-        tasks = [task for task in self.options.tasks if task not in ("code", "english")]  # those have no questions
+        tasks = [task for task in self.options.tasks if task in QUESTION_TASKS]
         return {task: self._task("row", task, self.options.answers) for task in tasks}
 
     def files(self) -> dict[str, Any]:
@@ -287,7 +294,6 @@ def main(argv: Iterable[str] | None = None) -> dict[str, Any]:
         "python": sys.version.split()[0],  # the texts are those of this release
         "total_seconds": round(time.perf_counter() - started, 1),
     } | found
-    arguments.output.mkdir(parents=True, exist_ok=True)
     with replace_when_done(arguments.output / "results.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=1) + "\n")
     print_summary(found)

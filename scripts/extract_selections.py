@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import modeling_minimax_m3  # noqa: F401  (registers the classes)
 from checkpoint_folder import check_checkpoint
+from modeling_minimax_m3.commands.run_checks import check_output_file
 from plot_selection import SelectionRecorder, sparse_layers
 from processing_minimax_m3.pretraining import make_row
 from replace_when_done import replace_when_done
@@ -81,6 +82,7 @@ def main(argv: Iterable[str] | None = None) -> dict[str, dict[str, float]]:
         check_checkpoint(arguments.checkpoint)
         if arguments.output.suffix != ".npz":
             raise ValueError(f"`output` must end in .npz, got {arguments.output}.")
+        check_output_file(arguments.output, "`output`")
         tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
         documents = {task: document(tokenizer, task, arguments.tokens, arguments.seed) for task in TASKS}
         model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, dtype="auto").eval()

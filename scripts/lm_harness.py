@@ -18,7 +18,9 @@ TASKS = Path(__file__).resolve().parents[1] / "examples" / "lm_eval"
 
 def with_our_tasks(arguments: list[str]) -> list[str]:
     """Adds the folder of our tasks to the commands that read tasks, unless the arguments name another folder."""
-    if not arguments or arguments[0] not in ("run", "ls", "validate") or "--include_path" in arguments:
+    if not arguments or arguments[0] not in ("run", "ls", "validate"):
+        return arguments
+    if any(argument.split("=")[0] == "--include_path" for argument in arguments):
         return arguments
     return [*arguments, "--include_path", str(TASKS)]
 

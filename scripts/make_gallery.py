@@ -25,6 +25,7 @@ from answer_question import answer_question
 from checkpoint_folder import check_checkpoint
 from gallery_page import write_page
 from heldout_questions import LONG_KINDS, long_question, short_question
+from modeling_minimax_m3.commands.run_checks import check_output_file
 
 QUESTIONS = (
     *("image:colour", "image:shape", "image:count", "image:exists", "image:relation"),
@@ -48,6 +49,7 @@ def main(argv: Iterable[str] | None = None) -> list[dict[str, Any]]:
         if wrong := [name for name in arguments.questions if name.count(":") != 1]:
             raise ValueError(f"`--questions` must be TASK:KIND, such as image:colour, got {wrong[0]!r}.")
         processor = AutoProcessor.from_pretrained(arguments.checkpoint)
+        check_output_file(arguments.page, "`page`")
         with tempfile.TemporaryDirectory() as folder:
             questions = []
             for name in arguments.questions:

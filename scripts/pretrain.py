@@ -11,6 +11,7 @@ processor and chat template (`final`). docs/pretraining.md explains the data, th
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,14 +28,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from transformers import GenerationConfig, HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from checkpoint_folder import check_checkpoint
 from configuration_minimax_m3 import MiniMaxM3VLConfig, small_config, tiny_config
 from make_tiny_checkpoint import build_processor
 from modeling_minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from modeling_minimax_m3.commands.run_checks import check_run
+from modeling_minimax_m3.commands.saved_checkpoints import checkpoint_to_resume
 from modeling_minimax_m3.conversion.source import read_json
-from pretraining_run import CurveLog, IndexerPhases, PackTrainer, StopAtNaN, TimeLimit
+from name_lists import check_once
+from pretraining_run import (
+    CurveLog,
+    IndexerPhases,
+    PackTrainer,
+    StopAtNaN,
+    TimeLimit,
+    check_steps_left,
+    keep_options,
+)
 from processing_minimax_m3 import MiniMaxM3VLProcessor
 from processing_minimax_m3.pretraining import (
     WEIGHTS,
@@ -45,8 +56,10 @@ from processing_minimax_m3.pretraining import (
     parse_stages,
     resize_to_drawn_sizes,
 )
+from processing_minimax_m3.pretraining.mixture import check_weights
 from processing_minimax_m3.pretraining.packs import SHORT_TOKENS
 from processing_minimax_m3.pretraining.tokenizer_texts import tokenizer_texts
+from replace_when_done import replace_when_done
 
 CONFIGS = {"small": small_config, "tiny": tiny_config}
 DEFAULTS = {  # of `TrainingArguments`, where ours differ
@@ -120,13 +133,16 @@ class PretrainingOptions:
         """The weights of the tasks."""
         if not self.tasks:
             return dict(WEIGHTS)
-        weights = {}
+        pairs = []
         for part in self.tasks.split(","):
             name, _, weight = part.partition("=")
             try:
-                weights[name.strip()] = float(weight or 1)
+                pairs.append((name.strip(), float(weight or 1)))
             except ValueError as error:
                 raise ValueError(f"`--tasks` must be NAME=WEIGHT,..., got {part!r} in {self.tasks!r}.") from error
+        check_once([name for name, _ in pairs], "--tasks")
+        weights = dict(pairs)
+        check_weights(weights)
         return weights
 
     def parsed_stages(self) -> tuple[Stage, ...]:
@@ -162,6 +178,12 @@ def read_options(argv: list[str]) -> tuple[PretrainingOptions, TrainingArguments
         raise ValueError(f"`--config` must be one of {sorted(CONFIGS)}, got {options.config!r}.")
     if not 0 <= options.indexer_warmup_share <= 1:
         raise ValueError(f"`--indexer_warmup_share` must be from 0 to 1, got {options.indexer_warmup_share}.")
+    if not options.time_limit >= 0:
+        raise ValueError(f"`--time_limit` must be at least 0 seconds, got {options.time_limit}.")
+    if not 0 <= options.indexer_loss_coef < math.inf:
+        raise ValueError(f"`--indexer_loss_coef` must be a number from 0, got {options.indexer_loss_coef}.")
+    if training.dataloader_num_workers < 0:
+        raise ValueError(f"`--dataloader_num_workers` must be at least 0, got {training.dataloader_num_workers}.")
     if training.max_steps < 1:
         raise ValueError(f"`--max_steps` must be at least 1, since the data have no end, got {training.max_steps}.")
     if training.train_sampling_strategy != "sequential":
@@ -238,8 +260,13 @@ def prepare_model(
 def prepare(argv: list[str]) -> PackTrainer:
     """Builds tokenizer, model and data, and checks everything that can be checked before training."""
     options, training = read_options(argv)
-    check_shared_memory(training, options.pack_tokens)
     weights = options.weights()
+    check_run(training)
+    output = Path(str(training.output_dir))
+    training.resume_from_checkpoint = resume = checkpoint_to_resume(training.resume_from_checkpoint, output)
+    if resume is not None:
+        check_steps_left(Path(resume), training.max_steps)
+    check_shared_memory(training, options.pack_tokens)
     set_seed(training.seed)
     packs_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     data: dict[str, Any] = {"tokens": options.pack_tokens, "weights": weights, "seed": training.seed}
@@ -255,7 +282,7 @@ def prepare(argv: list[str]) -> PackTrainer:
     warmup_steps = round(options.indexer_warmup_share * training.max_steps)
     callbacks: list[TrainerCallback] = [
         IndexerPhases(options.indexer_loss_coef, warmup_steps),
-        CurveLog(Path(str(training.output_dir)) / "curves.jsonl", packs_per_step * options.pack_tokens),
+        CurveLog(output / "curves.jsonl", packs_per_step * options.pack_tokens),
         StopAtNaN(),
     ]
     if options.time_limit:
@@ -269,6 +296,7 @@ def prepare(argv: list[str]) -> PackTrainer:
         callbacks=callbacks,
     )
     trainer.processor, trainer.options = processor, options
+    keep_options(trainer, output / "options.json", packs_per_step)
     if options.init_from and (record := Path(options.init_from) / "training.json").is_file():
         trainer.earlier_run = read_json(record)
     if training.process_index == 0:
@@ -281,8 +309,15 @@ def prepare(argv: list[str]) -> PackTrainer:
     return trainer
 
 
-def save_final(trainer: PackTrainer, folder: Path, argv: list[str], metrics: dict[str, Any]) -> None:
-    """Saves the model in bfloat16 as a checkpoint of its own, with how it was made."""
+def save_final(trainer: PackTrainer, target: Path, argv: list[str], metrics: dict[str, Any]) -> None:
+    """Saves the model in bfloat16 as a checkpoint of its own, with how it was made: all of it or nothing."""
+    with replace_when_done(target) as folder:
+        folder.mkdir()
+        write_final(trainer, folder, argv, metrics)
+
+
+def write_final(trainer: PackTrainer, folder: Path, argv: list[str], metrics: dict[str, Any]) -> None:
+    """Writes the files of `save_final`."""
     processor: MiniMaxM3VLProcessor = trainer.processor
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.set_indexer_training(0.0)
@@ -333,15 +368,10 @@ def main(argv: Iterable[str] | None = None) -> PackTrainer:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         trainer = prepare(arguments)
-        resume = trainer.args.resume_from_checkpoint
-        if resume is not None and str(resume).lower() == "true":
-            resume = get_last_checkpoint(trainer.args.output_dir)
-            if resume is None:
-                raise ValueError(f"`--resume_from_checkpoint true`: no checkpoint in {trainer.args.output_dir!r}.")
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"pretrain: {error}") from error
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except FloatingPointError as error:
         raise SystemExit(f"pretrain: {error}") from error
     is_done = trainer.state.global_step >= trainer.args.max_steps

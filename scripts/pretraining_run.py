@@ -1,9 +1,10 @@
-"""What `pretrain.py` adds to Transformers' `Trainer`: phases of the indexers, curves, a time limit, scores."""
+"""What `pretrain.py` adds to Transformers' `Trainer`: phases of the indexers, curves, a time limit, scores, resuming."""
 
 import json
 import math
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from modeling_minimax_m3.conversion.source import read_json
 from modeling_minimax_m3.trainer_logging import IndexerLossLogging
 from processing_minimax_m3.pretraining import Packs, collate_packs
+from replace_when_done import replace_when_done
 
 
 class IndexerPhases(TrainerCallback):
@@ -49,7 +52,7 @@ class CurveLog(TrainerCallback):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if state.global_step and self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        kept = [line for line in lines if _step_of(line) <= state.global_step]
         self.path.write_text("".join(f"{line}\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -61,6 +64,14 @@ class CurveLog(TrainerCallback):
         record |= {"seconds": round(seconds, 2), "tokens_per_second": round(steps * self.tokens_per_step / seconds)}
         with self.path.open("a") as file:
             file.write(json.dumps(record | {name: value for name, value in logs.items() if name != "epoch"}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite where a run was stopped while it wrote the line."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 class StopAtNaN(TrainerCallback):
@@ -110,6 +121,36 @@ class PackTrainer(IndexerLossLogging, Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def check_steps_left(checkpoint: Path, max_steps: int) -> None:
+    """Raises `ValueError` if a checkpoint has more steps than the run is to have. With as many, its end is written again."""
+    done = read_json(checkpoint / "trainer_state.json")["global_step"]
+    if done > max_steps:
+        raise ValueError(f"`--max_steps` must be at least {done}, the step of {checkpoint}, got {max_steps}.")
+
+
+def keep_options(trainer: PackTrainer, path: Path, packs_per_step: int) -> None:
+    """Writes what decides about the data and the model of a run, beside its checkpoints.
+
+    A run that resumes compares it. The number of steps may grow: then the stages of the curriculum get longer.
+
+    Raises:
+        ValueError: The run resumes with another value, so that it would go on with other data than it began with.
+    """
+    free = ("eval_packs", "time_limit", "indexer_loss_coef", "indexer_warmup_share")
+    kept = {name: value for name, value in asdict(trainer.options).items() if name not in free}
+    kept |= {"seed": trainer.args.seed, "packs of a step": packs_per_step}
+    if trainer.args.resume_from_checkpoint is not None and path.is_file():
+        for name, earlier in read_json(path).items():
+            if kept.get(name, earlier) != earlier:
+                raise ValueError(
+                    f"`--resume_from_checkpoint` goes on with the data that the run began with, but `{name}` was {earlier!r} "
+                    f"and is {kept[name]!r} now. Give the earlier value, or begin a run of its own with `--init_from`."
+                )
+    elif trainer.args.process_index == 0:
+        with replace_when_done(path) as unfinished:
+            unfinished.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 @torch.no_grad()

@@ -92,8 +92,8 @@ def check_fsdp(training: TrainingArguments) -> None:
         )
 
 
-def check_output(folder: Path) -> None:
-    """Makes the folder of a run.
+def check_output(folder: Path, name: str = "--output_dir") -> None:
+    """Makes the folder for results, which the argument `name` gives.
 
     Raises:
         ValueError: It cannot be made, or nothing can be written to it.
@@ -103,7 +103,14 @@ def check_output(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be written: {error.strerror or error}") from error
+        raise ValueError(f"{name} {folder} cannot be written: {error.strerror or error}") from error
+
+
+def check_output_file(path: Path, name: str) -> None:
+    """The same for a file, which may be there: makes its folder."""
+    if path.is_dir():
+        raise ValueError(f"{name} must be a file, but {path} is a folder")
+    check_output(path.parent, name)
 
 
 def check_hub(token: str | None) -> None:

@@ -36,6 +36,16 @@ def find_fault(checkpoint: Path) -> str | None:
     # engines that shard weights save them in folders
     if not any(path.is_dir() or WEIGHTS.fullmatch(path.name) for path in checkpoint.iterdir()):
         return "the weights are missing"
+    if fault := find_fault_of_weights(checkpoint):
+        return fault
+    for file in sorted((*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"))):
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is cut off"
+    return None
+
+
+def find_fault_of_weights(checkpoint: Path) -> str | None:
+    """Says which safetensors file of a folder is missing or cut off, or returns None. Reads no weights."""
     for index in checkpoint.glob("*.safetensors.index.json"):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -48,9 +58,6 @@ def find_fault(checkpoint: Path) -> str | None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError):
-            return f"{file.name} is cut off"
-    for file in sorted((*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"))):
-        if not zipfile.is_zipfile(file):
             return f"{file.name} is cut off"
     return None
 

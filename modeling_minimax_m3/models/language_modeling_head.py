@@ -85,7 +85,7 @@ class LanguageModelingHead:
         if is_torchdynamo_compiling() or not isinstance(logits_to_keep, int) or logits_to_keep <= 0:
             return {}
         reads_all = labels is not None or is_watched(self.model)
-        return {} if reads_all else {"outputs_to_keep": logits_to_keep}
+        return {} if reads_all else {"outputs_to_keep": int(logits_to_keep)}  # True counts as 1
 
     def logits_and_losses(
         self,

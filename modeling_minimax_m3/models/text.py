@@ -91,6 +91,16 @@ class MiniMaxM3VLDecoderLayer(GradientCheckpointingLayer):
         )
 
 
+def _is_as_written(layer: nn.Module) -> bool:
+    """Whether the layer's modules are our own. What others put in their place may read the output of all tokens."""
+    return (
+        type(layer) is MiniMaxM3VLDecoderLayer
+        and type(layer.self_attn) is MiniMaxM3VLAttention
+        and type(layer.mlp) in (MiniMaxM3VLDenseMLP, MiniMaxM3VLSparseMoeBlock)
+        and type(layer.post_attention_layernorm) is MiniMaxM3VLRMSNorm
+    )
+
+
 class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
     """The language model without a head.
 
@@ -276,6 +286,8 @@ class MiniMaxM3VLTextModel(MiniMaxM3VLPreTrainedModel):
             self.device.type == "cpu"
             and 0 < outputs_to_keep < layout.num_new
             and layout.query_order is None
+            and _is_as_written(last_layer)
+            and type(self.norm) is MiniMaxM3VLRMSNorm
             and may_run_in_parts(layout.num_new, token_parts.TOKENS_OF_A_LAST_LAYER, last_layer.modules())
             and not is_watched(self)  # a hook may read the output of all tokens
             and not is_watched(self.norm)

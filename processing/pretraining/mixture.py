@@ -1,5 +1,6 @@
 """The tasks of pretraining, their weights, and rows by split, task, seed and index."""
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 
@@ -43,8 +44,10 @@ def check_weights(weights: Mapping[str, float]) -> None:
     if unknown := sorted(set(weights) - set(TASKS)):
         raise ValueError(f"`weights` must name tasks of {sorted(TASKS)}, got {unknown}.")
     for name, weight in weights.items():
-        if not weight > 0:
-            raise ValueError(f"`weights[{name!r}]` must be above 0, got {weight!r}. Leave a task out to drop it.")
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"`weights[{name!r}]` must be a number above 0, got {weight!r}. Leave a task out to drop it."
+            )
     if not weights:
         raise ValueError("`weights` must name at least one task, got none.")
 

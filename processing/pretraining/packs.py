@@ -65,6 +65,13 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
+def check_longest_row(stages: Sequence[Stage], tokens: int) -> None:
+    """Raises `ValueError` if a stage has rows that are longer than a pack of so many tokens."""
+    longest = max(stage.max_length for stage in stages)
+    if longest > tokens:
+        raise ValueError(f"a pack of {tokens} tokens cannot hold the rows of {longest} tokens that a stage has.")
+
+
 @dataclass(frozen=True)
 class LongRows:
     """The long rows that packs begin with.
@@ -115,9 +122,7 @@ class Packs(Dataset):
     ):
         check_split(split)
         check_weights(weights)
-        longest = max(stage.max_length for stage in stages)
-        if longest > tokens:
-            raise ValueError(f"a pack of {tokens} tokens cannot hold the rows of {longest} tokens that a stage has.")
+        check_longest_row(stages, tokens)
         self.encoder = RowEncoder(processor)
         self.split, self.num_packs, self.tokens, self.stages = split, num_packs, tokens, tuple(stages)
         self.weights, self.seed, self.long_rows = dict(weights), seed, long_rows

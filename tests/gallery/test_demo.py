@@ -67,6 +67,14 @@ def test_length_that_no_text_has_ends_the_demonstration(load_script, checkpoint,
     assert "question" not in capsys.readouterr().out  # before anything is asked
 
 
+def test_places_that_cannot_be_written_are_named_before_anything_is_asked(load_script, tmp_path, checkpoint):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="^demo: `--output` .*file cannot be written"):
+        load_script("demo").main([str(checkpoint), "--output", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="^make_gallery: `page` must be a file"):
+        load_script("make_gallery").main([str(checkpoint), str(tmp_path)])
+
+
 def test_gallery_is_written(load_script, checkpoint, tmp_path, capsys):
     page = tmp_path / "gallery.html"
     options = ["--questions", "image:count", "tools:call", "recall:needle", "--long-tokens", "600"]

@@ -264,3 +264,32 @@ def test_among_several_processes(model, make_tokens, attending, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     model(make_tokens(model.config, 1, TOKENS), logits_to_keep=1)
     assert attending == [TOKENS] * 4
+
+
+class Wrapper(torch.nn.Module):
+    """Keeps what a module returns, as tools that read or steer activations do."""
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.module, self.seen = module, []
+
+    def forward(self, *args, **kwargs):
+        output = self.module(*args, **kwargs)
+        self.seen.append((output[0] if isinstance(output, tuple) else output).shape[1])
+        return output
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["layers.3", "layers.3.self_attn", "layers.3.mlp", "norm"])
+def test_wrappers_see_all_tokens(model, make_tokens, name):
+    wrapper = Wrapper(model.model.get_submodule(name))
+    model.model.set_submodule(name, wrapper)
+    model(make_tokens(model.config, 1, TOKENS), logits_to_keep=1)
+    assert wrapper.seen == [TOKENS]
+
+
+@torch.no_grad()
+def test_true_counts_as_one(make_model, make_tokens):
+    model = make_model("minimax_m3_structured")
+    tokens = make_tokens(model.config, 1, TOKENS)
+    assert torch.equal(model(tokens, logits_to_keep=True).logits, model(tokens, logits_to_keep=1).logits)

@@ -197,6 +197,12 @@ def test_plan_states_the_budget_and_trains_nothing(scripts, tmp_path, capsys):
     [
         (("--arms", "dense,poetic"), "`--arms` must be names of .*'poetic'"),
         (("--tasks", "poetry"), "`--tasks` must be names of .*'poetry'"),
+        (("--arms", "dense,dense"), "`--arms` must have each name once, got 'dense' twice"),
+        (("--stages", "16384:1"), "a pack of 8192 tokens cannot hold the rows of 16384 tokens"),
+        (
+            ("--tasks", "code,thinking"),
+            "`--tasks` must have rows of image for the arm 'image only', got rows of code, tools",
+        ),
         (("--seeds", "0"), "`--seeds` must be above 0, got 0"),
         (("--evaluations", "9999"), "`--evaluations` must be at most the 1500 steps, got 9999"),
         (("--warmup_share", "2"), "`--warmup_share` must be from 0 to 1, got 2"),
@@ -212,6 +218,16 @@ def test_faulty_options_end_the_program_with_their_name(scripts, tmp_path, more,
     with pytest.raises(SystemExit, match=f"^ablation: .*{message}"):
         scripts.ablation.main([str(tmp_path / "out"), *more])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["output", "work"])
+def test_folder_that_cannot_be_written_is_named_before_anything_is_made(scripts, tmp_path, place):
+    (tmp_path / "file").touch()
+    folders = {"output": tmp_path / "out", "work": tmp_path / "work"} | {place: tmp_path / "file"}
+    options = [str(folders["output"]), "--work", str(folders["work"]), "--arms", "dense", "--tasks", "code"]
+    with pytest.raises(SystemExit, match=f"^ablation: `(--)?{place}` .*file cannot be written"):
+        scripts.ablation.main(options)
+    assert not list(tmp_path.rglob("*.pickle"))
 
 
 @pytest.fixture(scope="module")

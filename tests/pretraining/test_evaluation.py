@@ -243,6 +243,15 @@ def test_script_writes_its_results(scripts, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (("--parts", "recall,recall"), "`--parts` must have each name once, got 'recall' twice"),
+        (
+            ("--parts", "answers", "--tasks", "code"),
+            "`--tasks` must have one of .*recall.* for the part 'answers', got code",
+        ),
+        (
+            ("--parts", "files", "--tasks", "recall"),
+            "`--tasks` must have one of image.* for the part 'files', got recall",
+        ),
         (("--parts", "poetry"), "`--parts` must be names of answers, .*'poetry'"),
         (("--tasks", "image,poetry"), "`--tasks` must be names of .*'poetry'"),
         (("--answers", "0"), "`--answers` must be at least 1, got 0"),
@@ -271,6 +280,12 @@ def test_folder_without_a_model_is_named(scripts, tmp_path, config, message):
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(SystemExit, match=f"^evaluate_pretraining: {message}"):
         scripts.evaluate_pretraining.main([str(tmp_path), str(tmp_path / "scores")])
+
+
+def test_folder_that_cannot_be_written_is_named_before_anything_is_measured(scripts, checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="^evaluate_pretraining: `output` .*file cannot be written"):
+        scripts.evaluate_pretraining.main([str(checkpoint), str(tmp_path / "file"), "--parts", "recall"])
 
 
 def test_picture_has_the_parts_of_the_results(scripts, tmp_path):

@@ -55,6 +55,7 @@ def test_our_tasks_join_the_commands_that_read_tasks(load_script):
     add = load_script("lm_harness").with_our_tasks
     assert add(["run", "--tasks", "a"]) == ["run", "--tasks", "a", "--include_path", str(TASKS)]
     assert add(["ls", "tasks", "--include_path", "mine"]) == ["ls", "tasks", "--include_path", "mine"]
+    assert add(["run", "--include_path=mine"]) == ["run", "--include_path=mine"]
     assert add(["--help"]) == ["--help"] and add([]) == []
 
 

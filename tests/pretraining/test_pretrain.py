@@ -94,6 +94,57 @@ def test_resumed_run_has_the_same_losses_and_weights(load_script, finished, tmp_
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), f"holds checkpoint-{STEPS} of an earlier run.*--resume_from_checkpoint true"),
+        (("--resume_from_checkpoint", "true", "--max_steps", "5"), f"`--max_steps` must be at least {STEPS}"),
+        (("--resume_from_checkpoint", "true", "--seed", "7"), "`seed` was 42 and is 7 now"),
+        (
+            ("--resume_from_checkpoint", "true", "--tasks", "thinking"),
+            "`tasks` was 'thinking=1,image=1' and is 'thinking'",
+        ),
+    ],
+)
+def test_run_neither_loses_nor_mixes_what_another_left(load_script, finished, more, message):
+    before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
+    with pytest.raises(SystemExit, match=f"^pretrain: .*{message}"):
+        run(load_script, finished, *more)
+    assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
+
+
+def test_incomplete_checkpoint_is_passed_over(load_script, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    weights = tmp_path / "run" / f"checkpoint-{STEPS}" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    options = [*OPTIONS, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "true"]
+    trainer = load_script("pretrain").prepare(options)
+    assert trainer.args.resume_from_checkpoint.endswith("checkpoint-4")
+
+
+def test_line_that_was_cut_off_is_dropped(load_script, tmp_path):
+    path = tmp_path / "curves.jsonl"
+    path.write_text('{"step": 4}\n{"step": 8}\n{"step": 4, "tok')
+    state = SimpleNamespace(global_step=4, is_world_process_zero=True)
+    load_script("pretraining_run").CurveLog(path, 1).on_train_begin(None, state, None)
+    assert path.read_text() == '{"step": 4}\n'
+
+
+def test_failed_end_leaves_the_earlier_result(load_script, finished, tmp_path, monkeypatch):
+    pretrain = load_script("pretrain")
+    shutil.copytree(finished / "final", tmp_path / "final")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "final").iterdir()}
+
+    def fail(trainer, folder, argv, metrics):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pretrain, "write_final", fail)
+    with pytest.raises(OSError, match="no space left"):
+        pretrain.save_final(None, tmp_path / "final", [], {})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "final").iterdir()} == before
+
+
 def test_earlier_runs_are_told_oldest_first(load_script, finished, tmp_path):
     pretrain = load_script("pretrain")
     argv = [*OPTIONS, "--output_dir", str(tmp_path)]
@@ -250,7 +301,14 @@ def test_right_answers_count_as_right(load_script, processor, monkeypatch):
         (("--stages", "4096:1"), "pack of 2048 tokens cannot hold"),
         (("--stages", "256:1", "--tasks", "video=1"), "no row of video fits into 256 tokens.*`--stages`"),
         (("--train_sampling_strategy", "random"), "must be sequential"),
-        (("--resume_from_checkpoint", "true"), "no checkpoint in"),
+        (("--tasks", "image=inf"), "`weights.'image'.` must be a number above 0, got inf"),
+        (("--tasks", "image=1,image=2"), "`--tasks` must have each name once, got 'image' twice"),
+        (("--time_limit", "-1"), "`--time_limit` must be at least 0 seconds, got -1"),
+        (("--indexer_loss_coef", "nan"), "`--indexer_loss_coef` must be a number from 0, got nan"),
+        (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size must be at least 1, got 0"),
+        (("--dataloader_num_workers", "-1"), "`--dataloader_num_workers` must be at least 0, got -1"),
+        (("--resume_from_checkpoint", "true"), "no complete checkpoint in"),
+        (("--resume_from_checkpoint", "nowhere"), "there is no folder nowhere"),
         (("--dataloader_num_workers", "100000"), "/dev/shm has .* MiB free.*dataloader_num_workers"),
     ],
 )
@@ -263,6 +321,7 @@ def test_faulty_options_end_the_program_with_their_name(load_script, tmp_path, m
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ('{"model_type": "minimax_m3_vl", "text_config": 3}', "has a config.json that no model can have: "),
         (None, "must be the folder of a checkpoint, but .* has no config.json"),
         ('{"model_type": "llama"}', "must be a checkpoint of the model type 'minimax_m3_vl', but .* has 'llama'"),
     ],
@@ -273,6 +332,16 @@ def test_wrong_folder_to_start_from_is_named(load_script, tmp_path, config, mess
     options = [option for option in OPTIONS if option not in ("--config", "tiny")]
     with pytest.raises(SystemExit, match=f"^pretrain: `--init_from` {message}"):
         load_script("pretrain").main([*options, "--init_from", str(tmp_path), "--output_dir", str(tmp_path / "run")])
+
+
+def test_weights_that_are_cut_off_are_named(load_script, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "cut")
+    (file,) = (tmp_path / "cut").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(
+        ValueError, match="`checkpoint` must be a whole checkpoint, but .* model.safetensors is cut off"
+    ):
+        load_script("checkpoint_folder").check_checkpoint(tmp_path / "cut")
 
 
 def test_weights_of_other_sizes_are_named(load_script, tiny_checkpoint, tmp_path):
