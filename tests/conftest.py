@@ -1,12 +1,17 @@
 """Fixtures that every package's tests may use."""
 
 import os
+import tempfile
 
-# No test reads from a model hub; set before Transformers is imported anywhere.
+# No test reads from a model hub, or what an earlier run kept; set before Transformers is imported anywhere. Processes
+# that are started later have the same folder.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="minimax-m3-tests-")
 
 import gc
 import importlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What `kernels` may be, and the value of MINIMAX_M3_MSA_CUDA that it stands for.
 KERNELS = {"newest": "auto", "portable": "portable"}
+
+
+def pytest_unconfigure(config) -> None:
+    """Removes the folder, when all worker processes are done with it."""
+    folder = Path(os.environ["HF_DATASETS_CACHE"])
+    if not hasattr(config, "workerinput") and folder.name.startswith("minimax-m3-tests-"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.hookimpl(trylast=True)

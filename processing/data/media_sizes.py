@@ -1,6 +1,7 @@
 """Counts the tokens of images and videos from their headers, without decoding them."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -11,9 +12,21 @@ from PIL import Image
 from ..media import as_source, check_pixels, measure_image, read_image, shorten
 from ..processor import MiniMaxM3VLProcessor
 from ..video_decoding import decode_video, measure_video
+from .formats import Example
 
 # Keys of a checked part (see `normalize_messages`) that may hold an image or a video.
 KEYS = ("image", "video", "url", "path", "base64")
+
+
+def source_of(part: Mapping[str, Any]) -> Any:
+    """What a part of type "image" or "video" holds, as `as_source` gives it."""
+    return as_source(next(part[name] for name in KEYS if name in part))
+
+
+def media_paths(example: Example) -> list[str]:
+    """The files of an example's images and videos. Those that lie elsewhere, or in the row, have none."""
+    sources = (source_of(part) for _, part in example.media())
+    return [source for source in sources if isinstance(source, str) and os.path.isfile(source)]
 
 
 class MediaMeter:
@@ -42,7 +55,7 @@ class MediaMeter:
         Raises:
             ValueError: The image or video cannot be read or is too elongated.
         """
-        source = as_source(next(part[name] for name in KEYS if name in part))
+        source = source_of(part)
         if part["type"] == "image":
             return self._bracket(self.processor.image_token), [self._count_image(source, name)]
         return self._measure_video(source, name)

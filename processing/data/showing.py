@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..media import as_source, read_image
+from ..media import read_image
 from ..video_decoding import decode_video
 from .encoded_rows import EncodedRow
-from .media_sizes import KEYS
+from .media_sizes import source_of
 
 # Escape sequences of terminals.
 LEARNED, DIM, PLAIN = "\033[30;42m", "\033[2m", "\033[0m"
@@ -125,7 +125,7 @@ def show_page(result: EncodedRow, processor: Any, max_length: int) -> str:
 
 def _pictures(part: dict[str, Any], name: str, processor: Any) -> Iterator[tuple[str, Image.Image]]:
     """The pictures of an image or a video, each with its caption."""
-    source = as_source(next(part[key] for key in KEYS if key in part))
+    source = source_of(part)
     if part["type"] == "image":
         image = read_image(source) if isinstance(source, (str, bytes)) else source
         if isinstance(image, Image.Image):

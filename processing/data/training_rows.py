@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -17,6 +18,7 @@ from .encoded_rows import encode_rows
 from .encoding import IGNORED, Encoder
 from .faults import RowFault
 from .formats import Reading
+from .media_sizes import media_paths
 from .sources import LocatedRow, Rows, RowSource, stream_rows
 
 FEATURES = {
@@ -27,6 +29,7 @@ FEATURES = {
     "row": Value("int64"),
     "kind": Value("string"),
     "has_media": Value("bool"),
+    "files": List(Value("string")),  # of images and videos: size, time of the last change, path
     "is_cut": Value("bool"),
     "left_out": Value("string"),  # why, or empty
 }
@@ -60,9 +63,9 @@ def _records(
     encoder: Encoder,
     reading: Reading,
     max_length: int,
-    folder: str,
+    kept_for: tuple[str, ...],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `FEATURES`. `folder` is the current folder: results that are kept for later runs depend on it."""
+    """Rows of `FEATURES`. `kept_for` is what else results that are kept for later runs depend on."""
     chosen = (indices[place] for start, stop in shards for place in range(start, stop))
     for result in encode_rows(rows.located(chosen), encoder, reading):
         example, encoded = result.checked()
@@ -71,6 +74,7 @@ def _records(
             "row": result.located.index,
             "kind": example.kind,
             "has_media": bool(encoded.media),
+            "files": [_state(path) for path in media_paths(example)],
             "is_cut": not encoded.is_text and encoded.length > max_length,
             "left_out": left_out,
         }
@@ -92,7 +96,10 @@ def training_rows(
     max_length: int,
     num_proc: int | None = None,
 ) -> tuple["Dataset | MediaRows", Counts]:
-    """Reads, checks and encodes the rows at `indices`. `datasets` keeps the result for later runs on the same files.
+    """Reads, checks and encodes the rows at `indices`.
+
+    `datasets` keeps the result for later runs on the same files with the same version of this package. If an image or a
+    video has changed since, all rows are read again.
 
     Returns:
         The rows that have anything to learn, and the counts of all.
@@ -109,15 +116,12 @@ def training_rows(
         "encoder": encoder,
         "reading": reading,
         "max_length": max_length,
-        "folder": os.getcwd(),
     }
-    try:
-        found = Dataset.from_generator(
-            _records, Features(FEATURES), gen_kwargs=options, num_proc=pieces if pieces > 1 else None
-        )
-    except DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise cause if isinstance(cause, RowFault) else ValueError(f"the data cannot be read: {cause}") from error
+    kept_for = (os.getcwd(), metadata.version("minimax-m3-transformers"))
+    found = _kept_or_made(options, pieces, kept_for)
+    files = set(itertools.chain.from_iterable(found["files"]))
+    if changed := sorted(state for file in files if (state := _state(_path(file))) != file):
+        found = _kept_or_made(options, pieces, (*kept_for, *changed))
     of_row = dict(zip(found["row"], zip(found["kind"], found["has_media"], found["is_cut"], found["left_out"])))
     counts = Counts(
         rows=len(of_row),
@@ -132,6 +136,33 @@ def training_rows(
     if counts.with_media:
         return MediaRows(found, rows, reading), counts
     return found.select_columns(["input_ids", "labels", "length"]), counts
+
+
+def _kept_or_made(options: dict[str, Any], pieces: int, kept_for: tuple[str, ...]) -> Dataset:
+    """The records of an earlier run with equal options, or new ones."""
+    try:
+        return Dataset.from_generator(
+            _records,
+            Features(FEATURES),
+            gen_kwargs=options | {"kept_for": kept_for},
+            num_proc=pieces if pieces > 1 else None,
+        )
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise cause if isinstance(cause, RowFault) else ValueError(f"the data cannot be read: {cause}") from error
+
+
+def _state(path: str) -> str:
+    """What tells whether a file has changed, before its path."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return f"none none {path}"
+    return f"{found.st_size} {found.st_mtime_ns} {path}"
+
+
+def _path(state: str) -> str:
+    return state.split(" ", 2)[2]
 
 
 def for_collator(row: dict[str, Any], reading: Reading) -> dict[str, Any]:

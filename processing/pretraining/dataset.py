@@ -1,6 +1,9 @@
 """Rows as a data set of `datasets`, with pictures as columns and videos as mp4 files: for other trainers, to look at."""
 
+import atexit
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +66,8 @@ def build_dataset(
 ) -> "Dataset":
     """The first rows of a task as `datasets.Dataset`, which `minimax-m3 train`, `check` and `show` read once it is saved.
 
+    Until then its rows are in a temporary folder, which is removed when the process ends.
+
     Args:
         task (str): A name of `TASKS`.
         split (str): "train" or "heldout".
@@ -85,6 +90,12 @@ def build_dataset(
     features: dict[str, Any] = dict.fromkeys(names, Value("string"))
     features |= dict.fromkeys(("questions", "answers", "videos"), List(Value("string")))
     options = {"task": task, "split": split, "num_rows": num_rows, "seed": seed, "characters": characters}
+    # `datasets` would keep the rows for later runs, in which their videos may be gone or this code may have changed.
+    cache = tempfile.mkdtemp(prefix="minimax-m3-rows-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
     return Dataset.from_generator(
-        _columns, Features(features | {"images": List(Image())}), gen_kwargs=options | {"videos": str(folder)}
+        _columns,
+        Features(features | {"images": List(Image())}),
+        cache_dir=cache,
+        gen_kwargs=options | {"videos": str(folder)},
     )

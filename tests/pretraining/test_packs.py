@@ -190,6 +190,9 @@ def test_rows_become_a_data_set_that_reads_like_them(processor, tmp_path):
             assert columns["answers"] == row.get("answers", [])
             read = MultimodalChatCollator(processor)([columns])
             assert read["input_ids"][0].tolist() == encoder.encode(row).ids.tolist()
+    (tmp_path / "videos" / "video-train-0-2-0.mp4").unlink()
+    build_dataset("video", "train", 3, videos=tmp_path / "videos", characters=800)
+    assert (tmp_path / "videos" / "video-train-0-2-0.mp4").is_file()  # made anew, whatever was kept
     with pytest.raises(ValueError, match="`num_rows` must be at least 1, got 0"):
         build_dataset("image", "train", 0, videos=tmp_path)
 

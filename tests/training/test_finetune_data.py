@@ -168,6 +168,23 @@ def test_a_changed_file_is_read_again(train, arguments):
     assert other == {"Other.[e~["}
 
 
+def test_a_changed_picture_is_measured_again(train, arguments, picture):
+    """The file of rows is as before."""
+    chat = [{"role": "user", "content": [{"type": "image", "image": str(picture)}]}, ANSWER]
+    given = arguments([{"messages": chat}, {"messages": [ASK, ANSWER]}])
+    first, again = (train.prepare(given).train_dataset.lengths for _ in range(2))
+    content = picture.read_bytes()
+    Image.new("RGB", (168, 112)).save(picture)
+    larger = train.prepare(given).train_dataset.lengths
+    assert again == first
+    assert larger == [first[0] + 18, first[1]]  # 4 x 6 tokens instead of 2 x 3
+    picture.unlink()
+    with pytest.raises(SystemExit, match="rows.jsonl, row 1: .*grey.png' cannot be read: there is no such file"):
+        train.main(given)
+    picture.write_bytes(content)
+    assert train.prepare(given).train_dataset.lengths == first
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["", "streaming"])
 def test_chats_about_images_in_another_column(train, arguments, picture, streaming):
     chat = [{"role": "user", "content": "<image>What?"}, ANSWER]
