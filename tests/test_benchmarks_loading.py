@@ -103,11 +103,11 @@ def test_host_memory_stays_below_two_shards(record, case):
 @needs_proc
 def test_sampler_sees_memory_that_is_freed_again(loading):
     with loading.MemorySampler() as memory:
-        block = torch.ones(64 * MIB, dtype=torch.uint8)
+        block = torch.ones(512 * MIB, dtype=torch.uint8)
         loading.time.sleep(0.1)
         del block
-    if memory.source == "RssAnon":
-        assert memory.peak - memory.start > 50 * MIB
+    if memory.source == "RssAnon":  # less than the block: what earlier tests left may be freed meanwhile
+        assert memory.peak - memory.start > 256 * MIB
     assert memory.peak >= memory.end
 
 
